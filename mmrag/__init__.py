@@ -1,0 +1,1 @@
+"""Multimodal RAG for LlamaIndex."""

@@ -1,0 +1,323 @@
+"""What an embedder takes: a text, a picture, or both; and safe loading of pictures.
+
+Pictures come as PIL images, paths, bytes, binary streams, data URLs or numpy arrays. They
+are checked against limits on bytes and pixels *before* they are decoded, turned upright by
+their EXIF orientation, laid on white where they are transparent, and returned as RGB.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import io
+import os
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeAlias, cast
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from mmrag.errors import ContentError
+
+ImageSource: TypeAlias = (
+    Image.Image | str | os.PathLike[str] | bytes | bytearray | io.BytesIO | NDArray[Any]
+)
+Modality: TypeAlias = Literal["text", "image", "fused"]
+UrlLoader: TypeAlias = Callable[[str], bytes]
+
+_EXIF_ORIENTATION = 0x0112
+_SIXTEEN_BIT_MODES = ("I;16", "I;16B", "I;16L", "I;16N", "I", "F")
+
+
+@dataclass(frozen=True, slots=True)
+class ImageLimits:
+    """Upper bounds that a picture must keep, checked before it is decoded.
+
+    max_bytes: size of the encoded file, in bytes.
+    max_pixels: width times height, in pixels.
+    """
+
+    max_bytes: int = 64 * 1024 * 1024
+    max_pixels: int = 100_000_000
+
+
+DEFAULT_LIMITS = ImageLimits()
+
+
+@dataclass(frozen=True, slots=True)
+class Content:
+    """One thing to embed: a text, one or more pictures, or both.
+
+    ``image`` may be a sequence of pictures for families that take several; the others refuse
+    more than one. ``instruction`` overrides the one given to ``Embedder.encode`` for this item.
+    An empty text is a text; ``None`` means that there is none.
+    """
+
+    text: str | None = None
+    image: ImageSource | Sequence[ImageSource] | None = None
+    instruction: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.text is None and not self.images:
+            raise ContentError("A Content needs a text, an image, or both; both are missing.")
+        if self.text is not None and not isinstance(self.text, str):
+            raise ContentError(f"Content.text must be a str, got {type(self.text).__name__}.")
+
+    @property
+    def images(self) -> tuple[ImageSource, ...]:
+        """The pictures, in order; empty for a text."""
+        if self.image is None:
+            return ()
+        if isinstance(self.image, (list, tuple)):
+            return tuple(self.image)
+        return (cast(ImageSource, self.image),)
+
+    @property
+    def modality(self) -> Modality:
+        """``text``, ``image`` or ``fused`` (both)."""
+        if not self.images:
+            return "text"
+        return "image" if self.text is None else "fused"
+
+
+ContentLike: TypeAlias = Content | ImageSource | Mapping[str, Any]
+
+
+def as_content(value: ContentLike) -> Content:
+    """Turn a plain value into a Content.
+
+    A ``str`` is a text, a path object, bytes, PIL image or array is a picture, and a mapping
+    has the keys ``text``, ``image`` and ``instruction``, any of which may be left out.
+
+    Raises: ContentError for anything else.
+    """
+    match value:
+        case Content():
+            return value
+        case str():
+            return Content(text=value)
+        case Mapping():
+            unknown = set(value) - {"text", "image", "instruction"}
+            if unknown:
+                raise ContentError(f"Unknown keys {sorted(unknown)}; use text, image, instruction.")
+            return Content(**value)
+        case Image.Image() | bytes() | bytearray() | io.BytesIO() | np.ndarray() | os.PathLike():
+            return Content(image=value)
+    raise ContentError(
+        f"Cannot embed a {type(value).__name__}: give a str, a picture (path object, bytes, PIL "
+        "image, array), a mapping with text and image, or a Content."
+    )
+
+
+def load_image(
+    source: ImageSource,
+    *,
+    limits: ImageLimits = DEFAULT_LIMITS,
+    loader: UrlLoader | None = None,
+) -> Image.Image:
+    """Load a picture as upright RGB, transparent parts on white.
+
+    A ``str`` is a path, a data URL, or a web address; web addresses are followed only by the
+    ``loader`` given (it returns the bytes). Of an animated file the first frame is taken.
+    16-bit pictures are scaled to 8 bits, floats in [0, 1] are taken as fractions of white.
+
+    Raises: ContentError if the source is missing, broken, of no known format, or too large.
+    """
+    name = describe(source)
+    try:
+        with _open(source, limits, loader) as picture:
+            _check_pixels(picture.size, name, limits)
+            picture.load()
+            return _to_rgb(_upright(picture))
+    except (OSError, SyntaxError, ValueError, EOFError, MemoryError) as error:
+        # Pillow's decoders signal broken files by all of these.
+        raise ContentError(
+            f"{name}: the picture is broken and cannot be decoded ({error})."
+        ) from error
+
+
+def image_size(
+    source: ImageSource,
+    *,
+    limits: ImageLimits = DEFAULT_LIMITS,
+    loader: UrlLoader | None = None,
+) -> tuple[int, int]:
+    """Width and height in pixels, as they will be after EXIF rotation, without decoding.
+
+    Raises: ContentError as ``load_image`` does.
+    """
+    name = describe(source)
+    with _open(source, limits, loader) as picture:
+        _check_pixels(picture.size, name, limits)
+        width, height = picture.size
+        turned = _orientation(picture) in (5, 6, 7, 8)
+    return (height, width) if turned else (width, height)
+
+
+def describe(source: ImageSource) -> str:
+    """A short name of a picture for messages."""
+    match source:
+        case str() if source.startswith("data:"):
+            return "picture from a data URL"
+        case str() | os.PathLike():
+            return str(source)
+        case Image.Image():
+            return getattr(source, "filename", "") or f"picture of {source.width}x{source.height}"
+        case np.ndarray():
+            return f"array of shape {source.shape}"
+    return "picture from bytes"
+
+
+class _Borrowed:
+    """Context manager over a picture that belongs to the caller and stays open."""
+
+    def __init__(self, picture: Image.Image) -> None:
+        self.picture = picture
+
+    def __enter__(self) -> Image.Image:
+        return self.picture
+
+    def __exit__(self, *_: object) -> None:
+        return None
+
+
+def _open(
+    source: ImageSource, limits: ImageLimits, loader: UrlLoader | None
+) -> Image.Image | _Borrowed:
+    """Open a picture lazily: header only."""
+    if isinstance(source, Image.Image):
+        return _Borrowed(source)
+    if isinstance(source, np.ndarray):
+        return _Borrowed(_from_array(source, limits))
+    name = describe(source)
+    raw = _raw(source, limits, loader)
+    size = raw.stat().st_size if isinstance(raw, Path) else len(raw)
+    if size > limits.max_bytes:
+        raise ContentError(
+            f"{name}: {size:,} bytes is over the limit of {limits.max_bytes:,}; "
+            "make it smaller or raise ImageLimits.max_bytes."
+        )
+    try:
+        with warnings.catch_warnings():
+            # Our own limit on pixels is checked by the caller; Pillow's is a warning only.
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            return Image.open(raw if isinstance(raw, Path) else io.BytesIO(raw))
+    except UnidentifiedImageError as error:
+        raise ContentError(f"{name}: not a picture in any known format.") from error
+    except Image.DecompressionBombError as error:
+        raise ContentError(f"{name}: {error}") from error
+    except (OSError, SyntaxError, ValueError, EOFError) as error:
+        raise ContentError(f"{name}: the picture cannot be opened ({error}).") from error
+
+
+def _raw(
+    source: str | os.PathLike[str] | bytes | bytearray | io.BytesIO,
+    limits: ImageLimits,
+    loader: UrlLoader | None,
+) -> bytes | Path:
+    """The encoded bytes, or the path to them."""
+    if isinstance(source, (bytes, bytearray)):
+        return bytes(source)
+    if isinstance(source, io.BytesIO):
+        return source.getvalue()
+    if not isinstance(source, (str, os.PathLike)):
+        raise ContentError(f"A picture cannot be made from a {type(source).__name__}.")
+    text = os.fspath(source)
+    if text.startswith("data:"):
+        return _from_data_url(text, limits)
+    if text.startswith(("http://", "https://")):
+        if loader is None:
+            raise ContentError(
+                f"{text}: web addresses are not followed; download the picture, or pass a "
+                "`loader` that returns its bytes."
+            )
+        return loader(text)
+    path = Path(text)
+    if not path.is_file():
+        raise ContentError(f"{text}: there is no such picture file.")
+    return path
+
+
+def _from_data_url(url: str, limits: ImageLimits) -> bytes:
+    head, comma, body = url.partition(",")
+    if not comma or not head.endswith(";base64"):
+        raise ContentError("A data URL must look like data:image/png;base64,...")
+    if len(body) * 3 // 4 > limits.max_bytes:
+        raise ContentError(f"The data URL is over the limit of {limits.max_bytes:,} bytes.")
+    try:
+        return base64.b64decode(body, validate=True)
+    except binascii.Error as error:
+        raise ContentError(f"The data URL is not valid base64 ({error}).") from error
+
+
+def _from_array(array: NDArray[Any], limits: ImageLimits) -> Image.Image:
+    """Height x width, or height x width x 1, 3 or 4; uint8, uint16, bool, or float in [0, 1]."""
+    name = describe(array)
+    if array.ndim == 3 and array.shape[2] == 1:
+        array = array[:, :, 0]
+    if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (3, 4)):
+        raise ContentError(f"{name}: an array must be (h, w), (h, w, 1), (h, w, 3) or (h, w, 4).")
+    if 0 in array.shape:
+        raise ContentError(f"{name}: the picture is empty.")
+    _check_pixels((array.shape[1], array.shape[0]), name, limits)
+    return Image.fromarray(np.ascontiguousarray(_to_uint8(array, name)))
+
+
+def _to_uint8(array: NDArray[Any], name: str) -> NDArray[np.uint8]:
+    if array.dtype == np.uint8:
+        return array
+    if array.dtype == np.bool_:
+        return array.astype(np.uint8) * np.uint8(255)
+    if array.dtype == np.uint16:
+        return (array // 257).astype(np.uint8)
+    if np.issubdtype(array.dtype, np.floating):
+        if not np.isfinite(array).all() or array.min() < 0 or array.max() > 1:
+            raise ContentError(f"{name}: a float picture must be finite and within [0, 1].")
+        return np.round(array * 255).astype(np.uint8)
+    raise ContentError(f"{name}: pixels of type {array.dtype} are not supported; use uint8.")
+
+
+def _check_pixels(size: tuple[int, int], name: str, limits: ImageLimits) -> None:
+    width, height = size
+    if width < 1 or height < 1:
+        raise ContentError(f"{name}: the picture is empty ({width}x{height}).")
+    if width * height > limits.max_pixels:
+        raise ContentError(
+            f"{name}: {width}x{height} is {width * height:,} pixels, over the limit of "
+            f"{limits.max_pixels:,}; make it smaller or raise ImageLimits.max_pixels."
+        )
+
+
+def _orientation(picture: Image.Image) -> int:
+    return int(picture.getexif().get(_EXIF_ORIENTATION, 1))
+
+
+def _upright(picture: Image.Image) -> Image.Image:
+    return picture if _orientation(picture) == 1 else ImageOps.exif_transpose(picture)
+
+
+def _to_rgb(picture: Image.Image) -> Image.Image:
+    if picture.mode == "RGB":
+        return picture.copy()
+    if picture.mode in _SIXTEEN_BIT_MODES:
+        return _from_deep(picture).convert("RGB")
+    if picture.has_transparency_data:
+        layer = picture.convert("RGBA")
+        white = Image.new("RGBA", layer.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, layer).convert("RGB")
+    return picture.convert("RGB")
+
+
+def _from_deep(picture: Image.Image) -> Image.Image:
+    """Scale 16-bit and float grey pictures to 8 bits; Pillow's own convert clips them at 255."""
+    values = np.asarray(picture, dtype=np.float64)
+    if picture.mode == "F":
+        top = 1.0 if values.max(initial=0.0) <= 1.0 else 255.0
+    else:
+        top = 255.0 if picture.mode == "I" and values.max(initial=0.0) <= 255 else 65535.0
+    scaled = np.clip(values / top, 0, 1) * 255
+    return Image.fromarray(np.round(scaled).astype(np.uint8))

@@ -1,0 +1,1 @@
+"""The engine: multimodal embedders, free of LlamaIndex and Qdrant."""

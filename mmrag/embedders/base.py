@@ -1,0 +1,130 @@
+"""The protocols of the engine, and the small tensor functions that every family shares."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from mmrag.content import Content, ContentLike, Modality
+from mmrag.errors import ConfigError
+
+
+@runtime_checkable
+class Embedder(Protocol):
+    """Turns Contents into vectors. Knows nothing of LlamaIndex or Qdrant.
+
+    name: what it was loaded from: a hub id, a folder, or a server's model name.
+    family: which recipe it follows, for instance ``gme``.
+    dim: length of its full vectors.
+    modalities: what it can embed.
+    fingerprint: changes when the weights or any setting that moves vectors change.
+    """
+
+    name: str
+    family: str
+    dim: int
+    modalities: frozenset[Modality]
+    fingerprint: str
+
+    def encode(
+        self,
+        contents: Sequence[ContentLike],
+        instruction: str | None = None,
+        dim: int | None = None,
+        progress: bool = False,
+    ) -> NDArray[np.float32]:
+        """Embed ``contents`` in any mix of modalities.
+
+        Args:
+            contents: texts, pictures, or both; see ``mmrag.content.as_content``.
+            instruction: the task, for queries: free text or the name of a task in
+                ``mmrag.embedders.instructions``. ``None`` means documents.
+            dim: keep this many leading dimensions (Matryoshka), then normalise again.
+            progress: show a progress bar on stderr.
+
+        Returns: shape (len(contents), dim or self.dim), float32, every row of L2 norm 1, in
+            the order of ``contents``.
+
+        Raises: ContentError for an item that cannot be used (its index is in the message),
+            ConfigError for a ``dim`` the model does not have.
+        """
+        ...
+
+
+class Inputs(Protocol):
+    """One item, ready for the model: what a Backbone's ``prepare`` returns."""
+
+    @property
+    def n_tokens(self) -> int:
+        """Length of the sequence the decoder sees, visual tokens included."""
+        ...
+
+
+class Backbone(Protocol):
+    """One model family: its prompt, image rule, positions, pooling and end token.
+
+    ``prepare`` runs on the CPU in threads; ``forward`` runs the model, differentiably, and is
+    the very function that training uses.
+    """
+
+    family: str
+    dim: int
+    modalities: frozenset[Modality]
+    model: torch.nn.Module
+
+    def cost(self, content: Content, instruction: str | None) -> int:
+        """Number of tokens, visual ones included, without decoding any picture."""
+        ...
+
+    def prepare(self, content: Content, instruction: str | None) -> Inputs:
+        """Token ids and pixels of one item. Raises ContentError if it cannot be used."""
+        ...
+
+    def forward(self, batch: Sequence[Any]) -> Tensor:
+        """Pooled vectors of shape (len(batch), dim), not normalised, on the model's device."""
+        ...
+
+    def settings(self) -> dict[str, Any]:
+        """Everything besides the weights that moves vectors: limits, prompts, pooling."""
+        ...
+
+
+def last_token(hidden: Tensor, mask: Tensor) -> Tensor:
+    """State of the last real token of each row, for left or right padding.
+
+    Args:
+        hidden: (batch, length, dim).
+        mask: (batch, length), 1 for real tokens.
+
+    Returns: (batch, dim).
+    """
+    positions = torch.arange(mask.shape[1], device=mask.device)
+    last = (mask * positions).argmax(dim=1)  # (batch,)
+    return hidden[torch.arange(hidden.shape[0], device=hidden.device), last]
+
+
+def mean_tokens(hidden: Tensor, mask: Tensor) -> Tensor:
+    """Mean of the states of the real tokens of each row; shapes as in ``last_token``."""
+    weights = mask.to(hidden.dtype).unsqueeze(-1)  # (batch, length, 1)
+    return (hidden * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1)
+
+
+def check_dim(dim: int | None, full: int) -> int:
+    """The dimension to keep. Raises ConfigError if the model has fewer, or for less than 1."""
+    if dim is None:
+        return full
+    if not 1 <= dim <= full:
+        raise ConfigError(f"dim={dim} is not possible: this model has {full} dimensions.")
+    return dim
+
+
+def truncate_normalise(vectors: NDArray[np.floating[Any]], dim: int) -> NDArray[np.float32]:
+    """First ``dim`` dimensions of each row, scaled to L2 norm 1 (Matryoshka, arXiv 2205.13147)."""
+    kept = np.asarray(vectors[:, :dim], dtype=np.float32)
+    norms = np.linalg.norm(kept, axis=1, keepdims=True)
+    return np.asarray(kept / np.maximum(norms, 1e-12), dtype=np.float32)

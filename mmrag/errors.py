@@ -1,0 +1,51 @@
+"""Every error that mmrag raises on purpose.
+
+``MMRagError``
+  ├── ``ContentError``      a text or picture that cannot be used
+  ├── ``ReadError``         a file or page that cannot be read
+  ├── ``ModelError``        a checkpoint or adapter that cannot be loaded exactly
+  ├── ``CollectionError``   a collection that is missing, locked, or built otherwise
+  ├── ``EndpointError``     a remote server that refused, hung, or answered nonsense
+  └── ``ConfigError``       options that contradict each other or are not known
+
+Each message says what was wrong and what to do about it.
+"""
+
+from __future__ import annotations
+
+
+class MMRagError(Exception):
+    """Base of all errors that mmrag raises on purpose."""
+
+
+class ContentError(MMRagError):
+    """A text or picture that cannot be embedded: broken, too large, or of an unknown type."""
+
+
+class ReadError(MMRagError):
+    """A file, or one page of it, that cannot be read."""
+
+    def __init__(self, message: str, *, file: str, page: int | None = None) -> None:
+        super().__init__(message)
+        self.file = file
+        self.page = page
+
+    def __str__(self) -> str:
+        where = self.file if self.page is None else f"{self.file}, page {self.page}"
+        return f"{where}: {self.args[0]}"
+
+
+class ModelError(MMRagError):
+    """A checkpoint or adapter that is unknown, incomplete, or of another architecture."""
+
+
+class CollectionError(MMRagError):
+    """A collection that is missing, locked by another process, or built with other settings."""
+
+
+class EndpointError(MMRagError):
+    """A remote model server that cannot be reached or does not answer as its protocol says."""
+
+
+class ConfigError(MMRagError):
+    """Options that are unknown or contradict each other."""

@@ -1,0 +1,27 @@
+"""Fixtures shared by all tests."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+SHARED = Path(os.environ.get("MMRAG_TEST_DATA", Path(__file__).parents[2] / "shared"))
+
+
+def _folder(name: str) -> Path:
+    folder = SHARED / name
+    if not folder.is_dir():
+        pytest.skip(f"evaluation data is not here: {name} (set MMRAG_TEST_DATA)")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def golden() -> Path:
+    """Folder with the vectors of the reference code of each family."""
+    return _folder("golden")
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Folder with real documents and questions."""
+    return _folder("data")
