@@ -1,17 +1,22 @@
-"""The protocols of the engine, and the small tensor functions that every family shares."""
+"""The protocols of the engine, and the small tensor functions that every family shares.
+
+torch is imported only by the functions that take tensors: a remote embedder needs none.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from mmrag.content import Content, ContentLike, Modality
 from mmrag.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 
 @runtime_checkable
@@ -103,6 +108,8 @@ def last_token(hidden: Tensor, mask: Tensor) -> Tensor:
 
     Returns: (batch, dim).
     """
+    import torch
+
     positions = torch.arange(mask.shape[1], device=mask.device)
     last = (mask * positions).argmax(dim=1)  # (batch,)
     return hidden[torch.arange(hidden.shape[0], device=hidden.device), last]
