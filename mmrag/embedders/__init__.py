@@ -1,1 +1,134 @@
-"""The engine: multimodal embedders, free of LlamaIndex and Qdrant."""
+"""The engine: multimodal embedders, free of LlamaIndex and Qdrant.
+
+``load_embedder`` is the one door. A family is one file with a ``load_*`` function that returns
+a ``Backbone``, and one row of ``FAMILIES``.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mmrag.embedders.base import Embedder
+from mmrag.embedders.known import KNOWN, KnownModel, find_known
+from mmrag.errors import ConfigError, ModelError
+
+if TYPE_CHECKING:
+    from mmrag.embedders.base import Backbone
+
+__all__ = ["FAMILIES", "KNOWN", "Embedder", "KnownModel", "load_backbone", "load_embedder"]
+
+logger = logging.getLogger(__name__)
+
+# family: module and function that load it
+FAMILIES: dict[str, tuple[str, str]] = {
+    "gme": ("qwen2_vl", "load_gme"),
+}
+
+# What a folder is taken for when nothing else tells: its config's model_type.
+_BY_MODEL_TYPE = {"qwen2_vl": "gme"}
+
+
+def load_embedder(
+    name: str | Path,
+    *,
+    family: str | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    revision: str | None = None,
+    token_budget: int | None = None,
+    **limits: Any,
+) -> Embedder:
+    """Load an embedder by name or from a folder.
+
+    Args:
+        name: ``mmrag-nano``, a checkpoint folder, or a name on the hub.
+        family: the recipe to follow, a key of ``FAMILIES``; by default that of the known
+            checkpoint, or what the folder says of itself.
+        device: ``auto``, ``cpu``, ``cuda``, ``cuda:1``, ``mps``.
+        dtype: ``auto``, ``float32``, ``bfloat16``, ``float16``.
+        revision: branch, tag or commit on the hub.
+        token_budget: tokens of a padded batch, visual ones included.
+        limits: what the family takes: ``max_length``, ``min_image_tokens``,
+            ``max_image_tokens`` and the like.
+
+    Raises: ModelError if it cannot be found or does not load exactly, ConfigError for options
+        that are unknown.
+    """
+    from mmrag.embedders.engine import LocalEmbedder
+    from mmrag.embedders.loading import find_checkpoint, fingerprint
+
+    backbone = load_backbone(
+        name, family=family, device=device, dtype=dtype, revision=revision, **limits
+    )
+    folder = find_checkpoint(name, revision)
+    return LocalEmbedder(
+        backbone,
+        name=str(name),
+        fingerprint=fingerprint([folder], backbone.settings()),
+        token_budget=token_budget,
+    )
+
+
+def load_backbone(
+    name: str | Path,
+    *,
+    family: str | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    revision: str | None = None,
+    **limits: Any,
+) -> Backbone:
+    """Load the Backbone alone, as training does; arguments as in ``load_embedder``."""
+    from mmrag.embedders.loading import MARKER, find_checkpoint, place, read_json
+
+    known = find_known(str(name))
+    if known is not None and known.non_commercial:
+        logger.warning("%s: its licence (%s) forbids commercial use.", name, known.licence)
+    folder = find_checkpoint(name, revision)
+    marker = read_json(folder / MARKER)
+    chosen = family or marker.get("family") or (known.family if known else None) or _guess(folder)
+    load = _loader(chosen)
+    own = {key: value for key, value in marker.items() if key in _options(load)}
+    if "modalities" in own:
+        own["modalities"] = frozenset(own["modalities"])
+    unknown = sorted(set(limits) - _options(load))
+    if unknown:
+        able = ", ".join(sorted(_options(load)))
+        raise ConfigError(f"{', '.join(unknown)}: unknown to family {chosen!r}; it takes {able}.")
+    return load(folder, place(device, dtype), **{**own, **limits})
+
+
+def _loader(family: str) -> Callable[..., Backbone]:
+    if family not in FAMILIES:
+        raise ConfigError(f"family={family!r} is not known: use one of {', '.join(FAMILIES)}.")
+    module, function = FAMILIES[family]
+    loader: Callable[..., Backbone] = getattr(
+        importlib.import_module(f"mmrag.embedders.{module}"), function
+    )
+    return loader
+
+
+def _options(load: Callable[..., Any]) -> set[str]:
+    parameters = inspect.signature(load).parameters.values()
+    return {p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
+
+
+def _guess(folder: Path) -> str:
+    """Take a folder without a name or marker by its architecture, and say so."""
+    from mmrag.embedders.loading import read_json
+
+    config = read_json(folder / "config.json")
+    model_type = config.get("model_type", "")
+    if model_type not in _BY_MODEL_TYPE:
+        raise ModelError(
+            f"{folder}: cannot tell which recipe this checkpoint follows (model_type "
+            f"{model_type!r}). Pass family=, one of {', '.join(FAMILIES)}."
+        )
+    family = _BY_MODEL_TYPE[model_type]
+    logger.warning("%s: does not say its recipe; taken for family %r.", folder, family)
+    return family

@@ -1,8 +1,8 @@
 """Named task instructions for queries.
 
 Embedders of this kind are trained with a sentence that says what the query is looking for.
-The sentences here follow those of M-BEIR (arXiv 2311.17136, table 9) and GME (arXiv
-2412.16855): what is wanted, and how it relates to what is given.
+The sentences here are in the style of M-BEIR (arXiv 2311.17136) and GME (arXiv 2412.16855):
+what is wanted, and how it relates to what is given.
 """
 
 from __future__ import annotations

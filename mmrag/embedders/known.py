@@ -1,0 +1,46 @@
+"""The table of known checkpoints. Imports nothing heavy: ``mmrag models`` prints it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class KnownModel:
+    """One published checkpoint and what its card says.
+
+    dim: length of the full vector. matryoshka_dims: shorter ones it was trained for.
+    context: tokens of the longest input. visual_tokens: most tokens of one picture.
+    base: the checkpoint a LoRA adapter sits on, if it is one.
+    """
+
+    name: str
+    family: str
+    dim: int
+    licence: str
+    context: int
+    visual_tokens: int
+    matryoshka_dims: tuple[int, ...] = ()
+    modalities: tuple[str, ...] = ("text", "image", "fused")
+    non_commercial: bool = False
+    base: str | None = None
+
+
+_APACHE = "Apache-2.0"
+_MRL_2048 = (64, 128, 256, 512, 1024, 2048)
+_MRL_4096 = (64, 128, 256, 512, 1024, 2048, 4096)
+
+KNOWN: tuple[KnownModel, ...] = (
+    KnownModel("mmrag-nano", "gme", 384, _APACHE, 512, 0, modalities=("text",)),
+    KnownModel("Alibaba-NLP/gme-Qwen2-VL-2B-Instruct", "gme", 1536, _APACHE, 32768, 1280),
+    KnownModel("Alibaba-NLP/gme-Qwen2-VL-7B-Instruct", "gme", 3584, _APACHE, 32768, 1280),
+)
+
+
+def find_known(name: str) -> KnownModel | None:
+    """Row of a checkpoint by its full name, or by the last part of it; None if unknown."""
+    for model in KNOWN:
+        if name == model.name:
+            return model
+    last = name.rstrip("/").rpartition("/")[2]
+    return next((m for m in KNOWN if m.name.rpartition("/")[2] == last), None)
