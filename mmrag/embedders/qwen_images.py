@@ -119,9 +119,7 @@ def to_patches(picture: Image.Image, rule: PictureRule) -> tuple[Tensor, tuple[i
     """
     mean, std = np.array(rule.mean, np.float32), np.array(rule.std, np.float32)
     scaled = np.asarray(picture, dtype=np.float32) / np.float32(255)
-    pixels = (pixels - np.array(rule.mean, np.float32)) / np.array(
-        rule.std, np.float32
-    )  # (height, width, 3)
+    pixels: NDArray[np.float32] = (scaled - mean) / std  # (height, width, 3)
     rows, columns = picture.height // rule.patch, picture.width // rule.patch
     m, p = rule.merge, rule.patch
     blocks = pixels.reshape(rows // m, m, p, columns // m, m, p, 3)
