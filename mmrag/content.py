@@ -1,25 +1,28 @@
 """What an embedder takes: a text, a picture, or both; and safe loading of pictures.
 
-Pictures come as PIL images, paths, bytes, binary streams, data URLs or numpy arrays. They
-are checked against limits on bytes and pixels *before* they are decoded, turned upright by
-their EXIF orientation, laid on white where they are transparent, and returned as RGB.
+Pictures come as PIL images, paths, bytes, BytesIO, data URLs or numpy arrays. They are checked
+against limits on bytes and pixels *before* they are decoded, turned upright by their EXIF
+orientation, laid on white where they are transparent, and returned as RGB.
 """
 
 from __future__ import annotations
 
 import base64
-import binascii
 import io
 import os
+import re
+import struct
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, cast
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from mmrag.errors import ContentError
 
@@ -29,7 +32,24 @@ ImageSource: TypeAlias = (
 Modality: TypeAlias = Literal["text", "image", "fused"]
 UrlLoader: TypeAlias = Callable[[str], bytes]
 
+_WEB_ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
+# Raster formats only: some that Pillow knows, such as EPS, start other programs to be decoded.
+_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP", "JPEG2000", "AVIF", "PPM", "ICO")
+# What Pillow's decoders raise for broken files.
+_BROKEN = (
+    *(OSError, SyntaxError, ValueError, EOFError, MemoryError, RuntimeError, OverflowError),
+    *(TypeError, AttributeError, LookupError, struct.error, zlib.error),
+)
 _EXIF_ORIENTATION = 0x0112
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 _SIXTEEN_BIT_MODES = ("I;16", "I;16B", "I;16L", "I;16N", "I", "F")
 
 
@@ -128,16 +148,11 @@ def load_image(
     Raises: ContentError if the source is missing, broken, of no known format, or too large.
     """
     name = describe(source)
-    try:
-        with _open(source, limits, loader) as picture:
-            _check_pixels(picture.size, name, limits)
-            picture.load()
-            return _to_rgb(_upright(picture))
-    except (OSError, SyntaxError, ValueError, EOFError, MemoryError) as error:
-        # Pillow's decoders signal broken files by all of these.
-        raise ContentError(
-            f"{name}: the picture is broken and cannot be decoded ({error})."
-        ) from error
+    with _decoding(name), _open(source, limits, loader) as picture:
+        _check_pixels(picture.size, name, limits)
+        picture.load()
+        turn = _TURNS.get(_orientation(picture.getexif()))
+        return _to_rgb(picture if turn is None else picture.transpose(turn))
 
 
 def image_size(
@@ -148,23 +163,29 @@ def image_size(
 ) -> tuple[int, int]:
     """Width and height in pixels, as they will be after EXIF rotation, without decoding.
 
-    Raises: ContentError as ``load_image`` does.
+    An orientation that a PNG states only after its pixels is not seen here.
+
+    Raises: ContentError as ``load_image`` does, except for damage beyond the header.
     """
     name = describe(source)
-    with _open(source, limits, loader) as picture:
+    with _decoding(name), _open(source, limits, loader) as picture:
         _check_pixels(picture.size, name, limits)
         width, height = picture.size
-        turned = _orientation(picture) in (5, 6, 7, 8)
+        # PngImageFile.getexif would decode the whole picture to look behind its pixels.
+        orientation = _orientation(Image.Image.getexif(picture))
+    # Pillow states the size of a TIFF as it will be once turned.
+    turned = orientation in (5, 6, 7, 8) and picture.format != "TIFF"
     return (height, width) if turned else (width, height)
 
 
 def describe(source: ImageSource) -> str:
     """A short name of a picture for messages."""
     match source:
-        case str() if source.startswith("data:"):
+        case str() if _is_data_url(source):
             return "picture from a data URL"
         case str() | os.PathLike():
-            return str(source)
+            name = os.fspath(source)
+            return name if len(name) <= 300 else f"{name[:300]}..."
         case Image.Image():
             return getattr(source, "filename", "") or f"picture of {source.width}x{source.height}"
         case np.ndarray():
@@ -172,27 +193,36 @@ def describe(source: ImageSource) -> str:
     return "picture from bytes"
 
 
-class _Borrowed:
-    """Context manager over a picture that belongs to the caller and stays open."""
-
-    def __init__(self, picture: Image.Image) -> None:
-        self.picture = picture
-
-    def __enter__(self) -> Image.Image:
-        return self.picture
-
-    def __exit__(self, *_: object) -> None:
-        return None
+@contextmanager
+def _decoding(name: str) -> Iterator[None]:
+    """Turn what Pillow raises for a broken picture into a ContentError."""
+    try:
+        yield
+    except _BROKEN as error:
+        raise ContentError(
+            f"{name}: the picture is broken and cannot be decoded ({error})."
+        ) from error
 
 
+@contextmanager
 def _open(
     source: ImageSource, limits: ImageLimits, loader: UrlLoader | None
-) -> Image.Image | _Borrowed:
-    """Open a picture lazily: header only."""
+) -> Iterator[Image.Image]:
+    """Open a picture lazily, header only; a picture of the caller stays open."""
     if isinstance(source, Image.Image):
-        return _Borrowed(source)
-    if isinstance(source, np.ndarray):
-        return _Borrowed(_from_array(source, limits))
+        yield source
+    elif isinstance(source, np.ndarray):
+        yield _from_array(source, limits)
+    else:
+        with _open_file(source, limits, loader) as picture:
+            yield picture
+
+
+def _open_file(
+    source: str | os.PathLike[str] | bytes | bytearray | io.BytesIO,
+    limits: ImageLimits,
+    loader: UrlLoader | None,
+) -> Image.Image:
     name = describe(source)
     raw = _raw(source, limits, loader)
     size = raw.stat().st_size if isinstance(raw, Path) else len(raw)
@@ -205,13 +235,16 @@ def _open(
         with warnings.catch_warnings():
             # Our own limit on pixels is checked by the caller; Pillow's is a warning only.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            return Image.open(raw if isinstance(raw, Path) else io.BytesIO(raw))
+            return Image.open(raw if isinstance(raw, Path) else io.BytesIO(raw), formats=_FORMATS)
     except UnidentifiedImageError as error:
-        raise ContentError(f"{name}: not a picture in any known format.") from error
+        raise ContentError(
+            f"{name}: not a picture, or in none of the formats {', '.join(_FORMATS)}."
+        ) from error
     except Image.DecompressionBombError as error:
-        raise ContentError(f"{name}: {error}") from error
-    except (OSError, SyntaxError, ValueError, EOFError) as error:
-        raise ContentError(f"{name}: the picture cannot be opened ({error}).") from error
+        raise ContentError(
+            f"{name}: {error} Make it smaller; should it be trusted, raise "
+            "PIL.Image.MAX_IMAGE_PIXELS and ImageLimits.max_pixels."
+        ) from error
 
 
 def _raw(
@@ -227,31 +260,49 @@ def _raw(
     if not isinstance(source, (str, os.PathLike)):
         raise ContentError(f"A picture cannot be made from a {type(source).__name__}.")
     text = os.fspath(source)
-    if text.startswith("data:"):
+    if _is_data_url(text):
         return _from_data_url(text, limits)
-    if text.startswith(("http://", "https://")):
-        if loader is None:
-            raise ContentError(
-                f"{text}: web addresses are not followed; download the picture, or pass a "
-                "`loader` that returns its bytes."
-            )
-        return loader(text)
+    if _WEB_ADDRESS.match(text):
+        return _from_loader(text, loader)
     path = Path(text)
-    if not path.is_file():
-        raise ContentError(f"{text}: there is no such picture file.")
+    try:
+        found = path.is_file()
+    except OSError:  # a name too long for the file system
+        found = False
+    if not found:
+        raise ContentError(f"{describe(text)}: there is no such picture file.")
     return path
+
+
+def _is_data_url(text: str) -> bool:
+    return text[:5].lower() == "data:"
 
 
 def _from_data_url(url: str, limits: ImageLimits) -> bytes:
     head, comma, body = url.partition(",")
-    if not comma or not head.endswith(";base64"):
+    if not comma or not head.lower().endswith(";base64"):
         raise ContentError("A data URL must look like data:image/png;base64,...")
     if len(body) * 3 // 4 > limits.max_bytes:
         raise ContentError(f"The data URL is over the limit of {limits.max_bytes:,} bytes.")
     try:
-        return base64.b64decode(body, validate=True)
-    except binascii.Error as error:
+        return base64.b64decode("".join(body.split()), validate=True)
+    except ValueError as error:
         raise ContentError(f"The data URL is not valid base64 ({error}).") from error
+
+
+def _from_loader(url: str, loader: UrlLoader | None) -> bytes:
+    if loader is None:
+        raise ContentError(
+            f"{describe(url)}: web addresses are not followed; download the picture, or pass a "
+            "`loader` that returns its bytes."
+        )
+    try:
+        raw = loader(url)
+    except Exception as error:  # the loader is the caller's and may raise anything
+        raise ContentError(f"{describe(url)}: the loader failed ({error}).") from error
+    if not isinstance(raw, bytes):
+        raise ContentError(f"{describe(url)}: the loader must return bytes, not {type(raw)}.")
+    return raw
 
 
 def _from_array(array: NDArray[Any], limits: ImageLimits) -> Image.Image:
@@ -272,8 +323,8 @@ def _to_uint8(array: NDArray[Any], name: str) -> NDArray[np.uint8]:
         return array
     if array.dtype == np.bool_:
         return array.astype(np.uint8) * np.uint8(255)
-    if array.dtype == np.uint16:
-        return (array // 257).astype(np.uint8)
+    if array.dtype.kind == "u" and array.dtype.itemsize == 2:  # in any byte order
+        return np.round(array / 257).astype(np.uint8)
     if np.issubdtype(array.dtype, np.floating):
         if not np.isfinite(array).all() or array.min() < 0 or array.max() > 1:
             raise ContentError(f"{name}: a float picture must be finite and within [0, 1].")
@@ -292,32 +343,30 @@ def _check_pixels(size: tuple[int, int], name: str, limits: ImageLimits) -> None
         )
 
 
-def _orientation(picture: Image.Image) -> int:
-    return int(picture.getexif().get(_EXIF_ORIENTATION, 1))
-
-
-def _upright(picture: Image.Image) -> Image.Image:
-    return picture if _orientation(picture) == 1 else ImageOps.exif_transpose(picture)
+def _orientation(exif: Image.Exif) -> int:
+    value = exif.get(_EXIF_ORIENTATION, 1)
+    return value if isinstance(value, int) else 1
 
 
 def _to_rgb(picture: Image.Image) -> Image.Image:
-    if picture.mode == "RGB":
-        return picture.copy()
     if picture.mode in _SIXTEEN_BIT_MODES:
         return _from_deep(picture).convert("RGB")
     if picture.has_transparency_data:
         layer = picture.convert("RGBA")
         white = Image.new("RGBA", layer.size, (255, 255, 255, 255))
         return Image.alpha_composite(white, layer).convert("RGB")
-    return picture.convert("RGB")
+    return picture.convert("RGB")  # a copy where it is RGB already
 
 
 def _from_deep(picture: Image.Image) -> Image.Image:
     """Scale 16-bit and float grey pictures to 8 bits; Pillow's own convert clips them at 255."""
-    values = np.asarray(picture, dtype=np.float64)
+    values = np.nan_to_num(np.asarray(picture, dtype=np.float64))
     if picture.mode == "F":
         top = 1.0 if values.max(initial=0.0) <= 1.0 else 255.0
     else:
         top = 255.0 if picture.mode == "I" and values.max(initial=0.0) <= 255 else 65535.0
     scaled = np.clip(values / top, 0, 1) * 255
+    transparent = picture.info.get("transparency")  # one grey value, where a PNG declares it
+    if isinstance(transparent, int):
+        scaled[values == transparent] = 255
     return Image.fromarray(np.round(scaled).astype(np.uint8))
