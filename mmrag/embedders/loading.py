@@ -139,6 +139,7 @@ def load_exact(
                 attn_implementation=placement.attention,
                 output_loading_info=True,
                 local_files_only=True,
+                ignore_mismatched_sizes=True,  # reported below, by name
                 **kwargs,
             )
     except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
