@@ -1,1 +1,99 @@
-"""Multimodal RAG for LlamaIndex."""
+"""Multimodal RAG for LlamaIndex: one embedder, one Qdrant collection, answers that cite pages.
+
+Names are loaded when they are first used, so that ``import mmrag`` costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mmrag.answering import CitedQueryEngine
+    from mmrag.collection import Collection, CollectionSettings, Where
+    from mmrag.content import Content, ImageLimits, load_image
+    from mmrag.embedders import Embedder, load_embedder
+    from mmrag.embedders.remote import RemoteEmbedder
+    from mmrag.embedding import UniversalEmbedding
+    from mmrag.errors import (
+        CollectionError,
+        ConfigError,
+        ContentError,
+        EndpointError,
+        MMRagError,
+        ModelError,
+        ReadError,
+    )
+    from mmrag.index import UniversalIndex
+    from mmrag.ingest import IngestReport, ingest
+    from mmrag.reading import ReadOptions, read_file
+    from mmrag.retriever import UniversalRetriever
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "CitedQueryEngine": "answering",
+    "Collection": "collection",
+    "CollectionError": "errors",
+    "CollectionSettings": "collection",
+    "ConfigError": "errors",
+    "Content": "content",
+    "ContentError": "errors",
+    "Embedder": "embedders",
+    "EndpointError": "errors",
+    "ImageLimits": "content",
+    "IngestReport": "ingest",
+    "MMRagError": "errors",
+    "ModelError": "errors",
+    "ReadError": "errors",
+    "ReadOptions": "reading",
+    "RemoteEmbedder": "embedders.remote",
+    "UniversalEmbedding": "embedding",
+    "UniversalIndex": "index",
+    "UniversalRetriever": "retriever",
+    "Where": "collection",
+    "ingest": "ingest",
+    "load_embedder": "embedders",
+    "load_image": "content",
+    "read_file": "reading",
+}
+
+__all__ = [
+    "CitedQueryEngine",
+    "Collection",
+    "CollectionError",
+    "CollectionSettings",
+    "ConfigError",
+    "Content",
+    "ContentError",
+    "Embedder",
+    "EndpointError",
+    "ImageLimits",
+    "IngestReport",
+    "MMRagError",
+    "ModelError",
+    "ReadError",
+    "ReadOptions",
+    "RemoteEmbedder",
+    "UniversalEmbedding",
+    "UniversalIndex",
+    "UniversalRetriever",
+    "Where",
+    "__version__",
+    "ingest",
+    "load_embedder",
+    "load_image",
+    "read_file",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'mmrag' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"mmrag.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

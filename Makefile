@@ -1,0 +1,53 @@
+# make demo   install into .venv and answer a question over sample PDFs
+# make test   install the test tools too and run the tests
+PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3.13 || command -v python3)
+BIN := .venv/bin
+PIP := $(BIN)/pip --quiet --disable-pip-version-check
+DEMO := build/demo
+QUESTION ?= How many days of paid leave does a keeper get after five years?
+
+.PHONY: demo test test-slow lint docs bench clean
+
+demo: .venv/.base
+	@$(BIN)/python docs/samples/make_samples.py $(DEMO)/samples
+	@$(BIN)/mmrag index $(DEMO)/samples --collection $(DEMO)/library
+	@$(BIN)/mmrag ask "$(QUESTION)" --collection $(DEMO)/library --save-pages $(DEMO)/pages
+
+test: .venv/.dev
+	$(BIN)/pytest -m "not slow and not gpu and not hub"
+
+test-slow: .venv/.dev
+	$(BIN)/pytest -m "slow and not gpu and not hub"
+
+lint: .venv/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+docs: .venv/.docs
+	$(BIN)/mkdocs build --strict --site-dir build/site
+
+bench: .venv/.dev
+	$(BIN)/python docs/benchmarks/run.py
+
+clean:
+	rm -rf .venv build dist
+
+# A stamp is made last, so that an interrupted installation is tried again.
+.venv/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "mmrag needs Python 3.11 or newer: make PYTHON=/path/to/python3.11 demo"; exit 1; }
+	@$(PYTHON) -m venv .venv
+
+.venv/.base: .venv/bin/python pyproject.toml constraints.txt
+	@echo "Installing mmrag into .venv (a few minutes the first time) ..."
+	@$(PIP) install -c constraints.txt -e .
+	@touch $@
+
+.venv/.dev: .venv/.base
+	@echo "Installing the test tools into .venv ..."
+	@$(PIP) install -c constraints.txt -e ".[ocr,st,train,eval,dev]"
+	@touch $@
+
+.venv/.docs: .venv/.base
+	@$(PIP) install -c constraints.txt -e ".[docs]"
+	@touch $@
