@@ -1,0 +1,380 @@
+"""An embedder behind an OpenAI-compatible ``/v1/embeddings`` server, such as vLLM. No torch.
+
+Texts go as ``input``, many in a request. A picture goes as chat ``messages``, which is vLLM's
+extension of the protocol and takes one item a request
+(https://docs.vllm.ai/en/stable/models/pooling_models/).
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import json
+import logging
+import math
+import random
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx
+import numpy as np
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.progress import Progress
+
+from mmrag.content import (
+    DEFAULT_LIMITS,
+    Content,
+    ContentLike,
+    ImageLimits,
+    ImageSource,
+    Modality,
+    as_content,
+    load_image,
+)
+from mmrag.embedders.base import check_dim, truncate_normalise
+from mmrag.embedders.instructions import resolve
+from mmrag.errors import ConfigError, ContentError, EndpointError
+
+logger = logging.getLogger(__name__)
+
+ALL_MODALITIES: frozenset[Modality] = frozenset(("text", "image", "fused"))
+_RETRIED_STATUS = frozenset((408, 425, 429, 500, 502, 503, 504))
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 8.0  # seconds between tries, doubled each time
+
+
+class RemoteEmbedder:
+    """An Embedder that asks a server. Safe to call from several threads, and picklable.
+
+    Args:
+        model: the name the server knows the model by.
+        base_url: as OpenAI clients take it, for instance ``http://localhost:8000/v1``.
+        api_key: sent as a bearer token; never part of a message, a repr or the fingerprint.
+        dim: length of the server's vectors; without it one request is made to find out.
+        chat: send texts as chat messages too, with the instruction as the system turn. Models
+            with a chat template, such as Qwen3-VL-Embedding, need it: ``input`` skips the
+            template. Without it the instruction is written before the text.
+        instruction_format: how, when ``chat`` is off.
+        document_instruction: the instruction of items that have none.
+        extra_body: fields added to every request, such as ``{"add_generation_prompt": True}``
+            (vLLM: the template's end, as Qwen3-VL-Embedding needs it) or
+            ``{"truncate_prompt_tokens": -1}`` (vLLM: cut over-long texts).
+        modalities: what the model takes; anything else is refused before it is sent.
+        batch_size: texts in one request.
+        concurrency: requests under way at once, over all threads.
+        timeout: seconds for one request.
+        deadline: seconds for one call of ``encode``, however many requests it makes.
+        retries: how often a request is repeated after a busy, broken or absent answer.
+        limits: bounds on pictures. They are sent as PNG, upright, at full size.
+
+    Raises: EndpointError if ``dim`` is not given and the server does not answer.
+    """
+
+    family = "remote"
+
+    def __init__(
+        self,
+        model: str,
+        base_url: str,
+        *,
+        api_key: str | None = None,
+        dim: int | None = None,
+        chat: bool = False,
+        instruction_format: str = "Instruct: {instruction}\nQuery: {text}",
+        document_instruction: str | None = None,
+        extra_body: Mapping[str, Any] | None = None,
+        modalities: frozenset[Modality] = ALL_MODALITIES,
+        batch_size: int = 32,
+        concurrency: int = 8,
+        timeout: float = 60.0,
+        deadline: float | None = None,
+        retries: int = 4,
+        limits: ImageLimits = DEFAULT_LIMITS,
+    ) -> None:
+        if "{instruction}" not in instruction_format or "{text}" not in instruction_format:
+            raise ConfigError("instruction_format must hold {instruction} and {text}.")
+        if batch_size < 1 or concurrency < 1 or retries < 0 or timeout <= 0:
+            raise ConfigError("batch_size, concurrency and timeout must be above 0, retries too.")
+        self.name = model
+        self.modalities = modalities
+        self.chat = chat
+        self.instruction_format = instruction_format
+        self.document_instruction = resolve(document_instruction)
+        self.extra_body = dict(extra_body or {})
+        self.batch_size = batch_size
+        self.concurrency = concurrency
+        self.timeout = timeout
+        self.deadline = deadline
+        self.retries = retries
+        self.limits = limits
+        self._url = _embeddings_url(base_url)
+        self._api_key = _checked_key(api_key)
+        self._connect()
+        self.dim = self._find_dim() if dim is None else dim
+        self.fingerprint = self._fingerprint()
+
+    def __repr__(self) -> str:
+        return f"RemoteEmbedder({self.name!r}, {_shown(self._url)!r})"
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k not in ("_client", "_slots")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._connect()
+
+    def _connect(self) -> None:
+        headers = {"Authorization": f"Bearer {self._api_key}"} if self._api_key else {}
+        pool = httpx.Limits(max_connections=self.concurrency)
+        self._client = httpx.Client(headers=headers, timeout=self.timeout, limits=pool)
+        self._slots = threading.BoundedSemaphore(self.concurrency)
+
+    def _fingerprint(self) -> str:
+        """Of the model and what shapes its prompts; the same model elsewhere is the same."""
+        shape = (self.name, self.dim, self.chat, self.instruction_format)
+        settings = [*shape, self.document_instruction, self.extra_body]
+        return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+
+    def _find_dim(self) -> int:
+        item = Content(text="How long are the vectors?")
+        return int(self._post(self._body([item]), 1, _Call(self.deadline)).shape[1])
+
+    def encode(
+        self,
+        contents: Sequence[ContentLike],
+        instruction: str | None = None,
+        dim: int | None = None,
+        progress: bool = False,
+    ) -> NDArray[np.float32]:
+        """Embed contents of any mix of modalities; see ``Embedder.encode``.
+
+        Raises: EndpointError if the server refuses, stays silent or answers nonsense; the
+            vectors of the other items are lost with it.
+        """
+        kept = check_dim(dim, self.dim)
+        task = resolve(instruction)
+        items = [self._item(index, value, task) for index, value in enumerate(contents)]
+        vectors = np.zeros((len(items), self.dim), dtype=np.float32)
+        call = _Call(self.deadline)
+        with (
+            ThreadPoolExecutor(self.concurrency, thread_name_prefix="mmrag-remote") as pool,
+            Progress(console=Console(stderr=True), disable=not progress) as bar,
+        ):
+            shown = bar.add_task("embedding", total=len(items))
+            jobs = {
+                pool.submit(self._embed, [items[i] for i in job], job, call): job
+                for job in self._jobs(items)
+            }
+            try:
+                for future in as_completed(jobs):
+                    vectors[jobs[future]] = future.result()
+                    bar.advance(shown, len(jobs[future]))
+            finally:
+                call.stop.set()
+                for future in jobs:
+                    future.cancel()
+        return truncate_normalise(vectors, kept)
+
+    def _item(self, index: int, value: ContentLike, task: str | None) -> Content:
+        try:
+            content = as_content(value)
+        except ContentError as error:
+            raise ContentError(f"item {index}: {error}") from error
+        if content.modality not in self.modalities:
+            able = ", ".join(sorted(self.modalities))
+            raise ContentError(
+                f"item {index}: {self.name} cannot embed {content.modality}, only {able}."
+            )
+        own = resolve(content.instruction) if content.instruction is not None else task
+        return Content(content.text, content.image, own or self.document_instruction)
+
+    def _jobs(self, items: Sequence[Content]) -> Iterator[list[int]]:
+        """Indices of the items of each request: texts together, pictures alone."""
+        texts = [i for i, item in enumerate(items) if not self.chat and not item.images]
+        for start in range(0, len(texts), self.batch_size):
+            yield texts[start : start + self.batch_size]
+        together = set(texts)
+        yield from ([i] for i in range(len(items)) if i not in together)
+
+    def _embed(
+        self, items: Sequence[Content], indices: Sequence[int], call: _Call
+    ) -> NDArray[np.float32]:
+        where = f"item {indices[0]}" if len(indices) == 1 else f"items {indices[0]}-{indices[-1]}"
+        try:
+            vectors = self._post(self._body(items), len(items), call)
+        except (ContentError, EndpointError) as error:
+            raise type(error)(f"{where}: {error}") from error
+        if vectors.shape[1] != self.dim:
+            raise self._error(
+                f"answers with {vectors.shape[1]} dimensions where {self.dim} were expected; "
+                "check dim and the model's name"
+            )
+        return vectors
+
+    def _body(self, items: Sequence[Content]) -> dict[str, Any]:
+        """The JSON of one request: one item with pictures, or any number of texts."""
+        body = {"model": self.name, "encoding_format": "float", **self.extra_body}
+        if self.chat or items[0].images:
+            return {**body, "messages": self._messages(items[0])}
+        return {**body, "input": [self._text(item) for item in items]}
+
+    def _text(self, item: Content) -> str:
+        if self.chat or item.instruction is None:
+            return item.text or ""
+        return self.instruction_format.format(
+            instruction=item.instruction, text=item.text or ""
+        ).rstrip()
+
+    def _messages(self, item: Content) -> list[dict[str, Any]]:
+        parts: list[dict[str, Any]] = [
+            {"type": "image_url", "image_url": {"url": _data_url(picture, self.limits)}}
+            for picture in item.images
+        ]
+        text = self._text(item)
+        if text or not parts:
+            parts.append({"type": "text", "text": text})
+        user = {"role": "user", "content": parts}
+        if not self.chat or item.instruction is None:
+            return [user]
+        task = [{"type": "text", "text": item.instruction}]
+        return [{"role": "system", "content": task}, user]
+
+    def _post(self, body: dict[str, Any], n: int, call: _Call) -> NDArray[np.float32]:
+        """Vectors of one request, tried again with growing pauses. Shape (n, dim)."""
+        raw = json.dumps(body).encode()
+        for attempt in range(self.retries + 1):
+            asked: float | None = None
+            try:
+                status, answer, asked = self._send(raw, call)
+            except httpx.RequestError as error:
+                problem = f"cannot be reached ({type(error).__name__}: {error})"
+            else:
+                if status == 200:
+                    return self._vectors(answer, n)
+                problem = f"answers {status}: {_excerpt(answer)}"
+                if status not in _RETRIED_STATUS:
+                    raise self._error(problem + _hint(status))
+            pause = min(_FIRST_PAUSE * 2**attempt, _LONGEST_PAUSE) * random.uniform(1.0, 1.25)
+            if asked is not None:
+                pause = min(asked, self.timeout)
+            if attempt == self.retries or call.stop.is_set() or pause >= call.left():
+                raise self._error(f"{problem}, tried {attempt + 1} times")
+            logger.info("%s %s; trying again in %.1f s", _shown(self._url), problem, pause)
+            call.stop.wait(pause)
+        raise AssertionError("unreachable")
+
+    def _send(self, raw: bytes, call: _Call) -> tuple[int, bytes, float | None]:
+        """Status, body and the pause that the server asks for; raises httpx.RequestError."""
+        if not self._slots.acquire(timeout=min(call.left(), threading.TIMEOUT_MAX)):
+            raise httpx.PoolTimeout("the deadline passed while waiting for a free connection")
+        try:
+            seconds = min(self.timeout, call.left())
+            ends = time.monotonic() + seconds
+            headers = {"Content-Type": "application/json"}
+            wait = max(seconds, 0.001)
+            with self._client.stream(
+                "POST", self._url, content=raw, headers=headers, timeout=wait
+            ) as response:
+                parts = []
+                for part in response.iter_bytes():  # httpx bounds each read, not their sum
+                    parts.append(part)
+                    if time.monotonic() > ends:
+                        raise httpx.ReadTimeout("the answer came too slowly")
+                return response.status_code, b"".join(parts), _retry_after(response)
+        finally:
+            self._slots.release()
+
+    def _vectors(self, answer: bytes, n: int) -> NDArray[np.float32]:
+        """The rows of an answer in the order of the question, checked."""
+        try:
+            rows = json.loads(answer)["data"]
+            order = [row.get("index", position) for position, row in enumerate(rows)]
+            vectors = [np.asarray(row["embedding"], dtype=np.float32) for row in rows]
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise self._error(f"answers nonsense: {_excerpt(answer)}") from error
+        if sorted(order, key=str) != sorted(range(n), key=str):
+            raise self._error(f"answers with {len(rows)} vectors where {n} were asked for")
+        if any(v.ndim != 1 or v.shape != vectors[0].shape or not len(v) for v in vectors):
+            raise self._error("answers with vectors of different shapes")
+        stacked = np.stack(vectors)[np.argsort(order)]
+        if not np.isfinite(stacked).all() or not np.linalg.norm(stacked, axis=1).all():
+            raise self._error("answers with vectors that are zero or not finite")
+        return stacked
+
+    def _error(self, problem: str) -> EndpointError:
+        message = f"{_shown(self._url)}, model {self.name!r}: {problem}."
+        return EndpointError(message.replace(self._api_key, "***") if self._api_key else message)
+
+
+@dataclass(frozen=True)
+class _Call:
+    """One call of ``encode``: when it must be over, and whether it already is."""
+
+    seconds: float | None
+    started: float = field(default_factory=time.monotonic)
+    stop: threading.Event = field(default_factory=threading.Event)
+
+    def left(self) -> float:
+        """Seconds to the deadline."""
+        if self.seconds is None:
+            return math.inf
+        return max(0.0, self.started + self.seconds - time.monotonic())
+
+
+def _embeddings_url(base_url: str) -> str:
+    if not base_url.startswith(("http://", "https://")):
+        raise ConfigError("base_url must begin with http:// or https://.")
+    url = base_url.rstrip("/")
+    try:
+        httpx.URL(url)
+    except httpx.InvalidURL as error:
+        raise ConfigError(f"base_url is not a web address ({error}).") from error
+    return url if url.endswith("/embeddings") else f"{url}/embeddings"
+
+
+def _checked_key(api_key: str | None) -> str | None:
+    key = (api_key or "").strip()  # keys read from a file end in a newline
+    if not (key.isascii() and key.isprintable()):
+        raise ConfigError("api_key holds characters that cannot be sent.")
+    return key or None
+
+
+def _shown(url: str) -> str:
+    """The address without a user name or password in it."""
+    scheme, _, rest = url.partition("://")
+    host, slash, path = rest.partition("/")
+    return f"{scheme}://{host.rpartition('@')[2]}{slash}{path.partition('?')[0]}"
+
+
+def _data_url(picture: ImageSource, limits: ImageLimits) -> str:
+    buffer = io.BytesIO()
+    load_image(picture, limits=limits).save(buffer, "PNG", compress_level=1)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def _retry_after(response: httpx.Response) -> float | None:
+    """Seconds that the server asks to wait; ``None`` where it does not, or gives a date."""
+    try:
+        seconds = float(response.headers.get("Retry-After", ""))
+    except ValueError:
+        return None
+    return seconds if 0 <= seconds < math.inf else None
+
+
+def _excerpt(answer: bytes, most: int = 300) -> str:
+    text = " ".join(answer[: 4 * most].decode("utf-8", "replace").split())
+    return text if len(text) <= most else f"{text[:most]}..."
+
+
+def _hint(status: int) -> str:
+    match status:
+        case 401 | 403:
+            return " (check api_key)"
+        case 404 | 405 | 307 | 308:
+            return " (check base_url, which usually ends in /v1, and the model's name)"
+    return ""
