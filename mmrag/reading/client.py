@@ -1,0 +1,102 @@
+"""The side of the program that asks worker processes; see ``worker``."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import pickle
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from mmrag.reading.options import DEADLINE, Done
+
+
+class WorkerDied(Exception):
+    """The worker was ended by its deadline, or crashed."""
+
+    def __init__(self, *, late: bool) -> None:
+        super().__init__("took too long" if late else "crashed")
+        self.late = late
+
+
+class RequestFailed(Exception):
+    """The worker could not do what was asked; the message says why."""
+
+
+class _Worker:
+    """One worker process with its pipes."""
+
+    def __init__(self) -> None:
+        here = str(Path(__file__).parents[2])
+        paths = [here, *(path for path in sys.path if path)]
+        self.process = subprocess.Popen(
+            [sys.executable, "-P", "-m", "mmrag.reading.worker"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
+            # Ctrl-C is for the program, which ends its workers itself.
+            start_new_session=True,
+        )
+
+    def ask(self, seconds: float, operation: str, *arguments: Any) -> Iterator[Any]:
+        """Yield the answers to a request.
+
+        Raises: WorkerDied, RequestFailed.
+        """
+        assert self.process.stdin is not None and self.process.stdout is not None
+        try:
+            pickle.dump((seconds, operation, arguments), self.process.stdin)
+            self.process.stdin.flush()
+            while not isinstance(answer := pickle.load(self.process.stdout), Done):
+                yield answer
+        except (EOFError, BrokenPipeError, pickle.UnpicklingError) as error:
+            raise WorkerDied(late=self.process.wait() == DEADLINE) from error
+        if answer.error is not None:
+            raise RequestFailed(answer.error)
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        for pipe in (self.process.stdin, self.process.stdout):
+            if pipe is not None:
+                pipe.close()
+
+
+_idle: list[_Worker] = []
+
+
+def ask(seconds: float, operation: str, *arguments: Any) -> Iterator[Any]:
+    """Yield the answers of a worker process; ``seconds`` bounds the time to each.
+
+    A worker is kept for the next request. Each concurrent request has a worker of its own.
+
+    Raises: WorkerDied, RequestFailed.
+    """
+    worker = _idle.pop() if _idle else _Worker()
+    sound = False
+    try:
+        yield from worker.ask(seconds, operation, *arguments)
+        sound = True
+    except RequestFailed:
+        sound = True
+        raise
+    finally:
+        if sound:
+            _idle.append(worker)
+        else:
+            worker.close()
+
+
+@atexit.register
+def close_workers() -> None:
+    """End the worker processes that wait for work."""
+    while _idle:
+        _idle.pop().close()
+
+
+if hasattr(os, "register_at_fork"):
+    # A forked child must not talk through its parent's pipes.
+    os.register_at_fork(after_in_child=_idle.clear)

@@ -1,0 +1,238 @@
+"""Finding the figures of a PDF page: pictures and drawings with their captions.
+
+Boxes are in the page's own, unrotated coordinates here, as the engine gives them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mmrag.reading.layout import Word, clean, union
+from mmrag.reading.options import Box
+
+_MIN_SIDE = 36.0  # points: half an inch
+_MIN_SHARE = 0.012  # of the page's area
+_MAX_SHARE = 0.85  # larger ones are scans and backgrounds: the page itself shows them
+_THIN = 3.0  # points: rules and hairlines
+_NEAR = 9.0  # points between parts of one drawing
+_MAX_PATHS = 20_000
+_CAPTION = re.compile(
+    r"^(fig(ure|\.)?|chart|exhibit|table|tab\.|plate|photo(graph)?|image|picture|diagram|graph|map"
+    r"|scheme|illustration|abb(ildung|\.)?|figura|tableau)\s*\d",
+    re.IGNORECASE,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A figure's box with its caption; ``mark`` is equal for the same art on another page."""
+
+    box: Box
+    caption: str
+    mark: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Art:
+    """One picture or drawn path. shape: what tells it from others of the same box."""
+
+    box: Box
+    shape: str
+    raster: bool = False
+    ruled: bool = False  # made of straight, axis-parallel pieces only
+    filled: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class _Block:
+    box: Box
+    text: str
+    words: int
+
+
+def find_figures(page: Any, words: Sequence[Word]) -> list[Found]:
+    """Figures of a PyMuPDF page, from top to bottom."""
+    bounds = _bounds(page)
+    blocks = _blocks(words)
+    figures = []
+    for group in _groups(_rasters(page, bounds) + _drawings(page, bounds)):
+        box = union(art.box for art in group)
+        if not _is_figure(group, box, bounds, words):
+            continue
+        raster = any(art.raster for art in group)
+        caption = _caption(box, blocks)
+        if not raster:
+            box = _clipped(_with_labels(box, blocks, caption), bounds)
+        mark = "|".join([*sorted({art.shape for art in group})[:4], *(f"{v:.0f}" for v in box)])
+        figures.append(Found(box, caption.text if caption else "", mark))
+    return sorted(figures, key=lambda figure: (figure.box[1], figure.box[0]))
+
+
+def _bounds(page: Any) -> Box:
+    """The visible part of the page before rotation."""
+    return _as_box(page.rect * page.derotation_matrix)
+
+
+def _rasters(page: Any, bounds: Box) -> list[_Art]:
+    found = []
+    for info in page.get_image_info(xrefs=True):
+        box = _clipped(_as_box(info["bbox"]), bounds)
+        if min(_sides(box)) >= _THIN and _area(box) <= _MAX_SHARE * _area(bounds):
+            found.append(_Art(box, f"i{info['xref']}:{info['width']}x{info['height']}", True))
+    return found
+
+
+def _drawings(page: Any, bounds: Box) -> list[_Art]:
+    """Drawn paths that can be part of a figure: visible, and not as large as the page."""
+    found = []
+    for path in page.get_drawings()[:_MAX_PATHS]:
+        box = _clipped(_as_box(path["rect"]), bounds)
+        white = path.get("fill") is not None and min(path["fill"]) > 0.98
+        if max(_sides(box)) < 1 or _area(box) > 0.6 * _area(bounds):
+            continue
+        if path.get("color") is None and (path.get("fill") is None or white):
+            continue
+        found.append(
+            _Art(
+                box,
+                f"d{len(path['items'])}",
+                ruled=all(_is_ruled(item) for item in path["items"]),
+                filled=path.get("fill") is not None and not white,
+            )
+        )
+    return found
+
+
+def _is_ruled(item: Sequence[Any]) -> bool:
+    if item[0] == "l":
+        return bool(abs(item[1].x - item[2].x) < 0.5 or abs(item[1].y - item[2].y) < 0.5)
+    return item[0] in ("re", "qu")
+
+
+def _groups(arts: list[_Art]) -> list[list[_Art]]:
+    """Art that touches or nearly touches, together: a sweep from left to right."""
+    groups: list[tuple[Box, list[_Art]]] = []
+    for art in sorted(arts, key=lambda art: art.box[0]):
+        box, members = art.box, [art]
+        apart = []
+        for other, others in groups:
+            if _distance(box, other) <= _NEAR:
+                box, members = union((box, other)), others + members
+            else:
+                apart.append((other, others))
+        groups = [*apart, (box, members)]
+    return _joined(groups)
+
+
+def _joined(groups: list[tuple[Box, list[_Art]]]) -> list[list[_Art]]:
+    """Groups whose boxes came to touch while they grew, joined until none does."""
+    done: list[tuple[Box, list[_Art]]] = []
+    for box, members in groups:
+        while touching := [g for g in done if _distance(box, g[0]) <= _NEAR]:
+            done = [g for g in done if g not in touching]
+            box = union([box, *(g[0] for g in touching)])
+            members = members + [art for g in touching for art in g[1]]
+        done.append((box, members))
+    return [members for _, members in done]
+
+
+def _is_figure(group: list[_Art], box: Box, bounds: Box, words: Sequence[Word]) -> bool:
+    """Large enough, and neither a background, a table's rules, nor a frame around text."""
+    share = _area(box) / max(_area(bounds), 1.0)
+    if min(_sides(box)) < _MIN_SIDE or not _MIN_SHARE <= share <= _MAX_SHARE:
+        return False
+    pictures = [art for art in group if art.raster]
+    if pictures and _area(union(art.box for art in pictures)) > 0.5 * _area(box):
+        return True
+    inside = [word.box for word in words if _holds(box, word.box)]
+    if sum(_area(b) for b in inside) > 0.3 * _area(box):
+        return False
+    solid = [a for a in group if a.filled and min(_sides(a.box)) > _THIN]
+    if all(art.ruled for art in group):
+        # Bars of a chart are empty; the shading of a table's cells has words on it.
+        shaded = sum(any(_holds(art.box, b) for b in inside) for art in solid)
+        return len(solid) >= 2 and shaded * 2 < len(solid)
+    return len(group) >= 3 or bool(pictures)
+
+
+def _blocks(words: Sequence[Word]) -> list[_Block]:
+    grouped: dict[int, list[Word]] = {}
+    for word in words:
+        grouped.setdefault(word.block, []).append(word)
+    return [
+        _Block(union(w.box for w in group), clean(" ".join(w.text for w in group)), len(group))
+        for group in grouped.values()
+    ]
+
+
+def _caption(box: Box, blocks: Sequence[_Block]) -> _Block | None:
+    """A block that says "Figure 3", within an inch; else the nearest short one within 0.3 inch."""
+    near = [(_beside(box, b.box), b) for b in blocks if not _holds(box, b.box)]
+    near = sorted(((d, b) for d, b in near if d <= 72), key=lambda item: item[0])
+    for _, block in near:
+        if _CAPTION.match(block.text):
+            return block
+    for distance, block in near:
+        if distance <= 22 and 3 <= block.words <= 40:
+            return block
+    return None
+
+
+def _beside(box: Box, other: Box) -> float:
+    """Distance above or below; infinite where the two do not overlap from left to right."""
+    shared = min(box[2], other[2]) - max(box[0], other[0])
+    if shared < 0.3 * min(box[2] - box[0], other[2] - other[0]):
+        return float("inf")
+    return max(other[1] - box[3], box[1] - other[3], 0.0)
+
+
+def _with_labels(box: Box, blocks: Sequence[_Block], caption: _Block | None) -> Box:
+    """The box of a drawing, grown over the short labels at its edges (axes, legends)."""
+    reach = (box[0] - 14, box[1] - 14, box[2] + 14, box[3] + 14)
+    labels = [
+        b.box
+        for b in blocks
+        if b is not caption and b.words <= 30 and _distance(b.box, box) <= 14
+        and (b.words <= 6 or _overlap(reach, b.box) > 0.5 * _area(b.box))
+    ]  # fmt: skip
+    grown = union([box, *labels])
+    wide = _area(grown) > 1.8 * _area(box)
+    return box if wide else (grown[0] - 2, grown[1] - 2, grown[2] + 2, grown[3] + 2)
+
+
+def _as_box(rect: Any) -> Box:
+    x0, y0, x1, y1 = (float(value) for value in rect)
+    return (min(x0, x1), min(y0, y1), max(x0, x1), max(y0, y1))
+
+
+def _clipped(box: Box, bounds: Box) -> Box:
+    x0, y0 = max(box[0], bounds[0]), max(box[1], bounds[1])
+    return (x0, y0, max(x0, min(box[2], bounds[2])), max(y0, min(box[3], bounds[3])))
+
+
+def _sides(box: Box) -> tuple[float, float]:
+    return (box[2] - box[0], box[3] - box[1])
+
+
+def _area(box: Box) -> float:
+    return max(0.0, box[2] - box[0]) * max(0.0, box[3] - box[1])
+
+
+def _overlap(one: Box, other: Box) -> float:
+    return _area(
+        (max(one[0], other[0]), max(one[1], other[1]), min(one[2], other[2]), min(one[3], other[3]))
+    )
+
+
+def _distance(one: Box, other: Box) -> float:
+    """The larger of the horizontal and the vertical distance; 0 where they overlap."""
+    return max(one[0] - other[2], other[0] - one[2], one[1] - other[3], other[1] - one[3], 0.0)
+
+
+def _holds(box: Box, other: Box) -> bool:
+    """Whether the middle of ``other`` lies in ``box``."""
+    x, y = (other[0] + other[2]) / 2, (other[1] + other[3]) / 2
+    return box[0] <= x <= box[2] and box[1] <= y <= box[3]

@@ -1,0 +1,149 @@
+"""Which files are read: finding them, telling their kinds apart, hashing and writing them."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Literal, TypeAlias
+from uuid import NAMESPACE_URL, uuid5
+
+from mmrag.errors import ReadError
+from mmrag.reading.options import ReadOptions
+
+FileKind: TypeAlias = Literal["pdf", "picture", "text"]
+
+SUFFIXES: dict[str, FileKind] = {
+    ".pdf": "pdf",
+    ".png": "picture", ".jpg": "picture", ".jpeg": "picture", ".webp": "picture",
+    ".gif": "picture", ".bmp": "picture", ".tif": "picture", ".tiff": "picture",
+    ".txt": "text", ".text": "text", ".md": "text", ".markdown": "text",
+}  # fmt: skip
+
+_MAGIC: tuple[tuple[bytes, str, FileKind | None], ...] = (
+    (b"%PDF-", "PDF", "pdf"),
+    (b"\x89PNG\r\n\x1a\n", "PNG picture", "picture"),
+    (b"\xff\xd8\xff", "JPEG picture", "picture"),
+    (b"GIF8", "GIF picture", "picture"),
+    (b"II*\0", "TIFF picture", "picture"),
+    (b"MM\0*", "TIFF picture", "picture"),
+    (b"PK\x03\x04", "ZIP archive or Office document", None),
+    (b"\xd0\xcf\x11\xe0", "old Office document", None),
+    (b"\x1f\x8b", "gzip archive", None),
+    (b"\x7fELF", "program", None),
+)
+
+
+def find_files(paths: Sequence[str | Path]) -> tuple[list[Path], list[ReadError]]:
+    """Files to read under the paths given, sorted and each once, and what cannot be read.
+
+    Folders are searched to any depth; hidden entries and files of other kinds in them are
+    passed over, but a file that is named itself and cannot be read is an error.
+    """
+    found: dict[Path, None] = {}
+    errors: list[ReadError] = []
+    for path in map(Path, paths):
+        if path.is_dir():
+            found |= dict.fromkeys(_in_folder(path, errors))
+        elif not path.exists():
+            errors.append(ReadError("there is no such file or folder", file=path.as_posix()))
+        elif path.suffix.lower() not in SUFFIXES:
+            errors.append(ReadError(_unknown(path), file=path.as_posix()))
+        else:
+            found[path] = None
+    return sorted(found), errors
+
+
+def _in_folder(folder: Path, errors: list[ReadError]) -> list[Path]:
+    def refuse(error: OSError) -> None:
+        name = Path(error.filename or folder).as_posix()
+        errors.append(ReadError(f"the folder cannot be read ({error.strerror})", file=name))
+
+    files = []
+    for root, folders, names in os.walk(folder, onerror=refuse):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        files += [
+            Path(root, name)
+            for name in names
+            if not name.startswith(".") and Path(name).suffix.lower() in SUFFIXES
+        ]
+    return files
+
+
+def file_sha256(path: str | Path) -> str:
+    """SHA-256 of a file's bytes, in hex."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def node_id(sha256: str, page: int | None, kind: str, index: int) -> str:
+    """The id of a node: the same for the same bytes, whatever the file is called."""
+    return str(uuid5(NAMESPACE_URL, f"{sha256}/{page}/{kind}/{index}"))
+
+
+def file_kind(path: Path, options: ReadOptions) -> FileKind:
+    """The kind of a file by its suffix, after a look at its first bytes.
+
+    Raises: ReadError if it is missing, empty, too large, of no known kind, or misnamed.
+    """
+    name = path.as_posix()
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            head = file.read(1024)
+    except OSError as error:
+        raise ReadError(f"the file cannot be opened ({error.strerror})", file=name) from error
+    kind = SUFFIXES.get(path.suffix.lower())
+    if kind is None:
+        raise ReadError(_unknown(path), file=name)
+    if size == 0:
+        raise ReadError("the file is empty (0 bytes); get it again", file=name)
+    if size > options.max_file_bytes:
+        raise ReadError(
+            f"{size:,} bytes is over the limit of {options.max_file_bytes:,}; split the file or "
+            "raise max_file_bytes",
+            file=name,
+        )
+    title, actual = _content(head)
+    if title is not None and actual != kind:
+        raise ReadError(
+            f"the content is a {title}, not what {path.suffix} says; rename or convert the file",
+            file=name,
+        )
+    return kind
+
+
+def _content(head: bytes) -> tuple[str | None, FileKind | None]:
+    if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
+        return "WebP picture", "picture"
+    for magic, title, kind in _MAGIC:
+        if head.startswith(magic):
+            return title, kind
+    return None, None
+
+
+def _unknown(path: Path) -> str:
+    return f"files of type {path.suffix or '(none)'} are not read; use {' '.join(sorted(SUFFIXES))}"
+
+
+def write(path: Path, data: bytes) -> None:
+    """Write a file that is either there whole or not at all, whenever the program is killed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    partial.write_bytes(data)
+    partial.replace(path)
+
+
+def remove_partial(folder: Path) -> None:
+    """Remove what killed runs left half written in a folder."""
+    for path in folder.glob(".*.tmp"):
+        path.unlink(missing_ok=True)
+
+
+OnError: TypeAlias = Callable[[ReadError], None]
+
+
+def raise_it(error: ReadError) -> None:
+    """What ``read_file`` does with an error if told nothing else."""
+    raise error

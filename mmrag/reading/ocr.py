@@ -1,0 +1,52 @@
+"""Text recognition by RapidOCR (PP-OCR models, in its package); the ``ocr`` extra."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import logging
+from typing import Any
+
+from mmrag.errors import ConfigError
+from mmrag.reading.layout import Word
+from mmrag.reading.options import Box
+
+
+def available() -> bool:
+    """Whether the ``ocr`` extra is installed."""
+    return all(importlib.util.find_spec(name) for name in ("rapidocr", "onnxruntime"))
+
+
+def require() -> None:
+    """Raise ConfigError with the line to install if the ``ocr`` extra is missing."""
+    if not available():
+        raise ConfigError("Reading with ocr=True needs the extra: pip install 'mmrag[ocr]'")
+
+
+def recognise(png: bytes, scale: float) -> list[Word]:
+    """The words on a picture. scale: pixels per point, for the boxes."""
+    found = _engine()(png, return_word_box=True)
+    if found.txts is None:
+        return []
+    words: list[Word] = []
+    for number, line in enumerate(found.word_results):
+        words += [
+            Word(text, _box(corners, scale), 0, number)
+            for text, _, corners in line
+            if corners is not None
+        ]
+    return words
+
+
+def _box(corners: Any, scale: float) -> Box:
+    xs = [float(x) / scale for x, _ in corners]
+    ys = [float(y) / scale for _, y in corners]
+    return (min(xs), min(ys), max(xs), max(ys))
+
+
+@functools.cache
+def _engine() -> Any:
+    from rapidocr import RapidOCR
+
+    logging.getLogger("RapidOCR").setLevel(logging.ERROR)
+    return RapidOCR()

@@ -1,0 +1,97 @@
+"""Options and plain records of reading; light, for the worker process imports them too."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+Box: TypeAlias = tuple[float, float, float, float]
+"""(x0, y0, x1, y1) in points of the page as it is shown, from its top left corner."""
+
+TextLayer: TypeAlias = Literal["pdf", "ocr", "none"]
+
+
+@dataclass(frozen=True, slots=True)
+class ReadOptions:
+    """How files are read.
+
+    dpi: resolution of page pictures, in pixels per inch.
+    max_page_pixels: bound on width times height of a page picture; larger pages are scaled down.
+    page_seconds: time that one step of a page (text, picture, figures, recognition) may take.
+    figures: find figures on PDF pages.
+    passage_words: longest passage, in words; pages and texts longer than this are cut.
+    passage_overlap: words that neighbouring passages share, at most.
+    ocr: recognise the text of pages and pictures that have none; needs the ``ocr`` extra.
+    max_file_bytes: larger files are refused.
+    """
+
+    dpi: int = 144
+    max_page_pixels: int = 4_000_000
+    page_seconds: float = 60.0
+    figures: bool = True
+    passage_words: int = 180
+    passage_overlap: int = 30
+    ocr: bool = False
+    max_file_bytes: int = 1024 * 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Passage:
+    """A piece of a page's text. box: around all of its words; section: None for the page's own."""
+
+    text: str
+    box: Box | None
+    section: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """A figure on a page. image: path of its picture; mark: equal for the same art elsewhere."""
+
+    box: Box
+    caption: str
+    image: str
+    mark: str
+    section: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PageRecord:
+    """What was read from one PDF page; ``image`` is the path of its picture."""
+
+    page: int
+    label: str
+    section: str | None
+    image: str
+    text: str
+    text_layer: TextLayer
+    passages: tuple[Passage, ...] = ()
+    figures: tuple[Figure, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """What went wrong with a page, or with the whole file where ``page`` is None."""
+
+    page: int | None
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """Sent before each step, so that a worker that dies is known to have died in it."""
+
+    page: int | None
+    name: Literal["open", "text", "picture", "figures", "recognition"]
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """The last answer of a worker to a request. error: why it was not carried out, if not."""
+
+    error: str | None = None
+
+
+DEADLINE = 1
+"""Exit code of a worker that its watchdog ended (``faulthandler`` fixes it)."""

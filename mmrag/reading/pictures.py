@@ -1,0 +1,53 @@
+"""Picture files: one upright PNG or JPEG within the pixel limit for each frame."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+from PIL import Image
+
+from mmrag.content import ImageLimits, load_image
+from mmrag.errors import ContentError
+from mmrag.reading.files import write
+from mmrag.reading.options import Problem, ReadOptions
+
+_LIMITS = ImageLimits(max_bytes=1 << 40)  # the bytes of the file were checked before
+
+
+def read_frames(
+    path: Path, folder: Path, options: ReadOptions
+) -> Iterator[tuple[int, Path] | Problem]:
+    """Page number and picture of each frame of a TIFF, of the first frame of any other file."""
+    try:
+        picture = Image.open(path)
+        frames = getattr(picture, "n_frames", 1) if picture.format == "TIFF" else 1
+    except (OSError, SyntaxError, ValueError, EOFError) as error:
+        yield Problem(None, f"the picture cannot be opened ({error}); it is damaged: get it again")
+        return
+    with picture:
+        suffix = ".jpg" if picture.format in ("JPEG", "MPO", "WEBP") else ".png"
+        for page in range(1, frames + 1):
+            out = folder / f"p{page:04d}{suffix}"
+            if out.exists():
+                yield page, out
+                continue
+            try:
+                picture.seek(page - 1)
+                write(out, _encoded(load_image(picture, limits=_LIMITS), out, options))
+            except (ContentError, OSError, SyntaxError, ValueError, EOFError) as error:
+                yield Problem(page, f"the picture cannot be decoded ({error}); it is left out")
+            else:
+                yield page, out
+
+
+def _encoded(picture: Image.Image, out: Path, options: ReadOptions) -> bytes:
+    shrink = math.sqrt(options.max_page_pixels / (picture.width * picture.height))
+    if shrink < 1:
+        size = (max(1, int(picture.width * shrink)), max(1, int(picture.height * shrink)))
+        picture = picture.resize(size, Image.Resampling.LANCZOS, reducing_gap=3.0)
+    data = io.BytesIO()
+    picture.save(data, "JPEG" if out.suffix == ".jpg" else "PNG", quality=90)
+    return data.getvalue()
