@@ -1,0 +1,114 @@
+"""Stand-ins for slow or remote parts, for tests."""
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+from llama_index.core.schema import (
+    MediaResource,
+    Node,
+    NodeRelationship,
+    ObjectType,
+    RelatedNodeInfo,
+    TextNode,
+)
+from PIL import Image
+
+from mmrag.content import Content, as_content, load_image
+from mmrag.embedders.base import check_dim, truncate_normalise
+from mmrag.errors import ContentError
+from mmrag.reading.nodes import node_id
+
+
+class FakeEmbedder:
+    """A deterministic Embedder: texts by their words, pictures by their pixels.
+
+    Texts that share words are near each other. The vector of an item depends on that item only.
+    ``encoded`` counts the items; ``calls`` holds the contents of each call. A text that contains
+    ``poison`` raises ContentError.
+    """
+
+    family = "fake"
+
+    def __init__(
+        self,
+        name="fake",
+        dim=32,
+        modalities=("text", "image", "fused"),
+        version="1",
+        poison="POISON",
+    ):
+        self.name = name
+        self.dim = dim
+        self.modalities = frozenset(modalities)
+        self.fingerprint = f"{name}-{dim}-{version}"
+        self.poison = poison
+        self.calls = []
+
+    @property
+    def encoded(self):
+        return sum(len(call) for call in self.calls)
+
+    def encode(self, contents, instruction=None, dim=None, progress=False):
+        contents = [as_content(content) for content in contents]
+        for index, content in enumerate(contents):
+            if content.text is not None and self.poison in content.text:
+                raise ContentError(f"item {index}: the text is poisoned")
+            if content.modality not in self.modalities:
+                raise ContentError(f"item {index}: {content.modality} is not possible")
+        self.calls.append(contents)
+        kept = check_dim(dim, self.dim)
+        rows = [self._vector(content, instruction) for content in contents]
+        return truncate_normalise(np.array(rows).reshape(-1, self.dim), kept)
+
+    def _vector(self, content: Content, instruction):
+        vector = np.full(self.dim, 1e-3)
+        if content.text is not None:
+            for word in content.text.lower().split():
+                vector += _noise(word.encode(), self.dim)
+        for image in content.images:
+            vector += _noise(load_image(image).tobytes(), self.dim)
+        return vector
+
+
+def _noise(data: bytes, dim: int):
+    seed = int.from_bytes(hashlib.sha256(data).digest()[:8], "little")
+    return np.random.default_rng(seed).standard_normal(dim)
+
+
+def make_node(
+    text="",
+    *,
+    file="a.pdf",
+    page=1,
+    kind="page",
+    index=0,
+    image: Path | None = None,
+    sha256="0" * 64,
+    **metadata,
+):
+    """A node as reading makes them."""
+    known = {"file": file, "sha256": sha256, "page": page, "kind": kind, **metadata}
+    fields = {
+        "id_": node_id(sha256, page, kind, index),
+        "metadata": {key: value for key, value in known.items() if value is not None},
+        "relationships": {
+            NodeRelationship.SOURCE: RelatedNodeInfo(
+                node_id=node_id(sha256, None, "file", 0), node_type=ObjectType.DOCUMENT
+            )
+        },
+    }
+    if image is None:
+        return TextNode(text=text, **fields)
+    return Node(
+        text_resource=MediaResource(text=text),
+        image_resource=MediaResource(path=image, mimetype="image/png"),
+        **fields,
+    )
+
+
+def make_picture(path: Path, colour="red", size=(8, 8)) -> Path:
+    """A small PNG of one colour."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, colour).save(path)
+    return path
