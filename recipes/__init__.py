@@ -1,0 +1,1 @@
+"""Adapt the embedder to a domain: synthesize, mine, train, evaluate, export."""

@@ -1,0 +1,128 @@
+"""The few collective operations that training needs; all of them do nothing on one process.
+
+The model is not wrapped. Each process adds up the gradients of its own rows and
+``average_gradients`` runs once per step, so that a process whose batch has no picture still
+takes part for every weight, and GradCache needs no special case.
+
+Scale: each process computes the mean loss of its own queries against the documents of all,
+gathered with their gradients; the mean over processes is then exactly the gradient of the
+global batch.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+_BUCKET = 32_000_000  # elements reduced at a time
+
+
+def start() -> tuple[int, int]:
+    """Join the group that ``torchrun`` describes, if there is one. Returns rank and size."""
+    if "RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return 0, 1
+    if not dist.is_initialized():
+        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        if backend == "nccl":
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        dist.init_process_group(backend)
+    return dist.get_rank(), dist.get_world_size()
+
+
+def stop() -> None:
+    """Leave the group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def size() -> int:
+    """Number of processes."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """Number of this process, from 0."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+class _Gather(torch.autograd.Function):
+    """All rows of all processes in rank order; the backward adds up what each one asks."""
+
+    @staticmethod
+    def forward(ctx: Any, local: Tensor) -> Tensor:
+        ctx.rows = local.shape[0]
+        parts = [torch.empty_like(local) for _ in range(size())]
+        dist.all_gather(parts, local.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        total = grads[0].contiguous()
+        dist.all_reduce(total)
+        first = rank() * int(ctx.rows)
+        return total[first : first + int(ctx.rows)]
+
+
+def gather(local: Tensor) -> Tensor:
+    """Rows of all processes in rank order, with gradients; every process has equally many."""
+    if size() == 1:
+        return local
+    gathered: Tensor = _Gather.apply(local)  # type: ignore[no-untyped-call]
+    return gathered
+
+
+def most(value: int, device: torch.device) -> int:
+    """Largest value over all processes."""
+    if size() == 1:
+        return value
+    tensor = torch.tensor(value, device=device)
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    return int(tensor)
+
+
+def mean(value: Tensor) -> float:
+    """Mean of a scalar over all processes."""
+    value = value.detach().float().clone()
+    if size() > 1:
+        dist.all_reduce(value)
+        value /= size()
+    return float(value)
+
+
+def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Average gradients over processes, once; a missing gradient counts as zero."""
+    if size() == 1:
+        return
+    for bucket in _buckets(parameters):
+        for parameter in bucket:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        flat = torch.cat([p.grad.flatten() for p in bucket if p.grad is not None])
+        dist.all_reduce(flat)
+        flat /= size()
+        offset = 0
+        for parameter in bucket:
+            count = parameter.numel()
+            assert parameter.grad is not None
+            parameter.grad.copy_(flat[offset : offset + count].view_as(parameter))
+            offset += count
+
+
+def _buckets(parameters: Iterable[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+    """Group parameters of one dtype until a bucket is full."""
+    bucket: list[nn.Parameter] = []
+    count = 0
+    for parameter in parameters:
+        full = count + parameter.numel() > _BUCKET
+        if bucket and (full or parameter.dtype != bucket[0].dtype):
+            yield bucket
+            bucket, count = [], 0
+        bucket.append(parameter)
+        count += parameter.numel()
+    if bucket:
+        yield bucket

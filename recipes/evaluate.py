@@ -1,0 +1,161 @@
+"""Retrieval metrics: on rows per modality pair and dimension, and on PDFs with page questions.
+
+    python -m recipes.evaluate rows.jsonl --model mmrag-nano --dims 384 128
+    python -m recipes.evaluate questions.jsonl --pdfs papers/ --model mmrag-nano
+
+Metrics carry the names that benchmarks use: ``hit@k`` (some right document in the first k),
+``recall@k``, ``p@1``, ``mrr@k``, ``ndcg@k`` (gain 2^relevance - 1, as BEIR and MTEB) and
+``ndcg_linear@k`` (gain = relevance, as MMEB-V2's visual documents). With relevance 0 or 1 both
+nDCGs are the same number.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mmrag.embedders import load_embedder
+from mmrag.embedders.base import Embedder, truncate_normalise
+from mmrag.embedders.instructions import resolve
+from mmrag.errors import ContentError, MMRagError
+from recipes.rows import ImageStore, Row, corpus_of, read_rows, store_of
+
+CUTS = (1, 5, 10)
+Metrics = dict[str, float]
+
+
+def metrics_of(ranked: Sequence[Any], relevant: Mapping[Any, float]) -> Metrics:
+    """Metrics of one ranking.
+
+    Args:
+        ranked: ids, best first; as long as the deepest cut or longer.
+        relevant: relevance of each right id, above 0.
+
+    Raises: ContentError if nothing is relevant.
+    """
+    if not relevant:
+        raise ContentError("A query without any relevant document cannot be scored.")
+    gains = [relevant.get(item, 0.0) for item in ranked]
+    first = next((rank for rank, gain in enumerate(gains, 1) if gain > 0), None)
+    found: Metrics = {"p@1": float(gains[:1] != [] and gains[0] > 0)}
+    for cut in CUTS:
+        right = sum(gain > 0 for gain in gains[:cut])
+        found[f"hit@{cut}"] = float(right > 0)
+        found[f"recall@{cut}"] = right / len(relevant)
+    deepest = CUTS[-1]
+    found[f"mrr@{deepest}"] = 1 / first if first and first <= deepest else 0.0
+    for cut in CUTS[1:]:
+        best = sorted(relevant.values(), reverse=True)
+        found[f"ndcg@{cut}"] = _dcg(gains, cut, True) / _dcg(best, cut, True)
+        found[f"ndcg_linear@{cut}"] = _dcg(gains, cut, False) / _dcg(best, cut, False)
+    return found
+
+
+def _dcg(gains: Sequence[float], cut: int, exponential: bool) -> float:
+    """Discounted cumulative gain (Jarvelin and Kekalainen 2002; exponential: Burges 2005)."""
+    return sum(
+        (2**gain - 1 if exponential else gain) / math.log2(rank + 1)
+        for rank, gain in enumerate(gains[:cut], 1)
+    )
+
+
+def average(results: Sequence[Metrics]) -> Metrics:
+    """Mean of each metric over queries, and their number ``n``."""
+    names = results[0] if results else {}
+    means = {name: float(np.mean([metrics[name] for metrics in results])) for name in names}
+    return {**means, "n": float(len(results))}
+
+
+def rank(
+    queries: NDArray[np.float32], documents: NDArray[np.float32], depth: int
+) -> NDArray[np.int64]:
+    """Indices of the ``depth`` nearest documents of each query, best first: (b, depth).
+
+    Equal scores keep the order of the documents, so that a ranking does not depend on chance.
+    """
+    scores = queries @ documents.T
+    return np.argsort(-scores, axis=1, kind="stable")[:, :depth]
+
+
+def evaluate_rows(
+    embedder: Embedder, rows: Sequence[Row], store: ImageStore, dim: int | None = None
+) -> dict[str, Metrics]:
+    """Rank the corpus of all rows for each query. Returns metrics per modality pair and ``all``.
+
+    The corpus is one: a text question competes against every text, picture and page.
+    """
+    corpus = corpus_of(rows)
+    kept = dim or embedder.dim
+    documents = embedder.encode([store.content(item) for item in corpus])
+    position = {item.key: index for index, item in enumerate(corpus)}
+    asked: dict[str | None, list[int]] = defaultdict(list)
+    for index, row in enumerate(rows):
+        asked[resolve(row.instruction)].append(index)
+    ranked: dict[int, NDArray[np.int64]] = {}
+    for instruction, indices in asked.items():
+        contents = [store.content(rows[index].query) for index in indices]
+        queries = truncate_normalise(embedder.encode(contents, instruction), kept)
+        order = rank(queries, truncate_normalise(documents, kept), CUTS[-1])
+        ranked.update(zip(indices, order, strict=True))
+    results: dict[str, list[Metrics]] = defaultdict(list)
+    for index, row in enumerate(rows):
+        relevant = {position[item.key]: 1.0 for item in row.positives}
+        metrics = metrics_of(ranked[index].tolist(), relevant)
+        results[row.pair].append(metrics)
+        results["all"].append(metrics)
+    return {pair: average(found) for pair, found in sorted(results.items())}
+
+
+def table(results: Mapping[str, Metrics], names: Sequence[str]) -> str:
+    """Metrics as a Markdown table, one line per key."""
+    lines = ["| | n | " + " | ".join(names) + " |", "|---" * (len(names) + 2) + "|"]
+    for key, metrics in results.items():
+        cells = " | ".join(f"{metrics[name]:.3f}" for name in names)
+        lines.append(f"| {key} | {metrics['n']:.0f} | {cells} |")
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(prog="recipes.evaluate", description=__doc__.split("\n")[0])
+    parser.add_argument("rows", help="rows, or page questions with --pdfs")
+    parser.add_argument("--model", default="mmrag-nano")
+    parser.add_argument("--family", default=None)
+    parser.add_argument("--pdfs", default=None, help="folder of the PDFs that are asked about")
+    parser.add_argument("--dims", type=int, nargs="*", default=[], help="dimensions to report")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    given = parser.parse_args(arguments)
+    try:
+        embedder = load_embedder(given.model, family=given.family)
+        results = _evaluate(embedder, given)
+    except MMRagError as error:
+        raise SystemExit(f"error: {error}") from error
+    if given.json:
+        print(json.dumps(results, indent=1))
+    else:
+        print(table(results, ["hit@1", "hit@5", "hit@10", "recall@10", "mrr@10", "ndcg@10"]))
+
+
+def _evaluate(embedder: Embedder, given: argparse.Namespace) -> dict[str, Metrics]:
+    if given.pdfs:
+        from recipes.evaluate_pages import evaluate_pages
+
+        return evaluate_pages(embedder, Path(given.pdfs), Path(given.rows))
+    rows, store = read_rows(given.rows), store_of(given.rows)
+    results: dict[str, Metrics] = {}
+    for dim in given.dims or [embedder.dim]:
+        for pair, metrics in evaluate_rows(embedder, rows, store, dim).items():
+            results[f"{pair} ({dim})"] = metrics
+    return results
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,75 @@
+"""Large contrastive batches in the memory of a small one (GradCache, arXiv 2101.06983, section 3).
+
+Vectors of the whole batch are computed without a graph, the loss gives the gradient of each
+vector, and each chunk is then run again with a graph to carry its vectors' gradients to the
+weights. The random state of each chunk is kept and set again, so that dropout falls the same
+way both times and the result is that of the whole batch at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Encode = Callable[[Sequence[Any]], Tensor]
+Loss = Callable[[Tensor], Tensor]
+
+
+def step(encode: Encode, inputs: Sequence[Any], loss: Loss, chunk: int | None = None) -> Tensor:
+    """Add the gradient of ``loss(encode(inputs))`` to the weights.
+
+    Args:
+        encode: turns k inputs into (k, d) vectors, each from its own input alone.
+        inputs: all inputs of the step.
+        loss: of all (n, d) vectors at once.
+        chunk: inputs run at a time with a graph; None or 0 runs all at once, without a cache.
+
+    Returns: the loss, detached.
+    """
+    if not chunk or chunk >= len(inputs):
+        value = loss(encode(inputs))
+        value.backward()  # type: ignore[no-untyped-call]
+        return value.detach()
+    chunks = [inputs[start : start + chunk] for start in range(0, len(inputs), chunk)]
+    states, parts = [], []
+    with torch.no_grad():
+        for part in chunks:
+            states.append(_random_state())
+            parts.append(encode(part))
+    vectors = torch.cat(parts).detach().requires_grad_()
+    value = loss(vectors)
+    value.backward()  # type: ignore[no-untyped-call]
+    assert vectors.grad is not None
+    gradients = torch.split(vectors.grad, [len(part) for part in chunks])
+    for part, state, gradient in zip(chunks, states, gradients, strict=True):
+        with _replay(state):
+            again = encode(part)
+        torch.autograd.backward(again, gradient.to(again.dtype))
+    return value.detach()
+
+
+def _random_state() -> tuple[Tensor, list[Tensor]]:
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return torch.get_rng_state(), cuda
+
+
+@contextmanager
+def _replay(state: tuple[Tensor, list[Tensor]]) -> Iterator[None]:
+    """Run with an earlier random state, and then go on with the present one."""
+    now = _random_state()
+    _set_random_state(state)
+    try:
+        yield
+    finally:
+        _set_random_state(now)
+
+
+def _set_random_state(state: tuple[Tensor, list[Tensor]]) -> None:
+    cpu, cuda = state
+    torch.set_rng_state(cpu)
+    if cuda:
+        torch.cuda.set_rng_state_all(cuda)

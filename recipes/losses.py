@@ -1,0 +1,123 @@
+"""Losses over vectors: pure functions of tensors, no trainer state.
+
+Vectors come in as the model gives them; each loss normalises them itself, so that Matryoshka
+prefixes are normalised too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+VectorLoss = Callable[[Tensor, Tensor], Tensor]
+
+
+def scores(queries: Tensor, documents: Tensor) -> Tensor:
+    """Cosine of each query (b, d) with each document (n, d): (b, n), float32."""
+    return F.normalize(queries.float(), dim=-1) @ F.normalize(documents.float(), dim=-1).T
+
+
+def candidate_mask(
+    targets: Tensor,
+    document_keys: Tensor,
+    positive_keys: Sequence[Tensor],
+    rows: Tensor,
+    own_rows: Tensor,
+    in_batch: bool,
+) -> Tensor:
+    """Which documents each query is compared with: its positive, and what cannot be one.
+
+    Args:
+        targets: (b,) column of each query's positive.
+        document_keys: (n,) content hash of each document; padding has -1.
+        positive_keys: for each query, the hashes of all its known positives.
+        rows: (n,) global row that each document came with.
+        own_rows: (b,) global row of each query.
+        in_batch: whether documents of other rows serve as negatives.
+
+    Returns: (b, n) bool.
+    """
+    allowed = (document_keys >= 0).unsqueeze(0).expand(len(targets), -1).clone()
+    for index, keys in enumerate(positive_keys):
+        # Another copy, or another right answer, is no negative.
+        allowed[index] &= ~torch.isin(document_keys, keys)
+    if not in_batch:
+        allowed &= own_rows.unsqueeze(1) == rows.unsqueeze(0)
+    allowed[torch.arange(len(targets)), targets] = True
+    return allowed
+
+
+def info_nce(
+    similarity: Tensor,
+    targets: Tensor,
+    allowed: Tensor,
+    temperature: float,
+    false_negative_margin: float | None = None,
+) -> Tensor:
+    """Cross entropy of each query's positive among its candidates, mean over queries.
+
+    Candidates that score above the positive by more than ``false_negative_margin`` are taken
+    for unlabelled positives and left out (Qwen3-VL-Embedding, arXiv 2601.04720, section 4).
+
+    Args:
+        similarity: (b, n) cosines.
+        targets: (b,) column of the positive.
+        allowed: (b, n) bool.
+    """
+    positive = similarity.gather(1, targets.unsqueeze(1))  # (b, 1)
+    if false_negative_margin is not None:
+        false = similarity.detach() > positive.detach() + false_negative_margin
+        allowed = allowed & ~false.scatter(1, targets.unsqueeze(1), False)
+    logits = (similarity / temperature).masked_fill(~allowed, float("-inf"))
+    return F.cross_entropy(logits, targets)
+
+
+def distil_scores(
+    similarity: Tensor,
+    teacher: Tensor,
+    known: Tensor,
+    temperature: float,
+    teacher_temperature: float,
+) -> Tensor:
+    """KL divergence from a teacher's ranking to ours, over the documents it scored.
+
+    Args:
+        similarity: (b, n) cosines.
+        teacher: (b, n) scores, read where ``known`` (b, n) is true.
+
+    Rows with fewer than two scored documents teach nothing and are left out.
+    """
+    useful = known.sum(dim=1) > 1
+    if not bool(useful.any()):
+        return similarity.sum() * 0
+    known, low = known[useful], float("-inf")
+    ours = (similarity[useful] / temperature).masked_fill(~known, low).log_softmax(dim=1)
+    theirs = (teacher[useful] / teacher_temperature).masked_fill(~known, low).softmax(dim=1)
+    terms = theirs * (theirs.clamp(min=1e-12).log() - ours.masked_fill(~known, 0))
+    return terms.masked_fill(~known, 0).sum(dim=1).mean()
+
+
+def distil_vectors(vectors: Tensor, teacher: Tensor) -> Tensor:
+    """One minus the cosine to a teacher's vectors of the same width, mean over rows (n, d)."""
+    return (1 - F.cosine_similarity(vectors.float(), teacher.float(), dim=-1)).mean()
+
+
+def matryoshka(
+    loss: VectorLoss, dims: Sequence[int], weights: Sequence[float] | None = None
+) -> VectorLoss:
+    """Average a loss over prefixes of the vectors (Kusupati et al., arXiv 2205.13147, eq. 1)."""
+    shares = list(weights or [1.0] * len(dims))
+    if len(shares) != len(dims):
+        raise ValueError(f"{len(shares)} weights for {len(dims)} dimensions")
+
+    def over_prefixes(queries: Tensor, documents: Tensor) -> Tensor:
+        parts = [
+            share * loss(queries[:, :dim], documents[:, :dim])
+            for dim, share in zip(dims, shares, strict=True)
+        ]
+        return torch.stack(parts).sum() / sum(shares)
+
+    return over_prefixes

@@ -1,0 +1,150 @@
+"""What a person looks at: the dry run before a training, and the plot after it."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mmrag.content import image_size
+from mmrag.embedders.base import Backbone
+from mmrag.embedders.instructions import resolve
+from recipes.config import TrainConfig
+
+if TYPE_CHECKING:
+    from recipes.train import Dataset
+
+logger = logging.getLogger("mmrag.train")
+
+_BAR = 40
+_GIB = 2**30
+
+
+def dry_run(config: TrainConfig, backbone: Backbone, datasets: Sequence[Dataset]) -> str:
+    """Describe a training without running it: examples, token histogram, memory estimate."""
+    parts = [_describe(dataset, backbone) for dataset in datasets]
+    costs = [cost for dataset in datasets for cost in dataset.costs]
+    parts.append("tokens per row (query and documents)\n" + histogram(costs))
+    parts.append(memory_estimate(config, backbone, costs))
+    return "\n\n".join(parts)
+
+
+def _describe(dataset: Dataset, backbone: Backbone) -> str:
+    row = dataset.rows[0]
+    negatives = [len(r.negatives) for r in dataset.rows]
+    pairs = sorted({r.pair for r in dataset.rows})
+    lines = [
+        f"data set {dataset.config.name}: {len(dataset.rows)} rows, {', '.join(pairs)}, "
+        f"{min(negatives)} to {max(negatives)} negatives per row",
+        f"  first row {row.id}:",
+        f"    instruction: {resolve(row.instruction)}",
+    ]
+    sides = [("query", row.query, row.instruction), ("positive", row.positives[0], None)]
+    sides += [("negative", item, None) for item in row.negatives[:1]]
+    for name, item, instruction in sides:
+        inputs: Any = backbone.prepare(dataset.store.content(item), resolve(instruction))
+        shown = repr(
+            item.text if item.text is None or len(item.text) < 90 else item.text[:87] + "..."
+        )
+        size = ""
+        if item.image:
+            width, height = image_size(dataset.store.path(item.image))
+            size = f", picture {width}x{height}"
+        lines.append(f"    {name}: {shown}{size}, {inputs.n_tokens} tokens")
+    return "\n".join(lines)
+
+
+def histogram(values: Sequence[int], bins: int = 8) -> str:
+    """Text histogram of positive integers in equal bins."""
+    low, high = min(values), max(values)
+    width = max(1, -(-(high - low + 1) // bins))
+    counts = [0] * bins
+    for value in values:
+        counts[(value - low) // width] += 1
+    top = max(counts)
+    lines = []
+    for index, count in enumerate(counts):
+        start = low + index * width
+        if start > high:
+            break
+        bar = "#" * round(_BAR * count / top)
+        lines.append(f"  {start:>6} to {start + width - 1:<6} {count:>7}  {bar}")
+    return "\n".join(lines)
+
+
+def memory_estimate(config: TrainConfig, backbone: Backbone, costs: Sequence[int]) -> str:
+    """Rough memory of weights, optimizer and activations; an order of magnitude, not a promise.
+
+    Activations: about 34 bytes per token, layer and hidden unit in half precision (Korthikanti
+    et al., arXiv 2205.05198, section 4, without attention scores), twice that in float32, and
+    one hidden state per layer with checkpointing.
+    """
+    model: Any = backbone.model
+    parameters = list(model.parameters())
+    held = sum(p.numel() * p.element_size() for p in parameters)
+    # Gradient and two moments in float32 for each weight that trains.
+    if config.lora:
+        text = model.config.get_text_config()
+        per_layer = 2 * config.lora.r * 7 * text.hidden_size * 2
+        trained = per_layer * text.num_hidden_layers
+    else:
+        trained = sum(p.numel() for p in parameters)
+    rows = config.batch_size
+    per_row = sorted(costs)[int(0.9 * (len(costs) - 1))]
+    items = rows * (2 + config.hard_negatives)
+    tokens = float(per_row * rows)
+    if config.chunk:
+        tokens *= min(1.0, config.chunk / items)
+    text = model.config.get_text_config()
+    unit = 68.0 if parameters[0].element_size() == 4 else 34.0
+    if config.gradient_checkpointing:
+        unit /= 17
+    activations = tokens * text.num_hidden_layers * text.hidden_size * unit
+    total = held + trained * 12 + activations
+    return (
+        "memory estimate (order of magnitude)\n"
+        f"  weights {held / _GIB:.2f} GiB, gradients and optimizer {trained * 12 / _GIB:.2f} GiB, "
+        f"activations {activations / _GIB:.2f} GiB: {total / _GIB:.2f} GiB"
+    )
+
+
+def plot_run(out: Path) -> Path | None:
+    """Draw loss and metrics of ``log.jsonl`` as ``training.png``; None without matplotlib."""
+    try:
+        import matplotlib
+    except ImportError:
+        logger.warning("No plot was drawn: pip install 'mmrag[train]' brings matplotlib.")
+        return None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    records = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    steps = [r for r in records if "loss" in r]
+    evaluations = [r for r in records if "metrics" in r]
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4))
+    losses = [r["loss"] for r in steps]
+    left.plot([r["step"] + 1 for r in steps], losses, color="0.75", linewidth=0.8, label="step")
+    left.plot([r["step"] + 1 for r in steps], _smooth(losses), label="mean of 20 steps")
+    left.set(xlabel="step", ylabel="loss", title="Training loss")
+    left.legend()
+    names = [n for n in (evaluations[0]["metrics"] if evaluations else {}) if n.endswith("ndcg@10")]
+    for name in names:
+        values = [r["metrics"][name] for r in evaluations]
+        right.plot([r["step"] + 1 for r in evaluations], values, marker="o", label=name)
+    right.set(xlabel="step", ylabel="nDCG@10", ylim=(0, 1), title="Evaluation")
+    if names:
+        right.legend()
+    figure.tight_layout()
+    path = out / "training.png"
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+    return path
+
+
+def _smooth(values: Sequence[float], window: int = 20) -> list[float]:
+    return [
+        sum(values[max(0, i - window + 1) : i + 1]) / (i + 1 - max(0, i - window + 1))
+        for i in range(len(values))
+    ]

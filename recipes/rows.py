@@ -1,0 +1,228 @@
+"""The one row format of all recipes: JSON lines, pictures by id in a store beside them.
+
+A row asks ``query`` and knows what answers it::
+
+    {"id": "q1", "task": "page_for_question", "instruction": "Find a page ...",
+     "query": {"text": "Which plan covers eye exams?"},
+     "positives": [{"image": "1f0c...", "text": "..."}], "negatives": [],
+     "positive_scores": [], "negative_scores": [], "source": "a.pdf#3", "licence": "MIT"}
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from PIL import Image
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from mmrag.content import Content, load_image
+from mmrag.errors import ContentError
+
+Modality = Literal["text", "image", "fused"]
+IMAGES = "images"
+
+
+class Item(BaseModel):
+    """One side of a pair: a text, the id of a picture in the store, or both."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    text: str | None = None
+    image: str | None = None
+
+    @model_validator(mode="after")
+    def _something(self) -> Item:
+        if self.text is None and self.image is None:
+            raise ValueError("an item needs a text, an image, or both")
+        return self
+
+    @property
+    def modality(self) -> Modality:
+        """``text``, ``image`` or ``fused``."""
+        if self.image is None:
+            return "text"
+        return "image" if self.text is None else "fused"
+
+    @property
+    def key(self) -> int:
+        """A 63-bit hash of the content: equal items are the same document."""
+        raw = json.dumps([self.text, self.image]).encode()
+        return int.from_bytes(hashlib.sha256(raw).digest()[:8], "big") >> 1
+
+
+class Row(BaseModel):
+    """A query, what answers it, and what does not.
+
+    Scores, where given, are a teacher's: one per positive and one per negative.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    id: str = Field(min_length=1)
+    task: str = ""
+    instruction: str | None = None
+    query: Item
+    positives: list[Item] = Field(min_length=1)
+    negatives: list[Item] = Field(default_factory=list)
+    positive_scores: list[float] = Field(default_factory=list)
+    negative_scores: list[float] = Field(default_factory=list)
+    source: str = ""
+    licence: str = ""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Row:
+        for kind in ("positive", "negative"):
+            scores, items = getattr(self, f"{kind}_scores"), getattr(self, f"{kind}s")
+            if scores and len(scores) != len(items):
+                raise ValueError(f"{len(scores)} {kind}_scores for {len(items)} {kind}s")
+        positives = {item.key for item in self.positives}
+        if any(item.key in positives for item in self.negatives):
+            raise ValueError("a negative is the same as a positive")
+        return self
+
+    @property
+    def pair(self) -> str:
+        """Modalities of query and first positive, as in ``text->image``."""
+        return f"{self.query.modality}->{self.positives[0].modality}"
+
+
+class ImageStore:
+    """Pictures of a data set, one file each, named by the hash of their bytes."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+
+    def add(self, picture: Image.Image | Path | bytes) -> str:
+        """Store a picture unless it is there already. Returns its id.
+
+        Raises: ContentError if it cannot be decoded.
+        """
+        if isinstance(picture, Image.Image):
+            buffer = io.BytesIO()
+            picture.convert("RGB").save(buffer, "PNG")
+            raw = buffer.getvalue()
+        else:
+            raw = picture if isinstance(picture, bytes) else picture.read_bytes()
+            load_image(raw)
+        name = hashlib.sha256(raw).hexdigest()[:24]
+        target = self.folder / name
+        if not target.exists():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            partial = target.with_suffix(f".{os.getpid()}.part")
+            partial.write_bytes(raw)
+            partial.replace(target)
+        return name
+
+    def path(self, image_id: str) -> Path:
+        """File of a picture. Raises ContentError if there is none of that id."""
+        path = self.folder / image_id
+        if Path(image_id).name != image_id or not path.is_file():
+            raise ContentError(f"{self.folder}: there is no picture with id {image_id!r}.")
+        return path
+
+    def content(self, item: Item) -> Content:
+        """Turn an item into what an embedder takes; the picture as a path."""
+        return Content(item.text, self.path(item.image) if item.image else None)
+
+    def copy_from(self, other: ImageStore, image_id: str) -> None:
+        """Take over a picture of another store under its id."""
+        target = self.folder / image_id
+        if not target.exists():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(other.path(image_id), target)
+
+
+def store_of(rows_file: str | Path) -> ImageStore:
+    """Find the store of a rows file: the folder ``images`` beside it."""
+    return ImageStore(Path(rows_file).parent / IMAGES)
+
+
+def read_rows(path: str | Path) -> list[Row]:
+    """All rows of a file. Raises ContentError that names every bad line."""
+    rows, problems = check_rows(path)
+    if problems:
+        raise ContentError("\n".join(problems))
+    return rows
+
+
+def check_rows(path: str | Path, store: ImageStore | None = None) -> tuple[list[Row], list[str]]:
+    """Read a file of rows; with a store, also look for each picture.
+
+    Returns: the good rows, and one message per bad line: what is wrong and where.
+    """
+    rows: list[Row] = []
+    problems: list[str] = []
+    seen: dict[str, int] = {}
+    for number, value in _lines(path, problems):
+        try:
+            row = Row.model_validate(value)
+        except ValidationError as error:
+            problems.append(f"{path}:{number}: {_first_problem(error)}")
+            continue
+        if row.id in seen:
+            problems.append(f"{path}:{number}: id {row.id!r} stands in line {seen[row.id]} already")
+            continue
+        missing = _missing_picture(row, store)
+        if missing:
+            problems.append(f"{path}:{number}: {missing}")
+            continue
+        seen[row.id] = number
+        rows.append(row)
+    return rows, problems
+
+
+def _lines(path: str | Path, problems: list[str]) -> Iterator[tuple[int, Any]]:
+    with Path(path).open(encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                yield number, json.loads(line)
+            except ValueError as error:
+                problems.append(f"{path}:{number}: not valid JSON ({error})")
+
+
+def _first_problem(error: ValidationError) -> str:
+    problem = error.errors()[0]
+    where = ".".join(str(part) for part in problem["loc"]) or "row"
+    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    return f"{where}: {problem['msg'].removeprefix('Value error, ')}{more}"
+
+
+def _missing_picture(row: Row, store: ImageStore | None) -> str | None:
+    if store is None:
+        return None
+    for item in (row.query, *row.positives, *row.negatives):
+        if item.image is not None:
+            try:
+                store.path(item.image)
+            except ContentError as error:
+                return str(error)
+    return None
+
+
+def write_rows(path: str | Path, rows: Iterable[Row]) -> int:
+    """Write rows whole or not at all. Returns how many."""
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(target.name + ".part")
+    count = 0
+    with partial.open("w", encoding="utf-8") as file:
+        for row in rows:
+            file.write(row.model_dump_json(exclude_defaults=True) + "\n")
+            count += 1
+    partial.replace(target)
+    return count
+
+
+def corpus_of(rows: Sequence[Row]) -> list[Item]:
+    """Every distinct document of the rows, in order of first appearance."""
+    items = (item for row in rows for item in (*row.positives, *row.negatives))
+    return list({item.key: item for item in items}.values())

@@ -1,0 +1,66 @@
+"""One training step per configuration, under as many processes as the environment says.
+
+Run as a script by each rank; imported for the result of a single process.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from recipes import distributed, gradcache
+from recipes.batches import Batch
+from recipes.config import TrainConfig, build
+from recipes.train import _load_backbone, load_datasets, make_trainable, prepare_step, step_loss
+
+
+def one_step(config: TrainConfig) -> dict:
+    """Loss, gradients after averaging, and how often gradients were reduced."""
+    torch.manual_seed(0)
+    backbone = _load_backbone(config)
+    parameters = make_trainable(backbone, config)
+    dataset = load_datasets(config, backbone)[0]
+    batch = Batch(0, tuple(range(config.batch_size)), 0)
+    step = prepare_step(batch, dataset, backbone, config.hard_negatives)
+    loss = gradcache.step(
+        lambda inputs: backbone.forward(inputs).float(),
+        step.inputs,
+        lambda vectors: step_loss(vectors, step, config),
+        config.chunk,
+    )
+    reductions = 0
+    original = dist.all_reduce
+
+    def counting(*args, **kwargs):
+        nonlocal reductions
+        reductions += 1
+        return original(*args, **kwargs)
+
+    dist.all_reduce = counting
+    distributed.average_gradients(parameters)
+    dist.all_reduce = original
+    named = backbone.model.named_parameters()
+    return {
+        "loss": distributed.mean(loss),
+        "reductions": reductions,
+        "gradients": {name: p.grad for name, p in named if p.grad is not None},
+    }
+
+
+def main(folder: Path) -> None:
+    torch.set_num_threads(1)
+    distributed.start()
+    results = {}
+    for path in sorted(folder.glob("*.json")):
+        values = json.loads(path.read_text())
+        config = build(TrainConfig, {k: v for k, v in values.items() if v is not None}, "test")
+        results[path.stem] = one_step(config)
+    if distributed.rank() == 0:
+        torch.save(results, folder / "results.pt")
+    distributed.stop()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

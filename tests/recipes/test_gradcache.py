@@ -1,0 +1,116 @@
+"""T1, T2, T12: cached gradients are those of the whole batch at once."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from mmrag.content import Content
+from mmrag.embedders import load_backbone
+from recipes import gradcache
+from recipes.batches import Batch
+from recipes.config import DataConfig, LoraConfig, TrainConfig
+from recipes.train import load_datasets, make_trainable, prepare_step, step_loss
+
+
+def config_of(model, rows, **changes) -> TrainConfig:
+    config = TrainConfig(
+        model=str(model),
+        family="gme",
+        out="unused",
+        data=(DataConfig(rows=str(rows)),),
+        hard_negatives=2,
+        device="cpu",
+    )
+    return dataclasses.replace(config, **changes)
+
+
+def gradients(config: TrainConfig, chunk: int, seed: int = 5) -> tuple[float, dict]:
+    """Loss and gradient of every weight for one fixed step, from a fresh model."""
+    torch.manual_seed(seed)
+    backbone = load_backbone(config.model, family="gme", device="cpu")
+    make_trainable(backbone, config)
+    for name, parameter in backbone.model.named_parameters():
+        if "lora_B" in name:  # zero at the start: the gradient of lora_A would vanish
+            torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(7))
+    dataset = load_datasets(config, backbone)[0]
+    step = prepare_step(Batch(0, tuple(range(8)), 0), dataset, backbone, config.hard_negatives)
+    torch.manual_seed(seed)
+    loss = gradcache.step(
+        lambda inputs: backbone.forward(inputs).float(),
+        step.inputs,
+        lambda vectors: step_loss(vectors, step, config),
+        chunk,
+    )
+    named = backbone.model.named_parameters()
+    return float(loss), {n: p.grad.clone() for n, p in named if p.grad is not None}
+
+
+VARIANTS = {
+    "plain": {},
+    "matryoshka": {"matryoshka_dims": (8, 16)},
+    "no hard negatives": {"hard_negatives": 0},
+    "lora": {"lora": LoraConfig(r=4)},
+    "checkpointing": {"gradient_checkpointing": True},
+    "lora, checkpointing, matryoshka": {
+        "lora": LoraConfig(r=4),
+        "gradient_checkpointing": True,
+        "matryoshka_dims": (8,),
+    },
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_cached_gradients_equal_those_of_the_whole_batch(tiny_model, mixed_rows, variant):
+    config = config_of(tiny_model, mixed_rows, **VARIANTS[variant])
+    loss, whole = gradients(config, chunk=0)
+    assert max(g.abs().max() for g in whole.values()) > 1e-3
+    for chunk in (1, 3, 10_000):
+        again, cached = gradients(config, chunk)
+        assert again == pytest.approx(loss, rel=1e-5)
+        assert cached.keys() == whole.keys()
+        for name, gradient in whole.items():
+            scale = gradient.abs().max().clamp(min=1e-6)
+            assert (cached[name] - gradient).abs().max() / scale < 2e-3, name
+
+
+def test_dropout_falls_the_same_way_in_both_passes(tiny_model, mixed_rows):
+    """With chunks equal to the whole inputs in order, dropout must match draw by draw."""
+    config = config_of(tiny_model, mixed_rows, lora=LoraConfig(r=4, dropout=0.5))
+    torch.manual_seed(0)
+    backbone = load_backbone(config.model, family="gme", device="cpu")
+    make_trainable(backbone, config)
+    for name, parameter in backbone.model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    dataset = load_datasets(config, backbone)[0]
+    step = prepare_step(Batch(0, (0, 1, 2, 3), 0), dataset, backbone, 1)
+    seen = []
+
+    def encode(inputs):
+        vectors = backbone.forward(inputs)
+        seen.append(vectors.detach().clone())
+        return vectors
+
+    torch.manual_seed(11)
+    gradcache.step(encode, step.inputs, lambda v: (v * v.detach().roll(1, 0)).sum(), chunk=5)
+    half = len(seen) // 2
+    for first, second in zip(seen[:half], seen[half:], strict=True):
+        torch.testing.assert_close(first, second)
+    torch.manual_seed(12)
+    assert not torch.allclose(encode(step.inputs[:5]), seen[0], atol=1e-4)  # dropout is active
+
+
+@pytest.mark.gpu
+def test_memory_stays_flat_as_the_batch_grows(tiny_model, text_rows):
+    """T14: one card takes the same cached path."""
+    peaks = []
+    config = config_of(tiny_model, text_rows, device="cuda")
+    backbone = load_backbone(config.model, family="gme", device="cuda", dtype="float32")
+    make_trainable(backbone, config)
+    inputs = [backbone.prepare(Content("word " * 60), None) for _ in range(64)]
+    for count in (16, 64):
+        torch.cuda.reset_peak_memory_stats()
+        gradcache.step(backbone.forward, inputs[:count], lambda v: v.square().sum(), chunk=8)
+        peaks.append(torch.cuda.max_memory_allocated())
+    assert peaks[1] < 1.1 * peaks[0]

@@ -1,0 +1,88 @@
+"""Losses against closed forms and computations by hand."""
+
+import math
+
+import pytest
+import torch
+
+from recipes.losses import (
+    candidate_mask,
+    distil_scores,
+    distil_vectors,
+    info_nce,
+    matryoshka,
+    scores,
+)
+
+
+def test_equal_scores_give_the_logarithm_of_their_number():
+    similarity = torch.zeros(3, 7)
+    loss = info_nce(similarity, torch.tensor([0, 1, 2]), torch.ones(3, 7, dtype=torch.bool), 0.05)
+    assert float(loss) == pytest.approx(math.log(7))
+
+
+def test_info_nce_by_hand():
+    similarity = torch.tensor([[0.9, 0.2, 0.4]])
+    allowed = torch.tensor([[True, False, True]])
+    expected = -math.log(math.exp(9) / (math.exp(9) + math.exp(4)))
+    assert float(info_nce(similarity, torch.tensor([0]), allowed, 0.1)) == pytest.approx(expected)
+
+
+def test_documents_above_the_positive_by_the_margin_are_left_out():
+    similarity = torch.tensor([[0.5, 0.59, 0.61]])
+    everything = torch.ones(1, 3, dtype=torch.bool)
+    loss = info_nce(similarity, torch.tensor([0]), everything, 1.0, false_negative_margin=0.1)
+    expected = -math.log(math.exp(0.5) / (math.exp(0.5) + math.exp(0.59)))
+    assert float(loss) == pytest.approx(expected, rel=1e-5)
+
+
+def test_scores_are_cosines():
+    queries, documents = torch.randn(3, 5), torch.randn(4, 5)
+    expected = torch.nn.functional.cosine_similarity(queries[:, None], documents[None], dim=-1)
+    torch.testing.assert_close(scores(queries, documents), expected)
+
+
+def test_positives_keep_their_column_and_copies_are_masked():
+    """T5: with k negatives per row, the target of row i is its own positive."""
+    keys = torch.tensor([10, 11, 20, 21, 10, -1])
+    rows = torch.tensor([0, 0, 1, 1, 2, -1])
+    targets, own_rows = torch.tensor([0, 2]), torch.tensor([0, 1])
+    positives = [torch.tensor([10]), torch.tensor([20, 11])]
+    allowed = candidate_mask(targets, keys, positives, rows, own_rows, in_batch=True)
+    assert allowed.tolist() == [
+        [True, True, True, True, False, False],  # the copy of 10 and the padding are out
+        [True, False, True, True, True, False],  # 11 is another right answer of row 1
+    ]
+    own = candidate_mask(targets, keys, positives, rows, own_rows, in_batch=False)
+    assert own.tolist() == [
+        [True, True, False, False, False, False],
+        [False, False, True, True, False, False],
+    ]
+
+
+def test_matryoshka_averages_over_prefixes():
+    def loss(queries, documents):
+        return (queries.sum() + documents.sum()) * queries.shape[1]
+
+    queries, documents = torch.ones(1, 4), torch.ones(1, 4)
+    value = matryoshka(loss, (2, 4), (1.0, 3.0))(queries, documents)
+    assert float(value) == pytest.approx((1 * (2 + 2) * 2 + 3 * (4 + 4) * 4) / 4)
+
+
+def test_distilled_scores_vanish_at_the_teacher_and_skip_single_documents():
+    teacher = torch.tensor([[2.0, 1.0, 0.0], [5.0, 0.0, 0.0]])
+    known = torch.tensor([[True, True, False], [True, False, False]])
+    same = distil_scores(teacher / 10, teacher, known, 0.1, 1.0)
+    assert float(same) == pytest.approx(0.0, abs=1e-6)
+    other = distil_scores(-teacher / 10, teacher, known, 0.1, 1.0)
+    p = torch.tensor([2.0, 1.0]).softmax(0)
+    q = torch.tensor([-2.0, -1.0]).softmax(0)
+    assert float(other) == pytest.approx(float((p * (p / q).log()).sum()), rel=1e-5)
+    nothing = distil_scores(teacher, teacher, torch.zeros_like(known), 0.1, 1.0)
+    assert float(nothing) == 0.0
+
+
+def test_distilled_vectors_by_cosine():
+    vectors = torch.tensor([[2.0, 0.0], [0.0, 3.0]])
+    teacher = torch.tensor([[1.0, 0.0], [1.0, 0.0]])
+    assert float(distil_vectors(vectors, teacher)) == pytest.approx(0.5)

@@ -1,0 +1,339 @@
+"""T3 to T10: scale over processes, one reduction, resume, no dead option, clean batches."""
+
+import ast
+import dataclasses
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from made_rows import make_rows
+from one_step import one_step
+
+from mmrag.embedders import load_backbone
+from mmrag.errors import ConfigError, ContentError
+from recipes import train as train_module
+from recipes.batches import Batch, Source, one_pass, plan, shard
+from recipes.config import DataConfig, LoraConfig, TrainConfig, build, load_config
+from recipes.rows import Item, Row, read_rows
+from recipes.train import documents_of, learning_rate, train
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+def config_of(model, out, *rows, **changes) -> TrainConfig:
+    config = TrainConfig(
+        model=str(model),
+        family="gme",
+        out=str(out),
+        data=tuple(DataConfig(rows=str(path)) for path in rows),
+        steps=6,
+        batch_size=4,
+        hard_negatives=1,
+        lr=1e-3,
+        device="cpu",
+        save_every=3,
+    )
+    return dataclasses.replace(config, **changes)
+
+
+def log_of(out) -> list[dict]:
+    lines = (Path(out) / "log.jsonl").read_text().splitlines()
+    return [record for record in map(json.loads, lines) if "loss" in record]
+
+
+def test_training_lowers_the_loss_and_writes_what_a_person_needs(tiny_model, text_rows, tmp_path):
+    config = config_of(tiny_model, tmp_path, text_rows, steps=25, evaluate=str(text_rows))
+    config = dataclasses.replace(config, evaluate_every=25, matryoshka_dims=(8,))
+    final = train(config)
+    losses = [record["loss"] for record in log_of(tmp_path)]
+    assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
+    assert (final / "trained.safetensors").is_file()
+    assert (tmp_path / "training.png").stat().st_size > 5000
+    last = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])
+    assert 0 <= last["metrics"]["text->text/ndcg@10"] <= 1
+
+
+@pytest.mark.parametrize("lora", [None, LoraConfig(r=2, dropout=0.2)])
+def test_resuming_gives_the_run_that_was_never_stopped(
+    tiny_model, mixed_rows, text_rows, tmp_path, lora
+):
+    """T7: same rows, same losses; the skipped steps prepare nothing."""
+    whole = config_of(tiny_model, tmp_path / "whole", mixed_rows, text_rows, lora=lora)
+    train(whole)
+    expected = log_of(whole.out)
+    broken = dataclasses.replace(whole, out=str(tmp_path / "broken"))
+    prepared = []
+    original, original_step = train_module.prepare_step, train_module.train_step
+
+    def counting(batch, *rest):
+        prepared.append(batch)
+        return original(batch, *rest)
+
+    def dies_at_four(backbone, optimizer, step, config, number):
+        if number == 4:
+            raise KeyboardInterrupt
+        return original_step(backbone, optimizer, step, config, number)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_module, "train_step", dies_at_four)
+        with pytest.raises(KeyboardInterrupt):
+            train(broken)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_module, "prepare_step", counting)
+        train(broken)
+    assert len(prepared) == 3  # steps 3, 4, 5: nothing before the checkpoint was decoded
+    actual = log_of(broken.out)
+    assert [r["rows"] for r in actual] == [r["rows"] for r in expected]
+    assert [r["loss"] for r in actual] == pytest.approx([r["loss"] for r in expected], rel=1e-5)
+
+
+def test_a_run_with_another_configuration_is_not_taken_up(tiny_model, text_rows, tmp_path):
+    config = config_of(tiny_model, tmp_path, text_rows, steps=3)
+    train(config)
+    with pytest.raises(ConfigError, match="another configuration"):
+        train(dataclasses.replace(config, temperature=0.5))
+
+
+@pytest.fixture(scope="module")
+def on_two_processes(tiny_model, mixed_rows, tmp_path_factory) -> tuple[dict, dict]:
+    """Configurations by name, and what one step of each gave rank 0 of two gloo processes."""
+    folder = tmp_path_factory.mktemp("ranks")
+    pictures = make_rows(tmp_path_factory.mktemp("pictures"), 4, negatives=0)
+    base = config_of(tiny_model, folder / "out", mixed_rows, batch_size=8)
+    configs = {
+        "whole": base,
+        "cached": dataclasses.replace(base, chunk=3),
+        # Of four rows, the first and third go to rank 0: only rank 1 has the row of its query's
+        # picture, and with two rows rank 0 has text alone.
+        "text on rank 0": config_of(
+            tiny_model, folder / "out", pictures, batch_size=2, hard_negatives=0
+        ),
+    }
+    for name, config in configs.items():
+        (folder / f"{name}.json").write_text(json.dumps(dataclasses.asdict(config)))
+    worker = Path(__file__).parent / "one_step.py"
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    shared = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    shared["PYTHONPATH"] = str(REPOSITORY)
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, str(worker), str(folder)],
+            env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    for process in ranks:
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors[-2000:]
+    return configs, torch.load(folder / "results.pt", weights_only=True)
+
+
+@pytest.mark.parametrize("name", ["whole", "cached"])
+def test_two_processes_give_the_gradient_of_one(on_two_processes, name):
+    """T3: the ratio is 1.0 for every weight."""
+    configs, results = on_two_processes
+    one, two = one_step(configs[name]), results[name]
+    assert two["loss"] == pytest.approx(one["loss"], rel=1e-5)
+    for weight, gradient in one["gradients"].items():
+        scale = gradient.abs().max().clamp(min=1e-6)
+        assert (two["gradients"][weight] - gradient).abs().max() / scale < 2e-3, weight
+
+
+def test_gradients_are_reduced_once_per_step(on_two_processes):
+    """T4: however many chunks there are."""
+    _, results = on_two_processes
+    assert results["whole"]["reductions"] == results["cached"]["reductions"] == 1
+
+
+def test_a_process_without_pictures_does_not_hang_the_others(on_two_processes):
+    """T6: rank 0 had no picture and took part for the vision tower all the same."""
+    _, results = on_two_processes
+    tower = [g for n, g in results["text on rank 0"]["gradients"].items() if n.startswith("visual")]
+    assert max(float(gradient.abs().max()) for gradient in tower) > 0
+
+
+def test_every_option_is_read_somewhere():
+    """T9: an option that nothing reads is a lie."""
+    trees = [ast.parse(path.read_text()) for path in (REPOSITORY / "recipes").glob("*.py")]
+    read = {
+        node.attr
+        for tree in trees
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)
+    }
+    for cls in (TrainConfig, DataConfig, LoraConfig):
+        for field in dataclasses.fields(cls):
+            assert field.name in read, f"{cls.__name__}.{field.name} is never read"
+
+
+def test_unknown_and_wrong_keys_are_errors_with_the_nearest_name(tmp_path):
+    path = tmp_path / "c.toml"
+    path.write_text('model = "m"\nout = "o"\ntemprature = 0.1\n[[data]]\nrows = "r"\n')
+    with pytest.raises(ConfigError, match=r"unknown key 'temprature'\. Did you mean 'temperature'"):
+        load_config(TrainConfig, path)
+    with pytest.raises(ConfigError, match="missing key 'out', 'data'"):
+        build(TrainConfig, {"model": "m"}, "here")
+    with pytest.raises(ConfigError, match="steps: int is expected, got 'many'"):
+        build(TrainConfig, {"model": "m", "out": "o", "data": [], "steps": "many"}, "here")
+    with pytest.raises(ConfigError, match=r"data\[0\]: unknown key 'row'"):
+        build(TrainConfig, {"model": "m", "out": "o", "data": [{"row": "x"}]}, "here")
+
+
+def test_overrides_of_the_command_line(tmp_path):
+    path = tmp_path / "c.toml"
+    path.write_text('model = "m"\nout = "o"\n[[data]]\nrows = "r"\n[lora]\nr = 8\n')
+    config = load_config(TrainConfig, path, {"lora.r": "16", "lr": "5e-5", "out": "other"})
+    assert (config.lora.r, config.lr, config.out) == (16, 5e-5, "other")
+
+
+def test_batches_have_one_data_set_and_no_row_answers_another(mixed_rows, text_rows):
+    """T10."""
+    shared = Item(text="the same document")
+    rows = [
+        Row(id=str(n), query=Item(text=f"q{n}"), positives=[shared if n % 3 else Item(text=str(n))])
+        for n in range(30)
+    ]
+    rows[4] = rows[4].model_copy(update={"negatives": [Item(text="9")]})
+    sources = [Source(rows, [10] * 30), Source(read_rows(text_rows), [20] * 16)]
+    stream = plan(sources, 4, seed=1)
+    for _ in range(60):
+        batch = next(stream)
+        chosen = [sources[batch.dataset].rows[i] for i in batch.rows]
+        positives = [item.key for row in chosen for item in row.positives]
+        assert len(positives) == len(set(positives))
+        assert not {item.key for row in chosen for item in row.negatives} & set(positives)
+
+
+def test_a_pass_uses_each_row_once_and_puts_like_costs_together():
+    rows = [
+        Row(id=str(n), query=Item(text=f"q{n}"), positives=[Item(text=f"p{n}")]) for n in range(64)
+    ]
+    costs = [30 if n % 2 else 3000 for n in range(64)]
+    import random
+
+    batches = one_pass(Source(rows, costs), 8, random.Random(0))
+    used = [index for batch in batches for index in batch]
+    assert sorted(used) == list(range(64))
+    assert all(len({costs[i] for i in batch}) == 1 for batch in batches)
+
+
+def test_plans_are_deterministic_and_follow_the_seed(text_rows):
+    sources = [Source(read_rows(text_rows), list(range(16)))]
+
+    def first(seed):
+        stream = plan(sources, 4, seed)
+        return [next(stream) for _ in range(12)]
+
+    assert first(1) == first(1)
+    assert first(1) != first(2)
+
+
+def test_shards_are_equal_and_disjoint():
+    parts = [shard(range(11), rank, 4) for rank in range(4)]
+    assert {len(part) for part in parts} == {2}
+    assert len({i for part in parts for i in part}) == 8
+
+
+def test_negatives_rotate_over_the_passes():
+    row = Row(
+        id="r",
+        query=Item(text="q"),
+        positives=[Item(text="a"), Item(text="b")],
+        negatives=[Item(text=str(n)) for n in range(5)],
+        negative_scores=[0.1 * n for n in range(5)],
+    )
+    seen = set()
+    for epoch in range(5):
+        (positive, _), *negatives = documents_of(row, epoch, 2)
+        assert positive.text == "ab"[epoch % 2]
+        assert all(score == pytest.approx(0.1 * int(item.text)) for item, score in negatives)
+        seen |= {item.text for item, _ in negatives}
+    assert seen == set("01234")
+
+
+def test_the_learning_rate_rises_and_falls_to_zero(tiny_model):
+    config = TrainConfig(model="m", out="o", data=(), steps=100, warmup=0.1, lr=1.0)
+    rates = [learning_rate(step, config) for step in range(100)]
+    assert rates[0] == pytest.approx(0.1)
+    assert max(rates) == pytest.approx(1.0)
+    assert rates[9] == pytest.approx(1.0)
+    assert rates[-1] < 0.02
+
+
+def test_freezing_what_is_not_there_is_an_error(tiny_model, text_rows, tmp_path):
+    with pytest.raises(ConfigError, match="no weight begins with 'vision_tower'"):
+        train(config_of(tiny_model, tmp_path, text_rows, freeze=("vision_tower",)))
+
+
+def test_frozen_towers_stay_as_they_are(tiny_model, mixed_rows, tmp_path):
+    config = config_of(tiny_model, tmp_path, mixed_rows, steps=2, freeze=("visual",))
+    final = train(config)
+    from safetensors.torch import load_file
+
+    names = set(load_file(final / "trained.safetensors"))
+    assert names
+    assert not any(name.startswith("visual") for name in names)
+
+
+def test_the_dry_run_shows_rows_tokens_and_memory(tiny_model, mixed_rows, tmp_path, capsys):
+    path = tmp_path / "c.toml"
+    path.write_text(
+        f'model = "{tiny_model}"\nfamily = "gme"\nout = "{tmp_path}/out"\n'
+        f'hard_negatives = 2\ndevice = "cpu"\n[[data]]\nrows = "{mixed_rows}"\n'
+    )
+    train_module.main([str(path), "--dry-run"])
+    shown = capsys.readouterr().out
+    assert "24 rows" in shown
+    assert "2 to 2 negatives" in shown
+    assert "tokens per row" in shown
+    assert "GiB" in shown
+    assert not (tmp_path / "out").exists()
+
+
+def test_bad_rows_are_named_before_training(tiny_model, tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"id": "a", "query": {"text": "q"}, "positives": []}\n')
+    with pytest.raises(ContentError, match=r"rows\.jsonl:1: positives"):
+        train(config_of(tiny_model, tmp_path / "out", rows))
+
+
+def test_steps_use_the_teachers_scores(tiny_model, tmp_path):
+    """Following a teacher that prefers the negative moves the loss the other way."""
+    rows = [
+        Row(
+            id=str(n),
+            query=Item(text=f"q{n}"),
+            positives=[Item(text=f"p{n}")],
+            negatives=[Item(text=f"n{n}")],
+            positive_scores=[0.0],
+            negative_scores=[9.0],
+        )
+        for n in range(4)
+    ]
+    from recipes.rows import write_rows
+
+    path = tmp_path / "rows.jsonl"
+    write_rows(path, rows)
+    config = config_of(tiny_model, tmp_path / "a", path, distil_weight=1.0, steps=12, lr=3e-3)
+    train(config)
+    backbone = load_backbone(tiny_model, family="gme", device="cpu")
+    from safetensors.torch import load_file
+
+    backbone.model.load_state_dict(
+        load_file(tmp_path / "a/final/trained.safetensors"), strict=False
+    )
+    dataset = train_module.load_datasets(config, backbone)[0]
+    step = train_module.prepare_step(Batch(0, (0, 1, 2, 3), 0), dataset, backbone, 1)
+    vectors = torch.nn.functional.normalize(backbone.forward(step.inputs), dim=-1)
+    queries, documents = vectors[:4], vectors[4:]
+    similarity = queries @ documents.T
+    assert (similarity[range(4), [1, 3, 5, 7]] > similarity[range(4), [0, 2, 4, 6]]).all()
