@@ -1,16 +1,17 @@
 """Finding the figures of a PDF page: pictures and drawings with their captions.
 
-Boxes are in the page's own, unrotated coordinates here, as the engine gives them.
+Boxes are in points of the page as it is shown, also those of the words.
 """
 
 from __future__ import annotations
 
 import re
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mmrag.reading.layout import Word, clean, union
+from mmrag.reading.layout import Word, clean, holds, union
 from mmrag.reading.options import Box
 
 _MIN_SIDE = 36.0  # points: half an inch
@@ -51,11 +52,12 @@ class _Block:
     box: Box
     text: str
     words: int
+    tall: float  # height of its largest words
 
 
 def find_figures(page: Any, words: Sequence[Word]) -> list[Found]:
     """Figures of a PyMuPDF page, from top to bottom."""
-    bounds = _bounds(page)
+    bounds = _as_box(page.rect)
     blocks = _blocks(words)
     figures = []
     for group in _groups(_rasters(page, bounds) + _drawings(page, bounds)):
@@ -63,7 +65,7 @@ def find_figures(page: Any, words: Sequence[Word]) -> list[Found]:
         if not _is_figure(group, box, bounds, words):
             continue
         raster = any(art.raster for art in group)
-        caption = _caption(box, blocks)
+        caption = _caption(box, blocks, drawn=not raster)
         if not raster:
             box = _clipped(_with_labels(box, blocks, caption), bounds)
         mark = "|".join([*sorted({art.shape for art in group})[:4], *(f"{v:.0f}" for v in box)])
@@ -71,15 +73,10 @@ def find_figures(page: Any, words: Sequence[Word]) -> list[Found]:
     return sorted(figures, key=lambda figure: (figure.box[1], figure.box[0]))
 
 
-def _bounds(page: Any) -> Box:
-    """The visible part of the page before rotation."""
-    return _as_box(page.rect * page.derotation_matrix)
-
-
 def _rasters(page: Any, bounds: Box) -> list[_Art]:
     found = []
     for info in page.get_image_info(xrefs=True):
-        box = _clipped(_as_box(info["bbox"]), bounds)
+        box = _clipped(_shown(page, info["bbox"]), bounds)
         if min(_sides(box)) >= _THIN and _area(box) <= _MAX_SHARE * _area(bounds):
             found.append(_Art(box, f"i{info['xref']}:{info['width']}x{info['height']}", True))
     return found
@@ -89,7 +86,7 @@ def _drawings(page: Any, bounds: Box) -> list[_Art]:
     """Drawn paths that can be part of a figure: visible, and not as large as the page."""
     found = []
     for path in page.get_drawings()[:_MAX_PATHS]:
-        box = _clipped(_as_box(path["rect"]), bounds)
+        box = _clipped(_shown(page, path["rect"]), bounds)
         white = path.get("fill") is not None and min(path["fill"]) > 0.98
         if max(_sides(box)) < 1 or _area(box) > 0.6 * _area(bounds):
             continue
@@ -99,7 +96,7 @@ def _drawings(page: Any, bounds: Box) -> list[_Art]:
             _Art(
                 box,
                 f"d{len(path['items'])}",
-                ruled=all(_is_ruled(item) for item in path["items"]),
+                ruled=min(_sides(box)) <= _THIN or all(_is_ruled(i) for i in path["items"]),
                 filled=path.get("fill") is not None and not white,
             )
         )
@@ -144,18 +141,31 @@ def _is_figure(group: list[_Art], box: Box, bounds: Box, words: Sequence[Word]) 
     share = _area(box) / max(_area(bounds), 1.0)
     if min(_sides(box)) < _MIN_SIDE or not _MIN_SHARE <= share <= _MAX_SHARE:
         return False
+    inside = [word.box for word in words if holds(box, word.box)]
+    if sum(_area(b) for b in inside) > 0.3 * _area(box):
+        return False
     pictures = [art for art in group if art.raster]
     if pictures and _area(union(art.box for art in pictures)) > 0.5 * _area(box):
         return True
-    inside = [word.box for word in words if _holds(box, word.box)]
-    if sum(_area(b) for b in inside) > 0.3 * _area(box):
-        return False
     solid = [a for a in group if a.filled and min(_sides(a.box)) > _THIN]
     if all(art.ruled for art in group):
         # Bars of a chart are empty; the shading of a table's cells has words on it.
-        shaded = sum(any(_holds(art.box, b) for b in inside) for art in solid)
-        return len(solid) >= 2 and shaded * 2 < len(solid)
+        shaded = sum(any(holds(art.box, b) for b in inside) for art in solid)
+        return len(solid) >= 2 and shaded * 2 < len(solid) and not _is_tiled(solid)
     return len(group) >= 3 or bool(pictures)
+
+
+def _is_tiled(arts: Sequence[_Art]) -> bool:
+    """Whether filled boxes lie in full rows of one width, as the shading of a table does."""
+    rows: dict[tuple[int, int], list[Box]] = defaultdict(list)
+    for art in arts:
+        rows[round(art.box[1]), round(art.box[3])].append(art.box)
+    extents: Counter[tuple[int, int]] = Counter()
+    for boxes in rows.values():
+        x0, _, x1, _ = union(boxes)
+        if sum(b[2] - b[0] for b in boxes) > 0.85 * (x1 - x0):
+            extents[round(x0 / 4), round(x1 / 4)] += 1
+    return max(extents.values(), default=0) > 0.5 * len(rows)
 
 
 def _blocks(words: Sequence[Word]) -> list[_Block]:
@@ -163,17 +173,27 @@ def _blocks(words: Sequence[Word]) -> list[_Block]:
     for word in words:
         grouped.setdefault(word.block, []).append(word)
     return [
-        _Block(union(w.box for w in group), clean(" ".join(w.text for w in group)), len(group))
+        _Block(
+            union(w.box for w in group),
+            clean(" ".join(w.text for w in group)),
+            len(group),
+            max(min(_sides(w.box)) for w in group),
+        )
         for group in grouped.values()
     ]
 
 
-def _caption(box: Box, blocks: Sequence[_Block]) -> _Block | None:
-    """A block that says "Figure 3", within an inch; else the nearest short one within 0.3 inch."""
-    near = [(_beside(box, b.box), b) for b in blocks if not _holds(box, b.box)]
-    near = sorted(((d, b) for d, b in near if d <= 72), key=lambda item: item[0])
+def _caption(box: Box, blocks: Sequence[_Block], drawn: bool) -> _Block | None:
+    """A block near by that says "Figure 3"; else a drawing's title; else what is nearest."""
+    outside = [b for b in blocks if not holds(box, b.box) and _distance(box, b.box) <= 72]
+    near = sorted(((_beside(box, b.box), b) for b in outside), key=lambda item: item[0])
     for _, block in near:
         if _CAPTION.match(block.text):
+            return block
+    top = (box[0], box[1] - 14, box[2], box[1] + 0.25 * (box[3] - box[1]))
+    titles = [b for b in blocks if drawn and 2 <= b.words <= 25 and holds(top, b.box)]
+    for block in sorted(titles, key=lambda b: b.box[1]):
+        if sum(c.isalpha() for c in block.text) > 0.6 * len(block.text):
             return block
     for distance, block in near:
         if distance <= 22 and 3 <= block.words <= 40:
@@ -195,12 +215,21 @@ def _with_labels(box: Box, blocks: Sequence[_Block], caption: _Block | None) -> 
     labels = [
         b.box
         for b in blocks
-        if b is not caption and b.words <= 30 and _distance(b.box, box) <= 14
+        if b is not caption and b.words <= 30 and b.tall <= 24 and _distance(b.box, box) <= 14
         and (b.words <= 6 or _overlap(reach, b.box) > 0.5 * _area(b.box))
     ]  # fmt: skip
     grown = union([box, *labels])
     wide = _area(grown) > 1.8 * _area(box)
     return box if wide else (grown[0] - 2, grown[1] - 2, grown[2] + 2, grown[3] + 2)
+
+
+def _shown(page: Any, rect: Any) -> Box:
+    """Corners of the page before its rotation, as a box of the page as shown."""
+    a, b, c, d, e, f = page.rotation_matrix
+    x0, y0, x1, y1 = rect
+    return _as_box(
+        (a * x0 + c * y0 + e, b * x0 + d * y0 + f, a * x1 + c * y1 + e, b * x1 + d * y1 + f)
+    )
 
 
 def _as_box(rect: Any) -> Box:
@@ -230,9 +259,3 @@ def _overlap(one: Box, other: Box) -> float:
 def _distance(one: Box, other: Box) -> float:
     """The larger of the horizontal and the vertical distance; 0 where they overlap."""
     return max(one[0] - other[2], other[0] - one[2], one[1] - other[3], other[1] - one[3], 0.0)
-
-
-def _holds(box: Box, other: Box) -> bool:
-    """Whether the middle of ``other`` lies in ``box``."""
-    x, y = (other[0] + other[2]) / 2, (other[1] + other[3]) / 2
-    return box[0] <= x <= box[2] and box[1] <= y <= box[3]

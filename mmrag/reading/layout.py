@@ -16,7 +16,7 @@ from typing import Literal, TypeAlias
 
 from mmrag.reading.options import Box, Passage
 
-Turn: TypeAlias = Literal["none", "down", "up"]
+Turn: TypeAlias = Literal["none", "down", "up", "back"]
 
 _LIGATURES = {
     "\ufb00": "ff", "\ufb01": "fi", "\ufb02": "fl", "\ufb03": "ffi", "\ufb04": "ffl",
@@ -74,23 +74,40 @@ def union(boxes: Iterable[Box]) -> Box:
     return (min(x0), min(y0), max(x1), max(y1))
 
 
+def holds(box: Box, other: Box) -> bool:
+    """Whether the middle of ``other`` lies in ``box``."""
+    x, y = (other[0] + other[2]) / 2, (other[1] + other[3]) / 2
+    return box[0] <= x <= box[2] and box[1] <= y <= box[3]
+
+
 def text_of(tokens: Sequence[Token]) -> str:
     """The tokens as one string."""
     return "".join(token.gap + token.text for token in tokens).strip()
 
 
-def in_reading_order(words: Sequence[Word]) -> list[Token]:
-    """Tokens of a page: columns one after the other, lines joined to paragraphs, words mended."""
-    cleaned = [replace(w, text=text) for w in words if (text := clean(w.text).strip())]
-    turn = _direction(cleaned)
-    lines = _lines([replace(w, box=_turned(w.box, turn)) for w in cleaned])
+def in_reading_order(words: Sequence[Word], apart: Sequence[Box] = ()) -> list[Token]:
+    """Tokens of a page: columns one after the other, lines joined to paragraphs, words mended.
+
+    apart: boxes, as of figures, whose words are read by themselves, after the others.
+    """
+    parts: list[list[Word]] = [[] for _ in range(len(apart) + 1)]
+    for word in words:
+        if text := clean(word.text).strip():
+            inside = (i for i, box in enumerate(apart, 1) if holds(box, word.box))
+            parts[next(inside, 0)].append(replace(word, text=text))
+    return [token for part in parts for token in _ordered(part)]
+
+
+def _ordered(words: Sequence[Word]) -> list[Token]:
+    turn = _direction(words)
+    lines = _lines([replace(w, box=_turned(w.box, turn)) for w in words])
     tokens: list[Token] = []
     for region in _regions(lines):
         tokens += _region_tokens(region)
     return [replace(t, box=_turned(t.box, _BACK[turn])) for t in _mended(tokens)]
 
 
-_BACK: dict[Turn, Turn] = {"none": "none", "down": "up", "up": "down"}
+_BACK: dict[Turn, Turn] = {"none": "none", "down": "up", "up": "down", "back": "back"}
 
 
 def _turned(box: Box, turn: Turn) -> Box:
@@ -103,11 +120,13 @@ def _turned(box: Box, turn: Turn) -> Box:
             return (y0, -x1, y1, -x0)
         case "up":
             return (-y1, x0, -y0, x1)
+        case "back":
+            return (-x1, -y1, -x0, -y0)
 
 
 def _direction(words: Sequence[Word]) -> Turn:
     """Where most of the text runs, by the first and last words of its lines."""
-    votes: dict[Turn, int] = {"none": 0, "down": 0, "up": 0}
+    votes: dict[Turn, int] = {"none": 0, "down": 0, "up": 0, "back": 0}
     for line in _lines(words):
         first, last = line.words[0].box, line.words[-1].box
         across = abs(last[0] - first[0]) + abs(last[2] - first[2])
@@ -115,8 +134,13 @@ def _direction(words: Sequence[Word]) -> Turn:
         if abs(along) > across:
             votes["down" if along > 0 else "up"] += len(line.words)
         elif len(line.words) > 1:
-            votes["none"] += len(line.words)
+            back = last[2] < first[0] and not _is_right_to_left(line.words[0].text)
+            votes["back" if back else "none"] += len(line.words)
     return max(votes, key=lambda turn: votes[turn])
+
+
+def _is_right_to_left(text: str) -> bool:
+    return any(unicodedata.bidirectional(c) in ("R", "AL") for c in text)
 
 
 def _lines(words: Sequence[Word]) -> list[_Line]:
@@ -223,6 +247,8 @@ def _gap_between(above: list[_Line], row: list[_Line], edges: dict[int, float]) 
     if len(above) == len(row) == 1 and apart < height:
         word = first.words[0].box
         edge = max(edges[last.words[0].block], edges[first.words[0].block])
+        if _is_broken(last.words[-1].text, first.words[0].text):
+            return " "
         # A line was wrapped if the next line's first word would not have fitted on it.
         if last.box[2] + (word[2] - word[0]) + 0.25 * height > edge:
             same = last.words[0].block == first.words[0].block
@@ -236,6 +262,11 @@ def _runs_on(last: str, first: str) -> bool:
     return not _SENTENCE_END.search(last) and first[:1].islower()
 
 
+def _is_broken(text: str, after: str) -> bool:
+    """Whether a word was hyphenated: a letter and a hyphen, then a small letter."""
+    return text[-1:] in _HYPHENS and text[-2:-1].isalpha() and after[:1].islower()
+
+
 def _mended(tokens: Sequence[Token]) -> list[Token]:
     """Join words that were hyphenated at the end of a line; other soft hyphens go."""
     out: list[Token] = []
@@ -246,9 +277,7 @@ def _mended(tokens: Sequence[Token]) -> list[Token]:
             after is not None
             and after.gap == " "
             and after.box[1] > token.box[1] + 0.5 * (token.box[3] - token.box[1])
-            and text[-1:] in _HYPHENS
-            and text[-2:-1].isalpha()
-            and after.text[:1].islower()
+            and _is_broken(text, after.text)
         )
         glued = bool(out) and out[-1].text.endswith("\0")
         if glued:

@@ -68,11 +68,13 @@ def _line_boxes(tokens: Sequence[Token], first: int, last: int) -> list[Box]:
 
 
 def _same_line(one: Box, other: Box) -> bool:
-    """At one height, and not in different columns."""
+    """Side by side and not in different columns; or end to end, where text runs along the page."""
+    width = max(one[2] - one[0], other[2] - other[0])
     height = max(one[3] - one[1], other[3] - other[1])
-    shared = min(one[3], other[3]) - max(one[1], other[1])
-    apart = max(one[0], other[0]) - min(one[2], other[2])
-    return shared > 0.5 * height and apart < 3 * height
+    across = min(one[2], other[2]) - max(one[0], other[0])  # negative: how far apart
+    along = min(one[3], other[3]) - max(one[1], other[1])
+    upright = along > 0.5 * height and -across < 3 * height
+    return upright or (across > 0.8 * width and -along < width < height)
 
 
 def mark_boxes(png: bytes, boxes: Sequence[Box], scale: float) -> bytes:

@@ -119,18 +119,19 @@ def _read_page(
     yield Step(number, "text")
     page = document[number - 1]
     words, layer = page_words(page)
-    tokens = layout.in_reading_order(words)
+    found = []
+    if find:
+        yield Step(number, "figures")
+        found = figures.find_figures(page, words)
+    tokens = layout.in_reading_order(words, [f.box for f in found])
     yield Step(number, "picture")
     image = folder / f"p{number:04d}.png"
-    _save(page, image, options, None)
+    _save(page, image, options)
+    drawn = [_drawn(page, image, figure, options, outline) for figure in found]
     if layer == "none" and options.ocr:
         yield Step(number, "recognition")
         tokens = _recognised(image.read_bytes(), _scale(page, options))
         layer = "ocr" if tokens else "none"
-    found: list[Figure] = []
-    if find:
-        yield Step(number, "figures")
-        found = _figures(page, number, words, folder, options, outline)
     passages = layout.passages_of(
         tokens,
         options.passage_words,
@@ -145,7 +146,7 @@ def _read_page(
         text=layout.text_of(tokens),
         text_layer=layer,
         passages=tuple(passages),
-        figures=tuple(found),
+        figures=tuple(drawn),
         warnings=_warnings(),
     )
 
@@ -188,28 +189,19 @@ def _recognised(png: bytes, scale: float) -> list[Token]:
     return layout.in_reading_order(ocr.recognise(png, scale))
 
 
-def _figures(
-    page: Any,
-    number: int,
-    words: Sequence[Word],
-    folder: Path,
-    options: ReadOptions,
-    outline: Outline,
-) -> list[Figure]:
-    back = page.derotation_matrix
-    own = [Word(w.text, _moved(w.box, back), w.block, w.line) for w in words]
-    result = []
-    for found in figures.find_figures(page, own):
-        box = _moved(found.box, page.rotation_matrix)
-        name = "-".join(f"{value:.0f}" for value in box)
-        image = folder / f"p{number:04d}-{name}.png"
-        _save(page, image, options, box)
-        section = outline.at(number, box[1] + 1)
-        result.append(Figure(box, found.caption, image.as_posix(), found.mark, section))
-    return result
+def _drawn(
+    page: Any, image: Path, found: figures.Found, options: ReadOptions, outline: Outline
+) -> Figure:
+    """A figure with its picture, which is named by its box and kept beside the page's."""
+    box = found.box
+    name = "-".join(f"{value:.0f}" for value in box)
+    crop = image.with_name(f"{image.stem}-{name}.png")
+    _save(page, crop, options, box)
+    section = outline.at(page.number + 1, box[1] + 1)
+    return Figure(box, found.caption, crop.as_posix(), found.mark, section)
 
 
-def _save(page: Any, image: Path, options: ReadOptions, clip: Box | None) -> None:
+def _save(page: Any, image: Path, options: ReadOptions, clip: Box | None = None) -> None:
     """Render the page, or a part of it, unless that was done before."""
     scale = _scale(page, options, clip)
     expected = (pymupdf.Rect(clip or page.rect) * pymupdf.Matrix(scale, scale)).irect
@@ -285,7 +277,8 @@ def locate(path: Path, page: int, quote: str, ocr: bool) -> Iterator[list[Box]]:
     with contextlib.closing(open_pdf(path)) as document:
         shown = _page(document, page)
         words, layer = page_words(shown)
-        tokens = layout.in_reading_order(words)
+        apart = [figure.box for figure in figures.find_figures(shown, words)]
+        tokens = layout.in_reading_order(words, apart)
         if layer == "none" and ocr:
             scale = _scale(shown, ReadOptions())
             tokens = _recognised(_rendered(shown, scale), scale)
