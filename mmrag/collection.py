@@ -34,7 +34,7 @@ from mmrag.engines import (
     ServerEngine,
     check_language,
 )
-from mmrag.errors import CollectionError, ConfigError
+from mmrag.errors import CollectionError, ConfigError, MissingCollectionError
 
 if TYPE_CHECKING:
     from llama_index.vector_stores.qdrant import QdrantVectorStore
@@ -63,7 +63,7 @@ class CollectionSettings:
     dim: length of the stored vectors.
     views: the named vectors that nodes may have.
     reading: the options files were read with.
-    language: stemming and stop words of BM25; None for neither.
+    language: stemming and stop words of BM25; ``"none"`` for neither.
     """
 
     embedder: str
@@ -71,7 +71,7 @@ class CollectionSettings:
     dim: int
     views: tuple[View, ...] = ("image", "text")
     reading: Mapping[str, Any] = field(default_factory=dict)
-    language: str | None = "english"
+    language: str = "english"
 
     def __post_init__(self) -> None:
         if self.dim < 1:
@@ -140,7 +140,8 @@ class Collection:
             images_dir: where page pictures are kept; default: in the folder, or for a server
                 ``mmrag-images/<name>`` in the working directory.
 
-        Raises: CollectionError if it is missing, locked, built with other settings or by a newer
+        Raises: MissingCollectionError if it is not there; CollectionError if it is locked, built
+            with other settings or by a newer
             mmrag; EndpointError if the server cannot be reached.
         """
         place = _Place.at(location, name, api_key, images_dir)
@@ -184,21 +185,25 @@ class Collection:
         """Those of the node ids that are stored."""
         return {point.id for point in self._engine.retrieve(ids, payload=False)}
 
+    def unfinished(self) -> dict[str, str]:
+        """Hash to path of the files that have nodes here but are not finished."""
+        done = {entry.sha256 for entry in self.files()}
+        return {
+            sha256: str(next(self._engine.scroll(_with_hash(sha256))).payload["file"])
+            for sha256 in self._engine.facet("sha256")
+            if sha256 not in done
+        }
+
     def remove_file(self, sha256_or_path: str) -> int:
         """Delete a file's points and page pictures; returns how many nodes went."""
-        return self._remove(AnyOf("file", (sha256_or_path,))) + self._remove(
-            AnyOf("sha256", (sha256_or_path,))
-        )
-
-    def remove_other_versions(self, path: str, sha256: str) -> int:
-        """Delete what is stored of ``path`` with any content but this; returns how many nodes."""
-        return self._remove(AnyOf("file", (path,)), unless=AnyOf("sha256", (sha256,)))
+        by_path = self._remove(AnyOf("file", (sha256_or_path,)))
+        return by_path + self._remove(AnyOf("sha256", (sha256_or_path,)))
 
     def move_file(self, entry: FileEntry, path: str) -> FileEntry:
         """Give a file another path, keeping its vectors."""
         moved = dataclasses.replace(entry, file=path)
-        of_file = Filter(must=(AnyOf("sha256", (entry.sha256,)),), must_not=(_BOOKKEEPING,))
-        for batch in _batched(self._engine.scroll(of_file, vectors=True), 64):
+        nodes = self._engine.scroll(_with_hash(entry.sha256), vectors=True)
+        for batch in _batched(nodes, 64):
             self._engine.upsert([self._at_path(point, path) for point in batch])
         self.mark_done(moved)
         return moved
@@ -297,16 +302,15 @@ class Collection:
         node.metadata["file"] = path
         return dataclasses.replace(point, payload=self._payload(node))
 
-    def _remove(self, of: AnyOf, unless: AnyOf | None = None) -> int:
+    def _remove(self, of: AnyOf) -> int:
         """Delete the file's own point first: cut short, it leaves an unfinished file."""
-        excluded = (unless,) if unless else ()
-        nodes = Filter(must=(of,), must_not=(*excluded, _BOOKKEEPING))
+        nodes = Filter(must=(of,), must_not=(_BOOKKEEPING,))
         pictures: set[Path] = set()
         removed = 0
         for point in self._engine.scroll(nodes):
             removed += 1
             pictures |= self._place.own_pictures(point.payload)
-        self._engine.delete(Filter(must=(of, AnyOf("kind", ("file",))), must_not=excluded))
+        self._engine.delete(Filter(must=(of, AnyOf("kind", ("file",)))))
         self._engine.delete(nodes)
         self._engine.flush()
         for picture in pictures:
@@ -394,7 +398,7 @@ class _Place:
         if (self.folder / _SHARD).is_dir():
             return EdgeEngine(self.folder / _SHARD)
         if settings is None:
-            raise CollectionError(
+            raise MissingCollectionError(
                 f"{self} holds no mmrag collection. Index something into it first "
                 "(mmrag index PATH), or give the folder that was indexed."
             )
@@ -437,7 +441,7 @@ class _Place:
         try:
             if not engine.exists():
                 if settings is None:
-                    raise CollectionError(
+                    raise MissingCollectionError(
                         f"There is no collection {self.name!r} on the server. Index something "
                         "first, or give its name."
                     )
@@ -453,12 +457,12 @@ def _agree(engine: Engine, wanted: CollectionSettings | None, place: _Place) -> 
     stored = _stored_settings(engine, place)
     if stored is not None:
         if wanted is not None:
-            _refuse_other(stored, wanted, place)
+            refuse_other(stored, wanted, place)
         return stored
     if engine.count(Filter()) > 0:
         raise CollectionError(f"{place} was not made by mmrag; choose another name or folder.")
     if wanted is None:
-        raise CollectionError(f"{place} was never finished; index something into it first.")
+        raise MissingCollectionError(f"{place} is empty; index something into it first.")
     if isinstance(engine, ServerEngine):
         if engine.vector_dims() != dict(_schema(wanted).vectors):
             raise CollectionError(
@@ -485,7 +489,7 @@ def _stored_settings(engine: Engine, place: _Place) -> CollectionSettings | None
     return CollectionSettings(**(values | {"views": tuple(values["views"])}))
 
 
-def _refuse_other(stored: CollectionSettings, wanted: CollectionSettings, place: _Place) -> None:
+def refuse_other(stored: CollectionSettings, wanted: CollectionSettings, place: object) -> None:
     """Raise CollectionError if the collection was built with anything but ``wanted``."""
     remedy = f"Open it with embedder {stored.embedder!r}, or build another collection elsewhere."
     if stored.fingerprint != wanted.fingerprint:
@@ -527,6 +531,11 @@ def _schema(settings: CollectionSettings) -> Schema:
         keywords=_KEYWORDS,
         integers=_INTEGERS,
     )
+
+
+def _with_hash(sha256: str) -> Filter:
+    """The nodes of the file with this content."""
+    return Filter(must=(AnyOf("sha256", (sha256,)),), must_not=(_BOOKKEEPING,))
 
 
 def _file_id(sha256: str) -> str:

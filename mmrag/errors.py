@@ -4,7 +4,8 @@
   ├── ``ContentError``      a text or picture that cannot be used
   ├── ``ReadError``         a file or page that cannot be read
   ├── ``ModelError``        a checkpoint or adapter that cannot be loaded exactly
-  ├── ``CollectionError``   a collection that is missing, locked, or built otherwise
+  ├── ``CollectionError``   a collection that is locked, broken, or built otherwise
+  │     └── ``MissingCollectionError``   there is none yet
   ├── ``EndpointError``     a remote server that refused, hung, or answered nonsense
   └── ``ConfigError``       options that contradict each other or are not known
 
@@ -41,6 +42,10 @@ class ModelError(MMRagError):
 
 class CollectionError(MMRagError):
     """A collection that is missing, locked by another process, or built with other settings."""
+
+
+class MissingCollectionError(CollectionError):
+    """No collection is there yet, or its making was cut short; indexing something makes it."""
 
 
 class EndpointError(MMRagError):

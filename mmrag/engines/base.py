@@ -13,6 +13,7 @@ from qdrant_client import models
 from mmrag.errors import ConfigError
 
 TEXT_FIELD = "text"
+NO_LANGUAGE = "none"
 SCROLL_PAGE = 256
 FACET_LIMIT = 1_000_000
 
@@ -71,11 +72,11 @@ class Schema:
     """What a collection is created with.
 
     vectors: name to dimension; distances are cosine.
-    language: stemming and stop words of the BM25 index over ``text``; None for neither.
+    language: stemming and stop words of the BM25 index over ``text``; ``"none"`` for neither.
     """
 
     vectors: Mapping[str, int]
-    language: str | None
+    language: str
     keywords: tuple[str, ...]
     integers: tuple[str, ...]
 
@@ -134,14 +135,14 @@ class Engine(Protocol):
         ...
 
 
-def check_language(language: str | None) -> None:
+def check_language(language: str) -> None:
     """Raise ConfigError for a language that has no stemmer or no stop words."""
     known = sorted(
         {each.value for each in models.SnowballLanguage} & {each.value for each in models.Language}
     )
-    if language is not None and language not in known:
+    if language != NO_LANGUAGE and language not in known:
         raise ConfigError(
-            f"No stemming for the language {language!r}; use one of {', '.join(known)}, or None."
+            f"No stemming for the language {language!r}; use one of {', '.join(known)}, or none."
         )
 
 

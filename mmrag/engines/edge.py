@@ -15,6 +15,7 @@ from typing_extensions import override
 
 from mmrag.engines.base import (
     FACET_LIMIT,
+    NO_LANGUAGE,
     SCROLL_PAGE,
     TEXT_FIELD,
     Engine,
@@ -188,7 +189,7 @@ def _edge_indexes(schema: Schema) -> dict[str, Any]:
         stopwords=_member(edge.Language, schema.language),
         stemmer=(
             edge.SnowballParams(_member(edge.SnowballLanguage, schema.language))
-            if schema.language
+            if schema.language != NO_LANGUAGE
             else edge.DisabledStemmer()
         ),
     )
@@ -199,5 +200,5 @@ def _edge_indexes(schema: Schema) -> dict[str, Any]:
     )
 
 
-def _member(enum: Any, language: str | None) -> Any:
-    return None if language is None else getattr(enum, language.capitalize())
+def _member(enum: Any, language: str) -> Any:
+    return None if language == NO_LANGUAGE else getattr(enum, language.capitalize())

@@ -18,6 +18,7 @@ from typing_extensions import override
 
 from mmrag.engines.base import (
     FACET_LIMIT,
+    NO_LANGUAGE,
     SCROLL_PAGE,
     TEXT_FIELD,
     Engine,
@@ -240,15 +241,15 @@ class ServerEngine(Engine):
         )
 
 
-def _server_text_index(language: str | None) -> models.TextIndexParams:
+def _server_text_index(language: str) -> models.TextIndexParams:
     return models.TextIndexParams(
         type=models.TextIndexType.TEXT,
         tokenizer=models.TokenizerType.WORD,
         lowercase=True,
         scoring=True,
-        stopwords=None if language is None else models.Language(language),
+        stopwords=None if language == NO_LANGUAGE else models.Language(language),
         stemmer=None
-        if language is None
+        if language == NO_LANGUAGE
         else models.SnowballParams(
             type=models.Snowball.SNOWBALL, language=models.SnowballLanguage(language)
         ),

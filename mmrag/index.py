@@ -1,0 +1,267 @@
+"""UniversalIndex: one object for indexing files, finding pages, and answering."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qdrant_client import QdrantClient
+
+from mmrag.collection import (
+    Collection,
+    CollectionSettings,
+    FileEntry,
+    View,
+    Where,
+    matching_paths,
+    refuse_other,
+)
+from mmrag.embedders.base import Embedder
+from mmrag.errors import ConfigError, MissingCollectionError
+from mmrag.ingest import IngestReport, Progress, ingest, reading_settings
+from mmrag.reading import ReadOptions
+
+if TYPE_CHECKING:
+    from llama_index.core.llms import LLM
+    from llama_index.core.postprocessor.types import BaseNodePostprocessor
+
+    from mmrag.answering import CitedQueryEngine
+    from mmrag.embedding import UniversalEmbedding
+    from mmrag.retriever import UniversalRetriever
+
+DEFAULT_EMBEDDER = "mmrag-nano"
+DEFAULT_LOCATION = "./mmrag-library"
+
+
+class UniversalIndex:
+    """A library of files in one collection, in a folder or on a Qdrant server.
+
+    The collection is made by the first ``add``. One that exists is opened as it was built:
+    what is left out here is taken from it, and what contradicts it is refused.
+
+    Args:
+        location: a folder, the URL of a Qdrant server, or a ``QdrantClient``.
+        embed_model: a ``UniversalEmbedding``, an ``Embedder``, or a name for ``load_embedder``;
+            default: the one that built the collection, else ``mmrag-nano``.
+        name: of the collection on a server.
+        api_key: of the server.
+        images_dir: where page pictures are kept, if not in the folder.
+        reading: how files are read.
+        views: which vectors nodes get; default: picture and text, as far as the embedder can.
+        dim: length of the stored vectors, for embedders that can be cut (Matryoshka).
+        language: stemming and stop words of BM25; default: english; ``"none"`` for neither.
+
+    Raises: CollectionError for a collection that is locked or was built otherwise.
+    """
+
+    def __init__(
+        self,
+        location: str | Path | QdrantClient = DEFAULT_LOCATION,
+        embed_model: UniversalEmbedding | Embedder | str | Path | None = None,
+        *,
+        name: str = "mmrag",
+        api_key: str | None = None,
+        images_dir: str | Path | None = None,
+        reading: ReadOptions | None = None,
+        views: Sequence[View] | None = None,
+        dim: int | None = None,
+        language: str | None = None,
+    ) -> None:
+        self._where: dict[str, Any] = {
+            "location": location,
+            "name": name,
+            "api_key": api_key,
+            "images_dir": images_dir,
+        }
+        self._reading = reading
+        self._embedder = None if embed_model is None else _as_embedder(embed_model)
+        given: dict[str, Any] = {
+            "views": tuple(views) if views else None,
+            "dim": dim or _wanted_dim(embed_model),
+            "language": language,
+            "reading": reading_settings(reading) if reading else None,
+        }
+        self._given: dict[str, Any] = {
+            key: value for key, value in given.items() if value is not None
+        }
+        self._collection = self._open_existing()
+
+    @property
+    def collection(self) -> Collection:
+        """The collection. Raises MissingCollectionError before anything was added."""
+        if self._collection is None:
+            return Collection.open(**self._where)
+        return self._collection
+
+    @property
+    def embedder(self) -> Embedder:
+        """The embedder, loaded when it is first needed.
+
+        Raises: CollectionError if its weights have changed since the collection was built.
+        """
+        if self._embedder is None:
+            stored = self._collection.settings if self._collection else None
+            self._embedder = _as_embedder(stored.embedder if stored else DEFAULT_EMBEDDER)
+            if stored is not None:
+                refuse_other(stored, _identified(stored, self._embedder), "The collection")
+        return self._embedder
+
+    def add(
+        self,
+        paths: str | Path | Sequence[str | Path],
+        *,
+        progress: bool | Callable[[Progress], None] = False,
+        prune: bool = False,
+        workers: int | None = None,
+    ) -> IngestReport:
+        """Index files and folders; see ``mmrag.ingest.ingest``.
+
+        progress: True shows a bar on stderr; a function is called with each Progress.
+        """
+        many = [paths] if isinstance(paths, (str, Path)) else list(paths)
+        embedder = self.embedder
+        if self._collection is None:
+            self._collection = Collection.open(**self._where, settings=self._settings(embedder))
+        with _shown(progress) as show:
+            return ingest(
+                many,
+                self._collection,
+                embedder,
+                options=self._reading,
+                progress=show,
+                prune=prune,
+                workers=workers,
+            )
+
+    def remove(self, *patterns: str) -> list[str]:
+        """Forget files by path, name or glob pattern; returns the paths that went."""
+        paths = matching_paths(patterns, self.collection.paths())
+        for path in paths:
+            self.collection.remove_file(path)
+        return paths
+
+    def files(self) -> list[FileEntry]:
+        """The indexed files, ordered by path."""
+        return self.collection.files()
+
+    def as_retriever(self, **options: Any) -> UniversalRetriever:
+        """A LlamaIndex retriever; ``options`` are those of ``UniversalRetriever``."""
+        from mmrag.retriever import UniversalRetriever
+
+        return UniversalRetriever(self.collection, self.embedder, **options)
+
+    def as_query_engine(
+        self,
+        llm: LLM | None = None,
+        node_postprocessors: Sequence[BaseNodePostprocessor] = (),
+        *,
+        streaming: bool = False,
+        similarity_top_k: int = 8,
+        where: Where | None = None,
+        **options: Any,
+    ) -> CitedQueryEngine:
+        """An engine whose answers cite their pages; ``options`` are those of CitedQueryEngine."""
+        from mmrag.answering import CitedQueryEngine
+
+        retriever = self.as_retriever(similarity_top_k=similarity_top_k, where=where)
+        return CitedQueryEngine(
+            retriever, llm, list(node_postprocessors), streaming=streaming, **options
+        )
+
+    def close(self) -> None:
+        """Release the folder or the connection."""
+        if self._collection is not None:
+            self._collection.close()
+
+    def __enter__(self) -> UniversalIndex:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _open_existing(self) -> Collection | None:
+        try:
+            collection = Collection.open(**self._where)
+        except MissingCollectionError:
+            return None
+        wanted = dataclasses.replace(collection.settings, **self._given)
+        if self._embedder is not None:
+            wanted = _identified(wanted, self._embedder)
+        try:
+            refuse_other(collection.settings, wanted, "The collection")
+        except BaseException:
+            collection.close()
+            raise
+        return collection
+
+    def _settings(self, embedder: Embedder) -> CollectionSettings:
+        views: tuple[View, ...] = ("image", "text")
+        default: dict[str, Any] = {
+            "dim": embedder.dim,
+            "views": tuple(view for view in views if view in embedder.modalities),
+            "reading": reading_settings(self._reading or ReadOptions()),
+        }
+        return CollectionSettings(embedder.name, embedder.fingerprint, **(default | self._given))
+
+
+def _identified(settings: CollectionSettings, embedder: Embedder) -> CollectionSettings:
+    """The settings as if ``embedder`` had built them."""
+    return dataclasses.replace(settings, embedder=embedder.name, fingerprint=embedder.fingerprint)
+
+
+def _as_embedder(embed_model: UniversalEmbedding | Embedder | str | Path) -> Embedder:
+    if isinstance(embed_model, (str, Path)):
+        from mmrag.embedders import load_embedder
+
+        return load_embedder(embed_model)
+    if isinstance(embed_model, Embedder):
+        return embed_model
+    embedder = getattr(embed_model, "embedder", None)
+    if not isinstance(embedder, Embedder):
+        raise ConfigError(
+            f"embed_model is a {type(embed_model).__name__}; give a UniversalEmbedding, an "
+            "Embedder, or the name of one."
+        )
+    return embedder
+
+
+def _wanted_dim(embed_model: UniversalEmbedding | Embedder | str | Path | None) -> int | None:
+    """The dimensions that a UniversalEmbedding was told to keep."""
+    if embed_model is None or isinstance(embed_model, (str, Path, Embedder)):
+        return None
+    return embed_model.dim
+
+
+@contextmanager
+def _shown(
+    progress: bool | Callable[[Progress], None],
+) -> Iterator[Callable[[Progress], None] | None]:
+    """The progress function to call; for True, one that moves a bar."""
+    if not isinstance(progress, bool):
+        yield progress
+        return
+    if not progress:
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+    from rich.progress import Progress as Bar
+
+    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("files, {task.description}"))
+    with Bar(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("starting", total=None)
+
+        def show(now: Progress) -> None:
+            speed = f"{now.pages} pages ({now.pages_per_second:.1f}/s)"
+            failures = f", {now.failures} failures" if now.failures else ""
+            bar.update(
+                task,
+                total=now.files_total,
+                completed=now.files_done,
+                description=f"{speed}{failures}: {Path(now.file).name}",
+            )
+
+        yield show

@@ -1,0 +1,509 @@
+"""Files into the collection: reading runs ahead, embedding and writing follow in batches.
+
+The collection itself says what is finished, so a run that was killed is simply started again:
+finished files cost a hash, and of a half-finished one only the missing nodes are embedded.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from queue import Empty, Full, Queue, SimpleQueue
+from typing import Any, TypeAlias
+
+import numpy as np
+from llama_index.core.schema import BaseNode
+from numpy.typing import NDArray
+
+from mmrag.collection import Collection, FileEntry, View, node_image, node_text
+from mmrag.content import Content
+from mmrag.embedders.base import Embedder
+from mmrag.errors import CollectionError, ContentError, ReadError
+from mmrag.reading import ReadOptions, ReadPage, file_sha256, find_files, read_file
+
+log = logging.getLogger(__name__)
+
+_BATCH_ITEMS = 32
+_PAGES_AHEAD = 64
+_LIMITS = ("page_seconds", "max_file_bytes")
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run has come. pages: embedded and stored in this run; seconds: since its start."""
+
+    files_done: int
+    files_total: int
+    pages: int
+    failures: int
+    file: str
+    seconds: float
+
+    @property
+    def pages_per_second(self) -> float:
+        """Pages stored per second since the start."""
+        return self.pages / self.seconds if self.seconds > 0 else 0.0
+
+
+@dataclass
+class IngestReport:
+    """What became of every file, by path.
+
+    indexed: new files. replaced: files whose content had changed. moved: new path to old one.
+    duplicates: path to the indexed file of equal content that stands for it. failed: files of
+    which nothing could be read or that were cut short. errors: what could not be read or
+    embedded, file by file. notes: what else should be known. pages, nodes: stored in this run.
+    """
+
+    indexed: list[str] = field(default_factory=list)
+    replaced: list[str] = field(default_factory=list)
+    unchanged: list[str] = field(default_factory=list)
+    removed: list[str] = field(default_factory=list)
+    failed: list[str] = field(default_factory=list)
+    moved: dict[str, str] = field(default_factory=dict)
+    duplicates: dict[str, str] = field(default_factory=dict)
+    errors: list[ReadError] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    pages: int = 0
+    nodes: int = 0
+    seconds: float = 0.0
+
+
+def reading_settings(options: ReadOptions) -> dict[str, Any]:
+    """The options that decide which nodes a file gives; limits may differ from run to run."""
+    return {key: value for key, value in asdict(options).items() if key not in _LIMITS}
+
+
+def ingest(
+    paths: Sequence[str | Path],
+    collection: Collection,
+    embedder: Embedder,
+    *,
+    options: ReadOptions | None = None,
+    progress: Callable[[Progress], None] | None = None,
+    prune: bool = False,
+    workers: int | None = None,
+) -> IngestReport:
+    """Index files and folders; a second run embeds only what is new.
+
+    Args:
+        options: how files are read; default: as the collection was built.
+        progress: called after every batch and every file.
+        prune: forget files that are gone from the folders given.
+        workers: how many files are read at once, each in a process of its own.
+
+    Raises: CollectionError if another embedder or other reading options built the collection,
+        EndpointError if a server goes away. What is wrong with single files, pages or nodes is
+        in the report. After any error, Ctrl-C or kill the same call goes on where it stopped.
+    """
+    options = _options(collection, embedder, options)
+    started = time.monotonic()
+    report = IngestReport()
+    plan = _plan(paths, collection, report)
+    writer = _Writer(collection, embedder, report, plan.total, progress, started)
+    _note_missing_views(collection, embedder, report)
+    for entry, path in plan.moves:
+        collection.move_file(entry, path)
+        report.moved[path] = entry.file
+    workers = workers or max(1, min(8, (os.cpu_count() or 1) // 2))
+    events = _read_ahead(plan.jobs, collection.images_dir, options, workers)
+    try:
+        for job, event in events:
+            writer.take(job, event)
+        writer.flush()
+    finally:
+        events.close()
+    if prune:
+        _prune(paths, collection, report)
+    _drop_abandoned(plan.versions, collection)
+    if report.nodes:
+        collection.optimize()
+    report.seconds = time.monotonic() - started
+    return report
+
+
+@dataclass(eq=False)
+class _Job:
+    """One file to index. stale: hashes of its earlier versions, dropped when it is done."""
+
+    path: Path
+    sha256: str
+    stale: list[str]
+    pages: int = 0
+    nodes: int = 0
+    waiting: int = 0
+    read: bool = False
+    broken: bool = False
+    errors: list[ReadError] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        return self.path.as_posix()
+
+
+@dataclass
+class _Plan:
+    """What a run has to do. versions: path to hash of every file found."""
+
+    versions: dict[str, str]
+    jobs: list[_Job]
+    moves: list[tuple[FileEntry, str]]
+    total: int
+
+
+def _options(
+    collection: Collection, embedder: Embedder, options: ReadOptions | None
+) -> ReadOptions:
+    settings = collection.settings
+    if embedder.fingerprint != settings.fingerprint:
+        raise CollectionError(
+            f"The collection was built by {settings.embedder!r}; {embedder.name!r} cannot add to "
+            "it, since vectors of different models cannot be compared. Use the embedder that "
+            "built it, or another collection."
+        )
+    if options is None:
+        return ReadOptions(**settings.reading)
+    if reading_settings(options) != reading_settings(ReadOptions(**settings.reading)):
+        raise CollectionError(
+            f"The collection was read with {dict(settings.reading)}, not with "
+            f"{reading_settings(options)}. Leave the options out, or use another collection."
+        )
+    return options
+
+
+def _plan(paths: Sequence[str | Path], collection: Collection, report: IngestReport) -> _Plan:
+    """Sort the files found into unchanged, moved, duplicate, and those to index."""
+    files, errors = find_files(paths)
+    report.errors += errors
+    report.failed += [error.file for error in errors]
+    versions = _hashes(files, report)
+    entries = collection.files()
+    by_hash = {entry.sha256: entry for entry in entries}
+    plan = _Plan(versions, [], [], total=len(files) + len(errors))
+    stands_for: dict[str, str] = {}
+    for name, sha256 in versions.items():
+        entry = by_hash.get(sha256)
+        if sha256 in stands_for:
+            report.duplicates[name] = stands_for[sha256]
+        elif entry is None:
+            stale = [old.sha256 for old in entries if old.file == name]
+            plan.jobs.append(_Job(Path(name), sha256, stale))
+        elif entry.file == name:
+            report.unchanged.append(name)
+        elif _is_gone(entry, versions):
+            plan.moves.append((entry, name))
+        else:
+            report.duplicates[name] = entry.file
+        stands_for.setdefault(sha256, report.duplicates.get(name, name))
+    _keep_moved(plan)
+    report.notes += [
+        f"{name} has the same content as {first}, which stands for it."
+        for name, first in report.duplicates.items()
+    ]
+    return plan
+
+
+def _is_gone(entry: FileEntry, versions: dict[str, str]) -> bool:
+    """Whether the path of a finished file no longer has its content."""
+    if entry.file in versions:
+        return versions[entry.file] != entry.sha256
+    return not Path(entry.file).exists()
+
+
+def _keep_moved(plan: _Plan) -> None:
+    """An earlier version of one file that lives on under another path is not stale."""
+    kept = {entry.sha256 for entry, _ in plan.moves}
+    for job in plan.jobs:
+        job.stale = [sha256 for sha256 in job.stale if sha256 not in kept]
+
+
+def _hashes(files: Sequence[Path], report: IngestReport) -> dict[str, str]:
+    def hashed(path: Path) -> str | OSError:
+        try:
+            return file_sha256(path)
+        except OSError as error:
+            return error
+
+    found: dict[str, str] = {}
+    with ThreadPoolExecutor(2) as pool:
+        for path, result in zip(files, pool.map(hashed, files), strict=True):
+            if isinstance(result, str):
+                found[path.as_posix()] = result
+            else:
+                message = f"the file cannot be read ({result.strerror})"
+                report.errors.append(ReadError(message, file=path.as_posix()))
+                report.failed.append(path.as_posix())
+    return found
+
+
+def _note_missing_views(collection: Collection, embedder: Embedder, report: IngestReport) -> None:
+    missing = [view for view in collection.settings.views if view not in embedder.modalities]
+    if missing:
+        report.notes.append(
+            f"{embedder.name} embeds {', '.join(sorted(embedder.modalities))} only: nodes get no "
+            f"vectors for the view {', '.join(missing)}."
+        )
+
+
+@dataclass(frozen=True)
+class _End:
+    """A file has been read to its end, or given up because of ``error``."""
+
+    error: Exception | None = None
+
+
+_Event: TypeAlias = ReadPage | ReadError | _End
+
+
+def _read_ahead(
+    jobs: Sequence[_Job], images_dir: Path, options: ReadOptions, workers: int
+) -> Generator[tuple[_Job, _Event], None, None]:
+    """Read files in threads, at most ``_PAGES_AHEAD`` pages ahead; closing it ends them."""
+    todo: SimpleQueue[_Job] = SimpleQueue()
+    for job in jobs:
+        todo.put(job)
+    ready: Queue[tuple[_Job, _Event]] = Queue(_PAGES_AHEAD)
+    stop = threading.Event()
+
+    def read_some() -> None:
+        while not stop.is_set():
+            try:
+                job = todo.get_nowait()
+            except Empty:
+                return
+            _read_one(job, images_dir, options, partial(_put, ready, stop, job))
+
+    # Daemons: one that waits for a slow page must not hold up Ctrl-C.
+    threads = [
+        threading.Thread(target=read_some, name=f"mmrag-read-{n}", daemon=True)
+        for n in range(min(workers, len(jobs)))
+    ]
+    for thread in threads:
+        thread.start()
+    try:
+        unfinished = len(jobs)
+        while unfinished:
+            job, event = ready.get()
+            unfinished -= isinstance(event, _End)
+            yield job, event
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join(timeout=1.0)
+
+
+class _Stopped(Exception):
+    """The consumer has gone away."""
+
+
+def _put(
+    ready: Queue[tuple[_Job, _Event]], stop: threading.Event, job: _Job, event: _Event
+) -> None:
+    while not stop.is_set():
+        try:
+            return ready.put((job, event), timeout=0.1)
+        except Full:
+            continue
+    raise _Stopped
+
+
+def _read_one(
+    job: _Job, images_dir: Path, options: ReadOptions, put: Callable[[_Event], None]
+) -> None:
+    """Everything of one file, then its end. Whatever goes wrong here is the consumer's to judge."""
+    try:
+        try:
+            for page in read_file(job.path, images_dir, options, put, job.sha256):
+                put(page)
+        except _Stopped:
+            raise
+        except Exception as error:  # noqa: BLE001 - passed on to the main thread
+            put(_End(error))
+        else:
+            put(_End())
+    except _Stopped:
+        return
+
+
+_Waiting: TypeAlias = tuple[_Job, BaseNode, dict[View, Content]]
+
+
+class _Writer:
+    """Embeds nodes in batches across pages and files, and writes them."""
+
+    def __init__(
+        self,
+        collection: Collection,
+        embedder: Embedder,
+        report: IngestReport,
+        total: int,
+        progress: Callable[[Progress], None] | None,
+        started: float,
+    ) -> None:
+        self._collection = collection
+        self._embedder = embedder
+        self._report = report
+        self._total = total
+        self._progress = progress
+        self._started = started
+        self._waiting: list[_Waiting] = []
+        self._pages_waiting = 0
+        self._done = len(report.failed) + len(report.unchanged) + len(report.duplicates)
+
+    def take(self, job: _Job, event: _Event) -> None:
+        """Deal with one event of reading."""
+        match event:
+            case ReadPage():
+                self._take_page(job, event)
+            case ReadError():
+                self._fail(job, event)
+            case _End():
+                self._end(job, event.error)
+
+    def flush(self) -> None:
+        """Embed and write what waits, and finish the files that are complete by it."""
+        batch, self._waiting = self._waiting, []
+        if not batch:
+            return
+        vectors = self._embed(batch)
+        self._collection.write([node for _, node, _ in batch], vectors)
+        self._report.nodes += len(batch)
+        self._report.pages += self._pages_waiting
+        self._pages_waiting = 0
+        jobs = list(dict.fromkeys(job for job, _, _ in batch))
+        for job, _, _ in batch:
+            job.waiting -= 1
+        for job in jobs:
+            self._finish_if_complete(job)
+        self._tell(jobs[-1])
+
+    def _take_page(self, job: _Job, page: ReadPage) -> None:
+        for warning in page.warnings:
+            log.info("%s, page %s: %s", job.name, page.page, warning)
+        job.pages += 1
+        job.nodes += len(page.nodes)
+        stored = self._collection.existing([node.node_id for node in page.nodes])
+        missing = [node for node in page.nodes if node.node_id not in stored]
+        views = self._collection.settings.views
+        for node in missing:
+            contents = node_views(node, views, self._embedder)
+            self._waiting.append((job, node, contents))
+        job.waiting += len(missing)
+        self._pages_waiting += bool(missing)
+        if sum(len(contents) for _, _, contents in self._waiting) >= _BATCH_ITEMS:
+            self.flush()
+
+    def _end(self, job: _Job, error: Exception | None) -> None:
+        if isinstance(error, (ReadError, ContentError, OSError)):
+            job.broken = True
+            self._fail(job, ReadError(f"reading stopped ({error})", file=job.name))
+        elif error is not None:
+            raise error
+        job.read = True
+        self._finish_if_complete(job)
+
+    def _fail(self, job: _Job, error: ReadError) -> None:
+        job.errors.append(error)
+        self._report.errors.append(error)
+
+    def _finish_if_complete(self, job: _Job) -> None:
+        if not job.read or job.waiting:
+            return
+        if job.broken or job.pages == 0:
+            self._report.failed.append(job.name)
+            if job.stale:
+                self._report.notes.append(f"{job.name}: its earlier version stays in place.")
+        else:
+            self._finish(job)
+        self._done += 1
+        self._tell(job)
+
+    def _finish(self, job: _Job) -> None:
+        errors = tuple(sorted(str(error) for error in job.errors))
+        entry = FileEntry(job.name, job.sha256, job.pages, job.nodes, errors)
+        self._collection.mark_done(entry)
+        for sha256 in job.stale:
+            self._collection.remove_file(sha256)
+        (self._report.replaced if job.stale else self._report.indexed).append(job.name)
+
+    def _embed(self, batch: Sequence[_Waiting]) -> list[dict[View, NDArray[np.float32]]]:
+        keys = [(row, view) for row, (_, _, views) in enumerate(batch) for view in views]
+        results = self._encode([batch[row][2][view] for row, view in keys])
+        vectors: list[dict[View, NDArray[np.float32]]] = [{} for _ in batch]
+        for (row, view), result in zip(keys, results, strict=True):
+            if isinstance(result, ContentError):
+                job, node, _ = batch[row]
+                message = (
+                    f"the {view} view of a {node.metadata.get('kind')} has no vector: {result}"
+                )
+                page = node.metadata.get("page")
+                self._fail(job, ReadError(message, file=job.name, page=page))
+            else:
+                vectors[row][view] = result
+        return vectors
+
+    def _encode(self, contents: Sequence[Content]) -> list[NDArray[np.float32] | ContentError]:
+        """One vector for each content; a bad one is found by halving the batch."""
+        if not contents:
+            return []
+        try:
+            return list(self._embedder.encode(contents, dim=self._collection.settings.dim))
+        except ContentError as error:
+            if len(contents) == 1:
+                return [error]
+        half = len(contents) // 2
+        return self._encode(contents[:half]) + self._encode(contents[half:])
+
+    def _tell(self, job: _Job) -> None:
+        if self._progress is not None:
+            self._progress(
+                Progress(
+                    files_done=self._done,
+                    files_total=self._total,
+                    pages=self._report.pages,
+                    failures=len(self._report.errors),
+                    file=job.name,
+                    seconds=time.monotonic() - self._started,
+                )
+            )
+
+
+def node_views(node: BaseNode, views: Sequence[View], embedder: Embedder) -> dict[View, Content]:
+    """What is embedded of a node: its picture, its text, or both, as far as it has them."""
+    text = node_text(node).strip()
+    image = node_image(node)
+    possible: dict[View, Content] = {}
+    if image is not None:
+        possible["image"] = Content(image=image)
+    if text:
+        possible["text"] = Content(text=text)
+    if image is not None and text:
+        possible["fused"] = Content(text=text, image=image)
+    return {
+        view: possible[view] for view in views if view in possible and view in embedder.modalities
+    }
+
+
+def _prune(paths: Sequence[str | Path], collection: Collection, report: IngestReport) -> None:
+    """Forget the files that were under the folders given and are there no longer."""
+    folders = [Path(path).absolute() for path in paths if Path(path).is_dir()]
+    for entry in collection.files():
+        path = Path(entry.file).absolute()
+        if not path.exists() and any(path.is_relative_to(folder) for folder in folders):
+            collection.remove_file(entry.sha256)
+            report.removed.append(entry.file)
+
+
+def _drop_abandoned(versions: dict[str, str], collection: Collection) -> None:
+    """Delete nodes of files that were cut short and have since changed or gone."""
+    for sha256, path in collection.unfinished().items():
+        current = versions.get(path)
+        if current != sha256 if current else not Path(path).exists():
+            collection.remove_file(sha256)
