@@ -1,0 +1,262 @@
+"""Citations: find each ``[n]``, check it against its source, and locate the words that carry it.
+
+A claim is a sentence of the answer. It is supported by a source if one passage of the source
+(a sentence, or two neighbours) has most of its weighted content words, or means the same to the
+embedder, and every number of the claim stands on the page. That is a check of evidence, not of
+truth: a negated sentence passes it.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Literal, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mmrag.context import Source
+from mmrag.embedders.base import Embedder
+from mmrag.errors import MMRagError
+from mmrag.lexical import Idf, numbers, sentences, terms
+from mmrag.reading import locate_quote
+
+logger = logging.getLogger(__name__)
+
+Similarity: TypeAlias = Callable[[Sequence[str], Sequence[str]], NDArray[np.float32]]
+"""Cosines, shape (len(first), len(second))."""
+Choice: TypeAlias = Literal["flag", "remove"]
+
+SUPPORT = 0.4
+"""Share of a claim's weighted words that one passage must have."""
+SUPPORT_COSINE = 0.85
+"""Cosine of claim and passage that stands in for shared words."""
+
+_MARK = re.compile(
+    r"[ \t]*[\[\u3010]\s*(?:sources?\s*|\^)?(\d{1,4}(?:\s*[,;\u2013-]\s*(?:source\s*)?\d{1,4})*)"
+    r"(?:\u2020[^\]\u3011]*)?\s*[\]\u3011](?!\()",
+    re.IGNORECASE,
+)
+_BULLET = re.compile(r"^\s*(?:[-*\u2022#]+\s+|\d{1,2}[.)]\s+)")
+_RANGE = re.compile(r"(\d{1,4})\s*[\u2013-]\s*(\d{1,4})")
+
+_PIECE = re.compile(
+    r"(\s*)(\S.*?(?:"
+    r"[.!?][\"'\u201d\u2019)*]*(?:\s*[\[\u3010][^\]\u3011\n]{1,40}[\]\u3011](?!\())*(?=\s|$)"
+    r"|[。！？]|\n|$))",
+    re.DOTALL,
+)
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One sentence of an answer.
+
+    text: without its citation marks.
+    citations: the sources that it cites and that exist.
+    dangling: the numbers that it cites and that no source has.
+    supported: None where no cited source has text to check against.
+    """
+
+    text: str
+    citations: tuple[int, ...] = ()
+    dangling: tuple[int, ...] = ()
+    supported: bool | None = None
+
+
+@dataclass(frozen=True)
+class CheckedAnswer:
+    """An answer with its claims checked.
+
+    text: the answer as it may be shown: with ``[n]`` in one spelling, and without what was to be
+        removed.
+    sources: all of them; those cited carry ``cited``, ``quote`` and ``boxes``.
+    """
+
+    text: str
+    claims: tuple[Claim, ...]
+    sources: tuple[Source, ...]
+
+    @property
+    def problems(self) -> list[str]:
+        """What a reader should know before trusting the answer."""
+        found: list[str] = []
+        for claim in self.claims:
+            for n in claim.dangling:
+                found.append(f"[{n}] points to no source: {claim.text}")
+            if claim.supported is False and not claim.dangling:
+                cites = "".join(f"[{n}]" for n in claim.citations)
+                where = f"not found in the text of {cites}" if cites else "has no citation"
+                found.append(f"{where}: {claim.text}")
+        return found
+
+
+def parse_marks(text: str) -> list[int]:
+    """Numbers cited in ``[1]``, ``[1, 2]``, ``[1-3]``, ``[Source 1]`` and the like, in order."""
+    found: list[int] = []
+    for mark in _MARK.finditer(text):
+        for n in _numbers_of(mark[1]):
+            if n not in found:
+                found.append(n)
+    return found
+
+
+def _numbers_of(inside: str) -> list[int]:
+    """The numbers in one mark. A range of more than twenty is taken as its two ends."""
+    found: list[int] = []
+    for piece in re.split(r"[,;]", inside):
+        if span := _RANGE.search(piece):
+            first, last = int(span[1]), int(span[2])
+            found += range(first, last + 1) if 0 <= last - first <= 20 else (first, last)
+        else:
+            found += [int(n) for n in re.findall(r"\d+", piece)]
+    return found
+
+
+def strip_marks(text: str) -> str:
+    """The text without its citation marks and list bullet."""
+    return _BULLET.sub("", _MARK.sub("", text)).strip()
+
+
+def embedder_similarity(embedder: Embedder) -> Similarity:
+    """Cosines of texts by an embedder, both sides as documents."""
+
+    def cosines(first: Sequence[str], second: Sequence[str]) -> NDArray[np.float32]:
+        vectors = embedder.encode([*first, *second])
+        return np.asarray(vectors[: len(first)] @ vectors[len(first) :].T, dtype=np.float32)
+
+    return cosines
+
+
+def check_answer(
+    text: str,
+    sources: Sequence[Source],
+    similarity: Similarity | None = None,
+    *,
+    dangling: Choice = "flag",
+    unsupported: Choice = "flag",
+) -> CheckedAnswer:
+    """Check each claim of an answer against the sources it cites.
+
+    A claim without a citation is checked against all sources: if none supports it, it counts as
+    unsupported.
+
+    ``similarity`` lets a paraphrase count as support (see ``embedder_similarity``);
+    ``dangling`` says what to do with marks that point to no source, ``unsupported`` with
+    sentences that their sources do not support.
+    """
+    known = {source.n: source for source in sources}
+    claims: list[Claim] = []
+    shown: list[str] = []
+    quotes: dict[int, tuple[float, str]] = {}
+    for line, piece in _pieces(text):
+        claim, evidence = _check_claim(piece, known, similarity)
+        for n, (score, quote) in evidence.items():
+            if n in claim.citations and score > quotes.get(n, (0.0, ""))[0]:
+                quotes[n] = (score, quote)
+        if claim.text:
+            claims.append(claim)
+        if claim.supported is False and unsupported == "remove" and claim.text:
+            continue
+        shown.append(line + _rewrite(piece, known, dangling))
+    cited = {n for claim in claims for n in claim.citations}
+    marked = [
+        _with_quote(replace(source, cited=source.n in cited), quotes.get(source.n))
+        for source in sources
+    ]
+    return CheckedAnswer("".join(shown).strip(), tuple(claims), tuple(marked))
+
+
+def locate(source: Source, quote: str) -> Source:
+    """The source with ``quote`` and the boxes where it stands; without boxes if it cannot be found.
+
+    A file that has gone or changed since it was indexed loses the boxes, not the answer.
+    """
+    boxes: Sequence[Sequence[float]] = []
+    if source.page is not None and Path(source.file).suffix.lower() == ".pdf":
+        try:
+            boxes = locate_quote(Path(source.file), source.page, quote)
+        except (MMRagError, OSError) as error:
+            logger.warning("The quote of [%d] cannot be located: %s", source.n, error)
+    found = tuple((float(x0), float(y0), float(x1), float(y1)) for x0, y0, x1, y1 in boxes)
+    return replace(source, quote=quote, boxes=found)
+
+
+def best_passage(
+    claim: str, source: Source, similarity: Similarity | None = None
+) -> tuple[float, str] | None:
+    """Support in [0, 1] and words of the passage of a source that best supports a claim.
+
+    None if the source has no text.
+    """
+    passages = _passages(source.text)
+    if not passages:
+        return None
+    words = [terms(passage) for passage in passages]
+    idf, wanted = Idf([terms(sentence) for sentence in sentences(source.text)]), terms(claim)
+    shared = np.asarray([idf.coverage(wanted, having) for having in words])
+    if similarity is not None:
+        alike = np.clip(similarity([claim], passages)[0], 0, 1)
+        # Meaning counts as words do once it reaches the cosine that stands in for them.
+        shared = np.maximum(shared, np.where(alike >= SUPPORT_COSINE, SUPPORT, 0)) + 0.1 * alike
+    # Of equals, the shorter passage is the better quote.
+    best = max(range(len(passages)), key=lambda i: (round(float(shared[i]), 3), -len(passages[i])))
+    return min(1.0, float(shared[best])), passages[best]
+
+
+def _passages(text: str) -> list[str]:
+    """Sentences, and pairs of neighbours."""
+    single = sentences(text)
+    return single + [f"{a} {b}" for a, b in pairwise(single)]
+
+
+def _pieces(text: str) -> list[tuple[str, str]]:
+    """Sentences of an answer with the white space before each; joined, they are the answer.
+
+    Marks that follow the full stop belong to the sentence before them.
+    """
+    return [(match[1], match[2]) for match in _PIECE.finditer(text)]
+
+
+def _check_claim(
+    piece: str, known: dict[int, Source], similarity: Similarity | None
+) -> tuple[Claim, dict[int, tuple[float, str]]]:
+    marks = parse_marks(piece)
+    citations = tuple(n for n in marks if n in known)
+    dangling = tuple(n for n in marks if n not in known)
+    text = strip_marks(piece)
+    if not terms(text) or (text.endswith(":") and not marks):
+        return Claim("", citations, dangling), {}
+    to_check = [known[n] for n in citations] or list(known.values())
+    evidence = {}
+    for source in to_check:
+        if passage := best_passage(text, source, similarity):
+            evidence[source.n] = passage
+    if not evidence:
+        return Claim(text, citations, dangling, None), {}
+    seen = numbers(" ".join(f"{source.text} {source.page}" for source in to_check))
+    enough = max(score for score, _ in evidence.values()) >= SUPPORT
+    unseen_pages = any(not source.text.strip() for source in to_check)
+    supported: bool | None = enough and numbers(text) <= seen
+    if not supported and unseen_pages:
+        supported = None
+    return Claim(text, citations, dangling, supported), evidence
+
+
+def _rewrite(piece: str, known: Iterable[int], dangling: Choice) -> str:
+    """Marks in one spelling; those that point nowhere stay or go."""
+
+    def one(mark: re.Match[str]) -> str:
+        cited = _numbers_of(mark[1])
+        kept = [n for n in cited if n in known or dangling == "flag"]
+        return " " * bool(kept) * mark[0].startswith((" ", "\t")) + "".join(f"[{n}]" for n in kept)
+
+    return _MARK.sub(one, piece)
+
+
+def _with_quote(source: Source, quote: tuple[float, str] | None) -> Source:
+    return source if quote is None else locate(source, quote[1])

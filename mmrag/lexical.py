@@ -1,0 +1,180 @@
+"""Words and sentences of plain text, as every lexical measure here sees them.
+
+Language-neutral where that is cheap: scripts written without spaces are cut into pairs of
+characters, plurals are folded by Harman's S-stemmer (JASIS 42(1), 1991), and the common words
+of seven European languages are left out.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+_UNSPACED = (
+    "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
+)
+_TOKEN = re.compile(rf"[{_UNSPACED}]+|\d+(?:[.,]\d+)*|(?:(?![{_UNSPACED}])[^\W\d_])+")
+_UNSPACED_RUN = re.compile(rf"[{_UNSPACED}]+")
+_NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
+_DIGITS_ONLY = re.compile(r"[^\d.]")
+
+STOP_WORDS = frozenset(
+    re.findall(
+        r"\S+",
+        """
+        a about after all also an and any are as at be been before being but by can could did do
+        does doing during each for from had has have how if in into is it its may me might more
+        most must my no nor not of on only or other our out over own same shall she should so some
+        such than that the their them then there these they this those through to too under until
+        up us very was we were what when where which while who whom whose why will with would you
+        your i he her his him tell give list show explain describe
+        der die das den dem des ein eine einer eines und oder ist sind war wie was wer wo wann
+        warum welche welcher welches mit von zu im auf fur nicht
+        le la les un une des du de et ou est sont que qui quoi dans pour avec sur quel quelle
+        quels comment pourquoi quand
+        el los las una del y o es son que quien cual cuales como cuando donde por para con en
+        il lo gli uno di e sono che chi quale come quando dove perche per con
+        os um uma do da dos das em no na qual quais quando onde para com
+        het een van en zijn dat wat wie waar hoe met voor op
+        """,
+    )
+)
+
+# A full stop after one of these does not end a sentence.
+_ABBREVIATIONS = frozenset(
+    re.findall(
+        r"\S+",
+        "e.g i.e etc vs cf dr mr mrs ms st no nos fig figs eq sec pp p vol ed al approx inc ltd co"
+        " jr sr u.s z.b d.h bzw usw ca nr",
+    )
+)
+_SENTENCE_END = re.compile(
+    r"[.!?][\"'\u201d\u2019)\]]*(?:\s*\[\d[\d,\s\u2013-]*\])*(?=\s)|[。！？]+"
+)
+_LIST_ITEM = re.compile(r"\s*(?:[\u2022\u25cf\u25e6\u2023\u2043\u00b7*\u2013-]\s|\(?\d{1,2}[.)]\s)")
+_WRAPPED_LINE = 50  # characters; a shorter line without an end mark is a heading or a table cell
+_SHORT = 16  # bytes of UTF-8; a shorter piece says nothing on its own
+_LONGEST = 400  # characters of one sentence; text without end marks is cut here
+
+
+def terms(text: str) -> list[str]:
+    """Folded content words in order: no case, accents, plural endings or common words."""
+    folded = unicodedata.normalize("NFKD", text.casefold())
+    plain = "".join(c for c in folded if not unicodedata.combining(c))
+    found: list[str] = []
+    for token in _TOKEN.findall(unicodedata.normalize("NFC", plain)):
+        if _UNSPACED_RUN.fullmatch(token):
+            found += [token[i : i + 2] for i in range(max(1, len(token) - 1))]
+        elif token not in STOP_WORDS:
+            found.append(number(token) if token[0].isdigit() else stem(token))
+    return found
+
+
+def stem(word: str) -> str:
+    """Singular of an English plural by Harman's three rules; other words stay as they are."""
+    if len(word) < 4 or not word.endswith("s"):
+        return word
+    if word.endswith("ies") and word[-4] not in "ea":
+        return word[:-3] + "y"
+    if word.endswith("es") and word[-3] not in "aeo":
+        return word[:-1]
+    return word if word[-2] in "us" else word[:-1]
+
+
+def number(token: str) -> str:
+    """One spelling of a number: ``1,000`` and ``1000`` are the same."""
+    return _DIGITS_ONLY.sub("", token).rstrip(".")
+
+
+def numbers(text: str) -> set[str]:
+    """The numbers that a text mentions, in one spelling."""
+    return {number(found) for found in _NUMBER.findall(text)}
+
+
+def sentences(text: str) -> list[str]:
+    """Sentences, headings, list items and table rows of a page's text, in order.
+
+    Hard line breaks inside a sentence are undone; white space is single. Pieces under 16
+    bytes join the next one, and none is longer than 400.
+    """
+    found: list[str] = []
+    for block in _blocks(text):
+        found += _split_block(block)
+    joined: list[str] = []
+    carry = ""
+    for piece in found:
+        piece = f"{carry} {piece}".strip()
+        carry = ""
+        if len(piece.encode()) < _SHORT:
+            carry = piece
+        else:
+            joined.append(piece)
+    return [*joined, carry] if carry else joined
+
+
+def _blocks(text: str) -> list[str]:
+    """Paragraphs: lines joined unless the break means something."""
+    blocks: list[str] = []
+    previous = ""
+    for line in text.splitlines():
+        clean = " ".join(line.split())
+        if not clean:
+            previous = ""
+            continue
+        runs_on = len(previous) >= _WRAPPED_LINE or clean[:1].islower()
+        if previous and runs_on and not _LIST_ITEM.match(line):
+            blocks[-1] += f" {clean}"
+        else:
+            blocks.append(clean)
+        previous = clean
+    return blocks
+
+
+def _split_block(block: str) -> list[str]:
+    pieces: list[str] = []
+    start = 0
+    for match in _SENTENCE_END.finditer(block):
+        word = block[start : match.start()].rsplit(" ", 1)[-1].casefold().lstrip("(")
+        stop_only = block[match.start()] == "."
+        initial = len(word) == 1 and word.isalpha()
+        if stop_only and (word in _ABBREVIATIONS or initial or (word.isdigit() and start == 0)):
+            continue
+        pieces.append(block[start : match.end()].strip())
+        start = match.end()
+    pieces.append(block[start:].strip())
+    return [part for piece in pieces if piece for part in _wrap(piece)]
+
+
+def _wrap(piece: str) -> list[str]:
+    parts: list[str] = []
+    while len(piece) > _LONGEST:
+        cut = piece.rfind(" ", 0, _LONGEST)
+        cut = cut if cut > 0 else _LONGEST
+        parts.append(piece[:cut])
+        piece = piece[cut:].strip()
+    return [*parts, piece]
+
+
+class Idf:
+    """Inverse document frequency over a small set of texts (Robertson-Sparck Jones, as in BM25).
+
+    A term that no text has weighs most: had the collection known it, it would be among them.
+    """
+
+    def __init__(self, documents: Sequence[Iterable[str]]) -> None:
+        self._n = len(documents)
+        self._seen = Counter(term for document in documents for term in set(document))
+
+    def __call__(self, term: str) -> float:
+        """The weight of a term, above 0."""
+        seen = self._seen[term]
+        return math.log(1 + (self._n - seen + 0.5) / (seen + 0.5))
+
+    def coverage(self, wanted: Iterable[str], having: Iterable[str]) -> float:
+        """Share, in [0, 1], of the weight of ``wanted`` that ``having`` contains."""
+        needed, there = set(wanted), set(having)
+        total = sum(self(term) for term in needed)
+        return sum(self(term) for term in needed & there) / total if total else 0.0

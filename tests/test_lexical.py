@@ -1,0 +1,64 @@
+import pytest
+
+from mmrag.lexical import Idf, numbers, sentences, stem, terms
+
+
+@pytest.mark.parametrize(
+    ("word", "folded"),
+    [
+        ("policies", "policy"), ("plans", "plan"), ("expenses", "expense"), ("glass", "glass"),
+        ("status", "status"), ("gas", "gas"), ("shoes", "shoe"),
+    ],
+)  # fmt: skip
+def test_plurals_are_folded_by_the_s_stemmer(word, folded):
+    assert stem(word) == folded
+
+
+def test_terms_fold_case_accents_and_numbers_and_drop_common_words():
+    assert terms("What does the CAFÉ charge for 1,000 plans?") == ["cafe", "charge", "1000", "plan"]
+
+
+def test_scripts_without_spaces_become_pairs():
+    assert terms("北京大学 is") == ["北京", "京大", "大学"]
+
+
+def test_numbers_have_one_spelling():
+    assert numbers("$1,250.50 and 1250.50 in 2021.") == {"1250.50", "2021"}
+
+
+def test_line_breaks_inside_a_sentence_are_undone():
+    text = (
+        "Eye exams\n"
+        "The plan covers one eye examination a year for each\n"
+        "member. Dr. Smith, e.g., charges 3.5 percent. Is that all?\n"
+        "\n"
+        "\u2022 Glasses are extra, at a fixed price\n"
+        "\u2022 Lenses are not covered at all here"
+    )
+    assert sentences(text) == [
+        "Eye exams The plan covers one eye examination a year for each member.",
+        "Dr. Smith, e.g., charges 3.5 percent.",
+        "Is that all? \u2022 Glasses are extra, at a fixed price",
+        "\u2022 Lenses are not covered at all here",
+    ]
+
+
+def test_sentences_of_chinese_text():
+    assert sentences("第一句话在这里写得比较长一些。第二句话也在这里写得比较长一些。") == [
+        "第一句话在这里写得比较长一些。",
+        "第二句话也在这里写得比较长一些。",
+    ]
+
+
+def test_text_without_end_marks_is_cut():
+    pieces = sentences("word " * 500)
+    assert max(map(len, pieces)) <= 400
+    assert sum(piece.count("word") for piece in pieces) == 500
+
+
+def test_rare_and_unknown_words_weigh_most():
+    idf = Idf([["plan", "eye"], ["plan", "tooth"], ["plan"]])
+    assert idf("unknown") > idf("eye") > idf("plan") > 0
+    assert idf.coverage(["eye"], ["eye", "plan"]) == 1
+    assert idf.coverage(["plan", "unknown"], ["plan"]) < 0.2
+    assert idf.coverage([], ["plan"]) == 0
