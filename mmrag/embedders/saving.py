@@ -1,0 +1,72 @@
+"""Writing a checkpoint that mmrag, transformers and sentence-transformers all load."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mmrag.embedders.base import Backbone
+from mmrag.embedders.loading import MARKER, read_json
+from mmrag.errors import ModelError
+
+# Weights and their index are written anew; everything else of the source describes them.
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".index.json")
+_OWN = ("config.json", "modules.json", MARKER, "README.md")
+
+_ST_MODULES = [
+    {
+        "idx": 0,
+        "name": "0",
+        "path": "",
+        "type": "mmrag.embedders.st_module.UniversalModule",
+    },
+    {
+        "idx": 1,
+        "name": "1",
+        "path": "1_Normalize",
+        "type": "sentence_transformers.models.Normalize",
+    },
+]
+
+
+def save_checkpoint(
+    backbone: Backbone,
+    source: Path,
+    target: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    marker: dict[str, Any] | None = None,
+) -> None:
+    """Write the weights as they stand, with the tokenizer and settings of ``source``.
+
+    Args:
+        source: folder that the backbone was loaded from.
+        dtype: type to store; by default the one the weights have.
+        marker: what ``mmrag.json`` says, over what the source's says.
+
+    Raises: ModelError if the target is the source.
+    """
+    if target.resolve() == source.resolve():
+        raise ModelError(f"{target}: a checkpoint cannot be written over the one it comes from.")
+    target.mkdir(parents=True, exist_ok=True)
+    for path in source.iterdir():
+        if path.is_file() and not path.name.endswith(_WEIGHTS) and path.name not in _OWN:
+            shutil.copyfile(path, target / path.name)
+    model: Any = backbone.model
+    weights = None
+    if dtype is not None:
+        weights = {key: value.to(dtype) for key, value in model.state_dict().items()}
+    model.save_pretrained(target, state_dict=weights)
+    if dtype is not None:
+        config = read_json(target / "config.json")
+        config["dtype"] = str(dtype).removeprefix("torch.")
+        (target / "config.json").write_text(json.dumps(config, indent=2))
+    own = {"family": backbone.family, **read_json(source / MARKER), **(marker or {})}
+    own["modalities"] = sorted(backbone.modalities)
+    (target / MARKER).write_text(json.dumps(own, indent=2) + "\n")
+    (target / "modules.json").write_text(json.dumps(_ST_MODULES, indent=2) + "\n")
+    (target / "1_Normalize").mkdir(exist_ok=True)

@@ -1,0 +1,189 @@
+"""Turn a finished run into a checkpoint folder that loads everywhere, and prove it.
+
+    python -m recipes.export runs/adapt --out my-embedder
+    python -m recipes.export runs/adapt --out my-embedder --scores before.json after.json
+
+Adapters are merged. The folder is then loaded in a fresh process and must give the vectors of
+the run; ``UniversalEmbedding``, plain transformers and sentence-transformers read it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from safetensors.torch import load_file
+
+from mmrag.content import Content
+from mmrag.embedders import load_backbone
+from mmrag.embedders.base import Backbone
+from mmrag.embedders.engine import LocalEmbedder
+from mmrag.embedders.loading import check_keys, find_checkpoint
+from mmrag.embedders.saving import save_checkpoint
+from mmrag.errors import MMRagError, ModelError
+from recipes.config import TrainConfig, build
+from recipes.rows import read_rows
+from recipes.train import make_trainable
+
+LEAST_COSINE = 0.9999
+_RELOAD = """
+import sys, numpy
+from recipes.export import probe_vectors
+numpy.save(sys.argv[2], probe_vectors(sys.argv[1]))
+"""
+
+
+def load_trained(run: Path) -> tuple[Backbone, TrainConfig]:
+    """Load the model of a finished run, adapters merged.
+
+    Raises: ModelError if the run is not finished, or a trained weight has no place.
+    """
+    final = run / "final"
+    if not (final / "trained.safetensors").is_file():
+        raise ModelError(f"{run}: there are no final weights; let the training finish first.")
+    values = json.loads((final / "train.json").read_text(encoding="utf-8"))
+    present = {key: value for key, value in values.items() if value is not None}
+    config = build(TrainConfig, present, str(final / "train.json"))
+    backbone = load_backbone(
+        config.model, family=config.family, device="cpu", dtype="float32", **config.limits
+    )
+    make_trainable(backbone, config)
+    weights = load_file(final / "trained.safetensors")
+    parameters = {n: p for n, p in backbone.model.named_parameters() if p.requires_grad}
+    check_keys(
+        final,
+        missing=parameters.keys() - weights.keys(),
+        unexpected=weights.keys() - parameters.keys(),
+    )
+    for name, value in weights.items():
+        parameters[name].data.copy_(value)
+    merge_adapters(backbone.model)
+    backbone.model.eval()
+    return backbone, config
+
+
+def merge_adapters(model: torch.nn.Module) -> None:
+    """Fold every adapter layer of peft into the weight under it."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for name, module in list(model.named_modules()):
+        if isinstance(module, BaseTunerLayer):
+            module.merge(safe_merge=True)  # refuses weights that are not finite
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, module.get_base_layer())
+
+
+def probe_contents(modalities: frozenset[Any]) -> list[Content]:
+    """Contents that tell two checkpoints apart, of the modalities given."""
+    down, right = np.mgrid[:84, :112].astype(np.uint8)
+    picture = Image.fromarray(np.stack([2 * down, 2 * right, 255 - down - right], axis=-1))
+    contents = {
+        "text": [Content("Which plan covers eye exams?"), Content("A table of revenue by year.")],
+        "image": [Content(image=picture)],
+        "fused": [Content("a picture of shades", picture)],
+    }
+    return [c for modality in sorted(modalities) for c in contents[modality]]
+
+
+def probe_vectors(folder: str | Path, backbone: Backbone | None = None) -> NDArray[np.float32]:
+    """Vectors of the probes: of a folder, or of a backbone in memory."""
+    model = backbone or load_backbone(folder, device="cpu", dtype="float32")
+    embedder = LocalEmbedder(model, name=str(folder), fingerprint="probe")
+    return embedder.encode(probe_contents(model.modalities))
+
+
+def export(run: Path, out: Path, dtype: str = "float16", scores: Sequence[Path] = ()) -> Path:
+    """Write the checkpoint folder of a run and compare it in a fresh process.
+
+    Raises: ModelError if a key has no partner or the reloaded vectors differ.
+    """
+    backbone, config = load_trained(run)
+    source = find_checkpoint(config.model)
+    kinds = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+    save_checkpoint(backbone, source, out, dtype=kinds[dtype], marker=config.limits)
+    (out / "README.md").write_text(model_card(config, out.name, scores), encoding="utf-8")
+    check_in_fresh_process(out, probe_vectors(out, backbone))
+    return out
+
+
+def check_in_fresh_process(folder: Path, expected: NDArray[np.float32]) -> None:
+    """Load a folder in a new process and compare its vectors with those expected.
+
+    Raises: ModelError if it does not load, or a cosine is below 0.9999.
+    """
+    result = folder / "probe.npy"
+    done = subprocess.run(
+        [sys.executable, "-c", _RELOAD, str(folder), str(result)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        raise ModelError(f"{folder}: does not load in a fresh process: {done.stderr[-800:]}")
+    vectors = np.load(result)
+    result.unlink()
+    worst = float((vectors * expected).sum(axis=1).min())
+    if worst < LEAST_COSINE:
+        raise ModelError(f"{folder}: reloaded vectors differ (cosine {worst:.6f}).")
+
+
+def model_card(config: TrainConfig, name: str, scores: Sequence[Path]) -> str:
+    """Write the card: base, data with sources and licences, settings, scores."""
+    lines = [f"# {name}", "", f"Fine-tuned from `{config.model}` with mmrag's recipes.", ""]
+    lines += ["## Data", "", "| data set | rows | sources | licences |", "|---|---|---|---|"]
+    for data in config.data:
+        rows = read_rows(data.rows)
+        sources = sorted({row.source.partition("#")[0] for row in rows if row.source})
+        shown = ", ".join(sources[:6]) + (
+            f" and {len(sources) - 6} more" if len(sources) > 6 else ""
+        )
+        licences = ", ".join(sorted({row.licence or "not stated" for row in rows}))
+        label = data.name or Path(data.rows).stem
+        lines.append(f"| {label} | {len(rows)} | {shown or 'not stated'} | {licences} |")
+    lines += ["", "## Training", ""]
+    lines += [
+        f"{config.steps} steps of {config.batch_size} rows, learning rate {config.lr}, "
+        f"temperature {config.temperature}, {config.hard_negatives} hard negatives, "
+        + (f"LoRA of rank {config.lora.r}." if config.lora else "all weights trained."),
+    ]
+    if scores:
+        lines += ["", "## Scores", ""]
+        for path in scores:
+            results = json.loads(path.read_text(encoding="utf-8"))
+            lines += [f"### {path.stem}", "", _score_table(results), ""]
+    lines += ["", "## Use", "", "```python", "from mmrag import UniversalEmbedding", ""]
+    lines += [f'embed_model = UniversalEmbedding("{name}")', "```", ""]
+    return "\n".join(lines)
+
+
+def _score_table(results: dict[str, dict[str, float]]) -> str:
+    from recipes.evaluate import table
+
+    return table(results, ["hit@1", "hit@5", "ndcg@10"])
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(prog="recipes.export", description=__doc__.split("\n")[0])
+    parser.add_argument("run", type=Path, help="folder of a finished training run")
+    parser.add_argument("--out", type=Path, required=True, help="checkpoint folder to write")
+    parser.add_argument("--dtype", choices=["float16", "bfloat16", "float32"], default="float16")
+    parser.add_argument("--scores", type=Path, nargs="*", default=[], help="JSON of evaluate")
+    given = parser.parse_args(arguments)
+    try:
+        print(f"exported: {export(given.run, given.out, given.dtype, given.scores)}")
+    except MMRagError as error:
+        raise SystemExit(f"error: {error}") from error
+
+
+if __name__ == "__main__":
+    main()

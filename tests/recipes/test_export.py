@@ -1,0 +1,108 @@
+"""T8: what is exported loads elsewhere with the vectors of the run, or fails loudly."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer, Qwen2VLModel
+
+from mmrag.content import Content
+from mmrag.embedders import load_embedder
+from mmrag.errors import ModelError
+from recipes.config import DataConfig, LoraConfig, TrainConfig
+from recipes.export import check_in_fresh_process, export, load_trained, probe_vectors
+from recipes.train import train
+
+
+@pytest.fixture(scope="module")
+def run(tiny_model, mixed_rows, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    config = TrainConfig(
+        model=str(tiny_model),
+        family="gme",
+        out=str(folder),
+        data=(DataConfig(rows=str(mixed_rows)),),
+        steps=4,
+        batch_size=4,
+        lr=0.02,
+        lora=LoraConfig(r=4),
+        device="cpu",
+    )
+    train(config)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def exported(run, tmp_path_factory):
+    return export(run, tmp_path_factory.mktemp("out") / "adapted", dtype="float32")
+
+
+PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 255, (56, 84, 3), dtype=np.uint8))
+CONTENTS = [Content("find the page"), Content(image=PICTURE), Content("both", PICTURE)]
+
+
+def test_training_changed_the_vectors_and_export_kept_the_change(run, exported, tiny_model):
+    before = load_embedder(tiny_model, family="gme", device="cpu").encode(CONTENTS)
+    after = load_embedder(exported, device="cpu").encode(CONTENTS)
+    assert ((before * after).sum(axis=1) < 0.999).all()
+    backbone, _ = load_trained(run)
+    expected = probe_vectors(exported, backbone)
+    assert ((probe_vectors(exported) * expected).sum(axis=1) > 0.9999).all()
+
+
+def test_plain_transformers_loads_it(exported):
+    model, info = Qwen2VLModel.from_pretrained(exported, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    tokenizer = AutoTokenizer.from_pretrained(exported)
+    prompt = (
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
+        "find the page<|im_end|>\n<|im_start|>assistant\n<|endoftext|>"
+    )
+    with torch.no_grad():
+        states = model(**tokenizer(prompt, return_tensors="pt")).last_hidden_state
+    vector = states[0, -1].numpy()
+    ours = load_embedder(exported, device="cpu").encode(["find the page"])[0]
+    assert vector @ ours / np.linalg.norm(vector) > 0.9999
+
+
+def test_sentence_transformers_loads_it(exported):
+    module = pytest.importorskip("sentence_transformers")
+    model = module.SentenceTransformer(str(exported), device="cpu", trust_remote_code=True)
+    inputs = ["find the page", PICTURE, {"text": "both", "image": PICTURE}]
+    theirs = np.stack([model.encode(value) for value in inputs])
+    ours = load_embedder(exported, device="cpu").encode(CONTENTS)
+    assert ((theirs * ours).sum(axis=1) > 0.9999).all()
+    asked = model.encode("find the page", prompt="Find a page.")
+    told = load_embedder(exported, device="cpu").encode(["find the page"], "Find a page.")[0]
+    assert asked @ told > 0.9999
+
+
+def test_the_card_names_data_and_licences(exported):
+    card = (exported / "README.md").read_text()
+    assert "| rows | 24 | not stated | not stated |" in card
+    assert "LoRA of rank 4" in card
+
+
+def test_a_missing_trained_weight_is_an_error_with_its_name(run, tmp_path):
+    final = tmp_path / "final"
+    final.mkdir()
+    weights = load_file(run / "final/trained.safetensors")
+    name = next(iter(weights))
+    del weights[name]
+    save_file(weights, final / "trained.safetensors")
+    (final / "train.json").write_text((run / "final/train.json").read_text())
+    with pytest.raises(ModelError, match=name.replace(".", r"\.")[:60]):
+        load_trained(tmp_path)
+
+
+def test_other_vectors_after_reloading_are_an_error(exported):
+    wrong = np.roll(probe_vectors(exported), 1, axis=0)
+    with pytest.raises(ModelError, match="reloaded vectors differ"):
+        check_in_fresh_process(exported, wrong)
+
+
+def test_an_unfinished_run_is_an_error(tmp_path):
+    with pytest.raises(ModelError, match="let the training finish"):
+        load_trained(tmp_path)
