@@ -7,7 +7,7 @@ import difflib
 import tomllib
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -109,20 +109,24 @@ class TrainConfig:
     """Steps between lines of the log."""
 
 
-def load_config(cls: type[T], path: str | Path, overrides: Mapping[str, str] | None = None) -> T:
-    """Read a TOML file into a dataclass; ``overrides`` are ``key=value`` of the command line.
+def load_config(cls: type[T], path: str | Path | None, overrides: Sequence[str] = ()) -> T:
+    """Read a TOML file, if any, into a dataclass; ``overrides`` are ``key=value``, the last word.
 
     Raises: ConfigError for a key that the dataclass does not have (with the nearest one), a
         missing key, or a value of the wrong type.
     """
-    try:
-        values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, tomllib.TOMLDecodeError) as error:
-        raise ConfigError(f"{path}: the configuration cannot be read ({error}).") from error
-    for key, text in (overrides or {}).items():
+    values: dict[str, Any] = {}
+    if path is not None:
+        try:
+            values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        except (OSError, tomllib.TOMLDecodeError) as error:
+            raise ConfigError(f"{path}: the configuration cannot be read ({error}).") from error
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals:
+            raise ConfigError(f"{override!r}: an override looks like key=value.")
         _set(values, key.split("."), text)
-    config = build(cls, values, str(path))
-    return config
+    return build(cls, values, str(path or "command line"))
 
 
 def _set(values: dict[str, Any], keys: list[str], text: str) -> None:

@@ -226,3 +226,9 @@ def corpus_of(rows: Sequence[Row]) -> list[Item]:
     """Every distinct document of the rows, in order of first appearance."""
     items = (item for row in rows for item in (*row.positives, *row.negatives))
     return list({item.key: item for item in items}.values())
+
+
+def images_of(rows: Iterable[Row]) -> set[str]:
+    """Ids of all pictures of the rows."""
+    items = (item for row in rows for item in (row.query, *row.positives, *row.negatives))
+    return {item.image for item in items if item.image is not None}

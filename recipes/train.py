@@ -492,8 +492,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
-        pairs = dict(_pair(text) for text in given.overrides)
-        config = load_config(TrainConfig, given.config, pairs)
+        config = load_config(TrainConfig, given.config, given.overrides)
         if given.dry_run:
             backbone = _load_backbone(config)
             print(dry_run(config, backbone, load_datasets(config, backbone)))
@@ -501,13 +500,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(f"trained weights: {train(config)}")
     except MMRagError as error:
         raise SystemExit(f"error: {error}") from error
-
-
-def _pair(text: str) -> tuple[str, str]:
-    key, equals, value = text.partition("=")
-    if not equals:
-        raise ConfigError(f"{text!r}: an override looks like key=value.")
-    return key, value
 
 
 if __name__ == "__main__":

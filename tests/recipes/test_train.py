@@ -191,8 +191,10 @@ def test_unknown_and_wrong_keys_are_errors_with_the_nearest_name(tmp_path):
 def test_overrides_of_the_command_line(tmp_path):
     path = tmp_path / "c.toml"
     path.write_text('model = "m"\nout = "o"\n[[data]]\nrows = "r"\n[lora]\nr = 8\n')
-    config = load_config(TrainConfig, path, {"lora.r": "16", "lr": "5e-5", "out": "other"})
+    config = load_config(TrainConfig, path, ["lora.r=16", "lr=5e-5", "out=other"])
     assert (config.lora.r, config.lr, config.out) == (16, 5e-5, "other")
+    with pytest.raises(ConfigError, match="key=value"):
+        load_config(TrainConfig, path, ["lr"])
 
 
 def test_batches_have_one_data_set_and_no_row_answers_another(mixed_rows, text_rows):

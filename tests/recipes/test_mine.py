@@ -1,0 +1,106 @@
+"""T11: no positive, no copy, quotas, margin, modality pools, determinism."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mmrag.errors import ConfigError
+from recipes.mine import MineConfig, mine
+from recipes.rows import ImageStore, Item, Row
+
+
+class Planned:
+    """An embedder whose vectors are written down: a text or picture with its angle."""
+
+    name, family, dim = "planned", "test", 2
+    modalities = frozenset({"text", "image", "fused"})
+    fingerprint = "0"
+
+    def __init__(self, angles):
+        self.angles = angles
+
+    def encode(self, contents, instruction=None, dim=None, progress=False):
+        names = [c.text or c.image.name for c in contents]
+        degrees = np.deg2rad([self.angles[name] for name in names])
+        return np.stack([np.cos(degrees), np.sin(degrees)], axis=1).astype(np.float32)
+
+
+@pytest.fixture
+def store(tmp_path):
+    return ImageStore(tmp_path / "images")
+
+
+def planned(store, picture_angles: dict[str, float], text_angles: dict[str, float]):
+    pictures = {}
+    for name in picture_angles:
+        colour = (hash(name) % 255, len(pictures) * 40, 9)
+        pictures[name] = store.add(Image.new("RGB", (20, 20), colour))
+    angles = {**text_angles, **{pictures[n]: a for n, a in picture_angles.items()}}
+    return Planned(angles), {name: Item(image=i) for name, i in pictures.items()}
+
+
+def row_of(positive: Item, others=()) -> Row:
+    return Row(id="r", query=Item(text="q"), positives=[positive, *others])
+
+
+def test_the_two_pools_of_mm_embed(store):
+    """Texts above the picture that was asked for are wrong; pictures well below it are right."""
+    embedder, pictures = planned(
+        store,
+        {"positive": 20, "near": 24, "far": 50, "farther": 60},
+        {"q": 0, "above": 5, "below": 30},
+    )
+    extra = [Item(text="above"), Item(text="below"), *pictures.values()]
+    config = MineConfig(right=5, wrong=5, max_ratio=0.95, duplicate_cosine=0.9999)
+    (mined,), report = mine([row_of(pictures["positive"])], store, embedder, config, extra)
+    assert mined.negatives == [Item(text="above"), pictures["far"], pictures["farther"]]
+    # cos 24 / cos 20 = 0.972 is over 0.95, cos 50 / cos 20 = 0.684 is not.
+    assert report.dropped["too close to the positive's score"] == 1
+    assert mined.negative_scores == pytest.approx(np.cos(np.deg2rad([5, 50, 60])), abs=1e-5)
+    assert mined.positive_scores == pytest.approx([np.cos(np.deg2rad(20))], abs=1e-5)
+    assert report.taken == {"text for image": 1, "image for image": 2}
+    assert report.short == 1
+
+
+def test_positives_and_their_copies_are_never_negatives(store):
+    embedder, _ = planned(
+        store, {}, {"q": 0, "a": 10, "second": 60, "A ": 40, "copy": 10.5, "other": 50}
+    )
+    extra = [Item(text=text) for text in ("A ", "copy", "other", "q")]
+    row = row_of(Item(text="a"), [Item(text="second")])
+    config = MineConfig(right=9, max_ratio=99, duplicate_cosine=0.999)
+    (mined,), report = mine([row], store, embedder, config, extra)
+    assert mined.negatives == [Item(text="other")]
+    assert report.dropped["like a positive"] == 2  # the same words, and the same direction
+
+
+def test_the_margin_follows_the_worst_positive(store):
+    embedder, _ = planned(store, {}, {"q": 0, "a": 0.5, "b": 60, "c": 30, "d": 80})
+    row = row_of(Item(text="a"), [Item(text="b")])
+    (mined,), _ = mine([row], store, embedder, MineConfig(), [Item(text="c"), Item(text="d")])
+    assert mined.negatives == [Item(text="d")]
+
+
+def test_rank_cut_quota_and_sampling(store):
+    texts = {"q": 0, "a": 1} | {f"n{i}": 20 + i for i in range(20)}
+    embedder, _ = planned(store, {}, texts)
+    extra = [Item(text=f"n{i}") for i in range(20)]
+    row = row_of(Item(text="a"))
+
+    def mined(**options):
+        (result,), _ = mine([row], store, embedder, MineConfig(right=3, **options), extra)
+        return [item.text for item in result.negatives]
+
+    assert mined() == ["n0", "n1", "n2"]
+    assert mined(rank_cut=11) == ["n10", "n11", "n12"]
+    drawn = mined(sample="random", seed=1)
+    assert drawn == mined(sample="random", seed=1)
+    assert drawn != mined(sample="random", seed=2)
+    assert mined(depth=3) == ["n0", "n1"]
+
+
+def test_settings_that_contradict_each_other(store):
+    embedder, _ = planned(store, {}, {"q": 0, "a": 1})
+    for config in (MineConfig(sample="best"), MineConfig(rank_cut=100, depth=100)):
+        with pytest.raises(ConfigError):
+            mine([row_of(Item(text="a"))], store, embedder, config)

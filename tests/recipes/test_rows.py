@@ -1,0 +1,73 @@
+"""Rows: what is refused, with which words; pictures by id."""
+
+import json
+
+import pytest
+from PIL import Image
+
+from mmrag.errors import ContentError
+from recipes.rows import ImageStore, Item, Row, check_rows, read_rows, store_of, write_rows
+
+GOOD = {"id": "a", "query": {"text": "q"}, "positives": [{"text": "p"}]}
+
+
+def test_rows_survive_writing_and_reading(tmp_path):
+    row = Row(
+        id="x",
+        task="page_for_question",
+        instruction="Find it.",
+        query=Item(text="q", image="abc"),
+        positives=[Item(image="def")],
+        negatives=[Item(text="n")],
+        negative_scores=[0.25],
+        source="a.pdf#3",
+        licence="MIT",
+    )
+    path = tmp_path / "rows.jsonl"
+    assert write_rows(path, [row]) == 1
+    assert read_rows(path) == [row]
+    assert row.pair == "fused->image"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"positives": []}, "positives: List should have at least 1 item"),
+        ({"query": {}}, "query: an item needs a text, an image, or both"),
+        ({"qeury": 1}, "qeury: Extra inputs are not permitted"),
+        ({"negatives": [{"text": "p"}]}, "a negative is the same as a positive"),
+        ({"negative_scores": [0.1]}, "1 negative_scores for 0 negatives"),
+        ({"positives": [{"image": "nowhere"}]}, "there is no picture with id 'nowhere'"),
+        ({"positives": [{"image": "../../etc/passwd"}]}, "there is no picture with id"),
+        ({"id": ""}, "id: String should have at least 1 character"),
+    ],
+)
+def test_bad_rows_are_named_and_the_good_ones_kept(tmp_path, change, words):
+    path = tmp_path / "rows.jsonl"
+    lines = [json.dumps({**GOOD, "id": "first"}), json.dumps({**GOOD, **change}), "{oops", ""]
+    path.write_text("\n".join([*lines, json.dumps({**GOOD, "id": "first"})]))
+    rows, problems = check_rows(path, store_of(path))
+    assert [row.id for row in rows] == ["first"]
+    assert len(problems) == 3
+    assert problems[0].startswith(f"{path}:2: ")
+    assert words in problems[0]
+    assert "3: not valid JSON" in problems[1]
+    assert "5: id 'first' stands in line 1 already" in problems[2]
+
+
+def test_pictures_are_stored_once_and_checked(tmp_path):
+    store = ImageStore(tmp_path)
+    picture = Image.new("RGB", (8, 8), "blue")
+    first, second = store.add(picture), store.add(picture)
+    assert first == second
+    assert len(list(tmp_path.iterdir())) == 1
+    with Image.open(store.path(first)) as stored:
+        assert stored.size == (8, 8)
+    with pytest.raises(ContentError):
+        store.add(b"not a picture")
+
+
+def test_equal_items_have_equal_keys_and_others_do_not():
+    assert Item(text="a").key == Item(text="a").key
+    keys = {Item(text="a").key, Item(image="a").key, Item(text="a", image="b").key}
+    assert len(keys) == 3
