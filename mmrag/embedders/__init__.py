@@ -27,10 +27,13 @@ logger = logging.getLogger(__name__)
 # family: module and function that load it
 FAMILIES: dict[str, tuple[str, str]] = {
     "gme": ("qwen2_vl", "load_gme"),
+    "qwen3_vl": ("qwen3_vl", "load_qwen3_vl"),
+    "vlm2vec_qwen2vl": ("vlm2vec_qwen2vl", "load_vlm2vec_v1"),
+    "vlm2vec_v2": ("vlm2vec_qwen2vl", "load_vlm2vec_v2"),
 }
 
 # What a folder is taken for when nothing else tells: its config's model_type.
-_BY_MODEL_TYPE = {"qwen2_vl": "gme"}
+_BY_MODEL_TYPE = {"qwen2_vl": "gme", "qwen3_vl": "qwen3_vl"}
 
 
 def load_embedder(
@@ -40,18 +43,21 @@ def load_embedder(
     device: str = "auto",
     dtype: str = "auto",
     revision: str | None = None,
+    base: str | Path | None = None,
     token_budget: int | None = None,
     **limits: Any,
 ) -> Embedder:
     """Load an embedder by name or from a folder.
 
     Args:
-        name: ``mmrag-nano``, a checkpoint folder, or a name on the hub.
+        name: ``mmrag-nano``, a checkpoint folder, or a name on the hub; a checkpoint may be a
+            LoRA adapter.
         family: the recipe to follow, a key of ``FAMILIES``; by default that of the known
             checkpoint, or what the folder says of itself.
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:1``, ``mps``.
         dtype: ``auto``, ``float32``, ``bfloat16``, ``float16``.
         revision: branch, tag or commit on the hub.
+        base: folder or name of the model that an adapter sits on, instead of the one it states.
         token_budget: tokens of a padded batch, visual ones included.
         limits: what the family takes: ``max_length``, ``min_image_tokens``,
             ``max_image_tokens`` and the like.
@@ -60,16 +66,14 @@ def load_embedder(
         that are unknown.
     """
     from mmrag.embedders.engine import LocalEmbedder
-    from mmrag.embedders.loading import find_checkpoint, fingerprint
+    from mmrag.embedders.loading import fingerprint
 
-    backbone = load_backbone(
-        name, family=family, device=device, dtype=dtype, revision=revision, **limits
-    )
-    folder = find_checkpoint(name, revision)
+    folders = _find(name, revision, base)
+    backbone = _load(name, folders, family, device, dtype, limits)
     return LocalEmbedder(
         backbone,
         name=str(name),
-        fingerprint=fingerprint([folder], backbone.settings()),
+        fingerprint=fingerprint(folders, backbone.settings()),
         token_budget=token_budget,
     )
 
@@ -81,17 +85,41 @@ def load_backbone(
     device: str = "auto",
     dtype: str = "auto",
     revision: str | None = None,
+    base: str | Path | None = None,
     **limits: Any,
 ) -> Backbone:
     """Load the Backbone alone, as training does; arguments as in ``load_embedder``."""
-    from mmrag.embedders.loading import MARKER, find_checkpoint, place, read_json
+    return _load(name, _find(name, revision, base), family, device, dtype, limits)
+
+
+def _find(name: str | Path, revision: str | None, base: str | Path | None) -> list[Path]:
+    """Folder of the checkpoint, or those of the base model and of the adapter on it."""
+    from mmrag.embedders.loading import find_base, find_checkpoint, is_adapter
+
+    folder = find_checkpoint(name, revision)
+    if is_adapter(folder):
+        known = find_known(str(name))
+        return [find_base(folder, base, known.base if known else None), folder]
+    if base is not None:
+        raise ConfigError(f"base={str(base)!r} is for adapters, and {name} is none: leave it out.")
+    return [folder]
+
+
+def _load(
+    name: str | Path,
+    folders: list[Path],
+    family: str | None,
+    device: str,
+    dtype: str,
+    limits: dict[str, Any],
+) -> Backbone:
+    from mmrag.embedders.loading import MARKER, place, read_json
 
     known = find_known(str(name))
     if known is not None and known.non_commercial:
         logger.warning("%s: its licence (%s) forbids commercial use.", name, known.licence)
-    folder = find_checkpoint(name, revision)
-    marker = read_json(folder / MARKER)
-    chosen = family or marker.get("family") or (known.family if known else None) or _guess(folder)
+    marker = {key: value for folder in folders for key, value in read_json(folder / MARKER).items()}
+    chosen = family or marker.get("family") or (known.family if known else None) or _guess(folders)
     load = _loader(chosen)
     own = {key: value for key, value in marker.items() if key in _options(load)}
     if "modalities" in own:
@@ -100,7 +128,12 @@ def load_backbone(
     if unknown:
         able = ", ".join(sorted(_options(load)))
         raise ConfigError(f"{', '.join(unknown)}: unknown to family {chosen!r}; it takes {able}.")
-    return load(folder, place(device, dtype), **{**own, **limits})
+    backbone = load(folders[0], place(device, dtype), **{**own, **limits})
+    for adapter in folders[1:]:
+        from mmrag.embedders.adapters import merge_adapter
+
+        merge_adapter(backbone.model, adapter)
+    return backbone
 
 
 def _loader(family: str) -> Callable[..., Backbone]:
@@ -118,10 +151,16 @@ def _options(load: Callable[..., Any]) -> set[str]:
     return {p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
 
 
-def _guess(folder: Path) -> str:
+def _guess(folders: list[Path]) -> str:
     """Take a folder without a name or marker by its architecture, and say so."""
     from mmrag.embedders.loading import read_json
 
+    folder = folders[-1]
+    if len(folders) > 1:
+        raise ModelError(
+            f"{folder}: cannot tell which recipe this adapter follows. Pass family=, one of "
+            f"{', '.join(FAMILIES)}."
+        )
     config = read_json(folder / "config.json")
     model_type = config.get("model_type", "")
     if model_type not in _BY_MODEL_TYPE:

@@ -34,6 +34,35 @@ KNOWN: tuple[KnownModel, ...] = (
     KnownModel("mmrag-nano", "gme", 384, _APACHE, 512, 0, modalities=("text",)),
     KnownModel("Alibaba-NLP/gme-Qwen2-VL-2B-Instruct", "gme", 1536, _APACHE, 32768, 1280),
     KnownModel("Alibaba-NLP/gme-Qwen2-VL-7B-Instruct", "gme", 3584, _APACHE, 32768, 1280),
+    KnownModel(
+        "TIGER-Lab/VLM2Vec-Qwen2VL-2B",
+        "vlm2vec_qwen2vl",
+        1536,
+        _APACHE,
+        32768,
+        1280,
+        base="Qwen/Qwen2-VL-2B-Instruct",
+    ),
+    KnownModel(
+        "TIGER-Lab/VLM2Vec-Qwen2VL-7B",
+        "vlm2vec_qwen2vl",
+        3584,
+        _APACHE,
+        32768,
+        1280,
+        base="Qwen/Qwen2-VL-7B-Instruct",
+    ),
+    KnownModel(
+        "VLM2Vec/VLM2Vec-V2.0",
+        "vlm2vec_v2",
+        1536,
+        _APACHE,
+        32768,
+        1280,
+        base="Qwen/Qwen2-VL-2B-Instruct",
+    ),
+    KnownModel("Qwen/Qwen3-VL-Embedding-2B", "qwen3_vl", 2048, _APACHE, 32768, 1800, _MRL_2048),
+    KnownModel("Qwen/Qwen3-VL-Embedding-8B", "qwen3_vl", 4096, _APACHE, 32768, 1800, _MRL_4096),
 )
 
 

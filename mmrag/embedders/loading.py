@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 SHIPPED = Path(__file__).parents[1] / "models"
 MARKER = "mmrag.json"
+ADAPTER_CONFIG = "adapter_config.json"
 _SAMPLE_BYTES = 1 << 16
 _HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.bin"]
 
@@ -100,6 +101,30 @@ def find_checkpoint(name: str | Path, revision: str | None = None) -> Path:
             f"{name}: there is no such folder, and it could not be downloaded from the hub "
             f"({type(error).__name__}). Check the name and the network, or give a folder."
         ) from error
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder holds an adapter, which needs a base model."""
+    return (folder / ADAPTER_CONFIG).is_file()
+
+
+def find_base(adapter: Path, base: str | Path | None = None, known: str | None = None) -> Path:
+    """Folder of the model that an adapter sits on: ``base``, else what the adapter states.
+
+    That is often a path on the machine it was trained on; where there is no such folder here,
+    ``known``, the base of a published adapter, goes first.
+
+    Raises: ModelError if the adapter does not say and nothing else is given.
+    """
+    if base is not None:
+        return find_checkpoint(base)
+    config = read_json(adapter / ADAPTER_CONFIG)
+    stated = config.get("base_model_name_or_path")
+    if known is not None and not (stated and Path(stated).is_dir()):
+        return find_checkpoint(known)
+    if not stated:
+        raise ModelError(f"{adapter}: {ADAPTER_CONFIG} does not name the base model; pass base=.")
+    return find_checkpoint(stated, config.get("revision"))
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -198,7 +223,9 @@ def fingerprint(folders: Iterable[Path], settings: dict[str, Any]) -> str:
     """
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
     for folder in folders:
-        for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
+        # An adapter's configuration holds its scale.
+        files = ("*.safetensors", "*.bin", ADAPTER_CONFIG)
+        for path in sorted(path for pattern in files for path in folder.glob(pattern)):
             size = path.stat().st_size
             digest.update(f"{path.name}:{size}".encode())
             with path.open("rb") as file:

@@ -1,16 +1,16 @@
 """Qwen2-VL embedders: GME and those that share its machinery.
 
 A family on this architecture is a ``Recipe``: the literal prompt, what happens to a picture
-before the common picture rule, and limits. Positions are plain and one-dimensional, as in the
-reference code of GME and VLM2Vec, which never computes M-RoPE; with three-axis positions the
-vectors of pictures differ (cosine 0.98 and less).
+before the common picture rule, positions and limits. Positions are plain and one-dimensional
+unless the recipe says otherwise, as in the reference code of GME and VLM2Vec, which never
+computes M-RoPE; with three-axis positions the vectors of pictures differ (cosine 0.98 and less).
 
 Source: GME (arXiv 2412.16855) and the inference script published with its weights.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen2VLModel
 
 from mmrag.content import Content, Modality, image_size, load_image
@@ -57,8 +58,11 @@ class Recipe:
 
     render: the prompt of a content under an instruction (``None``: a document).
     fit: the size a picture is brought to before the common rule, from its width and height.
-    max_length: tokens, visual ones included; longer texts are cut before the prompt's end.
+    max_length: tokens, visual ones included; longer texts are cut.
     max_images: pictures that one content may hold.
+    mrope: three-axis positions (time, row, column) inside pictures.
+    keep_end: cut a long text before the prompt's end, not together with it.
+    blank: size of the black picture that stands in where a content has none, if one must.
     """
 
     family: str
@@ -66,15 +70,22 @@ class Recipe:
     fit: Callable[[int, int], tuple[int, int]]
     max_length: int
     max_images: int = 1
+    mrope: bool = False
+    keep_end: bool = True
+    blank: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class QwenInputs:
-    """One item: ids (length,), patches (n, 3 * temporal * patch * patch) and grids (k, 3)."""
+    """One item: ids (length,), patches (n, 3 * temporal * patch * patch) and grids (k, 3).
+
+    positions: (3, length) for the recipes with M-RoPE, else None: 0, 1, 2, ... on each axis.
+    """
 
     ids: Tensor
     pixels: Tensor | None = None
     grids: Tensor | None = None
+    positions: Tensor | None = None
 
     @property
     def n_tokens(self) -> int:
@@ -110,6 +121,8 @@ class Qwen2VLBackbone:
             "family": self.family,
             "max_length": self.recipe.max_length,
             "pixels": [self.rule.min_pixels, self.rule.max_pixels],
+            "fit": [self.recipe.fit(3000, 2000), self.recipe.fit(400, 20)],
+            "mrope": self.recipe.mrope,
             "prompts": [str(render(Content("x"), None)), str(render(Content("x"), "y"))],
         }
 
@@ -120,11 +133,15 @@ class Qwen2VLBackbone:
     def prepare(self, content: Content, instruction: str | None) -> QwenInputs:
         """Ids and patches of the item."""
         ids = torch.tensor(self._ids(content, instruction, self._sizes(content)))
-        if not content.images:
-            return QwenInputs(ids)
-        parts = [to_patches(self._picture(source), self.rule) for source in content.images]
-        pixels = torch.cat([patches for patches, _ in parts])
-        return QwenInputs(ids, pixels, torch.tensor([grid for _, grid in parts]))
+        parts = [to_patches(self._picture(source), self.rule) for source in self._images(content)]
+        grids = torch.tensor([grid for _, grid in parts]).reshape(-1, 3)
+        positions = None
+        if self.recipe.mrope:
+            cells = (grids[:, 1:] // self.rule.merge).tolist()
+            positions = mrope_positions(ids.tolist(), self._image_id, cells)
+        if not parts:
+            return QwenInputs(ids, positions=positions)
+        return QwenInputs(ids, torch.cat([patches for patches, _ in parts]), grids, positions)
 
     def forward(self, batch: Sequence[QwenInputs]) -> Tensor:
         """State of each item's last token, (len(batch), dim), not normalised."""
@@ -138,7 +155,10 @@ class Qwen2VLBackbone:
             embeds = embeds.masked_scatter(places, features.to(embeds.dtype))
         # Without position_ids the decoder counts 0, 1, 2, ... on all three axes.
         output = self.model.language_model(
-            inputs_embeds=embeds, attention_mask=mask, use_cache=False
+            inputs_embeds=embeds,
+            attention_mask=mask,
+            position_ids=pad_positions(batch, device) if self.recipe.mrope else None,
+            use_cache=False,
         )
         return last_token(output.last_hidden_state, mask)
 
@@ -153,13 +173,18 @@ class Qwen2VLBackbone:
         output = visual(patches, grid_thw=torch.cat(grids).to(self.model.device))
         return torch.as_tensor(output.pooler_output)
 
+    def _images(self, content: Content) -> tuple[Any, ...]:
+        if content.images or self.recipe.blank is None:
+            return content.images
+        return (Image.new("RGB", self.recipe.blank),)
+
     def _sizes(self, content: Content) -> list[tuple[int, int]]:
         if len(content.images) > self.recipe.max_images:
             raise ContentError(
                 f"{self.family} takes {self.recipe.max_images} picture per item, got "
                 f"{len(content.images)}; embed them one by one."
             )
-        return [self.rule.size(*self.recipe.fit(*image_size(i))) for i in content.images]
+        return [self.rule.size(*self.recipe.fit(*image_size(i))) for i in self._images(content)]
 
     def _picture(self, source: Any) -> Image.Image:
         picture = load_image(source)
@@ -169,7 +194,7 @@ class Qwen2VLBackbone:
     def _ids(
         self, content: Content, instruction: str | None, sizes: Sequence[tuple[int, int]]
     ) -> list[int]:
-        prompt = self.recipe.render(_without_vision_tokens(content), instruction)
+        prompt = self.recipe.render(without_vision_tokens(content), instruction)
         ids = self._tokenize(str(prompt))
         visual = [self.rule.n_tokens(*size) for size in sizes]
         excess = len(ids) - len(visual) + sum(visual) - self.recipe.max_length
@@ -178,8 +203,8 @@ class Qwen2VLBackbone:
         return expand(ids, self._image_id, visual)
 
     def _cut(self, prompt: Prompt, ids: list[int], excess: int) -> list[int]:
-        """Take ``excess`` tokens off the end of the text; the prompt's end stays."""
-        tail = len(self._tokenize(prompt.after))
+        """Take ``excess`` tokens off the end of the text, or off the end of all."""
+        tail = len(self._tokenize(prompt.after)) if self.recipe.keep_end else 0
         head = len(self._tokenize(prompt.before))
         end = len(ids) - tail
         if end - excess < head:
@@ -203,7 +228,38 @@ def expand(ids: Sequence[int], image_id: int, counts: Sequence[int]) -> list[int
     ]
 
 
-def _without_vision_tokens(content: Content) -> Content:
+def mrope_positions(ids: Sequence[int], image_id: int, grids: Iterable[Sequence[int]]) -> Tensor:
+    """Three-axis positions: time, row, column (Qwen2-VL, arXiv 2409.12191, section 2.1).
+
+    A text token has one number on all axes. The tokens of a picture share one time and lie in
+    a grid; what follows goes on after the largest number used.
+
+    Args:
+        ids: of one item, pictures widened.
+        grids: rows and columns of each picture, in visual tokens.
+
+    Returns: (3, len(ids)), int64.
+    """
+    positions = torch.arange(len(ids)).repeat(3, 1)
+    place = lag = 0
+    for rows, columns in grids:
+        place = ids.index(image_id, place)
+        cells = torch.arange(rows * columns)
+        grid = torch.stack([torch.zeros_like(cells), cells // columns, cells % columns])
+        positions[:, place : place + len(cells)] = grid + (place - lag)
+        place += len(cells)
+        lag += len(cells) - max(rows, columns)
+        positions[:, place:] = torch.arange(place, len(ids)) - lag
+    return positions
+
+
+def pad_positions(batch: Sequence[QwenInputs], device: torch.device) -> Tensor:
+    """Positions of a batch padded on the right, (3, batch, longest)."""
+    rows = [item.positions.T for item in batch if item.positions is not None]
+    return pad_sequence(rows, batch_first=True).permute(2, 0, 1).to(device)
+
+
+def without_vision_tokens(content: Content) -> Content:
     """Break up placeholders that stand in the text itself: they would pass for pictures."""
     if content.text is None or ("<|v" not in content.text and IMAGE not in content.text):
         return content
@@ -267,10 +323,24 @@ def load_gme(
     max_image_tokens: int | None = None,
 ) -> Qwen2VLBackbone:
     """Load a checkpoint of GME's layout: gme-Qwen2-VL-2B/7B, or any of that shape."""
+    recipe = Recipe(family, gme_prompt, qwen_fetch_size, max_length)
+    return load_qwen2_vl(
+        folder, placement, recipe, min_image_tokens, max_image_tokens, modalities
+    )
+
+
+def load_qwen2_vl(
+    folder: Path,
+    placement: Placement,
+    recipe: Recipe,
+    min_image_tokens: int | None,
+    max_image_tokens: int | None,
+    modalities: frozenset[Modality] = ALL_MODALITIES,
+) -> Qwen2VLBackbone:
+    """Load a Qwen2-VL checkpoint to run by ``recipe``; bounds of None are the checkpoint's."""
     model = load_exact(Qwen2VLModel, folder, placement, unused=("lm_head.",))
     use_matmul_patch_embed(model.visual)
     rule = read_picture_rule(folder).with_tokens(min_image_tokens, max_image_tokens)
-    recipe = Recipe(family, gme_prompt, qwen_fetch_size, max_length)
     return Qwen2VLBackbone(model, load_tokenizer(folder), rule, recipe, modalities)
 
 
