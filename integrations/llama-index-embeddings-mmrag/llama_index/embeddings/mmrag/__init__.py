@@ -1,0 +1,5 @@
+"""mmrag's UniversalEmbedding in LlamaIndex's namespace."""
+
+from mmrag.embedding import UniversalEmbedding
+
+__all__ = ["UniversalEmbedding"]
