@@ -43,6 +43,17 @@ def test_line_breaks_inside_a_sentence_are_undone():
     ]
 
 
+def test_a_number_ends_a_sentence_but_not_a_list_mark():
+    text = (
+        "Cleaning is free for children under 12. Adults pay for crowns. 1. First comes the check."
+    )
+    assert sentences(text) == [
+        "Cleaning is free for children under 12.",
+        "Adults pay for crowns.",
+        "1. First comes the check.",
+    ]
+
+
 def test_sentences_of_chinese_text():
     assert sentences("第一句话在这里写得比较长一些。第二句话也在这里写得比较长一些。") == [
         "第一句话在这里写得比较长一些。",

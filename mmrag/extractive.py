@@ -1,0 +1,111 @@
+"""Answers without a language model: the sentences of the found pages that answer best.
+
+A sentence is judged by the question's words that it has, weighted by how rare they are, and by
+its cosine to the question where an embedder is given. Nothing is written that the documents do
+not say word for word.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mmrag.citations import CheckedAnswer, Claim, locate
+from mmrag.content import Content
+from mmrag.context import Source
+from mmrag.embedders.base import Embedder
+from mmrag.lexical import Idf, sentences, terms
+
+FOUND = 0.45
+"""Share of the question's weighted words that the best page must have to answer it."""
+_NEAR = 0.75  # share of the best sentence's score that a further sentence must reach
+_PLACE_WORTH = 0.02  # lost with each place of the page in the ranking; decides between equals
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    source: Source
+    text: str
+    words: list[str]
+
+
+def extract(
+    question: Content,
+    sources: Sequence[Source],
+    embedder: Embedder | None = None,
+    max_sentences: int = 3,
+) -> CheckedAnswer | None:
+    """The best sentences, each with its ``[n]``; None if no page is near enough to the question.
+
+    A question without words (a picture alone) is answered by what the embedder finds nearest.
+    """
+    candidates = [
+        _Candidate(source, text, terms(text))
+        for source in sources
+        for text in sentences(source.text)
+    ]
+    if not candidates or (not question.text and embedder is None):
+        return None
+    idf = Idf([candidate.words for candidate in candidates])
+    wanted = terms(question.text or "")
+    if wanted and answerable(wanted, sources, idf) < FOUND:
+        return None
+    scores = _scores(question, wanted, candidates, idf, embedder)
+    return _answer(_choose(candidates, scores, max_sentences), sources)
+
+
+def answerable(wanted: Sequence[str], sources: Sequence[Source], idf: Idf) -> float:
+    """Share of the weight of the question's words that the best of the pages has."""
+    return max(idf.coverage(wanted, terms(f"{source.file} {source.text}")) for source in sources)
+
+
+def _scores(
+    question: Content,
+    wanted: list[str],
+    candidates: Sequence[_Candidate],
+    idf: Idf,
+    embedder: Embedder | None,
+) -> NDArray[np.float32]:
+    """Mean of word coverage and cosine, less a little for each place in the ranking."""
+    words = np.asarray([idf.coverage(wanted, c.words) for c in candidates], dtype=np.float32)
+    places = np.asarray([c.source.n - 1 for c in candidates], dtype=np.float32)
+    if embedder is None:
+        return words - _PLACE_WORTH * places
+    vectors = embedder.encode([c.text for c in candidates])
+    task = "passage_for_question" if question.modality == "text" else "passage_for_image"
+    asked = embedder.encode([question], instruction=task)[0]
+    alike = np.clip(vectors @ asked, 0, 1)
+    both = (words + alike) / 2 if wanted else alike
+    return np.asarray(both - _PLACE_WORTH * places, dtype=np.float32)
+
+
+def _choose(
+    candidates: Sequence[_Candidate], scores: NDArray[np.float32], limit: int
+) -> list[_Candidate]:
+    """The best sentences, none of which repeats another."""
+    order = sorted(range(len(candidates)), key=lambda i: (-float(scores[i]), i))
+    best = float(scores[order[0]])
+    chosen: list[_Candidate] = []
+    for i in order:
+        if len(chosen) == limit or float(scores[i]) < _NEAR * best:
+            break
+        words = set(candidates[i].words)
+        if all(len(words & set(c.words)) < 0.8 * len(words | set(c.words)) for c in chosen):
+            chosen.append(candidates[i])
+    return chosen
+
+
+def _answer(chosen: Sequence[_Candidate], sources: Sequence[Source]) -> CheckedAnswer:
+    claims = tuple(Claim(c.text, (c.source.n,), supported=True) for c in chosen)
+    first: dict[int, str] = {}
+    for candidate in chosen:
+        first.setdefault(candidate.source.n, candidate.text)
+    marked = tuple(
+        locate(replace(source, cited=True), first[source.n]) if source.n in first else source
+        for source in sources
+    )
+    lines = [f"\u201c{c.text}\u201d [{c.source.n}]" for c in chosen]
+    return CheckedAnswer("\n".join(lines), claims, marked)

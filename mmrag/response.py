@@ -1,0 +1,182 @@
+"""What a cited answer is, whole or as a stream."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable, Generator
+from dataclasses import dataclass, field
+from typing import Any
+
+from llama_index.core.base.response.schema import (
+    AsyncStreamingResponse,
+    Response,
+    StreamingResponse,
+)
+
+from mmrag.citations import Claim
+from mmrag.context import Source
+
+SENTINEL = "NOT_FOUND_IN_SOURCES"
+"""What the model is told to reply when the sources do not answer the question."""
+NOT_FOUND = "Not found in these documents."
+
+
+@dataclass
+class CitedResponse(Response):
+    """A LlamaIndex Response whose ``[n]`` are ``sources``.
+
+    sources: all that the model was shown; ``cited`` marks those that the answer cites.
+    found: False where the documents do not answer the question.
+    claims: the sentences of the answer, checked; ``problems`` says what is wrong with them.
+    notes: what was cut, left out or missing on the way to the model.
+    """
+
+    sources: list[Source] = field(default_factory=list)
+    found: bool = True
+    claims: tuple[Claim, ...] = ()
+    problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def cited(self) -> list[Source]:
+        """The sources that the answer rests on: those it cites, or all if it cites none."""
+        if not self.found:
+            return []
+        return [source for source in self.sources if source.cited] or self.sources
+
+    def to_dict(self, question: str) -> dict[str, Any]:
+        """The answer for JSON."""
+        return {
+            "question": question,
+            "found": self.found,
+            "answer": self.response,
+            "sources": [source.to_dict() for source in self.cited],
+        }
+
+
+@dataclass
+class CitedStreamingResponse(StreamingResponse):
+    """A stream of text; ``sources`` are there at once, ``get_response()`` has the checks."""
+
+    sources: list[Source] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    finish: Callable[[str], CitedResponse] = field(kw_only=True)
+
+    def __post_init__(self) -> None:
+        self.response_gen = self._recorded(self.response_gen)
+
+    def __str__(self) -> str:
+        """The whole text. Reads the stream to its end first."""
+        for _ in self.response_gen:
+            pass
+        return self.response_txt or ""
+
+    def get_response(self) -> CitedResponse:
+        """The whole answer, checked. Reads the stream to its end first."""
+        return self.finish(str(self))
+
+    def _recorded(self, tokens: Generator[str, None, None]) -> Generator[str, None, None]:
+        text = ""
+        for token in tokens:
+            text += token
+            yield token
+        self.response_txt = text
+
+
+@dataclass
+class AsyncCitedStreamingResponse(AsyncStreamingResponse):
+    """As CitedStreamingResponse, for ``aquery``."""
+
+    sources: list[Source] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    finish: Callable[[str], CitedResponse] = field(kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.response_gen = self._recorded(self.response_gen)
+
+    async def get_response(self) -> CitedResponse:
+        """The whole answer, checked. Reads the stream to its end first."""
+        async for _ in self.response_gen:
+            pass
+        return await asyncio.to_thread(self.finish, self.response_txt or "")
+
+    async def _recorded(self, tokens: AsyncGenerator[str, None]) -> AsyncGenerator[str, None]:
+        text = ""
+        async for token in tokens:
+            text += token
+            yield token
+        self.response_txt = text
+
+
+def says_not_found(text: str) -> bool:
+    """Whether a model's answer is the sentinel, or the sentence that stands for it."""
+    bare = text.strip().strip("*_`\"'[]. \n")
+    return bare.upper().startswith(SENTINEL) or text.strip() == NOT_FOUND
+
+
+def shown(tokens: Generator[str, None, None]) -> Generator[str, None, None]:
+    """The stream with the sentinel replaced by a sentence for people."""
+    head, settled = "", False
+    for token in tokens:
+        if settled:
+            yield token
+            continue
+        head += token
+        if not _may_be_sentinel(head):
+            settled = True
+            yield head
+    if not settled:
+        yield NOT_FOUND if says_not_found(head) else head
+
+
+async def ashown(tokens: AsyncGenerator[str, None]) -> AsyncGenerator[str, None]:
+    """As ``shown``."""
+    head, settled = "", False
+    async for token in tokens:
+        if settled:
+            yield token
+            continue
+        head += token
+        if not _may_be_sentinel(head):
+            settled = True
+            yield head
+    if not settled:
+        yield NOT_FOUND if says_not_found(head) else head
+
+
+def as_stream(response: CitedResponse) -> CitedStreamingResponse:
+    """An answer that is known already, as a stream of one piece."""
+
+    def once() -> Generator[str, None, None]:
+        yield str(response)
+
+    return CitedStreamingResponse(
+        response_gen=once(),
+        source_nodes=response.source_nodes,
+        metadata=response.metadata,
+        sources=response.sources,
+        notes=response.notes,
+        finish=lambda _: response,
+    )
+
+
+def as_async_stream(response: CitedResponse) -> AsyncCitedStreamingResponse:
+    """As ``as_stream``."""
+
+    async def once() -> AsyncGenerator[str, None]:
+        yield str(response)
+
+    return AsyncCitedStreamingResponse(
+        response_gen=once(),
+        source_nodes=response.source_nodes,
+        metadata=response.metadata,
+        sources=response.sources,
+        notes=response.notes,
+        finish=lambda _: response,
+    )
+
+
+def _may_be_sentinel(text: str) -> bool:
+    bare = text.strip().lstrip("*_`\"'[").upper()
+    return SENTINEL.startswith(bare[: len(SENTINEL)])

@@ -1,0 +1,88 @@
+"""A tiny local server that speaks /v1/models and /v1/chat/completions, streams included."""
+
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+
+class ChatServer:
+    """Answers every chat with ``answer``; keeps the request bodies in ``requests``.
+
+    mode: ``ok``, ``refuse`` (HTTP 400), ``deny`` (401), ``missing`` (404), ``garbage`` (no JSON),
+    ``hollow`` (JSON of another shape), ``cut`` (the connection ends in mid-answer).
+    """
+
+    def __init__(self, answer="", mode="ok", models=({"id": "tiny", "max_model_len": 20_000},)):
+        self.answer, self.mode, self.models = answer, mode, list(models)
+        self.requests = []
+        self._http = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
+        self.url = f"http://127.0.0.1:{self._http.server_port}/v1"
+        threading.Thread(target=self._http.serve_forever, args=(0.05,), daemon=True).start()
+
+    def close(self):
+        self._http.shutdown()
+        self._http.server_close()
+
+
+def _handler(server):
+    return type("Handler", (_Handler,), {"chat": server})
+
+
+class _Handler(BaseHTTPRequestHandler):
+    chat: ChatServer
+
+    def log_message(self, *_):
+        pass
+
+    def do_GET(self):
+        self._json(200, {"object": "list", "data": self.chat.models})
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.chat.requests.append(body)
+        match self.chat.mode:
+            case "refuse" | "deny" | "missing" as mode:
+                status = {"refuse": 400, "deny": 401, "missing": 404}[mode]
+                self._json(status, {"error": {"message": f"no: {mode}"}})
+            case "garbage":
+                self._send(b"<html>not json</html>")
+            case "hollow":
+                self._json(200, {"surprise": True})
+            case _ if body.get("stream"):
+                self._stream()
+            case "cut":
+                self._send(b'{"id": "x"', length=5000)
+            case _:
+                message = {"role": "assistant", "content": self.chat.answer}
+                choice = {"index": 0, "message": message, "finish_reason": "stop"}
+                self._json(200, _reply("chat.completion", choice))
+
+    def _stream(self):
+        cut = self.chat.mode == "cut"
+        self.send_response(200)
+        self.send_header("Content-Type", "text/event-stream")
+        if cut:
+            self.send_header("Content-Length", "90000")
+        self.end_headers()
+        for word in self.chat.answer.split(" "):
+            delta = {"role": "assistant", "content": word + " "}
+            choice = {"index": 0, "delta": delta, "finish_reason": None}
+            event = json.dumps(_reply("chat.completion.chunk", choice))
+            self.wfile.write(f"data: {event}\n\n".encode())
+            if cut:
+                return
+        self.wfile.write(b"data: [DONE]\n\n")
+
+    def _json(self, status, value):
+        self._send(json.dumps(value).encode(), status)
+
+    def _send(self, body, status=200, length=None):
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(length or len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+
+def _reply(kind, choice):
+    return {"id": "x", "object": kind, "created": 1, "model": "tiny", "choices": [choice]}
