@@ -130,6 +130,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--model", default="mmrag-nano")
     parser.add_argument("--family", default=None)
     parser.add_argument("--pdfs", default=None, help="folder of the PDFs that are asked about")
+    parser.add_argument("--library", default=None, help="keep the index of the PDFs here")
     parser.add_argument("--dims", type=int, nargs="*", default=[], help="dimensions to report")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     given = parser.parse_args(arguments)
@@ -148,7 +149,8 @@ def _evaluate(embedder: Embedder, given: argparse.Namespace) -> dict[str, Metric
     if given.pdfs:
         from recipes.evaluate_pages import evaluate_pages
 
-        return evaluate_pages(embedder, Path(given.pdfs), Path(given.rows))
+        library = Path(given.library) if given.library else None
+        return evaluate_pages(embedder, Path(given.pdfs), Path(given.rows), library)
     rows, store = read_rows(given.rows), store_of(given.rows)
     results: dict[str, Metrics] = {}
     for dim in given.dims or [embedder.dim]:

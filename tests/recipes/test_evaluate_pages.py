@@ -1,0 +1,38 @@
+"""Page retrieval over a folder: right pages are counted right, per view and fused."""
+
+import json
+
+import pymupdf
+import pytest
+from fakes import FakeEmbedder
+
+from mmrag.errors import ContentError
+from recipes.evaluate_pages import evaluate_pages, read_questions
+
+
+def test_pages_are_found_and_counted(tmp_path):
+    pdf = pymupdf.open()
+    for words in ("tigers live in forests", "whales swim in oceans", "camels cross deserts"):
+        pdf.new_page().insert_text((72, 72), words)
+    folder = tmp_path / "pdfs"
+    folder.mkdir()
+    pdf.save(folder / "animals.pdf")
+    lines = [
+        {"question": "whales oceans", "pages": [{"file": "animals.pdf", "page": 2}], "kind": "sea"},
+        {"question": "camels", "pages": [{"file": "animals.pdf", "page": 1}], "kind": "land"},
+    ]
+    questions = tmp_path / "questions.jsonl"
+    questions.write_text("\n".join(json.dumps(line) for line in lines))
+    found = evaluate_pages(FakeEmbedder(), folder, questions, tmp_path / "library")
+    assert found["bm25"]["n"] == 2
+    assert found["bm25, sea"]["hit@1"] == 1.0
+    assert found["bm25, land"]["hit@1"] == 0.0
+    assert found["fused ranks, sea"]["hit@5"] == 1.0
+    assert {"text", "image", "bm25", "fused ranks"} <= set(found)
+
+
+def test_a_question_without_pages_is_named(tmp_path):
+    path = tmp_path / "q.jsonl"
+    path.write_text('{"question": "a", "pages": [{"file": "x", "page": 1}]}\n{"question": "b"}\n')
+    with pytest.raises(ContentError, match=r"q\.jsonl:2"):
+        read_questions(path)
