@@ -138,8 +138,11 @@ def load_image(
     *,
     limits: ImageLimits = DEFAULT_LIMITS,
     loader: UrlLoader | None = None,
+    on_white: bool = True,
 ) -> Image.Image:
     """Load a picture as upright RGB, transparent parts on white.
+
+    With ``on_white=False`` they show the colour that is stored under them instead.
 
     A ``str`` is a path, a data URL, or a web address; web addresses are followed only by the
     ``loader`` given (it returns the bytes). Of an animated file the first frame is taken.
@@ -152,7 +155,7 @@ def load_image(
         _check_pixels(picture.size, name, limits)
         picture.load()
         turn = _TURNS.get(_orientation(picture.getexif()))
-        return _to_rgb(picture if turn is None else picture.transpose(turn))
+        return _to_rgb(picture if turn is None else picture.transpose(turn), on_white)
 
 
 def image_size(
@@ -348,10 +351,10 @@ def _orientation(exif: Image.Exif) -> int:
     return value if isinstance(value, int) else 1
 
 
-def _to_rgb(picture: Image.Image) -> Image.Image:
+def _to_rgb(picture: Image.Image, on_white: bool) -> Image.Image:
     if picture.mode in _SIXTEEN_BIT_MODES:
         return _from_deep(picture).convert("RGB")
-    if picture.has_transparency_data:
+    if on_white and picture.has_transparency_data:
         layer = picture.convert("RGBA")
         white = Image.new("RGBA", layer.size, (255, 255, 255, 255))
         return Image.alpha_composite(white, layer).convert("RGB")

@@ -30,10 +30,18 @@ FAMILIES: dict[str, tuple[str, str]] = {
     "qwen3_vl": ("qwen3_vl", "load_qwen3_vl"),
     "vlm2vec_qwen2vl": ("vlm2vec_qwen2vl", "load_vlm2vec_v1"),
     "vlm2vec_v2": ("vlm2vec_qwen2vl", "load_vlm2vec_v2"),
+    "vlm2vec_llava_next": ("llava_next", "load_vlm2vec_llava_next"),
+    "vlm2vec_phi3v": ("phi3v", "load_phi3v"),
+    "mm_embed": ("mm_embed", "load_mm_embed"),
+    "e5_v": ("llava_next", "load_e5_v"),
+    "ops_mm": ("qwen2_vl_recipes", "load_ops_mm"),
+    "dse": ("qwen2_vl_recipes", "load_dse"),
+    "lamra": ("qwen2_vl_recipes", "load_lamra"),
+    "unite": ("qwen2_vl_recipes", "load_unite"),
 }
 
 # What a folder is taken for when nothing else tells: its config's model_type.
-_BY_MODEL_TYPE = {"qwen2_vl": "gme", "qwen3_vl": "qwen3_vl"}
+_BY_MODEL_TYPE = {"qwen2_vl": "gme", "qwen3_vl": "qwen3_vl", "phi3_v": "vlm2vec_phi3v"}
 
 
 def load_embedder(

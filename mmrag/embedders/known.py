@@ -63,6 +63,10 @@ KNOWN: tuple[KnownModel, ...] = (
     ),
     KnownModel("Qwen/Qwen3-VL-Embedding-2B", "qwen3_vl", 2048, _APACHE, 32768, 1800, _MRL_2048),
     KnownModel("Qwen/Qwen3-VL-Embedding-8B", "qwen3_vl", 4096, _APACHE, 32768, 1800, _MRL_4096),
+    KnownModel("TIGER-Lab/VLM2Vec-LLaVaNext", "vlm2vec_llava_next", 4096, _APACHE, 32768, 2928),
+    KnownModel("TIGER-Lab/VLM2Vec-Full", "vlm2vec_phi3v", 3072, _APACHE, 131072, 781),
+    KnownModel("nvidia/MM-Embed", "mm_embed", 4096, "CC-BY-NC-4.0", 4096, 577, non_commercial=True),
+    KnownModel("royokong/e5-v", "e5_v", 4096, "not stated", 8192, 2928),
 )
 
 
