@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,6 +49,8 @@ class _Art:
 
 @dataclass(frozen=True, slots=True)
 class _Block:
+    """A block or a line of text."""
+
     box: Box
     text: str
     words: int
@@ -58,7 +60,8 @@ class _Block:
 def find_figures(page: Any, words: Sequence[Word]) -> list[Found]:
     """Figures of a PyMuPDF page, from top to bottom."""
     bounds = _as_box(page.rect)
-    blocks = _blocks(words)
+    blocks = _blocks(words, lambda word: word.block)
+    lines = _blocks(words, lambda word: (word.block, word.line))
     figures = []
     for group in _groups(_rasters(page, bounds) + _drawings(page, bounds)):
         box = union(art.box for art in group)
@@ -67,7 +70,7 @@ def find_figures(page: Any, words: Sequence[Word]) -> list[Found]:
         raster = any(art.raster for art in group)
         caption = _caption(box, blocks, drawn=not raster)
         if not raster:
-            box = _clipped(_with_labels(box, blocks, caption), bounds)
+            box = _clipped(_with_labels(box, lines, caption), bounds)
         mark = "|".join([*sorted({art.shape for art in group})[:4], *(f"{v:.0f}" for v in box)])
         figures.append(Found(box, caption.text if caption else "", mark))
     return sorted(figures, key=lambda figure: (figure.box[1], figure.box[0]))
@@ -168,10 +171,10 @@ def _is_tiled(arts: Sequence[_Art]) -> bool:
     return max(extents.values(), default=0) > 0.5 * len(rows)
 
 
-def _blocks(words: Sequence[Word]) -> list[_Block]:
-    grouped: dict[int, list[Word]] = {}
+def _blocks(words: Sequence[Word], key: Callable[[Word], Any]) -> list[_Block]:
+    grouped: dict[Any, list[Word]] = defaultdict(list)
     for word in words:
-        grouped.setdefault(word.block, []).append(word)
+        grouped[key(word)].append(word)
     return [
         _Block(
             union(w.box for w in group),
@@ -209,18 +212,24 @@ def _beside(box: Box, other: Box) -> float:
     return max(other[1] - box[3], box[1] - other[3], 0.0)
 
 
-def _with_labels(box: Box, blocks: Sequence[_Block], caption: _Block | None) -> Box:
-    """The box of a drawing, grown over the short labels at its edges (axes, legends)."""
-    reach = (box[0] - 14, box[1] - 14, box[2] + 14, box[3] + 14)
+def _with_labels(box: Box, lines: Sequence[_Block], caption: _Block | None) -> Box:
+    """The box of a drawing, grown over the short labels around it (axes, legends)."""
     labels = [
-        b.box
-        for b in blocks
-        if b is not caption and b.words <= 30 and b.tall <= 24 and _distance(b.box, box) <= 14
-        and (b.words <= 6 or _overlap(reach, b.box) > 0.5 * _area(b.box))
-    ]  # fmt: skip
-    grown = union([box, *labels])
+        line
+        for line in lines
+        if line.words <= 6 and line.tall <= 24 and not (caption and holds(caption.box, line.box))
+    ]
+    grown = box
+    for _ in range(2):  # the labels of an axis, then the legend below them
+        near = [b.box for b in labels if _distance(grown, b.box) <= _reach(b.text)]
+        grown = union([grown, *near])
     wide = _area(grown) > 1.8 * _area(box)
     return box if wide else (grown[0] - 2, grown[1] - 2, grown[2] + 2, grown[3] + 2)
+
+
+def _reach(label: str) -> float:
+    """How far from a drawing its label may stand, in points; the numbers of an axis farther."""
+    return 12.0 if any(c.isalpha() for c in label) else 26.0
 
 
 def _shown(page: Any, rect: Any) -> Box:
@@ -248,12 +257,6 @@ def _sides(box: Box) -> tuple[float, float]:
 
 def _area(box: Box) -> float:
     return max(0.0, box[2] - box[0]) * max(0.0, box[3] - box[1])
-
-
-def _overlap(one: Box, other: Box) -> float:
-    return _area(
-        (max(one[0], other[0]), max(one[1], other[1]), min(one[2], other[2]), min(one[3], other[3]))
-    )
 
 
 def _distance(one: Box, other: Box) -> float:

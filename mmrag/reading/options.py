@@ -17,7 +17,8 @@ class ReadOptions:
 
     dpi: resolution of page pictures, in pixels per inch.
     max_page_pixels: bound on width times height of a page picture; larger pages are scaled down.
-    page_seconds: time that one step of a page (text, picture, figures, recognition) may take.
+    page_seconds: time that one step of a page (text, figures, picture) may take; recognition
+        of its text gets five times as much.
     figures: find figures on PDF pages.
     passage_words: longest passage, in words; pages and texts longer than this are cut.
     passage_overlap: words that neighbouring passages share, at most.
@@ -33,6 +34,9 @@ class ReadOptions:
     passage_overlap: int = 30
     ocr: bool = False
     max_file_bytes: int = 1024 * 1024 * 1024
+
+
+RECOGNITION_PATIENCE = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +87,12 @@ class Step:
     """Sent before each step, so that a worker that dies is known to have died in it."""
 
     page: int | None
-    name: Literal["open", "text", "picture", "figures", "recognition"]
+    name: Literal["open", "text", "figures", "picture", "recognition"]
+
+    @property
+    def patience(self) -> float:
+        """How many times ``page_seconds`` the step may take."""
+        return RECOGNITION_PATIENCE if self.name == "recognition" else 1.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -99,15 +99,14 @@ def open_pdf(path: Path) -> Any:
     pymupdf.TOOLS.reset_mupdf_warnings()
     try:
         document = pymupdf.open(path, filetype="pdf")
+        locked, pages = document.needs_pass, 0 if document.needs_pass else document.page_count
     except Exception as error:  # the engine raises many types for broken files
-        raise OpenProblem(
-            f"not a readable PDF ({_told(error)}); it is damaged or cut off: get it again"
-        ) from error
-    if document.needs_pass:
+        raise OpenProblem("not a readable PDF; it is damaged or cut off: get it again") from error
+    if locked:
         raise OpenProblem("the PDF is encrypted and needs a password; save a copy without one")
     if not document.is_pdf:
         raise OpenProblem("the content is not a PDF; give the file its right suffix")
-    if document.page_count == 0:
+    if pages == 0:
         raise OpenProblem("the PDF has no pages; it is empty or damaged: get it again")
     return document
 

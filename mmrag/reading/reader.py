@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from mmrag.errors import ReadError
 from mmrag.reading import client, ocr
 from mmrag.reading.files import OnError, file_kind, file_sha256, raise_it, remove_partial
-from mmrag.reading.options import Box, PageRecord, Problem, ReadOptions, Step
+from mmrag.reading.options import RECOGNITION_PATIENCE, Box, PageRecord, Problem, ReadOptions, Step
 
 if TYPE_CHECKING:
     from llama_index.core.schema import BaseNode
@@ -147,13 +147,14 @@ _STEPS = {
 def _obituary(step: Step, error: client.WorkerDied, options: ReadOptions) -> str:
     doing, outcome = _STEPS[step.name]
     if error.late:
-        return f"{doing} took longer than page_seconds={options.page_seconds:g}; {outcome}"
+        return f"{doing} took longer than {options.page_seconds * step.patience:g} s; {outcome}"
     return f"{doing} crashed the PDF engine; {outcome}"
 
 
 def _read_picture(source: Source, options: ReadOptions, report: Report) -> Iterator[ReadPage]:
     from mmrag.reading.pictures import read_frames
 
+    seconds = options.page_seconds * RECOGNITION_PATIENCE
     for frame in read_frames(source.path, source.folder, options):
         if isinstance(frame, Problem):
             report(frame)
@@ -162,7 +163,7 @@ def _read_picture(source: Source, options: ReadOptions, report: Report) -> Itera
         text = ""
         if options.ocr:
             try:
-                text = next(client.ask(options.page_seconds, "recognise", image))
+                text = next(client.ask(seconds, "recognise", image))
             except (client.RequestFailed, client.WorkerDied) as error:
                 report(Problem(page, f"recognising its text failed ({error}); it has none"))
         node = source.node("picture", text, page=page, image=image.as_posix())
@@ -213,7 +214,8 @@ def save_marked_page(path: str | Path, page: int, boxes: Sequence[Box], out: str
 def _once(path: str | Path, page: int, operation: str, *arguments: object) -> Any:
     """The one answer of an operation on a page."""
     try:
-        (answer,) = client.ask(ReadOptions().page_seconds, operation, *arguments)
+        seconds = ReadOptions().page_seconds * RECOGNITION_PATIENCE
+        (answer,) = client.ask(seconds, operation, *arguments)
     except (client.RequestFailed, client.WorkerDied) as error:
         name = Path(path).as_posix()
         raise ReadError(f"the page cannot be read ({error})", file=name, page=page) from error

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from mmrag.reading.options import Done
+from mmrag.reading.options import Done, Step
 
 
 def main() -> None:
@@ -52,14 +52,16 @@ def _serve(request: tuple[float, str, tuple[Any, ...]], answers: BinaryIO) -> No
 
 def _watched(results: Iterator[Any], seconds: float) -> Iterator[Any]:
     """The results, each with its own deadline."""
+    patience = 1.0
     while True:
-        faulthandler.dump_traceback_later(seconds, exit=True)
+        faulthandler.dump_traceback_later(seconds * patience, exit=True)
         try:
             result = next(results, None)
         finally:
             faulthandler.cancel_dump_traceback_later()
         if result is None:
             return
+        patience = result.patience if isinstance(result, Step) else 1.0
         yield result
 
 
