@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeAlias
 
@@ -146,8 +146,14 @@ def check_language(language: str) -> None:
         )
 
 
-def translate(where: Filter, library: Any, number_range: Any) -> Any:
-    """The filter in the terms of qdrant-edge or qdrant-client, which differ in one name only."""
+def translate(
+    where: Filter, library: Any, number_range: Any, truth: Callable[[bool], Any] = bool
+) -> Any:
+    """The filter in the terms of qdrant-edge or qdrant-client.
+
+    number_range: what ``library`` calls its range of numbers. truth: makes what it takes for a
+    truth value.
+    """
 
     def condition(of: Condition) -> Any:
         if isinstance(of, Between):
@@ -160,6 +166,8 @@ def translate(where: Filter, library: Any, number_range: Any) -> Any:
     def exactly(key: str, value: str | int | float | bool) -> Any:
         if isinstance(value, float):
             return library.FieldCondition(key=key, range=number_range(gte=value, lte=value))
+        if isinstance(value, bool):
+            value = truth(value)
         return library.FieldCondition(key=key, match=library.MatchValue(value=value))
 
     return library.Filter(

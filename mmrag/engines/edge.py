@@ -174,7 +174,8 @@ class EdgeEngine(Engine):
         return [Scored(str(hit.id), float(hit.score), hit.payload or {}) for hit in found]
 
     def _filter(self, where: Filter) -> edge.Filter:
-        translated: edge.Filter = translate(where, edge, edge.RangeFloat)
+        # Python's bool is a subclass of int, and qdrant-edge takes it for a number.
+        translated: edge.Filter = translate(where, edge, edge.RangeFloat, np.bool_)
         return translated
 
     def _errors(self, doing: str) -> AbstractContextManager[None]:
