@@ -1,0 +1,106 @@
+"""Tiny Qwen3-VL checkpoints in the published layout, built from config with random weights."""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from tiny import save_qwen_tokenizer
+from tokenizers import Tokenizer
+from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
+
+TEXT = {
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "head_dim": 16,
+    "hidden_act": "silu",
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "max_position_embeddings": 262144,
+    "num_attention_heads": 2,
+    "num_hidden_layers": 3,
+    "num_key_value_heads": 1,
+    "rms_norm_eps": 1e-6,
+    "vocab_size": 420,
+}
+VISION = {
+    "depth": 3,
+    "hidden_act": "gelu_pytorch_tanh",
+    "hidden_size": 32,
+    "in_channels": 3,
+    "intermediate_size": 64,
+    "num_heads": 2,
+    "num_position_embeddings": 64,
+    "out_hidden_size": 32,
+    "patch_size": 16,
+    "spatial_merge_size": 2,
+    "temporal_patch_size": 2,
+}
+
+
+def save_processor(folder: Path) -> None:
+    """The image processor's file as Qwen3-VL checkpoints carry it."""
+    config = {
+        "image_processor_type": "Qwen2VLImageProcessorFast",
+        "size": {"shortest_edge": 4096, "longest_edge": 1310720},
+        "patch_size": 16,
+        "merge_size": 2,
+        "temporal_patch_size": 2,
+        "image_mean": [0.5, 0.5, 0.5],
+        "image_std": [0.5, 0.5, 0.5],
+    }
+    (folder / "preprocessor_config.json").write_text(json.dumps(config))
+
+
+def token_ids(ids: dict[str, int]) -> dict[str, int]:
+    """Config fields that name the vision tokens."""
+    return {
+        "image_token_id": ids["<|image_pad|>"],
+        "video_token_id": ids["<|video_pad|>"],
+        "vision_start_token_id": ids["<|vision_start|>"],
+        "vision_end_token_id": ids["<|vision_end|>"],
+    }
+
+
+def save_weights(model: torch.nn.Module, folder: Path, drop: str = "") -> None:
+    """Random weights wide enough that attention is not flat and mistakes in positions show."""
+    generator = torch.Generator().manual_seed(0)
+    weights = {
+        key: value + torch.randn(value.shape, generator=generator) * 0.15
+        for key, value in model.state_dict().items()
+        if not (drop and key.startswith(drop))
+    }
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def add_words(folder: Path, words: tuple[str, ...]) -> None:
+    """Add words to the tokenizer of a folder, as plain tokens."""
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.add_tokens(list(words))
+    tokenizer.save(str(folder / "tokenizer.json"))
+
+
+def save_qwen3_vl(folder: Path, *, tied: bool = True, words: tuple[str, ...] = ()) -> Path:
+    """A random Qwen3-VL: tied as the 2B, or with a head of its own as the 8B reranker.
+
+    ``words`` are one token each to its tokenizer.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    ids = save_qwen_tokenizer(folder)
+    add_words(folder, words)
+    rope = {"mrope_interleaved": True, "mrope_section": [4, 2, 2], "rope_type": "default"}
+    config = {
+        "architectures": ["Qwen3VLForConditionalGeneration"],
+        "model_type": "qwen3_vl",
+        "text_config": TEXT
+        | {"model_type": "qwen3_vl_text", "rope_scaling": rope, "rope_theta": 5000000.0},
+        "tie_word_embeddings": tied,
+        "vision_config": VISION | {"deepstack_visual_indexes": [0, 1], "model_type": "qwen3_vl"},
+        **token_ids(ids),
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    save_processor(folder)
+    torch.manual_seed(0)
+    model = Qwen3VLForConditionalGeneration(Qwen3VLConfig.from_pretrained(folder))
+    save_weights(model, folder, drop="lm_head." if tied else "")
+    return folder
