@@ -140,7 +140,8 @@ def _split_block(block: str) -> list[str]:
         word = block[start : match.start()].rsplit(" ", 1)[-1].casefold().lstrip("(")
         stop_only = block[match.start()] == "."
         initial = len(word) == 1 and word.isalpha()
-        if stop_only and (word in _ABBREVIATIONS or initial or (word.isdigit() and start == 0)):
+        item = word.isdigit() and block[start : match.start()].strip() == word
+        if stop_only and (word in _ABBREVIATIONS or initial or item):
             continue
         pieces.append(block[start : match.end()].strip())
         start = match.end()
