@@ -1,0 +1,260 @@
+"""Turn other projects' training data into rows.
+
+    python -m recipes.convert mmeb train.jsonl --images MMEB-train/ --out rows.jsonl
+    python -m recipes.convert mbeir query.jsonl --pool pool.jsonl --images M-BEIR/ --out rows.jsonl
+    python -m recipes.convert swift train.jsonl --images . --out rows.jsonl
+    python -m recipes.convert pdfs questions.jsonl --pdfs papers/ --items image --out rows.jsonl
+
+A record that cannot be used is reported and left out; the rest is converted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from mmrag.errors import ContentError, MMRagError, ReadError
+from mmrag.reading import read_file
+from recipes.rows import ImageStore, Item, Row, store_of, write_rows
+
+_PLACEHOLDER = re.compile(r"<\|image_\d+\|>|<image>|<\|image_pad\|>")
+
+
+@dataclass
+class Converted:
+    """Rows, and one message per record that was left out."""
+
+    rows: list[Row] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Where a data set's pictures come from and where they go."""
+
+    folder: Path
+    store: ImageStore
+
+    def item(self, text: str | None, image: str | None) -> Item:
+        """Make an item; placeholders are taken out of the text, the picture into the store."""
+        plain = _PLACEHOLDER.sub("", text or "").strip()
+        if not plain and not image:
+            raise ContentError("an item has neither text nor picture")
+        image_id = self.store.add(self._path(image)) if image else None
+        return Item(text=plain or None, image=image_id)
+
+    def _path(self, image: str) -> Path:
+        path = self.folder / image
+        if not path.is_file():
+            raise ContentError(f"there is no picture {path}")
+        return path
+
+
+def from_mmeb(records: Sequence[Mapping[str, Any]], pictures: Pictures, task: str) -> Converted:
+    """VLM2Vec's MMEB training rows: ``qry``, ``qry_image_path``, ``pos_text``, ... .
+
+    The instruction is part of ``qry`` there and stays in the query's text.
+    """
+
+    def convert(number: int, record: Mapping[str, Any]) -> Row:
+        negatives = []
+        if record.get("neg_text") or record.get("neg_image_path"):
+            negatives = [pictures.item(record.get("neg_text"), record.get("neg_image_path"))]
+        return Row(
+            id=str(record.get("id", f"{task}-{number}")),
+            task=task,
+            query=pictures.item(record["qry"], record.get("qry_image_path")),
+            positives=[pictures.item(record.get("pos_text"), record.get("pos_image_path"))],
+            negatives=negatives,
+            source=task,
+        )
+
+    return _each(records, convert)
+
+
+def from_mbeir(
+    records: Sequence[Mapping[str, Any]],
+    pool: Sequence[Mapping[str, Any]],
+    pictures: Pictures,
+    task: str,
+) -> Converted:
+    """M-BEIR's queries (``qid``, ``query_txt``, ``pos_cand_list``, ...) with their pool."""
+    candidates = {candidate["did"]: candidate for candidate in pool}
+
+    def document(did: str) -> Item:
+        if did not in candidates:
+            raise ContentError(f"candidate {did} is not in the pool")
+        return pictures.item(candidates[did].get("txt"), candidates[did].get("img_path"))
+
+    def convert(number: int, record: Mapping[str, Any]) -> Row:
+        return Row(
+            id=str(record["qid"]),
+            task=task,
+            instruction=record.get("instruction"),
+            query=pictures.item(record.get("query_txt"), record.get("query_img_path")),
+            positives=[document(did) for did in record["pos_cand_list"]],
+            negatives=[document(did) for did in record.get("neg_cand_list") or []],
+            source=task,
+        )
+
+    return _each(records, convert)
+
+
+def from_swift(records: Sequence[Mapping[str, Any]], pictures: Pictures, task: str) -> Converted:
+    """ms-swift's rows: ``messages`` with ``images``, ``positive_messages``, ``negative_messages``.
+
+    A system message of the query is its instruction.
+    """
+
+    def side(messages: Sequence[Mapping[str, str]], images: Sequence[str]) -> Item:
+        text = "\n".join(m["content"] for m in messages if m["role"] != "system")
+        if len(images) > 1:
+            raise ContentError(f"{len(images)} pictures in one item; rows hold one")
+        return pictures.item(text, images[0] if images else None)
+
+    def sides(record: Mapping[str, Any], kind: str) -> list[Item]:
+        messages = record.get(f"{kind}_messages") or []
+        images = record.get(f"{kind}_images") or [[] for _ in messages]
+        return [side(*pair) for pair in zip(messages, images, strict=True)]
+
+    def convert(number: int, record: Mapping[str, Any]) -> Row:
+        told = [m["content"] for m in record["messages"] if m["role"] == "system"]
+        return Row(
+            id=f"{task}-{number}",
+            task=task,
+            instruction=told[0] if told else None,
+            query=side(record["messages"], record.get("images") or []),
+            positives=sides(record, "positive"),
+            negatives=sides(record, "negative"),
+            source=task,
+        )
+
+    return _each(records, convert)
+
+
+def from_pdfs(
+    questions: Sequence[Mapping[str, Any]], pdfs: Path, store: ImageStore, items: str, licence: str
+) -> Converted:
+    """Questions about pages of PDFs; a page becomes its picture, its text, or both.
+
+    Only the files that are asked about are read.
+    """
+    converted = Converted()
+    pages: dict[tuple[str, int], Item] = {}
+    for name in sorted({page["file"] for q in questions for page in q["pages"]}):
+        errors: list[ReadError] = []
+        for number, item in _pages(pdfs / name, store, items, errors):
+            pages[name, number] = item
+        converted.problems.extend(str(error) for error in errors)
+
+    def convert(number: int, record: Mapping[str, Any]) -> Row:
+        wanted = [(page["file"], page["page"]) for page in record["pages"]]
+        missing = [f"{file} page {page}" for file, page in wanted if (file, page) not in pages]
+        if missing:
+            raise ContentError(f"not readable: {', '.join(missing)}")
+        return Row(
+            id=str(record.get("id", f"question-{number}")),
+            task="page_for_question",
+            instruction="page_for_question",
+            query=Item(text=record["question"]),
+            positives=[pages[page] for page in wanted],
+            source=f"{wanted[0][0]}#{wanted[0][1]}",
+            licence=licence,
+        )
+
+    found = _each(questions, convert)
+    return Converted(found.rows, converted.problems + found.problems)
+
+
+def _pages(
+    path: Path, store: ImageStore, items: str, errors: list[ReadError]
+) -> Iterator[tuple[int, Item]]:
+    """Number and item of each page of a file that has what is asked for."""
+    for page in read_file(path, store.folder.parent / "pages", on_error=errors.append):
+        node = next((n for n in page.nodes if n.metadata["kind"] == "page"), None)
+        if node is None or page.page is None:
+            continue
+        text = node.text_resource.text if node.text_resource else None  # type: ignore[attr-defined]
+        image = store.add(Path(node.metadata["page_image"])) if items != "text" else None
+        if items == "image" or not text:
+            text = None
+        if text or image:
+            yield page.page, Item(text=text, image=image)
+
+
+def _each(
+    records: Sequence[Mapping[str, Any]], convert: Callable[[int, Mapping[str, Any]], Row]
+) -> Converted:
+    converted = Converted()
+    for number, record in enumerate(records, 1):
+        try:
+            converted.rows.append(convert(number, record))
+        except KeyError as error:
+            converted.problems.append(f"record {number}: {error} is missing")
+        except (ContentError, ValidationError, ValueError, TypeError) as error:
+            reason = str(error).splitlines()[0]
+            converted.problems.append(f"record {number}: {reason}")
+    return converted
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """Records of a JSON lines file or of a JSON list. Raises ContentError if it is neither."""
+    text = path.read_text(encoding="utf-8")
+    try:
+        if text.lstrip().startswith("["):
+            records = json.loads(text)
+        else:
+            records = [json.loads(line) for line in text.splitlines() if line.strip()]
+    except ValueError as error:
+        raise ContentError(f"{path}: neither JSON lines nor a JSON list ({error}).") from error
+    return list(records)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(prog="recipes.convert", description=__doc__.split("\n")[0])
+    parser.add_argument("kind", choices=["mmeb", "mbeir", "swift", "pdfs"])
+    parser.add_argument("records", type=Path, help="records, or questions for pdfs")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--images", type=Path, default=Path(), help="folder of the pictures")
+    parser.add_argument("--pool", type=Path, default=None, help="candidates, for mbeir")
+    parser.add_argument("--pdfs", type=Path, default=Path(), help="folder of the PDFs, for pdfs")
+    parser.add_argument("--items", choices=["image", "text", "fused"], default="image")
+    parser.add_argument("--task", default=None, help="name of the task; default: the file's")
+    parser.add_argument("--licence", default="", help="licence of the PDFs")
+    given = parser.parse_args(arguments)
+    try:
+        converted = _convert(given)
+        count = write_rows(given.out, converted.rows)
+    except (MMRagError, OSError) as error:
+        raise SystemExit(f"error: {error}") from error
+    for problem in converted.problems:
+        print(f"left out: {problem}")
+    print(f"{count} rows, {len(converted.problems)} left out: {given.out}")
+
+
+def _convert(given: argparse.Namespace) -> Converted:
+    records = read_records(given.records)
+    pictures = Pictures(given.images, store_of(given.out))
+    task = given.task or given.records.stem
+    match given.kind:
+        case "mmeb":
+            return from_mmeb(records, pictures, task)
+        case "mbeir":
+            if given.pool is None:
+                raise ContentError("mbeir needs --pool, the file of candidates.")
+            return from_mbeir(records, read_records(given.pool), pictures, task)
+        case "swift":
+            return from_swift(records, pictures, task)
+    return from_pdfs(records, given.pdfs, pictures.store, given.items, given.licence)
+
+
+if __name__ == "__main__":
+    main()
