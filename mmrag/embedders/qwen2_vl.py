@@ -324,9 +324,7 @@ def load_gme(
 ) -> Qwen2VLBackbone:
     """Load a checkpoint of GME's layout: gme-Qwen2-VL-2B/7B, or any of that shape."""
     recipe = Recipe(family, gme_prompt, qwen_fetch_size, max_length)
-    return load_qwen2_vl(
-        folder, placement, recipe, min_image_tokens, max_image_tokens, modalities
-    )
+    return load_qwen2_vl(folder, placement, recipe, min_image_tokens, max_image_tokens, modalities)
 
 
 def load_qwen2_vl(

@@ -101,8 +101,8 @@ def independent_vector(folder, prompt: str, picture: Image.Image | None) -> np.n
     model = Qwen2VLModel.from_pretrained(folder, dtype=torch.float32).eval()
     features = None
     if picture is not None:
-        size = {"shortest_edge": 3136, "longest_edge": 1003520}
-        processor = AutoImageProcessor.from_pretrained(folder, backend="pil", size=size)
+        bounds = {"min_pixels": 3136, "max_pixels": 1003520}
+        processor = AutoImageProcessor.from_pretrained(folder, backend="pil", **bounds)
         pixels = processor(images=[picture], return_tensors="pt")
         grid = pixels["image_grid_thw"]
         features = model.visual(pixels["pixel_values"], grid_thw=grid).pooler_output
@@ -122,7 +122,7 @@ def picture_of(width: int, height: int, seed: int = 0) -> Image.Image:
     return Image.fromarray(noise)
 
 
-PHOTO = picture_of(150, 97)
+PHOTO = picture_of(270, 310)  # over the bounds of the tiny checkpoint's own file
 TEXT_QUERY = Content("net revenue", None, "Find a document image that matches the given query:")
 IMAGE_QUERY = Content("what is it", PHOTO, "Represent the given image with the question:")
 V1, V2 = "vlm2vec_qwen2vl", "vlm2vec_v2"
