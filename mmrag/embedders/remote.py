@@ -262,10 +262,12 @@ class RemoteEmbedder:
             pause = min(_FIRST_PAUSE * 2**attempt, _LONGEST_PAUSE) * random.uniform(1.0, 1.25)
             if asked is not None:
                 pause = min(asked, self.timeout)
-            if attempt == self.retries or call.stop.is_set() or pause >= call.left():
-                raise self._error(f"{problem}, tried {attempt + 1} times")
-            logger.info("%s %s; trying again in %.1f s", _shown(self._url), problem, pause)
-            call.stop.wait(pause)
+            failure = self._error(f"{problem}, tried {attempt + 1} times")
+            if attempt == self.retries or pause >= call.left():
+                raise failure
+            logger.info("%s Trying again in %.1f s.", failure, pause)
+            if call.stop.wait(pause):
+                raise failure
         raise AssertionError("unreachable")
 
     def _send(self, raw: bytes, call: _Call) -> tuple[int, bytes, float | None]:

@@ -312,6 +312,18 @@ def test_one_failure_stops_the_rest(server):
     assert len(server.requests) < 5
 
 
+def test_one_failure_ends_the_pauses_of_the_others(server):
+    def refuse_last(handler, _):
+        time.sleep(0.1)
+        answer(handler, 400, {})
+
+    server.script = [answering(503, {}, Retry_After="0.5"), refuse_last]
+    embedder = RemoteEmbedder("m", server.url, dim=DIM, batch_size=1, concurrency=2)
+    with pytest.raises(EndpointError, match="400"):
+        embedder.encode(["a", "b"])
+    assert len(server.requests) == 2
+
+
 GARBAGE = [
     b"<html>proxy</html>",
     b"\xff\xfe",
