@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import os
 import pickle
 import subprocess
@@ -62,7 +63,8 @@ class _Worker:
         self.process.wait()
         for pipe in (self.process.stdin, self.process.stdout):
             if pipe is not None:
-                pipe.close()
+                with contextlib.suppress(BrokenPipeError):  # what was not sent is not missed
+                    pipe.close()
 
 
 _idle: list[_Worker] = []
@@ -75,7 +77,7 @@ def ask(seconds: float, operation: str, *arguments: Any) -> Iterator[Any]:
 
     Raises: WorkerDied, RequestFailed.
     """
-    worker = _idle.pop() if _idle else _Worker()
+    worker = _waiting() or _Worker()
     sound = False
     try:
         yield from worker.ask(seconds, operation, *arguments)
@@ -88,6 +90,16 @@ def ask(seconds: float, operation: str, *arguments: Any) -> Iterator[Any]:
             _idle.append(worker)
         else:
             worker.close()
+
+
+def _waiting() -> _Worker | None:
+    """A worker that waits for work, if there is one that nobody else has ended."""
+    while _idle:
+        worker = _idle.pop()
+        if worker.process.poll() is None:
+            return worker
+        worker.close()
+    return None
 
 
 @atexit.register

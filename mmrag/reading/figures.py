@@ -61,7 +61,7 @@ def find_figures(page: Any, words: Sequence[Word]) -> list[Found]:
     """Figures of a PyMuPDF page, from top to bottom."""
     bounds = _as_box(page.rect)
     blocks = _blocks(words, lambda word: word.block)
-    lines = _blocks(words, lambda word: (word.block, word.line))
+    labels = _labels(words)
     figures = []
     for group in _groups(_rasters(page, bounds) + _drawings(page, bounds)):
         box = union(art.box for art in group)
@@ -70,7 +70,7 @@ def find_figures(page: Any, words: Sequence[Word]) -> list[Found]:
         raster = any(art.raster for art in group)
         caption = _caption(box, blocks, drawn=not raster)
         if not raster:
-            box = _clipped(_with_labels(box, lines, caption), bounds)
+            box = _clipped(_with_labels(box, labels, caption), bounds)
         mark = "|".join([*sorted({art.shape for art in group})[:4], *(f"{v:.0f}" for v in box)])
         figures.append(Found(box, caption.text if caption else "", mark))
     return sorted(figures, key=lambda figure: (figure.box[1], figure.box[0]))
@@ -212,13 +212,19 @@ def _beside(box: Box, other: Box) -> float:
     return max(other[1] - box[3], box[1] - other[3], 0.0)
 
 
-def _with_labels(box: Box, lines: Sequence[_Block], caption: _Block | None) -> Box:
-    """The box of a drawing, grown over the short labels around it (axes, legends)."""
-    labels = [
-        line
-        for line in lines
-        if line.words <= 6 and line.tall <= 24 and not (caption and holds(caption.box, line.box))
-    ]
+def _labels(words: Sequence[Word]) -> list[_Block]:
+    """Short lines of no great height that do not belong to running text."""
+    lines = Counter(block for block, _ in {(word.block, word.line) for word in words})
+    sizes = Counter(word.block for word in words)
+    loose = [word for word in words if sizes[word.block] < 4 * lines[word.block]]
+    found = _blocks(loose, lambda word: (word.block, word.line))
+    return [line for line in found if line.words <= 6 and line.tall <= 24]
+
+
+def _with_labels(box: Box, labels: Sequence[_Block], caption: _Block | None) -> Box:
+    """The box of a drawing, grown over the labels around it (axes, legends)."""
+    if caption:
+        labels = [line for line in labels if not holds(caption.box, line.box)]
     grown = box
     for _ in range(2):  # the labels of an axis, then the legend below them
         near = [b.box for b in labels if _distance(grown, b.box) <= _reach(b.text)]

@@ -175,7 +175,8 @@ def _bands(lines: list[_Line]) -> list[list[_Line]]:
     merged: list[list[_Line]] = []
     columns = False
     for band in bands:
-        together = _column_gap(merged[-1] + band) is not None if merged else False
+        near = bool(merged) and _space_between(merged[-1], band) < 3 * _height(band)
+        together = near and _column_gap(merged[-1] + band) is not None
         if merged and (together or (not columns and _column_gap(band) is None)):
             merged[-1] += band
             columns = together
@@ -183,6 +184,14 @@ def _bands(lines: list[_Line]) -> list[list[_Line]]:
             merged.append(list(band))
             columns = _column_gap(band) is not None
     return merged
+
+
+def _space_between(above: Sequence[_Line], below: Sequence[_Line]) -> float:
+    return min(line.box[1] for line in below) - max(line.box[3] for line in above)
+
+
+def _height(lines: Sequence[_Line]) -> float:
+    return max(line.box[3] - line.box[1] for line in lines)
 
 
 def _column_gap(lines: Sequence[_Line], narrowest: float = 8.0) -> float | None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import math
+import struct
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,15 +18,24 @@ from mmrag.reading.options import Problem, ReadOptions
 
 _LIMITS = ImageLimits(max_bytes=1 << 40)  # the bytes of the file were checked before
 
+# Pillow's decoders signal broken files by all of these.
+_BROKEN = (
+    ContentError, Image.DecompressionBombError, OSError, SyntaxError, ValueError, EOFError,
+    KeyError, TypeError, struct.error,
+)  # fmt: skip
+
 
 def read_frames(
     path: Path, folder: Path, options: ReadOptions
 ) -> Iterator[tuple[int, Path] | Problem]:
     """Page number and picture of each frame of a TIFF, of the first frame of any other file."""
     try:
-        picture = Image.open(path)
+        with warnings.catch_warnings():
+            # load_image has a limit on pixels of its own; Pillow's is a warning only.
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            picture = Image.open(path)
         frames = getattr(picture, "n_frames", 1) if picture.format == "TIFF" else 1
-    except (OSError, SyntaxError, ValueError, EOFError) as error:
+    except _BROKEN as error:
         yield Problem(None, f"the picture cannot be opened ({error}); it is damaged: get it again")
         return
     with picture:
@@ -37,7 +48,7 @@ def read_frames(
             try:
                 picture.seek(page - 1)
                 write(out, _encoded(load_image(picture, limits=_LIMITS), out, options))
-            except (ContentError, OSError, SyntaxError, ValueError, EOFError) as error:
+            except _BROKEN as error:
                 yield Problem(page, f"the picture cannot be decoded ({error}); it is left out")
             else:
                 yield page, out
