@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 FAMILIES: dict[str, tuple[str, str]] = {
     "gme": ("qwen2_vl", "load_gme"),
     "qwen3_vl": ("qwen3_vl", "load_qwen3_vl"),
+    "wemm": ("wemm", "load_wemm"),
     "vlm2vec_qwen2vl": ("vlm2vec_qwen2vl", "load_vlm2vec_v1"),
     "vlm2vec_v2": ("vlm2vec_qwen2vl", "load_vlm2vec_v2"),
     "vlm2vec_llava_next": ("llava_next", "load_vlm2vec_llava_next"),
@@ -38,10 +39,16 @@ FAMILIES: dict[str, tuple[str, str]] = {
     "dse": ("qwen2_vl_recipes", "load_dse"),
     "lamra": ("qwen2_vl_recipes", "load_lamra"),
     "unite": ("qwen2_vl_recipes", "load_unite"),
+    "nomic_multimodal": ("nomic_multimodal", "load_nomic_multimodal"),
 }
 
 # What a folder is taken for when nothing else tells: its config's model_type.
-_BY_MODEL_TYPE = {"qwen2_vl": "gme", "qwen3_vl": "qwen3_vl", "phi3_v": "vlm2vec_phi3v"}
+_BY_MODEL_TYPE = {
+    "qwen2_vl": "gme",
+    "qwen3_vl": "qwen3_vl",
+    "qwen3_5": "wemm",
+    "phi3_v": "vlm2vec_phi3v",
+}
 
 
 def load_embedder(

@@ -28,6 +28,7 @@ class KnownModel:
 
 _APACHE = "Apache-2.0"
 _MRL_2048 = (64, 128, 256, 512, 1024, 2048)
+_MRL_2560 = (64, 128, 256, 512, 1024, 2560)
 _MRL_4096 = (64, 128, 256, 512, 1024, 2048, 4096)
 
 KNOWN: tuple[KnownModel, ...] = (
@@ -78,8 +79,32 @@ KNOWN: tuple[KnownModel, ...] = (
     KnownModel("friedrichor/Unite-Base-Qwen2-VL-7B", "unite", 3584, _APACHE, 32768, 1280),
     KnownModel("friedrichor/Unite-Instruct-Qwen2-VL-2B", "unite", 1536, _APACHE, 32768, 1280),
     KnownModel("friedrichor/Unite-Instruct-Qwen2-VL-7B", "unite", 3584, _APACHE, 32768, 1280),
+    KnownModel(
+        "nomic-ai/nomic-embed-multimodal-3b",
+        "nomic_multimodal",
+        2048,
+        "Qwen Research, by its base",
+        32768,
+        768,
+        modalities=("text", "image"),
+        non_commercial=True,
+        base="Qwen/Qwen2.5-VL-3B-Instruct",
+    ),
+    KnownModel(
+        "nomic-ai/nomic-embed-multimodal-7b",
+        "nomic_multimodal",
+        3584,
+        _APACHE,
+        32768,
+        768,
+        modalities=("text", "image"),
+        base="Qwen/Qwen2.5-VL-7B-Instruct",
+    ),
     KnownModel("Qwen/Qwen3-VL-Embedding-2B", "qwen3_vl", 2048, _APACHE, 32768, 1800, _MRL_2048),
     KnownModel("Qwen/Qwen3-VL-Embedding-8B", "qwen3_vl", 4096, _APACHE, 32768, 1800, _MRL_4096),
+    KnownModel("tencent/WeMM-Embedding-2B", "wemm", 2048, _APACHE, 262144, 16384, _MRL_2048),
+    KnownModel("tencent/WeMM-Embedding-4B", "wemm", 2560, _APACHE, 262144, 16384, _MRL_2560),
+    KnownModel("tencent/WeMM-Embedding-9B", "wemm", 4096, _APACHE, 262144, 16384, _MRL_4096),
     KnownModel("TIGER-Lab/VLM2Vec-LLaVaNext", "vlm2vec_llava_next", 4096, _APACHE, 32768, 2928),
     KnownModel("TIGER-Lab/VLM2Vec-Full", "vlm2vec_phi3v", 3072, _APACHE, 131072, 781),
     KnownModel("nvidia/MM-Embed", "mm_embed", 4096, "CC-BY-NC-4.0", 4096, 577, non_commercial=True),

@@ -307,6 +307,11 @@ def gme_prompt(content: Content, instruction: str | None) -> Prompt:
     )
 
 
+def as_it_is(width: int, height: int) -> tuple[int, int]:
+    """No resizing before the common picture rule."""
+    return width, height
+
+
 def qwen_fetch_size(width: int, height: int) -> tuple[int, int]:
     """Size after ``fetch_image`` of the reference code, which runs before the processor."""
     return smart_resize(width, height, 28, 4 * 28 * 28, 16384 * 28 * 28)
@@ -334,9 +339,10 @@ def load_qwen2_vl(
     min_image_tokens: int | None,
     max_image_tokens: int | None,
     modalities: frozenset[Modality] = ALL_MODALITIES,
+    model_class: type[nn.Module] = Qwen2VLModel,
 ) -> Qwen2VLBackbone:
-    """Load a Qwen2-VL checkpoint to run by ``recipe``; bounds of None are the checkpoint's."""
-    model = load_exact(Qwen2VLModel, folder, placement, unused=("lm_head.",))
+    """Load a checkpoint of this shape to run by ``recipe``; bounds of None are its own."""
+    model = load_exact(model_class, folder, placement, unused=("lm_head.",))
     use_matmul_patch_embed(model.visual)
     rule = read_picture_rule(folder).with_tokens(min_image_tokens, max_image_tokens)
     return Qwen2VLBackbone(model, load_tokenizer(folder), rule, recipe, modalities)

@@ -17,6 +17,7 @@ from mmrag.embedders.qwen2_vl import (
     Prompt,
     Qwen2VLBackbone,
     Recipe,
+    as_it_is,
     gme_prompt,
     load_qwen2_vl,
     qwen_fetch_size,
@@ -37,7 +38,7 @@ def load_ops_mm(
     max_image_tokens: int = 1280,
 ) -> Qwen2VLBackbone:
     """Load Ops-MM-embedding-v1-2B/7B: GME's prompt, with M-RoPE positions."""
-    recipe = Recipe("ops_mm", gme_prompt, _as_it_is, max_length, mrope=True)
+    recipe = Recipe("ops_mm", gme_prompt, as_it_is, max_length, mrope=True)
     return load_qwen2_vl(folder, placement, recipe, min_image_tokens, max_image_tokens)
 
 
@@ -124,7 +125,3 @@ def _summary(content: Content, instruction: str | None, question: str, end: str)
     task = (instruction or "") + (" " if instruction and text else "")
     picture = _PICTURE if content.images else ""
     return Prompt(_SYSTEM + picture + task, text, question + end)
-
-
-def _as_it_is(width: int, height: int) -> tuple[int, int]:
-    return width, height

@@ -64,6 +64,10 @@ def test_targets_by_a_pattern_written_for_the_old_names(qwen2_vl_folder, tmp_pat
     weights = adapter_weights()
     folder = save_adapter(tmp_path / "a", weights, qwen2_vl_folder, target_modules=pattern)
     assert_weights(load(folder), merged(qwen2_vl_folder, weights))
+    fewer = {key: value for key, value in weights.items() if not key.startswith(Q_PROJ)}
+    folder = save_adapter(tmp_path / "b", fewer, qwen2_vl_folder, target_modules=pattern)
+    with pytest.raises(ModelError, match=r"language_model\.layers\.1\.self_attn\.q_proj"):
+        load(folder)
 
 
 def test_ranks_and_alphas_of_single_modules(qwen2_vl_folder, tmp_path):
