@@ -170,7 +170,6 @@ class Collection:
         """Write the file's own point: all of its nodes are stored."""
         payload = dataclasses.asdict(file) | {"kind": "file", "errors": list(file.errors)}
         self._engine.upsert([Point(_file_id(file.sha256), payload)])
-        self._engine.flush()
 
     def files(self) -> list[FileEntry]:
         """The finished files, ordered by path."""
@@ -312,7 +311,6 @@ class Collection:
             pictures |= self._place.own_pictures(point.payload)
         self._engine.delete(Filter(must=(of, AnyOf("kind", ("file",)))))
         self._engine.delete(nodes)
-        self._engine.flush()
         for picture in pictures:
             picture.unlink(missing_ok=True)
         return removed

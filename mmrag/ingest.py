@@ -391,14 +391,13 @@ class _Writer:
         job.nodes += len(page.nodes)
         stored = self._collection.existing([node.node_id for node in page.nodes])
         missing = [node for node in page.nodes if node.node_id not in stored]
+        self._pages_waiting += bool(missing)
         views = self._collection.settings.views
         for node in missing:
-            contents = node_views(node, views, self._embedder)
-            self._waiting.append((job, node, contents))
-        job.waiting += len(missing)
-        self._pages_waiting += bool(missing)
-        if sum(len(contents) for _, _, contents in self._waiting) >= _BATCH_ITEMS:
-            self.flush()
+            self._waiting.append((job, node, node_views(node, views, self._embedder)))
+            job.waiting += 1
+            if sum(len(contents) for _, _, contents in self._waiting) >= _BATCH_ITEMS:
+                self.flush()
 
     def _end(self, job: _Job, error: Exception | None) -> None:
         if isinstance(error, (ReadError, ContentError, OSError)):

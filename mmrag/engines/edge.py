@@ -28,6 +28,9 @@ from mmrag.engines.base import (
 )
 from mmrag.errors import CollectionError
 
+# The write-ahead log keeps every write from a killed process; flushing keeps the log short.
+_FLUSH_POINTS = 2000
+
 
 @contextmanager
 def _edge_errors(doing: str) -> Iterator[None]:
@@ -54,6 +57,7 @@ class EdgeEngine(Engine):
     def __init__(self, folder: Path) -> None:
         """Open an existing shard. Raises CollectionError if it is locked or broken."""
         self._folder = folder
+        self._unflushed = 0
         with self._errors("open"):
             self._shard: edge.EdgeShard | None = edge.EdgeShard.load(str(folder))
 
@@ -90,6 +94,9 @@ class EdgeEngine(Engine):
         ]
         with self._errors("write to"):
             self._open.update(edge.UpdateOperation.upsert_points(rows))
+        self._unflushed += len(rows)
+        if self._unflushed >= _FLUSH_POINTS:
+            self.flush()
 
     @override
     def delete(self, where: Filter) -> None:
@@ -145,12 +152,13 @@ class EdgeEngine(Engine):
     def flush(self) -> None:
         with self._errors("flush"):
             self._open.flush()
+        self._unflushed = 0
 
     @override
     def optimize(self) -> None:
         with self._errors("optimise"):
             self._open.optimize()
-            self._open.flush()
+        self.flush()
 
     @override
     def close(self) -> None:
