@@ -232,7 +232,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--model", default="mmrag-nano")
     parser.add_argument("--family", default=None)
     parser.add_argument("--config", type=Path, default=None, help="TOML file of MineConfig")
-    given = parser.parse_args(arguments)
+    given = parser.parse_intermixed_args(arguments)
     try:
         config = load_config(MineConfig, given.config, given.overrides)
         rows, store = read_rows(given.rows), store_of(given.rows)

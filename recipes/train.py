@@ -489,7 +489,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("config", help="TOML file; its keys are the fields of TrainConfig")
     parser.add_argument("overrides", nargs="*", help="key=value, such as lr=5e-5 or lora.r=16")
     parser.add_argument("--dry-run", action="store_true", help="show what would be trained on")
-    given = parser.parse_args(arguments)
+    given = parser.parse_intermixed_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         config = load_config(TrainConfig, given.config, given.overrides)

@@ -1,0 +1,270 @@
+"""Who writes the queries: a language model behind a server, a local one, or nobody.
+
+A writer turns a document into a draft query, and a query into one that is asked with a picture.
+``ExtractiveWriter`` has no model: its queries are headings, captions and sentences of the
+documents themselves, which teach less than questions do.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from string import Template
+from typing import Any, Protocol
+
+import openai
+
+from mmrag.content import load_image
+from mmrag.errors import ConfigError, EndpointError
+from mmrag.lexical import Idf, sentences, terms
+from recipes.corpus import Document
+from recipes.rows import ImageStore, Modality
+
+PROMPTS = Path(__file__).parent / "prompts"
+_CAPTION_NUMBER = re.compile(r"^\s*(figure|fig\.|table|chart|photo|image)\s*[\w.-]*[:.\s]\s*", re.I)
+_MOST_TEXT = 6000  # characters of a document that a prompt carries
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A query about a document. sentence: taken out of the document, if it is the query."""
+
+    query: str
+    answer: str = ""
+    sentence: str | None = None
+
+
+@dataclass(frozen=True)
+class Entity:
+    """What a picture could show instead of naming it. query: rewritten, as in "this plant"."""
+
+    name: str
+    query: str
+    caption: str
+
+
+class Writer(Protocol):
+    """Writes queries. note: what a report must say of them."""
+
+    note: str
+
+    def draft(self, document: Document, modality: Modality) -> Draft | None:
+        """Write a query that the document, handed out so, answers; None if it cannot."""
+        ...
+
+    def entity(self, query: str) -> Entity | None:
+        """Find what a picture could stand for in a query; None if nothing."""
+        ...
+
+    def usage(self) -> dict[str, float]:
+        """Requests, tokens and seconds so far."""
+        ...
+
+
+class Model(Protocol):
+    """A language model that answers a prompt with pictures."""
+
+    name: str
+
+    def ask(self, prompt: str, pictures: Sequence[Path]) -> tuple[str, int, int]:
+        """Answer, prompt tokens, completion tokens. Raises EndpointError."""
+        ...
+
+
+class EndpointModel:
+    """A model behind an OpenAI-compatible server; failed requests are tried again."""
+
+    def __init__(
+        self,
+        name: str,
+        base_url: str | None = None,
+        api_key: str | None = None,
+        *,
+        timeout: float = 120.0,
+        retries: int = 4,
+        max_tokens: int = 400,
+    ) -> None:
+        self.name = name
+        self.max_tokens = max_tokens
+        try:
+            self.client = openai.OpenAI(
+                base_url=base_url, api_key=api_key, timeout=timeout, max_retries=retries
+            )
+        except openai.OpenAIError as error:
+            raise ConfigError(f"{name}: {error}") from error
+
+    def ask(self, prompt: str, pictures: Sequence[Path]) -> tuple[str, int, int]:
+        """See ``Model.ask``."""
+        parts: list[Any] = [{"type": "text", "text": prompt}]
+        parts += [{"type": "image_url", "image_url": {"url": data_url(p)}} for p in pictures]
+        try:
+            reply = self.client.chat.completions.create(
+                model=self.name,
+                messages=[{"role": "user", "content": parts if pictures else prompt}],
+                max_tokens=self.max_tokens,
+            )
+        except openai.OpenAIError as error:
+            raise EndpointError(f"{self.name}: {error}") from error
+        if not reply.choices:
+            raise EndpointError(f"{self.name}: the server sent no answer.")
+        used = reply.usage
+        counts = (used.prompt_tokens, used.completion_tokens) if used else (0, 0)
+        return reply.choices[0].message.content or "", *counts
+
+
+class LocalModel:
+    """A transformers image-text-to-text model of this machine, one request at a time."""
+
+    def __init__(self, name: str, *, device: str = "auto", max_tokens: int = 400) -> None:
+        from transformers import pipeline
+
+        self.name = name
+        self.max_tokens = max_tokens
+        self._lock = threading.Lock()
+        place: dict[str, Any] = {"device_map": "auto"} if device == "auto" else {"device": device}
+        self._pipeline: Any = pipeline("image-text-to-text", model=name, **place)
+
+    def ask(self, prompt: str, pictures: Sequence[Path]) -> tuple[str, int, int]:
+        """See ``Model.ask``."""
+        parts: list[dict[str, Any]] = [
+            {"type": "image", "image": load_image(path)} for path in pictures
+        ]
+        messages = [{"role": "user", "content": [*parts, {"type": "text", "text": prompt}]}]
+        with self._lock:
+            replies = self._pipeline(
+                text=messages, max_new_tokens=self.max_tokens, return_full_text=False
+            )
+        answer = str(replies[0]["generated_text"])
+        count = len(self._pipeline.tokenizer(answer)["input_ids"])
+        return answer, len(self._pipeline.tokenizer(prompt)["input_ids"]), count
+
+
+class ModelWriter:
+    """Writes queries with a language model; the prompts are files that a user may edit."""
+
+    def __init__(self, model: Model, store: ImageStore, prompts: Path = PROMPTS) -> None:
+        self.model = model
+        self.store = store
+        self.note = f"queries written by {model.name}"
+        self._prompts = {
+            name: _read_prompt(prompts / f"{name}.txt")
+            for name in ("text", "image", "fused", "entity")
+        }
+        self._lock = threading.Lock()
+        self._usage = {"requests": 0.0, "prompt_tokens": 0.0, "completion_tokens": 0.0}
+        self._usage["seconds"] = 0.0
+
+    def draft(self, document: Document, modality: Modality) -> Draft | None:
+        """See ``Writer.draft``; None if the model answers something else than was asked."""
+        prompt = self._prompts[modality].safe_substitute(
+            section=document.section or "(none)", text=document.text[:_MOST_TEXT]
+        )
+        pictures = []
+        if modality != "text" and document.image:
+            pictures = [self.store.path(document.image)]
+        reply = self._ask(prompt, pictures)
+        query = str(reply.get("query") or "").strip()
+        return Draft(query, str(reply.get("answer") or "").strip()) if query else None
+
+    def entity(self, query: str) -> Entity | None:
+        """See ``Writer.entity``."""
+        reply = self._ask(self._prompts["entity"].safe_substitute(query=query), [])
+        name = str(reply.get("entity") or "").strip()
+        rewritten = str(reply.get("query") or "").strip()
+        if not name or not rewritten or name.casefold() in rewritten.casefold():
+            return None
+        return Entity(name, rewritten, str(reply.get("caption") or name).strip())
+
+    def usage(self) -> dict[str, float]:
+        """See ``Writer.usage``."""
+        return dict(self._usage)
+
+    def _ask(self, prompt: str, pictures: Sequence[Path]) -> Mapping[str, Any]:
+        started = time.perf_counter()
+        answer, asked, given = self.model.ask(prompt, pictures)
+        with self._lock:
+            self._usage["requests"] += 1
+            self._usage["prompt_tokens"] += asked
+            self._usage["completion_tokens"] += given
+            self._usage["seconds"] += time.perf_counter() - started
+        return find_json(answer)
+
+
+class ExtractiveWriter:
+    """Takes queries from the documents themselves."""
+
+    note = (
+        "no language model: queries are headings, captions and sentences of the documents, "
+        "not questions"
+    )
+
+    def __init__(self, documents: Sequence[Document]) -> None:
+        self._idf = Idf([terms(document.text) for document in documents])
+
+    def draft(self, document: Document, modality: Modality) -> Draft | None:
+        """Caption of a figure, or the most telling sentence of a text with its heading."""
+        if document.kind == "figure":
+            caption = _CAPTION_NUMBER.sub("", document.text).strip()
+            # Where the caption is part of the document, asking with it gives the answer away.
+            useful = modality == "image" and len(caption.split()) > 2
+            return Draft(caption) if useful else None
+        candidates = [s for s in sentences(document.text) if 6 <= len(s.split()) <= 32]
+        if len(candidates) < 2:
+            return None
+        best = max(candidates, key=self._weight)
+        # Half of the queries are key words under the heading, so that both kinds are learned.
+        if document.section and sum(map(ord, document.id)) % 2:
+            words = sorted(set(terms(best)), key=lambda t: (-self._idf(t), t))[:6]
+            return Draft(f"{document.section} {' '.join(words)}", best)
+        return Draft(best, best, sentence=best)
+
+    def entity(self, query: str) -> Entity | None:
+        """The rarest word of the query stands for the picture."""
+        words = [w for w in query.split() if terms(w) and w.isalpha() and len(w) > 3]
+        if len(words) < 3:
+            return None
+        name = max(words, key=lambda w: (self._idf(terms(w)[0]), w))
+        return Entity(name, query.replace(name, "this", 1), name)
+
+    def usage(self) -> dict[str, float]:
+        """See ``Writer.usage``: nothing was asked of any model."""
+        return {"requests": 0.0}
+
+    def _weight(self, sentence: str) -> float:
+        found = terms(sentence)
+        return float(sum(self._idf(term) for term in set(found)) / max(1, len(found)) ** 0.5)
+
+
+def find_json(answer: str) -> Mapping[str, Any]:
+    """The JSON object in a model's answer, whatever stands around it; empty if there is none."""
+    start, end = answer.find("{"), answer.rfind("}")
+    if start < 0 or end < start:
+        return {}
+    try:
+        value = json.loads(answer[start : end + 1])
+    except ValueError:
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def data_url(path: Path, side: int = 1280) -> str:
+    """A picture as a data URL, scaled down to ``side`` pixels at most."""
+    import io
+
+    picture = load_image(path)
+    picture.thumbnail((side, side))
+    buffer = io.BytesIO()
+    picture.save(buffer, "JPEG", quality=85)
+    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def _read_prompt(path: Path) -> Template:
+    if not path.is_file():
+        raise ConfigError(f"{path}: there is no such prompt.")
+    return Template(path.read_text(encoding="utf-8"))

@@ -1,0 +1,223 @@
+"""Synthesis: all pairs, balance, resumption, filters, what happens without a model."""
+
+import dataclasses
+import json
+import threading
+
+import numpy as np
+import pymupdf
+import pytest
+from chat_server import ChatServer
+from fakes import FakeEmbedder
+from PIL import Image
+
+from mmrag.errors import ConfigError, ContentError, EndpointError
+from recipes import synthesize as synthesize_module
+from recipes.rows import check_rows, store_of
+from recipes.synthesize import PAIRS, SynthesizeConfig, synthesize
+from recipes.writers import PROMPTS, EndpointModel, find_json
+
+ANIMALS = ["kingfisher", "walrus", "badger", "stork", "lynx", "otter"]
+
+
+@pytest.fixture(scope="module")
+def papers(tmp_path_factory):
+    """Six pages, each with a few sentences and a photograph with its caption."""
+    folder = tmp_path_factory.mktemp("papers")
+    pdf = pymupdf.open()
+    chance = np.random.default_rng(0)
+    for number, animal in enumerate(ANIMALS, 1):
+        page = pdf.new_page()
+        lines = [
+            f"The {animal} lives near water and sleeps for {number} hours in the afternoon.",
+            f"Young {animal} families eat {number * 3} fish each day before they walk home.",
+            "Nobody knows why this happens, and further studies are wanted by everyone.",
+        ]
+        for row, line in enumerate(lines):
+            page.insert_text((60, 80 + 24 * row), line, fontsize=10)
+        noise = chance.integers(0, 255, (120, 160, 3), dtype=np.uint8)
+        picture = Image.fromarray(noise).resize((640, 480))
+        path = folder / f"{animal}.png"
+        picture.save(path)
+        page.insert_image((100, 200, 420, 440), filename=path)
+        caption = f"Figure {number}: A {animal} rests on a rock at noon."
+        page.insert_text((100, 460), caption, fontsize=9)
+        path.unlink()
+    pdf.set_toc([[1, f"All about {animal}", n] for n, animal in enumerate(ANIMALS, 1)])
+    pdf.save(folder / "animals.pdf")
+    return folder
+
+
+class Scripted:
+    """A model that answers by rule and can be told to fail."""
+
+    name = "scripted"
+
+    def __init__(self):
+        self.asked = []
+        self.failing = False
+        self._lock = threading.Lock()
+
+    def ask(self, prompt, pictures):
+        with self._lock:
+            self.asked.append((prompt, len(pictures)))
+        if self.failing:
+            raise EndpointError("no answer")
+        animal = next((a for a in ANIMALS if a in prompt.rsplit("Example", 1)[-1]), "lynx")
+        if prompt.startswith("You turn"):
+            value = {"entity": animal, "query": "Where does this animal live?", "caption": animal}
+        else:
+            value = {"query": f"Where does the {animal} live?", "answer": "near water"}
+        return f"Sure! {json.dumps(value)}", 100, 10
+
+
+CONFIG = SynthesizeConfig(rows=36, min_similarity=-1.0, top_k=100, licence="CC0", concurrency=3)
+
+
+def test_all_nine_pairs_come_out_balanced_and_valid(papers, tmp_path):
+    model = Scripted()
+    report = synthesize([papers], tmp_path, CONFIG, FakeEmbedder(), model)
+    rows, problems = check_rows(tmp_path / "rows.jsonl", store_of(tmp_path / "rows.jsonl"))
+    assert not problems
+    assert {row.pair for row in rows} == set(PAIRS)
+    assert set(report.kept.values()) == {4}
+    assert all(row.licence == "CC0" and row.source.startswith("animals.pdf#") for row in rows)
+    fused = [row for row in rows if row.query.modality == "fused"]
+    assert all(row.query.text == "Where does this animal live?" for row in fused)
+    # A picture in the query is never the document itself.
+    assert all(row.query.image != row.positives[0].image for row in rows if row.query.image)
+    with_pictures = [n for prompt, n in model.asked if prompt.startswith("You write")]
+    assert 0 in with_pictures
+    assert 1 in with_pictures
+    assert report.usage["requests"] == len(model.asked)
+    assert report.usage["prompt_tokens"] == 100 * len(model.asked)
+
+
+def test_a_second_run_asks_nothing_again(papers, tmp_path):
+    model = Scripted()
+    first = synthesize([papers], tmp_path, CONFIG, FakeEmbedder(), model)
+    kept = (tmp_path / "rows.jsonl").read_text()
+    with (tmp_path / "generated.jsonl").open("a") as file:
+        file.write('{"key": "cut off by a ki')
+    again = Scripted()
+    second = synthesize([papers], tmp_path, CONFIG, FakeEmbedder(), again)
+    assert again.asked == []
+    assert second.kept == first.kept
+    assert (tmp_path / "rows.jsonl").read_text() == kept
+
+
+def test_what_a_server_failed_is_tried_again_in_the_next_run(papers, tmp_path):
+    model = Scripted()
+    model.failing = True
+    config = dataclasses.replace(CONFIG, pairs=("text->text",), rows=4)
+    report = synthesize([papers], tmp_path, config, FakeEmbedder(), model)
+    assert report.lost == {"the server or the document failed": 4}
+    model.failing = False
+    assert synthesize([papers], tmp_path, config, FakeEmbedder(), model).kept["text->text"] == 4
+
+
+def test_rows_that_do_not_find_their_document_are_dropped(papers, tmp_path):
+    class Vague(Scripted):
+        def ask(self, prompt, pictures):
+            return json.dumps({"query": "zebra quagga okapi", "answer": ""}), 1, 1
+
+    config = dataclasses.replace(CONFIG, pairs=("text->text",), rows=6, top_k=1)
+    good = synthesize([papers], tmp_path / "good", config, FakeEmbedder(), Scripted())
+    vague = synthesize([papers], tmp_path / "vague", config, FakeEmbedder(), Vague())
+    assert good.kept["text->text"] >= 5
+    assert vague.kept["text->text"] <= 2
+    assert vague.lost["not among the first 1 for its own query"] >= 4
+
+
+def test_without_a_model_the_report_says_so(papers, tmp_path):
+    report = synthesize([papers], tmp_path, CONFIG, FakeEmbedder())
+    assert "no language model" in str(report)
+    rows, _ = check_rows(tmp_path / "rows.jsonl")
+    assert len({row.pair for row in rows}) >= 7
+    for row in rows:
+        # A sentence that became the query is not left in the document as a give-away.
+        text = row.positives[0].text
+        assert not (text and row.query.text and row.query.text in text)
+    captions = [r.query.text for r in rows if r.pair == "text->image"]
+    assert any("rests on a rock" in text for text in captions)
+
+
+def test_an_embedder_without_eyes_filters_what_it_can_and_says_the_rest(papers, tmp_path):
+    blind = FakeEmbedder(modalities=("text",))
+    report = synthesize([papers], tmp_path, CONFIG, blind, Scripted())
+    assert report.unfiltered == sum(
+        count for pair, count in report.kept.items() if pair != "text->text"
+    )
+    assert "without a round trip" in str(report)
+
+
+def test_an_answer_that_is_no_json_costs_that_row_only(papers, tmp_path):
+    class Chatty(Scripted):
+        def ask(self, prompt, pictures):
+            reply = super().ask(prompt, pictures)
+            return ("I would rather not.", 5, 5) if len(self.asked) % 2 else reply
+
+    config = dataclasses.replace(CONFIG, pairs=("text->text",), rows=6, concurrency=1)
+    report = synthesize([papers], tmp_path, config, FakeEmbedder(), Chatty())
+    assert report.lost["no query could be written"] == 3
+    assert report.kept["text->text"] == 3
+
+
+def test_prompts_can_be_edited(papers, tmp_path):
+    folder = tmp_path / "prompts"
+    folder.mkdir()
+    for path in PROMPTS.glob("*.txt"):
+        (folder / path.name).write_text("MY OWN WORDS $text $query")
+    model = Scripted()
+    config = dataclasses.replace(CONFIG, pairs=("text->text",), rows=2)
+    synthesize([papers], tmp_path / "out", config, FakeEmbedder(), model, folder)
+    assert all(prompt.startswith("MY OWN WORDS The") for prompt, _ in model.asked)
+    (folder / "text.txt").unlink()
+    with pytest.raises(ConfigError, match=r"text\.txt"):
+        synthesize([papers], tmp_path / "out2", config, FakeEmbedder(), model, folder)
+
+
+def test_over_the_wire_with_pictures(papers, tmp_path):
+    server = ChatServer(answer='{"query": "Where does the walrus live?", "answer": "sea"}')
+    try:
+        model = EndpointModel("tiny", server.url, "key", retries=0)
+        config = dataclasses.replace(CONFIG, pairs=("text->image",), rows=2)
+        report = synthesize([papers], tmp_path, config, FakeEmbedder(), model)
+        assert report.kept["text->image"] == 2
+        parts = server.requests[0]["messages"][0]["content"]
+        assert parts[1]["image_url"]["url"].startswith("data:image/jpeg;base64,")
+        server.mode = "refuse"
+        with pytest.raises(EndpointError, match="tiny"):
+            model.ask("x", [])
+    finally:
+        server.close()
+
+
+def test_the_command_line_runs_on_extracts(papers, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(synthesize_module, "load_embedder", lambda name: FakeEmbedder())
+    out = tmp_path / "out"
+    synthesize_module.main([str(papers), "--out", str(out), "rows=9", "top_k=100"])
+    shown = capsys.readouterr().out
+    assert "rows kept" in shown
+    assert (out / "rows.jsonl").is_file()
+    with pytest.raises(SystemExit, match="unknown key 'rowz'"):
+        synthesize_module.main([str(papers), "--out", str(out), "rowz=9"])
+
+
+def test_nothing_to_read_is_an_error(tmp_path):
+    with pytest.raises(ContentError, match="Nothing could be read"):
+        synthesize([tmp_path], tmp_path / "out", CONFIG, FakeEmbedder())
+
+
+@pytest.mark.parametrize(
+    ("answer", "value"),
+    [
+        ('```json\n{"query": "q"}\n```', {"query": "q"}),
+        ("no braces", {}),
+        ("{broken", {}),
+        ("{not: json}", {}),
+        ("[1] {} ", {}),
+    ],
+)
+def test_json_is_found_in_what_models_say(answer, value):
+    assert find_json(answer) == value
