@@ -12,6 +12,7 @@ from tiny_adapters import ALPHA, MODULES, TARGETS, adapter_weights, merged, save
 from transformers import Qwen2VLModel
 
 from mmrag.embedders import load_backbone, load_embedder
+from mmrag.embedders.loading import find_base
 from mmrag.errors import ConfigError, ModelError
 
 Q_PROJ = "base_model.model.model.layers.1.self_attn.q_proj"
@@ -172,6 +173,8 @@ def test_the_base_is_what_the_adapter_states_unless_another_is_given(qwen2_vl_fo
     assert_weights(load(lost, base=qwen2_vl_folder), expected)
     with pytest.raises(ModelError, match="no such base"):
         load(lost)
+    assert find_base(lost, known=str(qwen2_vl_folder)) == qwen2_vl_folder
+    assert find_base(stated, known="no such base either") == qwen2_vl_folder
     nameless = save_adapter(tmp_path / "x", PLAIN, "", base_model_name_or_path=None)
     with pytest.raises(ModelError, match="pass base="):
         load(nameless)
