@@ -7,7 +7,12 @@ import torch
 from safetensors.torch import save_file
 from tiny import save_qwen_tokenizer
 from tokenizers import Tokenizer
-from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
+from transformers import (
+    Qwen3_5Config,
+    Qwen3_5ForConditionalGeneration,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+)
 
 TEXT = {
     "attention_bias": False,
@@ -103,4 +108,52 @@ def save_qwen3_vl(folder: Path, *, tied: bool = True, words: tuple[str, ...] = (
     torch.manual_seed(0)
     model = Qwen3VLForConditionalGeneration(Qwen3VLConfig.from_pretrained(folder))
     save_weights(model, folder, drop="lm_head." if tied else "")
+    return folder
+
+
+def save_wemm(folder: Path) -> Path:
+    """A random Qwen3.5 with WeMM's extra token, all its processors in one file."""
+    folder.mkdir(parents=True, exist_ok=True)
+    ids = save_qwen_tokenizer(folder)
+    add_words(folder, ("<embedding>",))
+    rope = {
+        "mrope_interleaved": True,
+        "mrope_section": [2, 1, 1],
+        "partial_rotary_factor": 0.5,
+        "rope_theta": 10000000,
+        "rope_type": "default",
+    }
+    linear = {
+        "linear_conv_kernel_dim": 4,
+        "linear_key_head_dim": 8,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_value_head_dim": 8,
+    }
+    config = {
+        "architectures": ["Qwen3_5ForConditionalGeneration"],
+        "auto_map": {"AutoModel": "modeling_wemm_embedding.WeMMEmbedding"},
+        "matryoshka_dimensions": [8, 16, 32],
+        "model_type": "qwen3_5",
+        "text_config": TEXT
+        | linear
+        | {
+            "layer_types": ["linear_attention", "full_attention"],
+            "model_type": "qwen3_5_text",
+            "num_hidden_layers": 2,
+            "rope_parameters": rope,
+        },
+        "tie_word_embeddings": True,
+        "vision_config": VISION | {"model_type": "qwen3_5"},
+        **token_ids(ids),
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    save_processor(folder)
+    (folder / "preprocessor_config.json").rename(folder / "old.json")
+    processor = {"image_processor": json.loads((folder / "old.json").read_text())}
+    (folder / "old.json").unlink()
+    (folder / "processor_config.json").write_text(json.dumps(processor))
+    torch.manual_seed(0)
+    model = Qwen3_5ForConditionalGeneration(Qwen3_5Config.from_pretrained(folder))
+    save_weights(model, folder, drop="lm_head.")
     return folder

@@ -7,7 +7,6 @@ Source: Qwen2-VL (arXiv 2409.12191, section 2.1) and its published image process
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,6 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from mmrag.embedders.loading import read_json
 from mmrag.errors import ContentError, ModelError
 
 MAX_ASPECT = 200
@@ -61,13 +61,14 @@ class PictureRule:
 
 
 def read_picture_rule(folder: Path) -> PictureRule:
-    """Read the rule from a checkpoint's ``preprocessor_config.json``, in its old or new form."""
-    path = folder / "preprocessor_config.json"
-    if not path.is_file():
+    """Read the rule from a checkpoint's processor file, in any form it was published in."""
+    # Newer checkpoints keep all their processors in one file.
+    joint = read_json(folder / "processor_config.json").get("image_processor")
+    config = read_json(folder / "preprocessor_config.json") or joint
+    if not config:
         raise ModelError(
             f"{folder}: preprocessor_config.json is missing; the checkpoint is incomplete."
         )
-    config = json.loads(path.read_text(encoding="utf-8"))
     size = config.get("size") or {}
     least = config.get("min_pixels") or size.get("shortest_edge") or 56 * 56
     most = config.get("max_pixels") or size.get("longest_edge") or 28 * 28 * 1280
