@@ -41,7 +41,7 @@ _MARK = re.compile(
     r"(?:\u2020[^\]\u3011]*)?\s*[\]\u3011](?!\()",
     re.IGNORECASE,
 )
-_BULLET = re.compile(r"^\s*(?:[-*\u2022#]+\s+|\d{1,2}[.)]\s+)")
+_BULLET = re.compile(r"^\s*(?:[-*\u2022\u25cf\u25e6\u2023\u2043\u00b7#]+\s+|\d{1,2}[.)]\s+)")
 _RANGE = re.compile(r"(\d{1,4})\s*[\u2013-]\s*(\d{1,4})")
 
 _PIECE = re.compile(
@@ -119,7 +119,12 @@ def _numbers_of(inside: str) -> list[int]:
 
 def strip_marks(text: str) -> str:
     """The text without its citation marks and list bullet."""
-    return _BULLET.sub("", _MARK.sub("", text)).strip()
+    return strip_bullet(_MARK.sub("", text)).strip()
+
+
+def strip_bullet(text: str) -> str:
+    """A list item without its bullet or number."""
+    return _BULLET.sub("", text)
 
 
 def embedder_similarity(embedder: Embedder) -> Similarity:

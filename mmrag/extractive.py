@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from mmrag.citations import CheckedAnswer, Claim, locate
+from mmrag.citations import CheckedAnswer, Claim, locate, strip_bullet
 from mmrag.content import Content
 from mmrag.context import Source
 from mmrag.embedders.base import Embedder
@@ -45,7 +45,7 @@ def extract(
     candidates = [
         _Candidate(source, text, terms(text))
         for source in sources
-        for text in sentences(source.text)
+        for text in map(strip_bullet, sentences(source.text))
     ]
     if not candidates or (not question.text and embedder is None):
         return None
