@@ -1,0 +1,161 @@
+"""The one object that users hold."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+from fakes import FakeEmbedder
+from qdrant_client import QdrantClient
+
+import mmrag.embedders
+from mmrag.collection import Collection
+from mmrag.embedding import UniversalEmbedding
+from mmrag.errors import CollectionError, ConfigError, MissingCollectionError
+from mmrag.index import UniversalIndex
+from mmrag.ingest import Progress
+from mmrag.reading import ReadOptions
+
+
+@pytest.fixture
+def papers(tmp_path):
+    folder = tmp_path / "papers"
+    folder.mkdir()
+    (folder / "a.txt").write_text("turbines turn in the wind")
+    (folder / "b.txt").write_text("eye exams are covered by the plus plan")
+    return folder
+
+
+@pytest.fixture
+def library(papers, tmp_path):
+    """Where a library with both papers is."""
+    with UniversalIndex(tmp_path / "library", FakeEmbedder()) as index:
+        index.add(papers)
+    return tmp_path / "library"
+
+
+def server(tmp_path):
+    return {"location": QdrantClient(":memory:"), "images_dir": tmp_path / "images"}
+
+
+def test_add_find_and_answer(papers, tmp_path):
+    index = UniversalIndex(**server(tmp_path), embed_model=FakeEmbedder())
+    report = index.add(papers)
+    assert len(report.indexed) == 2
+    assert [Path(entry.file).name for entry in index.files()] == ["a.txt", "b.txt"]
+    hits = index.as_retriever(similarity_top_k=1).retrieve("which plan covers eye exams")
+    assert [Path(hit.node.metadata["file"]).name for hit in hits] == ["b.txt"]
+    answer = index.as_query_engine(similarity_top_k=2).query("which plan covers eye exams?")
+    assert "plus plan" in str(answer)
+
+
+def test_nothing_is_made_before_something_is_added(tmp_path):
+    index = UniversalIndex(tmp_path / "library", FakeEmbedder())
+    with pytest.raises(MissingCollectionError, match="ndex something"):
+        index.as_retriever()
+    with pytest.raises(MissingCollectionError):
+        index.files()
+    assert not (tmp_path / "library").exists()
+
+
+def test_it_is_opened_as_it_was_built(papers, tmp_path):
+    place = server(tmp_path)
+    built = {"dim": 16, "views": ["text"], "language": "german", "reading": ReadOptions(dpi=72)}
+    UniversalIndex(**place, embed_model=FakeEmbedder(), **built).add(papers)
+    again = UniversalIndex(**place, embed_model=FakeEmbedder())
+    settings = again.collection.settings
+    assert (settings.dim, settings.views, settings.language) == (16, ("text",), "german")
+    assert settings.reading["dpi"] == 72
+    assert len(again.add(papers).unchanged) == 2
+
+
+def test_the_embedder_that_built_it_is_loaded_by_name(library, monkeypatch):
+    loaded = []
+
+    def load(name, **_):
+        loaded.append(name)
+        return FakeEmbedder()
+
+    monkeypatch.setattr(mmrag.embedders, "load_embedder", load)
+    with UniversalIndex(library) as index:
+        assert len(index.files()) == 2
+        assert loaded == []
+        assert len(index.as_retriever().retrieve("wind")) == 2
+        assert loaded == ["fake"]
+
+
+def test_a_model_that_has_changed_since_is_refused(library, monkeypatch):
+    newer = FakeEmbedder(version="2")
+    monkeypatch.setattr(mmrag.embedders, "load_embedder", lambda name, **_: newer)
+    with (
+        UniversalIndex(library) as index,
+        pytest.raises(CollectionError, match=r"another version of 'fake'"),
+    ):
+        index.as_retriever()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"embed_model": FakeEmbedder(name="other")}, "not by 'other'"),
+        ({"dim": 16}, "dim: 32, not 16"),
+        ({"views": ["text"]}, "views"),
+        ({"reading": ReadOptions(dpi=72)}, "reading"),
+    ],
+)
+def test_what_contradicts_the_collection_is_refused_and_it_is_released(library, options, message):
+    for _ in range(2):
+        with pytest.raises(CollectionError, match=message):
+            UniversalIndex(library, **options)
+
+
+def test_limits_of_reading_may_change(library):
+    UniversalIndex(library, reading=ReadOptions(page_seconds=5)).close()
+
+
+def test_views_follow_what_the_embedder_can(papers, tmp_path):
+    index = UniversalIndex(**server(tmp_path), embed_model=FakeEmbedder(modalities=("text",)))
+    report = index.add(papers)
+    assert index.collection.settings.views == ("text",)
+    assert report.notes == []
+
+
+def test_a_universal_embedding_brings_its_embedder_and_dimensions(papers, tmp_path):
+    model = UniversalEmbedding(embedder=FakeEmbedder(), dim=8)
+    index = UniversalIndex(**server(tmp_path), embed_model=model)
+    index.add(papers)
+    assert index.embedder.name == "fake"
+    assert index.collection.settings.dim == 8
+    assert len(index.as_retriever().retrieve("wind")) == 2
+
+
+def test_anything_else_is_no_embed_model(tmp_path):
+    with pytest.raises(ConfigError, match="is a int"):
+        UniversalIndex(tmp_path / "x", 3)
+
+
+def test_remove_by_name_or_pattern(papers, tmp_path):
+    index = UniversalIndex(**server(tmp_path), embed_model=FakeEmbedder())
+    index.add(papers)
+    assert index.remove("missing.txt") == []
+    assert index.remove("a.txt") == [(papers / "a.txt").as_posix()]
+    assert [Path(entry.file).name for entry in index.files()] == ["b.txt"]
+    assert index.remove("papers/*") == [(papers / "b.txt").as_posix()]
+    assert index.collection.count() == 0
+
+
+def test_progress_is_a_bar_or_a_function(papers, tmp_path, capsys):
+    index = UniversalIndex(**server(tmp_path), embed_model=FakeEmbedder())
+    seen = []
+    index.add([papers / "a.txt"], progress=seen.append)
+    assert dataclasses.is_dataclass(seen[-1]) and isinstance(seen[-1], Progress)
+    assert capsys.readouterr() == ("", "")
+    index.add(papers, progress=True)
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "2/2" in err and "b.txt" in err
+
+
+def test_closing_releases_the_folder(library):
+    index = UniversalIndex(library)
+    index.close()
+    Collection.open(library).close()
