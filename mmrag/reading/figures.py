@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mmrag.reading.layout import Word, clean, holds, union
+from mmrag.reading.layout import Word, clean, holds, moved, union
 from mmrag.reading.options import Box
 
 _MIN_SIDE = 36.0  # points: half an inch
@@ -78,8 +78,9 @@ def find_figures(page: Any, words: Sequence[Word]) -> list[Found]:
 
 def _rasters(page: Any, bounds: Box) -> list[_Art]:
     found = []
+    shown = tuple(page.rotation_matrix)
     for info in page.get_image_info(xrefs=True):
-        box = _clipped(_shown(page, info["bbox"]), bounds)
+        box = _clipped(moved(info["bbox"], shown), bounds)
         if min(_sides(box)) >= _THIN and _area(box) <= _MAX_SHARE * _area(bounds):
             found.append(_Art(box, f"i{info['xref']}:{info['width']}x{info['height']}", True))
     return found
@@ -88,8 +89,9 @@ def _rasters(page: Any, bounds: Box) -> list[_Art]:
 def _drawings(page: Any, bounds: Box) -> list[_Art]:
     """Drawn paths that can be part of a figure: visible, and not as large as the page."""
     found = []
+    shown = tuple(page.rotation_matrix)
     for path in page.get_drawings()[:_MAX_PATHS]:
-        box = _clipped(_shown(page, path["rect"]), bounds)
+        box = _clipped(moved(path["rect"], shown), bounds)
         white = path.get("fill") is not None and min(path["fill"]) > 0.98
         if max(_sides(box)) < 1 or _area(box) > 0.6 * _area(bounds):
             continue
@@ -236,15 +238,6 @@ def _with_labels(box: Box, labels: Sequence[_Block], caption: _Block | None) -> 
 def _reach(label: str) -> float:
     """How far from a drawing its label may stand, in points; the numbers of an axis farther."""
     return 12.0 if any(c.isalpha() for c in label) else 26.0
-
-
-def _shown(page: Any, rect: Any) -> Box:
-    """Corners of the page before its rotation, as a box of the page as shown."""
-    a, b, c, d, e, f = page.rotation_matrix
-    x0, y0, x1, y1 = rect
-    return _as_box(
-        (a * x0 + c * y0 + e, b * x0 + d * y0 + f, a * x1 + c * y1 + e, b * x1 + d * y1 + f)
-    )
 
 
 def _as_box(rect: Any) -> Box:

@@ -74,6 +74,15 @@ def union(boxes: Iterable[Box]) -> Box:
     return (min(x0), min(y0), max(x1), max(y1))
 
 
+def moved(corners: Sequence[float], matrix: Sequence[float]) -> Box:
+    """The box around two corners after a matrix (a, b, c, d, e, f) as PDF has them."""
+    a, b, c, d, e, f = matrix
+    x0, y0, x1, y1 = corners
+    left, right = sorted((a * x0 + c * y0 + e, a * x1 + c * y1 + e))
+    top, bottom = sorted((b * x0 + d * y0 + f, b * x1 + d * y1 + f))
+    return (left, top, right, bottom)
+
+
 def holds(box: Box, other: Box) -> bool:
     """Whether the middle of ``other`` lies in ``box``."""
     x, y = (other[0] + other[2]) / 2, (other[1] + other[3]) / 2
@@ -94,17 +103,17 @@ def in_reading_order(words: Sequence[Word], apart: Sequence[Box] = ()) -> list[T
     for word in words:
         if text := clean(word.text).strip():
             inside = (i for i, box in enumerate(apart, 1) if holds(box, word.box))
-            parts[next(inside, 0)].append(replace(word, text=text))
+            parts[next(inside, 0)].append(Word(text, word.box, word.block, word.line))
     return [token for part in parts for token in _ordered(part)]
 
 
 def _ordered(words: Sequence[Word]) -> list[Token]:
     turn = _direction(words)
-    lines = _lines([replace(w, box=_turned(w.box, turn)) for w in words])
+    lines = _lines([Word(w.text, _turned(w.box, turn), w.block, w.line) for w in words])
     tokens: list[Token] = []
     for region in _regions(lines):
         tokens += _region_tokens(region)
-    return [replace(t, box=_turned(t.box, _BACK[turn])) for t in _mended(tokens)]
+    return [Token(t.text, _turned(t.box, _BACK[turn]), t.gap) for t in _mended(tokens)]
 
 
 _BACK: dict[Turn, Turn] = {"none": "none", "down": "up", "up": "down", "back": "back"}
@@ -294,7 +303,7 @@ def _mended(tokens: Sequence[Token]) -> list[Token]:
         text = text[:-1] + "\0" if broken else text
         text = text.replace("\u00ad", "")
         if text:
-            out.append(replace(token, text=text, gap="" if glued else token.gap))
+            out.append(Token(text, token.box, "" if glued else token.gap))
     return out
 
 

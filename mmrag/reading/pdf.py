@@ -152,9 +152,9 @@ def _read_page(
 
 def page_words(page: Any) -> tuple[list[Word], TextLayer]:
     """The words of a page's text layer; none where it has none that can be used."""
-    shown = page.rotation_matrix
+    shown = tuple(page.rotation_matrix)
     words = [
-        Word(text, _moved((x0, y0, x1, y1), shown), block, line)
+        Word(text, layout.moved((x0, y0, x1, y1), shown), block, line)
         for x0, y0, x1, y1, text, block, line, _ in page.get_text("words", flags=_TEXT_FLAGS)
         if not text.isspace()
     ]
@@ -254,11 +254,6 @@ def _outline(document: Any) -> Outline:
             found.append((page, float(top), order, " > ".join(filter(None, path))))
     found.sort()
     return Outline([entry[:2] for entry in found], [entry[3] for entry in found])
-
-
-def _moved(box: Sequence[float], matrix: Any) -> Box:
-    rect = (pymupdf.Rect(box) * matrix).normalize()
-    return (rect.x0, rect.y0, rect.x1, rect.y1)
 
 
 def _warnings() -> tuple[str, ...]:
