@@ -130,7 +130,8 @@ class RemoteEmbedder:
 
     def _connect(self) -> None:
         headers = {"Authorization": f"Bearer {self._api_key}"} if self._api_key else {}
-        pool = httpx.Limits(max_connections=self.concurrency)
+        # The semaphore alone bounds what runs at once: its wait knows the deadline.
+        pool = httpx.Limits(max_connections=None, max_keepalive_connections=self.concurrency)
         self._client = httpx.Client(headers=headers, timeout=self.timeout, limits=pool)
         self._slots = threading.BoundedSemaphore(self.concurrency)
 
