@@ -161,7 +161,7 @@ def check_answer(
     for line, piece in _pieces(text):
         claim, evidence = _check_claim(piece, known, similarity)
         for n, (score, quote) in evidence.items():
-            if n in claim.citations and score > quotes.get(n, (0.0, ""))[0]:
+            if n in claim.citations and score >= max(SUPPORT, quotes.get(n, (0.0, ""))[0]):
                 quotes[n] = (score, quote)
         if claim.text:
             claims.append(claim)

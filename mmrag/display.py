@@ -53,8 +53,8 @@ def snippet(text: str, query: str) -> str:
 
 def place(file: str, page: int | None) -> Text:
     """``report.pdf  page 3``."""
-    name = Text(clean(file), style="bold")
-    return name if page is None else name.append(f"  page {page}", style="not bold cyan")
+    name = Text.assemble((clean(file), "bold"))
+    return name if page is None else name.append(f"  page {page}", style="cyan")
 
 
 def hits_view(hits: Sequence[NodeWithScore], query: str) -> RenderableType:
@@ -62,7 +62,7 @@ def hits_view(hits: Sequence[NodeWithScore], query: str) -> RenderableType:
     rows: list[RenderableType] = []
     for n, hit in enumerate(hits, start=1):
         metadata = hit.node.metadata
-        head = Text(f"{n:>2}  ", style="dim")
+        head = Text.assemble((f"{n:>2}  ", "dim"))
         head.append_text(place(metadata.get("file", ""), metadata.get("page")))
         kind = metadata.get("kind", "page")
         if kind not in ("page", "text"):
@@ -126,7 +126,8 @@ def sources_view(response: CitedResponse, saved: dict[int, str]) -> RenderableTy
 
 
 def _source_line(source: Source) -> Text:
-    return Text(f" [{source.n}]  ", style="cyan").append_text(place(source.file, source.page))
+    mark = Text.assemble((f" [{source.n}]  ", "cyan"))
+    return mark.append_text(place(source.file, source.page))
 
 
 def _bullet(text: str) -> Padding:

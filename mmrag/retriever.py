@@ -69,12 +69,15 @@ class Fused:
     score: in (0, 1]; 1 means first in every ranking.
     ranks: its place in each ranking that has it, from 1.
     scores: the raw score of its best node in each ranking: cosine, or BM25.
-    best: the node that stands for it.
+    best: the node of it that the rankings together place highest.
+    shown: the node that stands for it: ``best``, or its page if that is a passage of a page
+        that was found too; the page has the passage's text, and the picture.
     """
 
     key: Hashable
     score: float
     best: Scored
+    shown: Scored
     ranks: dict[str, int] = field(default_factory=dict)
     scores: dict[str, float] = field(default_factory=dict)
 
@@ -207,7 +210,9 @@ class UniversalRetriever(BaseRetriever):
         return np.asarray(mean / max(float(np.linalg.norm(mean)), 1e-12), dtype=np.float32)
 
     def _result(self, entry: Fused) -> NodeWithScore:
-        node = self.collection.node(entry.best.payload)
+        node = self.collection.node(entry.shown.payload)
+        if box := entry.best.payload.get("box"):
+            node.metadata["box"] = box
         extra = {
             "retrieval_score": entry.score,
             "ranks": entry.ranks,
@@ -239,7 +244,6 @@ def fuse(
     """Weighted reciprocal-rank fusion, best first; equal scores in the order of their keys.
 
     Nodes with the same ``key`` are one entry, at the place of the best of them in each ranking.
-    Of them that node represents the entry that the rankings together place highest.
     """
     ranks: dict[Hashable, dict[str, int]] = {}
     scores: dict[Hashable, dict[str, float]] = {}
@@ -257,17 +261,29 @@ def fuse(
             votes = credit.setdefault(entry, {})
             votes[hit.id] = votes.get(hit.id, 0.0) + weights[name] / (k + position)
     best_possible = sum(weights[name] for name in rankings) / (k + 1)
-    fused = [
-        Fused(
-            key=entry,
-            score=sum(weights[name] / (k + rank) for name, rank in places.items()) / best_possible,
-            best=nodes[min(credit[entry], key=lambda id_: (-credit[entry][id_], id_))],
-            ranks=places,
-            scores=scores[entry],
+    fused: list[Fused] = []
+    for entry, places in ranks.items():
+        order = sorted(credit[entry], key=lambda id_: (-credit[entry][id_], id_))
+        found = [nodes[id_] for id_ in order]
+        score = sum(weights[name] / (k + rank) for name, rank in places.items())
+        fused.append(
+            Fused(
+                key=entry,
+                score=score / best_possible,
+                best=found[0],
+                shown=_shown(found),
+                ranks=places,
+                scores=scores[entry],
+            )
         )
-        for entry, places in ranks.items()
-    ]
     return sorted(fused, key=lambda entry: (-entry.score, str(entry.key)))
+
+
+def _shown(found: Sequence[Scored]) -> Scored:
+    """The best of a page's nodes; for a passage the page itself, if that was found."""
+    if found[0].payload.get("kind") != "passage":
+        return found[0]
+    return next((hit for hit in found if hit.payload.get("kind") == "page"), found[0])
 
 
 def as_where(filters: Where | MetadataFilters | None) -> Where | None:

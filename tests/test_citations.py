@@ -72,6 +72,7 @@ def test_supported_claims_get_their_quote_and_box():
 def test_a_claim_cited_to_the_wrong_page_is_flagged():
     checked = check_answer("The gold plan covers one eye examination [2].", SOURCES)
     assert checked.claims[0].supported is False
+    assert checked.sources[1].quote is None
     assert checked.problems == [
         "not found in the text of [2]: The gold plan covers one eye examination."
     ]

@@ -255,6 +255,26 @@ def test_fusion_is_weighted_reciprocal_rank_by_page():
     assert second.best.id == "p1"
 
 
+def of_kind(id_, kind, page=1):
+    return Scored(id_, 1.0, {"sha256": "a", "page": page, "kind": kind})
+
+
+def test_a_passage_is_shown_as_its_page_if_that_was_found():
+    page, passage, figure = (of_kind(kind, kind) for kind in ("page", "passage", "figure"))
+    for first, others, shown in (
+        (passage, [figure, page], page),
+        (passage, [figure], passage),
+        (figure, [page], figure),
+    ):
+        (entry,) = fuse({"text": [first, *others]}, {"text": 1.0})
+        assert (entry.best, entry.shown) == (first, shown)
+
+
+def test_pages_keep_apart_in_fusion_without_collapse():
+    loose = fuse({"text": [of_kind("x", "passage"), of_kind("y", "page")]}, {"text": 1.0}, key=id)
+    assert [entry.shown.id for entry in loose] == ["x", "y"]
+
+
 def test_ties_have_one_order_whatever_came_first():
     one = {"x": [scored("a", 1.0, 1)], "y": [scored("b", 1.0, 2)]}
     other = {"y": [scored("b", 1.0, 2)], "x": [scored("a", 1.0, 1)]}
