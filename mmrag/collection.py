@@ -313,6 +313,9 @@ class Collection:
         self._engine.delete(nodes)
         for picture in pictures:
             picture.unlink(missing_ok=True)
+        for folder in {picture.parent for picture in pictures} - {self.images_dir}:
+            if folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()
         return removed
 
     def _filter(self, where: Where | None) -> Filter | None:

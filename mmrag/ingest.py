@@ -122,7 +122,7 @@ def ingest(
         events.close()
     if prune:
         _prune(paths, collection, report)
-    _drop_abandoned(plan.versions, collection)
+    _drop_outdated(plan.versions, collection)
     if report.nodes:
         collection.optimize()
     report.seconds = time.monotonic() - started
@@ -500,9 +500,15 @@ def _prune(paths: Sequence[str | Path], collection: Collection, report: IngestRe
             report.removed.append(entry.file)
 
 
-def _drop_abandoned(versions: dict[str, str], collection: Collection) -> None:
-    """Delete nodes of files that were cut short and have since changed or gone."""
+def _drop_outdated(versions: dict[str, str], collection: Collection) -> None:
+    """Delete what a run that was cut short has left of files that have changed or gone since."""
+    entries = collection.files()
+    finished = {entry.sha256 for entry in entries}
+    for entry in entries:
+        current = versions.get(entry.file, entry.sha256)
+        if current != entry.sha256 and current in finished:
+            collection.remove_file(entry.sha256)
     for sha256, path in collection.unfinished().items():
-        current = versions.get(path)
-        if current != sha256 if current else not Path(path).exists():
+        gone = path not in versions and not Path(path).exists()
+        if gone or versions.get(path, sha256) != sha256:
             collection.remove_file(sha256)

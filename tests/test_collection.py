@@ -239,7 +239,7 @@ def test_a_file_is_unfinished_until_its_point_is_there(collection):
 @pytest.mark.parametrize("by", ["in/a.pdf", A])
 def test_removing_a_file_takes_its_nodes_and_pictures(collection, by):
     sample(collection)
-    picture = make_picture(collection.images_dir / "p.png")
+    picture = make_picture(collection.images_dir / "a" / "p.png")
     foreign = make_picture(collection.images_dir.parent / "mine.png")
     store(
         collection,
@@ -249,7 +249,7 @@ def test_removing_a_file_takes_its_nodes_and_pictures(collection, by):
     assert collection.remove_file(by) == 5
     assert [entry.file for entry in collection.files()] == ["in/b.pdf"]
     assert collection.count() == 1
-    assert not picture.exists()
+    assert not picture.parent.exists()
     assert foreign.exists()
     assert collection.remove_file(by) == 0
 

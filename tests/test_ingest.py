@@ -237,6 +237,69 @@ def test_what_a_cut_short_run_left_elsewhere_stays(embedder, collection, files):
     assert list(collection.unfinished().values()) == ["far/long.txt"]
 
 
+class Crash(Exception):
+    """Stands for the end of the process."""
+
+
+def crash_at(engine, number):
+    """Make the engine raise in place of its ``number``-th change; returns the count so far."""
+    changes = []
+
+    def counted(change):
+        def act(*args):
+            changes.append(change)
+            if len(changes) == number:
+                raise Crash
+            return change(*args)
+
+        return act
+
+    engine.upsert, engine.delete = counted(engine.upsert), counted(engine.delete)
+    return changes
+
+
+def first_edition():
+    write("in/changed.txt", long_text("old", 40))
+    write("in/moved.txt", "this will move")
+    write("in/gone.txt", "this will go")
+
+
+def second_edition():
+    write("in/changed.txt", long_text("new", 40))
+    Path("in/moved.txt").rename("in/elsewhere.txt")
+    write("in/moved.txt", "another text under the old name")
+    Path("in/gone.txt").unlink()
+    write("in/added.txt", "this is new")
+
+
+def test_cut_short_at_any_change_the_next_run_ends_as_if_undisturbed(tmp_path, monkeypatch):
+    """Changed, moved, removed and new files at once, a crash before each write and deletion."""
+
+    def run(number):
+        """Index both editions, crashing once; returns the changes made and what is stored."""
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        monkeypatch.chdir(folder)
+        with open_collection(tmp_path, FakeEmbedder()) as collection:
+            first_edition()
+            ingest(["in"], collection, FakeEmbedder())
+            second_edition()
+            engine = collection._engine
+            upsert, delete = engine.upsert, engine.delete
+            changes = crash_at(engine, number)
+            try:
+                ingest(["in"], collection, FakeEmbedder(), prune=True)
+            except Crash:
+                engine.upsert, engine.delete = upsert, delete
+                ingest(["in"], collection, FakeEmbedder(), prune=True)
+            return len(changes), content(collection)
+
+    total, expected = run(0)
+    assert total >= 10
+    for number in range(1, total + 1):
+        assert run(number)[1] == expected, f"differs after a crash at change {number}"
+
+
 def test_one_item_that_cannot_be_embedded_is_reported(embedder, collection, files):
     text = long_text("mixed", 9) + "\n\nPOISON " + "bitter " * 15
     write("in/mixed.txt", text)
