@@ -40,6 +40,7 @@ FAMILIES: dict[str, tuple[str, str]] = {
     "lamra": ("qwen2_vl_recipes", "load_lamra"),
     "unite": ("qwen2_vl_recipes", "load_unite"),
     "nomic_multimodal": ("nomic_multimodal", "load_nomic_multimodal"),
+    "moca": ("moca", "load_moca"),
 }
 
 # What a folder is taken for when nothing else tells: its config's model_type.

@@ -100,6 +100,8 @@ KNOWN: tuple[KnownModel, ...] = (
         modalities=("text", "image"),
         base="Qwen/Qwen2.5-VL-7B-Instruct",
     ),
+    KnownModel("moca-embed/MoCa-Qwen25VL-3B", "moca", 2048, "MIT", 32768, 1024),
+    KnownModel("moca-embed/MoCa-Qwen25VL-7B", "moca", 3584, "MIT", 32768, 1024),
     KnownModel("Qwen/Qwen3-VL-Embedding-2B", "qwen3_vl", 2048, _APACHE, 32768, 1800, _MRL_2048),
     KnownModel("Qwen/Qwen3-VL-Embedding-8B", "qwen3_vl", 4096, _APACHE, 32768, 1800, _MRL_4096),
     KnownModel("tencent/WeMM-Embedding-2B", "wemm", 2048, _APACHE, 262144, 16384, _MRL_2048),

@@ -21,9 +21,10 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen2VLModel
+from transformers.masking_utils import create_bidirectional_mask
 
 from mmrag.content import Content, Modality, image_size, load_image
-from mmrag.embedders.base import last_token
+from mmrag.embedders.base import last_token, mean_tokens
 from mmrag.embedders.batching import pad
 from mmrag.embedders.loading import Placement, load_exact
 from mmrag.embedders.qwen_images import (
@@ -63,6 +64,7 @@ class Recipe:
     mrope: three-axis positions (time, row, column) inside pictures.
     keep_end: cut a long text before the prompt's end, not together with it.
     blank: size of the black picture that stands in where a content has none, if one must.
+    bidirectional: every token sees all others, and the mean of all is pooled.
     """
 
     family: str
@@ -73,6 +75,7 @@ class Recipe:
     mrope: bool = False
     keep_end: bool = True
     blank: tuple[int, int] | None = None
+    bidirectional: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +147,7 @@ class Qwen2VLBackbone:
         return QwenInputs(ids, torch.cat([patches for patches, _ in parts]), grids, positions)
 
     def forward(self, batch: Sequence[QwenInputs]) -> Tensor:
-        """State of each item's last token, (len(batch), dim), not normalised."""
+        """State of each item's last token or their mean, (len(batch), dim), not normalised."""
         device = self.model.device
         ids, mask = pad([item.ids for item in batch], self.tokenizer.pad_token_id or 0)
         ids, mask = ids.to(device), mask.to(device)
@@ -156,11 +159,21 @@ class Qwen2VLBackbone:
         # Without position_ids the decoder counts 0, 1, 2, ... on all three axes.
         output = self.model.language_model(
             inputs_embeds=embeds,
-            attention_mask=mask,
+            attention_mask=self._attention(embeds, mask),
             position_ids=pad_positions(batch, device) if self.recipe.mrope else None,
             use_cache=False,
         )
-        return last_token(output.last_hidden_state, mask)
+        pool = mean_tokens if self.recipe.bidirectional else last_token
+        return pool(output.last_hidden_state, mask)
+
+    def _attention(self, embeds: Tensor, mask: Tensor) -> Any:
+        if not self.recipe.bidirectional:
+            return mask
+        config = self.model.language_model.config
+        both_ways = create_bidirectional_mask(
+            config=config, inputs_embeds=embeds, attention_mask=mask
+        )
+        return {"full_attention": both_ways}
 
     def image_features(self, batch: Sequence[QwenInputs]) -> Tensor | None:
         """Visual tokens of all pictures of a batch in order, (tokens, dim); None without any."""
