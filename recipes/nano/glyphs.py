@@ -1,0 +1,166 @@
+"""Crops of rendered text with the box of every character, and what a tower should see in them."""
+
+from __future__ import annotations
+
+import functools
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+
+from recipes.nano.grams import trigrams
+
+CLASSES = " abcdefghijklmnopqrstuvwxyz0123456789."  # first: nothing; last: any other mark
+TOKEN = 28  # pixels: side of a visual token
+PATCH = 14
+PROBE = 7  # pixels: a character is asked for at the centre of each such cell
+_OVERSAMPLE = 2
+_UNREADABLE = (
+    *("Symbol", "Math", "Dingbat", "Mono", "Cond", "Black", "Thin", "Hairline", "Light"),
+    *("Initials", "Keyb", "Display", "Ornament", "SC", "Emoji", "Extra", "Semi", "Noto"),
+)
+
+
+@dataclass(frozen=True)
+class Glyph:
+    """A character on a crop: its box in pixels, its class and the trigram around it."""
+
+    left: float
+    right: float
+    top: float
+    bottom: float
+    kind: int
+    gram: str | None
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How words are set: sizes and offsets in pixels, colours from 0 to 255."""
+
+    font: str
+    size: float
+    leading: float
+    x: float
+    y: float
+    ink: int
+    paper: int
+
+
+def find_fonts(folders: Sequence[str]) -> list[str]:
+    """Text fonts below ``folders``, without symbols and extreme weights."""
+    files = [p for folder in folders for p in Path(folder).rglob("*.[to]tf")]
+    return sorted(str(p) for p in files if not any(word in p.name for word in _UNREADABLE))
+
+
+def random_layout(fonts: Sequence[str], rng: random.Random) -> Layout:
+    """Mostly the body text of a page scaled to 1280 visual tokens: 12 to 22 pixels an em."""
+    body = rng.choice([12, 13, 14, 15, 16, 17, 18, 20, 22])
+    light_on_dark = rng.random() < 0.07
+    dark, light = rng.randint(0, 60), rng.randint(225, 255)
+    return Layout(
+        font=rng.choice(fonts),
+        size=body if rng.random() < 0.85 else rng.randint(12, 32),
+        leading=rng.uniform(1.1, 1.6),
+        x=rng.uniform(-20, 20),
+        y=rng.uniform(-12, 6),
+        ink=light if light_on_dark else dark,
+        paper=dark if light_on_dark else light,
+    )
+
+
+def render(
+    words: Sequence[str], width: int, height: int, layout: Layout
+) -> tuple[Image.Image, list[Glyph]]:
+    """Set ``words`` in lines that run over the right edge, until the crop is full."""
+    size = int(layout.size * _OVERSAMPLE)
+    font = _font(layout.font, size)
+    ascent, descent = font.getmetrics()
+    picture = Image.new("L", (width * _OVERSAMPLE, height * _OVERSAMPLE), layout.paper)
+    draw = ImageDraw.Draw(picture)
+    glyphs: list[Glyph] = []
+    x, y = layout.x * _OVERSAMPLE, layout.y * _OVERSAMPLE
+    for word in words:
+        if x >= picture.width:
+            x, y = layout.x * _OVERSAMPLE, y + size * layout.leading
+        if y >= picture.height:
+            break
+        draw.text((x, y), word, font=font, fill=layout.ink)
+        for character, gram in zip(word, trigrams(word), strict=True):
+            wide = _advance(layout.font, size, character)
+            box = (x, x + wide, y + 0.15 * ascent, y + ascent + 0.7 * descent)
+            left, right, top, bottom = (value / _OVERSAMPLE for value in box)
+            glyphs.append(Glyph(left, right, top, bottom, kind_of(character), gram))
+            x += wide
+        x += _advance(layout.font, size, " ")
+    return picture.resize((width, height), Image.Resampling.BICUBIC), glyphs
+
+
+def kind_of(character: str) -> int:
+    """Class of a character: case is not told apart."""
+    found = CLASSES.find(character.lower())
+    return found if found > 0 else len(CLASSES) - 1
+
+
+@functools.lru_cache(maxsize=4096)
+def _font(path: str, size: int) -> ImageFont.FreeTypeFont:
+    return ImageFont.truetype(path, size, layout_engine=ImageFont.Layout.BASIC)
+
+
+@functools.lru_cache(maxsize=1 << 18)
+def _advance(path: str, size: int, character: str) -> float:
+    return _font(path, size).getlength(character)
+
+
+def probe_classes(glyphs: Sequence[Glyph], width: int, height: int) -> NDArray[np.int64]:
+    """Class under the four probes of each patch, (patches, 4), patches in the merger's order."""
+    cells = np.zeros((height // PROBE, width // PROBE), dtype=np.int64)
+    for glyph in glyphs:
+        columns = _centres(glyph.left, glyph.right, cells.shape[1])
+        rows = _centres(glyph.top, glyph.bottom, cells.shape[0])
+        cells[rows, columns] = glyph.kind
+    tall, wide = height // TOKEN, width // TOKEN
+    blocks = cells.reshape(tall, 2, 2, wide, 2, 2).transpose(0, 3, 1, 4, 2, 5)
+    return blocks.reshape(tall * wide * 4, 4)
+
+
+def _centres(low: float, high: float, count: int) -> slice:
+    """Cells whose centre lies between two coordinates."""
+    half = PROBE / 2
+    first = max(0, math.ceil((low - half) / PROBE))
+    return slice(first, max(first, min(count - 1, math.floor((high - half) / PROBE)) + 1))
+
+
+def token_grams(
+    glyphs: Sequence[Glyph], width: int, height: int, vocabulary: dict[str, int]
+) -> list[list[int]]:
+    """Known trigrams whose middle character lies in each visual token, row by row."""
+    across = width // TOKEN
+    tokens: list[list[int]] = [[] for _ in range(across * (height // TOKEN))]
+    for glyph in glyphs:
+        x, y = (glyph.left + glyph.right) / 2, (glyph.top + glyph.bottom) / 2
+        inside = 0 <= x < width and 0 <= y < height
+        if inside and glyph.gram in vocabulary:
+            tokens[int(y) // TOKEN * across + int(x) // TOKEN].append(vocabulary[glyph.gram])
+    return tokens
+
+
+def render_page(text: str, font: str, points: float = 11.0, dpi: int = 144) -> Image.Image:
+    """A US letter page with one inch of margin and ``text`` at its top, as a picture."""
+    scale = dpi / 72
+    page = Image.new("RGB", (int(612 * scale), int(792 * scale)), "white")
+    drawn = ImageDraw.Draw(page)
+    face = _font(font, round(points * scale))
+    margin, line, y = 72 * scale, "", 72 * scale
+    for word in [*text.split(), None]:
+        longer = line if word is None else f"{line} {word}".strip()
+        if word is None or face.getlength(longer) > page.width - 2 * margin:
+            drawn.text((margin, y), line, font=face, fill="black")
+            y += 1.25 * points * scale
+            longer = word or ""
+        line = longer
+    return page

@@ -1,0 +1,335 @@
+"""The nano recipe, on tiny sizes, and the checkpoint that ships."""
+
+import dataclasses
+import json
+import math
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from matplotlib import font_manager
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+
+from mmrag.content import as_content
+from mmrag.embedders import load_embedder
+from mmrag.embedders.loading import SHIPPED
+from mmrag.errors import ConfigError
+from recipes.config import load_config
+from recipes.nano import build, checkpoint, distil, glyphs, grams, texts, tower, vectors
+from recipes.nano.config import NanoConfig, TextConfig, VisionConfig
+
+FONT = font_manager.findfont("DejaVu Sans")
+WORDS = [
+    *("[PAD]", "[UNK]", "the", "cat", "dog", "eats", "fish", "bone", "user", "you", "are", "a"),
+    *("system", "helpful", "assistant", "find", "page"),
+]
+SMALL = VisionConfig(
+    depth=1, width=32, crops=2, crop_width=84, crop_height=28, fonts=(str(Path(FONT).parent),)
+)
+
+
+@pytest.fixture(scope="module")
+def plain():
+    tokenizer = Tokenizer(models.WordPiece({w: i for i, w in enumerate(WORDS)}, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer()
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    return tokenizer
+
+
+@pytest.fixture(scope="module")
+def table():
+    rng = np.random.default_rng(0)
+    return rng.normal(size=(len(WORDS), 61)).astype(np.float32) / 8
+
+
+@pytest.fixture(scope="module")
+def folder(plain, table, tmp_path_factory):
+    """A whole checkpoint of width 64 with an untrained tower."""
+    out = tmp_path_factory.mktemp("nano")
+    config = NanoConfig(
+        data="", work="", out=str(out), mlp=32, text=TextConfig(dim=61), vision=SMALL
+    )
+    student = distil.Student(table, table, {})
+    eyes = tower.new_tower(SMALL, 64, seed=0)
+    torch.nn.init.normal_(eyes.merger.mlp[2].weight, std=0.1)
+    build.write_checkpoint(config, student, eyes, plain)
+    return out
+
+
+@pytest.fixture(scope="module")
+def embedder(folder):
+    return load_embedder(folder, device="cpu")
+
+
+def summed(words, table):
+    total = sum(table[WORDS.index(word)] for word in words.split())
+    return total / np.linalg.norm(total)
+
+
+# --- the decoder -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text", ["the cat eats fish", "user", "you are a helpful assistant"])
+def test_text_is_the_sum_of_its_token_vectors(embedder, table, text):
+    vector = embedder.encode([text])[0]
+    assert vector[:61] @ summed(text, table) > 0.9995
+    assert np.all(vector[61:] == 0)
+
+
+def test_words_of_prompt_and_instruction_stay_out_of_the_sum(embedder, table):
+    vector = embedder.encode(["cat"], instruction="Find the dog page for the user.")[0]
+    assert vector[:61] @ summed("cat", table) > 0.9995
+
+
+def test_long_text_is_summed_to_the_end(embedder, table):
+    text = "the " * 300 + "fish " * 300
+    assert embedder.encode([text])[0][:61] @ summed("the fish", table) > 0.999
+
+
+def test_empty_text_has_a_vector_of_its_own(embedder):
+    vector = embedder.encode([""])[0]
+    assert math.isclose(float(np.linalg.norm(vector)), 1.0, rel_tol=1e-5)
+
+
+def test_picture_is_the_sum_of_its_visual_tokens(embedder):
+    page = glyphs.render_page("the cat eats fish", FONT)
+    vector = embedder.encode([page])[0]
+    backbone = embedder.backbone
+    with torch.no_grad():
+        tokens = backbone.image_features([backbone.prepare(as_content(page), None)])
+    total = tokens[:, :61].sum(0)
+    assert vector[:61] @ (total / total.norm()).numpy() > 0.99
+
+
+def test_width_must_hold_whole_heads():
+    with pytest.raises(ValueError, match="dimensions"):
+        checkpoint.hidden_size(60)
+
+
+# --- text data -------------------------------------------------------------------------------
+
+
+def test_passages_end_with_sentences_and_lose_nothing():
+    text = "One two three. Four five. Six seven eight nine. Ten."
+    cut = texts.passages(text, 5)
+    assert cut == ["One two three. Four five.", "Six seven eight nine. Ten."]
+
+
+def test_wordnet_line_gives_words_and_gloss(tmp_path):
+    line = "00001740 03 n 02 entity 0 living_thing 1 002 ~ 00001930 n 0000 | what exists; a test"
+    (tmp_path / "data.noun").write_text(f"  1 licence text\n{line}\n")
+    assert list(texts.wordnet(tmp_path, 50)) == [
+        texts.Pair("entity, living thing", "what exists; a test", "wordnet")
+    ]
+
+
+def test_manual_gives_each_heading_its_own_paragraphs(tmp_path):
+    body = "word " * 30
+    page = f"<h2>1.2. Vacuum¶</h2><p>{body}</p><h3>Other</h3><p>short</p>"
+    (tmp_path / "a.html").write_text(page)
+    (pair,) = texts.manual(tmp_path, 100)
+    assert pair.query == "Vacuum"
+    assert pair.text == body.strip()
+
+
+def test_cloze_takes_its_sentence_out_of_the_passage():
+    pair = texts.Pair("q", "This is the first one. Here comes the second. And last a third.", "s")
+    cloze = texts.inverse_cloze(pair, random.Random(0))
+    assert cloze.query in pair.text
+    assert cloze.query not in cloze.text
+    assert sorted((cloze.query + " " + cloze.text).split()) == sorted(pair.text.split())
+
+
+def test_absent_source_is_reported_and_left_out(tmp_path, capsys):
+    assert texts.read_pairs(tmp_path, {"medquad": 5}, 50, 0) == []
+    assert "medquad" in capsys.readouterr().out
+
+
+# --- vectors and distillation ----------------------------------------------------------------
+
+
+def test_rare_pieces_weigh_more():
+    counts = np.full(vectors.FIRST_PIECE + 3, 5)
+    counts[-3:] = 1000, 10, 0
+    weights = vectors.rarity(counts, 2.0)
+    assert weights[-3] < weights[-2] < weights[-1]
+
+
+def test_trigrams_have_word_ends_and_skip_marks():
+    assert grams.trigrams("A to!") == [" a ", None, " to", "to ", None]
+    assert grams.count("to to")["to "] == 2
+
+
+def test_chosen_bags_embed_as_all_bags_do(table):
+    bags = distil.Bags.of([[1, 2], [], [3, 3, 4]], [[1, 2], [], [1, 1, 5]])
+    weights = torch.from_numpy(table)
+    whole = bags.embed(weights)
+    expected = table[3] * 2 + table[4] * 5
+    assert torch.allclose(bags.take(np.array([2, 1])).embed(weights), whole[[2, 1]])
+    assert np.allclose(whole[2], expected / np.linalg.norm(expected), atol=1e-6)
+
+
+def test_distillation_learns_what_the_teacher_knows(plain, table):
+    """The teacher calls a cat a dog; at the start the student does not."""
+    queries = ["cat", "fish", "bone", "page"] * 8
+    passages = ["dog", "eats", "helpful", "find"] * 8
+    rng = np.random.default_rng(1)
+    same = np.repeat(rng.normal(size=(1, 4, 16)), 8, axis=0).reshape(32, 16)
+    teacher = same / np.linalg.norm(same, axis=1, keepdims=True)
+    pairs = [texts.Pair(q, p, "") for q, p in zip(queries, passages, strict=True)]
+    config = TextConfig(epochs=40, batch=4, held_out=0, gram_count=1, learning_rate=0.02)
+    student = distil.distil(pairs, (teacher, teacher), table, plain, config, seed=0)
+    cat, dog, eats = (student.words[WORDS.index(w)] for w in ("cat", "dog", "eats"))
+    assert cosine(cat, dog) > cosine(cat, eats) + 0.3
+    assert cosine(table[WORDS.index("cat")], table[WORDS.index("dog")]) < 0.5
+    seen = sum(student.grams[student.vocabulary[g]] for g in (" do", "dog", "og "))
+    assert cosine(cat, seen) > 0.5
+
+
+def cosine(a, b):
+    return float(a @ b / (np.linalg.norm(a) * np.linalg.norm(b)))
+
+
+# --- the tower -------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def crop():
+    layout = glyphs.Layout(font=FONT, size=24, leading=1.2, x=2, y=0, ink=0, paper=255)
+    return glyphs.render(["to", "be"], 84, 28, layout)
+
+
+def test_characters_lie_where_they_are_said_to_lie(crop):
+    picture, found = crop
+    assert [glyphs.CLASSES[g.kind] for g in found] == list("tobe")
+    dark = np.asarray(picture) < 128
+    for glyph in found:
+        assert dark[:, round(glyph.left) : round(glyph.right)].any()
+    gap = slice(math.ceil(found[1].right), math.floor(found[2].left))
+    assert not dark[:, gap].any()
+
+
+def test_probes_and_trigrams_follow_the_characters(crop):
+    _, found = crop
+    classes = glyphs.probe_classes(found, 84, 28)
+    assert classes.shape == (12, 4)
+    first, second = found[0], found[1]
+    row = 14 + 3.5  # the third row of probes
+    for glyph in (first, second):
+        column = int((glyph.left + glyph.right) / 2 // 7)
+        if glyph.left <= column * 7 + 3.5 <= glyph.right:
+            patch = (int(row) // 14 % 2) * 2 + column // 2 % 2 + 4 * (column // 4)
+            assert classes[patch, column % 2] == glyph.kind
+    tokens = glyphs.token_grams(found, 84, 28, {" to": 0, "to ": 1, " be": 2, "be ": 3})
+    assert sorted(i for token in tokens for i in token) == [0, 1, 2, 3]
+    assert 0 in tokens[0]
+
+
+def test_each_head_starts_on_its_neighbour():
+    heads = 6
+    config = dataclasses.replace(SMALL, width=heads * tower.HEAD_DIM)
+    eyes = tower.new_tower(config, 64, seed=0)
+    bias = eyes.blocks[0].attn.qkv.bias.detach().view(3, heads, tower.HEAD_DIM)
+    size = 8
+    pairs = tower.HEAD_DIM // 4
+    frequency = 10000.0 ** (-2 * np.arange(pairs) / (tower.HEAD_DIM // 2))
+    row, column = np.divmod(np.arange(size * size), size)
+    angles = np.concatenate([row[:, None] * frequency, column[:, None] * frequency], axis=1)
+
+    def turned(vector):
+        half = tower.HEAD_DIM // 2
+        a, b = vector[:half].numpy(), vector[half:].numpy()
+        cos, sin = np.cos(angles), np.sin(angles)
+        return np.concatenate([a * cos - b * sin, b * cos + a * sin], axis=1)
+
+    here = 3 * size + 3
+    for head, (down, right) in enumerate(tower.NEIGHBOURS):
+        logits = turned(bias[0, head])[here] @ turned(bias[1, head]).T
+        assert logits.argmax() == (3 + down) * size + 3 + right
+
+
+def test_cosine_patches_are_orthogonal():
+    flat = tower.cosine_patches(32)[:, 0, 0].flatten(1)
+    gram = flat @ flat.T
+    assert torch.allclose(gram, torch.diag(gram.diag()), atol=1e-6)
+
+
+def test_tower_learns_and_goes_on_where_it_stopped(tmp_path, capsys):
+    letters = torch.randn(3, 61)
+    crops = tower.Crops(["to be or not to be"] * 20, letters, {" to": 0, " be": 1}, SMALL, 0)
+    config = dataclasses.replace(SMALL, minutes=0.02)
+    out = tmp_path / "tower.pt"
+    tower.train_tower(config, 64, crops, out, seed=0)
+    first = torch.load(out, weights_only=True)
+    tower.train_tower(dataclasses.replace(config, minutes=0.03), 64, crops, out, seed=0)
+    second = torch.load(out, weights_only=True)
+    assert second["step"] > first["step"] > 0
+    batch = crops.batch()
+    head = torch.nn.Linear(SMALL.width, 4 * len(glyphs.CLASSES))
+    eyes = tower.new_tower(SMALL, 64, seed=0)
+    before = tower.read_loss(eyes, head, batch)[0]
+    eyes.load_state_dict(second["tower"])
+    head.load_state_dict(second["head"])
+    assert tower.read_loss(eyes, head, batch)[0] < before
+
+
+def test_missing_fonts_are_an_error(tmp_path):
+    with pytest.raises(FileNotFoundError, match="fonts"):
+        tower.Crops(["a"], torch.zeros(1, 4), {}, dataclasses.replace(SMALL, fonts=("/none",)), 0)
+
+
+# --- configuration and the shipped folder ----------------------------------------------------
+
+
+def test_shipped_configuration_is_read_and_unknown_keys_are_refused(tmp_path):
+    given = Path(build.__file__).with_name("nano.toml")
+    config = load_config(NanoConfig, given, ["text.epochs=1"])
+    assert config.text.epochs == 1
+    assert config.text.limits["medquad"] > 0
+    with pytest.raises(ConfigError, match="epoch"):
+        load_config(NanoConfig, given, ["text.epoch=1"])
+
+
+def test_finished_steps_are_not_done_again(tmp_path, table):
+    config = NanoConfig(data="/none", work=str(tmp_path), out="", text=TextConfig(dim=61))
+    pairs = [texts.Pair("q", "p", "s")]
+    texts.write_pairs(pairs, tmp_path / "pairs.jsonl")
+    names = np.array([" to", "to "])
+    np.savez(tmp_path / "student.npz", words=table, grams=table[:2], vocabulary=names)
+    assert build.read_pairs(config) == pairs
+    student = build.learn_text(config, build.Sources(Path(), Path()), pairs)
+    assert student.vocabulary == {" to": 0, "to ": 1}
+    assert np.array_equal(student.words, table)
+
+
+@pytest.fixture(scope="module")
+def shipped():
+    return load_embedder("mmrag-nano", device="cpu")
+
+
+def test_shipped_checkpoint_is_small_and_says_what_it_takes(shipped):
+    folder = SHIPPED / "mmrag-nano"
+    assert sum(path.stat().st_size for path in folder.iterdir()) <= 48_000_000
+    settings = json.loads((folder / "mmrag.json").read_text())
+    assert shipped.modalities == frozenset(settings["modalities"])
+    assert shipped.dim == 384
+
+
+def test_shipped_checkpoint_finds_the_passage(shipped):
+    passages = [
+        "Vision care pays for one eye exam and a pair of glasses each year.",
+        "The pilot reported a loss of engine power during the climb.",
+        "Net revenue grew by four percent on higher sales.",
+    ]
+    questions = ["Who pays for my spectacles?", "Why did the airplane crash?", "How much profit?"]
+    scores = shipped.encode(questions, "page_for_question") @ shipped.encode(passages).T
+    assert scores.argmax(axis=1).tolist() == [0, 1, 2]
+
+
+def test_leading_dimensions_of_the_shipped_checkpoint_carry_most(shipped):
+    words = ["cat", "dog", "income tax", "revenue", "aircraft", "engine", "doctor", "nurse"]
+    full, short = shipped.encode(words), shipped.encode(words, dim=128)
+    off = ~np.eye(len(words), dtype=bool)
+    assert np.corrcoef((full @ full.T)[off], (short @ short.T)[off])[0, 1] > 0.8
