@@ -67,7 +67,10 @@ def load_lamra(
     min_image_tokens: int | None = None,
     max_image_tokens: int | None = None,
 ) -> Qwen2VLBackbone:
-    """Load LamRA-Ret. Bounds of pictures are the checkpoint's own: up to 16384 tokens each."""
+    """Load LamRA-Ret. Bounds of pictures are the checkpoint's own: up to 16384 tokens each.
+
+    Positions are plain, as in its training code; its demo has M-RoPE under later transformers.
+    """
     recipe = Recipe("lamra", lamra_prompt, qwen_fetch_size, max_length)
     return load_qwen2_vl(folder, placement, recipe, min_image_tokens, max_image_tokens)
 
