@@ -4,7 +4,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v p
 BIN := .venv/bin
 PIP := $(BIN)/pip --quiet --disable-pip-version-check
 DEMO := build/demo
-QUESTION ?= How many days of paid leave does a keeper get after five years?
+QUESTION ?= When may I water with the hose in summer?
 
 .PHONY: demo test test-slow lint docs bench clean
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
         ReadError,
     )
     from mmrag.index import UniversalIndex
-    from mmrag.ingest import IngestReport, ingest
+    from mmrag.ingest import IngestReport
     from mmrag.reading import ReadOptions, read_file
     from mmrag.retriever import UniversalRetriever
 
@@ -52,7 +52,6 @@ _HOME = {
     "UniversalIndex": "index",
     "UniversalRetriever": "retriever",
     "Where": "collection",
-    "ingest": "ingest",
     "load_embedder": "embedders",
     "load_image": "content",
     "read_file": "reading",
@@ -80,7 +79,6 @@ __all__ = [
     "UniversalRetriever",
     "Where",
     "__version__",
-    "ingest",
     "load_embedder",
     "load_image",
     "read_file",

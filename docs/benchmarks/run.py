@@ -1,0 +1,144 @@
+"""Benchmarks that need no data: ratios on this machine, in this run.
+
+    make bench
+    python docs/benchmarks/run.py engine      # batches by tokens against one by one and by count
+    python docs/benchmarks/run.py gradcache   # memory and speed of cached steps
+
+Models have random weights of a small Qwen2-VL shape; speeds compare only within a run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import resource
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[2] / "tests")]
+
+import numpy as np
+from PIL import Image
+from tiny import save_qwen2_vl
+
+from mmrag.content import Content
+from mmrag.embedders import load_embedder
+
+ROUNDS = 3
+
+
+def timed(work: Callable[[], object]) -> float:
+    """Median seconds of three runs after one that is not counted."""
+    work()
+    seconds = []
+    for _ in range(ROUNDS):
+        started = time.perf_counter()
+        work()
+        seconds.append(time.perf_counter() - started)
+    return statistics.median(seconds)
+
+
+def mixed_contents(count: int) -> list[Content]:
+    """Texts from a line to a page, and pictures of pages, figures and icons."""
+    chance = np.random.default_rng(0)
+    contents = []
+    for number in range(count):
+        if number % 3:
+            contents.append(Content("word " * int(chance.integers(3, 400))))
+        else:
+            height, width = chance.integers(60, 500, 2)
+            noise = chance.integers(0, 255, (height, width, 3), dtype=np.uint8)
+            contents.append(Content(image=Image.fromarray(noise)))
+    return contents
+
+
+def engine(folder: Path) -> None:
+    """Items per second: one at a time, sixteen at a time in the given order, by tokens."""
+    model = save_qwen2_vl(folder / "model")
+    embedder = load_embedder(model, family="gme", device="cpu")
+    contents = mixed_contents(96)
+
+    def one_by_one() -> None:
+        for content in contents:
+            embedder.encode([content])
+
+    def sixteen(budget: int) -> None:
+        wide = load_embedder(model, family="gme", device="cpu", token_budget=budget)
+        for start in range(0, len(contents), 16):
+            wide.encode(contents[start : start + 16])
+
+    base = timed(one_by_one)
+    rows = [
+        ("one at a time", base),
+        ("16 at a time, padded to the longest", timed(lambda: sixteen(10**9))),
+        ("by tokens (4,096)", timed(lambda: embedder.encode(contents))),
+    ]
+    print("| batches | items/s | against one at a time |\n|---|---|---|")
+    for name, seconds in rows:
+        print(f"| {name} | {len(contents) / seconds:.1f} | {base / seconds:.2f} |")
+
+
+def _step(model: str, batch: int, chunk: int, answer: multiprocessing.Queue[list[float]]) -> None:
+    """Peak memory over the loaded model, in MiB, and seconds of a step; in its own process."""
+    import torch
+
+    from mmrag.embedders import load_backbone
+    from recipes import gradcache
+
+    torch.set_num_threads(1)
+    backbone = load_backbone(model, family="gme", device="cpu")
+    backbone.model.train()
+    inputs = [backbone.prepare(Content("word " * 200), None) for _ in range(batch)]
+
+    def step() -> None:
+        for parameter in backbone.model.parameters():
+            parameter.grad = None
+        gradcache.step(backbone.forward, inputs, lambda v: (v @ v.T).logsumexp(1).mean(), chunk)
+
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    started = time.perf_counter()
+    step()
+    seconds = time.perf_counter() - started
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    answer.put([(peak - before) / 1024, seconds])
+
+
+def gradcache(folder: Path) -> None:
+    """Memory of a training step as the batch grows, with a cache of 8 and without."""
+    model = save_qwen2_vl(folder / "model")
+    config = json.loads((model / "config.json").read_text())
+    print(f"model: {config['num_hidden_layers']} layers, width {config['hidden_size']}, 200 words")
+    print("| batch | MiB, cached by 8 | MiB, at once | items/s, cached | items/s, at once |")
+    print("|---|---|---|---|---|")
+    context = multiprocessing.get_context("spawn")
+    for batch in (16, 32, 64, 128):
+        results = []
+        for chunk in (8, 0):
+            answer = context.Queue()
+            process = context.Process(target=_step, args=(str(model), batch, chunk, answer))
+            process.start()
+            results.append(answer.get())
+            process.join()
+        (cached, slow), (whole, fast) = results
+        speeds = f"{batch / slow:.1f} | {batch / fast:.1f}"
+        print(f"| {batch} | {cached:.0f} | {whole:.0f} | {speeds} |")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the benchmarks that are named, or all."""
+    known = {"engine": engine, "gradcache": gradcache}
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("names", nargs="*", help=f"of {', '.join(known)}")
+    for name in parser.parse_args(arguments).names or known:
+        with tempfile.TemporaryDirectory() as folder:
+            print(f"\n{known[name].__doc__}\n")
+            known[name](Path(folder))
+
+
+if __name__ == "__main__":
+    main()
