@@ -36,6 +36,8 @@ SUPPORT = 0.4
 SUPPORT_COSINE = 0.85
 """Cosine of claim and passage that stands in for shared words."""
 
+_TO_EMBED = 32  # passages of a page that are compared by meaning, those with most words first
+
 _MARK = re.compile(
     r"[ \t]*[\[\u3010]\s*(?:sources?\s*|\^)?(\d{1,4}(?:\s*[,;\u2013-]\s*(?:source\s*)?\d{1,4})*)"
     r"(?:\u2020[^\]\u3011]*)?\s*[\]\u3011](?!\()",
@@ -182,9 +184,10 @@ def locate(source: Source, quote: str) -> Source:
     A file that has gone or changed since it was indexed loses the boxes, not the answer.
     """
     boxes: Sequence[Sequence[float]] = []
-    if source.page is not None and Path(source.file).suffix.lower() == ".pdf":
+    path = Path(source.file)
+    if source.page is not None and path.suffix.lower() == ".pdf":
         try:
-            boxes = locate_quote(Path(source.file), source.page, quote)
+            boxes = locate_quote(path, source.page, quote) if path.is_file() else []
         except (MMRagError, OSError) as error:
             logger.warning("The quote of [%d] cannot be located: %s", source.n, error)
     found = tuple((float(x0), float(y0), float(x1), float(y1)) for x0, y0, x1, y1 in boxes)
@@ -204,10 +207,10 @@ def best_passage(
     words = [terms(passage) for passage in passages]
     idf, wanted = Idf([terms(sentence) for sentence in sentences(source.text)]), terms(claim)
     shared = np.asarray([idf.coverage(wanted, having) for having in words])
-    if similarity is not None:
-        alike = np.clip(similarity([claim], passages)[0], 0, 1)
-        # Meaning counts as words do once it reaches the cosine that stands in for them.
-        shared = np.maximum(shared, np.where(alike >= SUPPORT_COSINE, SUPPORT, 0)) + 0.1 * alike
+    if similarity is not None and shared.max() < SUPPORT:
+        near = np.argsort(-shared, kind="stable")[:_TO_EMBED]
+        alike = similarity([claim], [passages[i] for i in near])[0]
+        shared[near] = np.where(alike >= SUPPORT_COSINE, alike, shared[near])
     # Of equals, the shorter passage is the better quote.
     best = max(range(len(passages)), key=lambda i: (round(float(shared[i]), 3), -len(passages[i])))
     return min(1.0, float(shared[best])), passages[best]

@@ -45,7 +45,7 @@ def open_llm(
             OpenAI's models; else it is ``ASSUMED_WINDOW``, with a warning.
         api_key: sent as a bearer token.
         max_tokens: longest answer.
-        timeout: seconds for one request, of which there are at most three.
+        timeout: seconds for one request, of which there are at most two.
 
     Raises: ConfigError without a model, EndpointError if one has to be asked for in vain.
     """
@@ -80,7 +80,7 @@ def open_llm(
         context_window=window,
         max_tokens=max_tokens,
         timeout=timeout,
-        max_retries=2,
+        max_retries=1,
         temperature=0.0,
     )
 

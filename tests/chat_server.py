@@ -9,17 +9,20 @@ class ChatServer:
     """Answers every chat with ``answer``; keeps the request bodies in ``requests``.
 
     mode: ``ok``, ``refuse`` (HTTP 400), ``deny`` (401), ``missing`` (404), ``garbage`` (no JSON),
-    ``hollow`` (JSON of another shape), ``cut`` (the connection ends in mid-answer).
+    ``hollow`` (JSON of another shape), ``cut`` (the connection ends in mid-answer), ``hang`` (no
+    answer until it closes).
     """
 
     def __init__(self, answer="", mode="ok", models=({"id": "tiny", "max_model_len": 20_000},)):
         self.answer, self.mode, self.models = answer, mode, list(models)
         self.requests = []
+        self.closed = threading.Event()
         self._http = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
         self.url = f"http://127.0.0.1:{self._http.server_port}/v1"
         threading.Thread(target=self._http.serve_forever, args=(0.05,), daemon=True).start()
 
     def close(self):
+        self.closed.set()
         self._http.shutdown()
         self._http.server_close()
 
@@ -46,6 +49,8 @@ class _Handler(BaseHTTPRequestHandler):
                 self._json(status, {"error": {"message": f"no: {mode}"}})
             case "garbage":
                 self._send(b"<html>not json</html>")
+            case "hang":
+                self.chat.closed.wait(20)
             case "hollow":
                 self._json(200, {"surprise": True})
             case _ if body.get("stream"):

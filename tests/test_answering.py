@@ -94,7 +94,9 @@ class Found(BaseRetriever):
 
 
 @pytest.fixture(autouse=True)
-def no_pdf(monkeypatch):
+def no_pdf(monkeypatch, tmp_path):
+    (tmp_path / "plans.pdf").touch()
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(citations, "locate_quote", lambda *_: [(1, 2, 3, 4)])
 
 
@@ -470,6 +472,14 @@ def test_every_failure_of_the_server_is_one_clear_error(hits, server, mode, mess
         response = CitedQueryEngine(Found(hits), llm, streaming=streaming).query(QUESTION)
         if streaming:
             response.get_response()
+
+
+def test_a_server_that_hangs_is_given_up(hits, server):
+    server.mode = "hang"
+    llm = open_llm("tiny", server.url, timeout=0.3)
+    llm.max_retries = 0
+    with pytest.raises(EndpointError, match="in time"):
+        CitedQueryEngine(Found(hits), llm).query(QUESTION)
 
 
 async def test_failures_are_clear_in_async_too(hits, server):

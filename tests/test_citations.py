@@ -20,8 +20,10 @@ TEETH = "Dental cleaning is free for children under 12. Adults pay for crowns."
 
 
 @pytest.fixture(autouse=True)
-def no_pdf(monkeypatch):
-    """Quotes are located without a file: a box per quote, its width the quote's length."""
+def no_pdf(monkeypatch, tmp_path):
+    """Quotes are located in an empty file: a box per quote, its width the quote's length."""
+    (tmp_path / "a.pdf").touch()
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(
         citations, "locate_quote", lambda path, page, quote: [(1, 2, 1 + len(quote), 4)]
     )
@@ -177,6 +179,8 @@ def test_a_file_that_has_gone_costs_the_box_not_the_quote(monkeypatch, caplog):
     found = locate(SOURCES[0], "eye")
     assert (found.quote, found.box) == ("eye", None)
     assert "cannot be located" in caplog.text
+    moved = locate(source(1, "x", file="moved.pdf"), "x")
+    assert (moved.quote, moved.box) == ("x", None)
 
 
 def test_only_pdfs_are_searched_for_boxes():
