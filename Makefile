@@ -28,7 +28,7 @@ docs: .venv/.docs
 	$(BIN)/mkdocs build --strict --site-dir build/site
 
 bench: .venv/.dev
-	$(BIN)/python docs/benchmarks/run.py
+	PYTHONPATH=.:tests $(BIN)/python docs/benchmarks/run.py $(NAMES)
 
 clean:
 	rm -rf .venv build dist

@@ -1,8 +1,8 @@
 """Benchmarks that need no data: ratios on this machine, in this run.
 
     make bench
-    python docs/benchmarks/run.py engine      # batches by tokens against one by one and by count
-    python docs/benchmarks/run.py gradcache   # memory and speed of cached steps
+    make bench NAMES=engine      # batches by tokens against one by one and by count
+    make bench NAMES=gradcache   # memory and speed of cached steps
 
 Models have random weights of a small Qwen2-VL shape; speeds compare only within a run.
 """
@@ -14,13 +14,10 @@ import json
 import multiprocessing
 import resource
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-
-sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[2] / "tests")]
 
 import numpy as np
 from PIL import Image
