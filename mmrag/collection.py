@@ -12,7 +12,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
+from typing import TYPE_CHECKING, Any
 from uuid import UUID, uuid5
 
 import numpy as np
@@ -32,17 +32,27 @@ from mmrag.engines import (
     Schema,
     Scored,
     ServerEngine,
-    check_language,
 )
 from mmrag.errors import CollectionError, ConfigError, MissingCollectionError
+from mmrag.settings import CollectionSettings, View, refuse_other
 
 if TYPE_CHECKING:
     from llama_index.vector_stores.qdrant import QdrantVectorStore
 
+__all__ = [
+    "Collection",
+    "CollectionSettings",
+    "FileEntry",
+    "Scored",
+    "View",
+    "Where",
+    "matching_paths",
+    "node_image",
+    "node_text",
+]
+
 log = logging.getLogger(__name__)
 
-View: TypeAlias = Literal["image", "text", "fused"]
-VIEWS: tuple[View, ...] = get_args(View)
 SCHEMA_VERSION = 1
 
 _NAMESPACE = UUID("5a3c1f0e-6f0b-4d57-9f5e-0d6c2f3b8a11")
@@ -53,32 +63,6 @@ _KEYWORDS = ("file", "kind", "sha256", "doc_id")
 _INTEGERS = ("page",)
 _SHARD = "qdrant"
 _IMAGES = "images"
-
-
-@dataclass(frozen=True)
-class CollectionSettings:
-    """What a collection was built with; every vector in it depends on these.
-
-    embedder: name the embedder was loaded by; ``fingerprint`` identifies it exactly.
-    dim: length of the stored vectors.
-    views: the named vectors that nodes may have.
-    reading: the options files were read with.
-    language: stemming and stop words of BM25; ``"none"`` for neither.
-    """
-
-    embedder: str
-    fingerprint: str
-    dim: int
-    views: tuple[View, ...] = ("image", "text")
-    reading: Mapping[str, Any] = field(default_factory=dict)
-    language: str = "english"
-
-    def __post_init__(self) -> None:
-        if self.dim < 1:
-            raise ConfigError(f"dim={self.dim}: vectors need at least one dimension.")
-        if not self.views or not set(self.views) <= set(VIEWS):
-            raise ConfigError(f"views={self.views}: give one or more of {', '.join(VIEWS)}.")
-        check_language(self.language)
 
 
 @dataclass(frozen=True)
@@ -470,7 +454,7 @@ def _agree(engine: Engine, wanted: CollectionSettings | None, place: _Place) -> 
                 f"{place} was not made by mmrag: it has other vectors. Choose another name."
             )
         engine.create(_schema(wanted))
-    payload = {"kind": "settings", "schema": SCHEMA_VERSION, "settings": _as_json(wanted)}
+    payload = {"kind": "settings", "schema": SCHEMA_VERSION, "settings": wanted.to_json()}
     engine.upsert([Point(_SETTINGS_ID, payload)])
     engine.flush()
     return wanted
@@ -486,43 +470,7 @@ def _stored_settings(engine: Engine, place: _Place) -> CollectionSettings | None
             f"{place} was built by a newer mmrag (schema {payload['schema']}, this version knows "
             f"{SCHEMA_VERSION}). Upgrade: pip install -U mmrag"
         )
-    values = payload["settings"]
-    return CollectionSettings(**(values | {"views": tuple(values["views"])}))
-
-
-def refuse_other(stored: CollectionSettings, wanted: CollectionSettings, place: object) -> None:
-    """Raise CollectionError if the collection was built with anything but ``wanted``."""
-    remedy = f"Open it with embedder {stored.embedder!r}, or build another collection elsewhere."
-    if stored.fingerprint != wanted.fingerprint:
-        same_name = stored.embedder == wanted.embedder
-        other = (
-            f"another version of {stored.embedder!r} (its weights or settings have changed)"
-            if same_name
-            else f"{stored.embedder!r}, not by {wanted.embedder!r}"
-        )
-        if same_name:
-            remedy = "Load the version that built it, or build another collection elsewhere."
-        raise CollectionError(
-            f"{place} was built by {other}. Vectors of different models cannot be compared. "
-            + remedy
-        )
-    old, new = _as_json(stored), _as_json(wanted)
-    changed = [
-        key for key in old if key not in ("embedder", "fingerprint") and old[key] != new[key]
-    ]
-    if changed:
-        differences = "; ".join(f"{key}: {old[key]!r}, not {new[key]!r}" for key in changed)
-        raise CollectionError(
-            f"{place} was built with other settings ({differences}). Open it with its own by "
-            "leaving them out, or build another collection elsewhere."
-        )
-
-
-def _as_json(settings: CollectionSettings) -> dict[str, Any]:
-    return dataclasses.asdict(settings) | {
-        "views": list(settings.views),
-        "reading": dict(settings.reading),
-    }
+    return CollectionSettings.from_json(payload["settings"])
 
 
 def _schema(settings: CollectionSettings) -> Schema:

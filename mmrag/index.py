@@ -12,17 +12,15 @@ from qdrant_client import QdrantClient
 
 from mmrag.collection import (
     Collection,
-    CollectionSettings,
     FileEntry,
-    View,
     Where,
     matching_paths,
-    refuse_other,
 )
 from mmrag.embedders.base import Embedder
 from mmrag.errors import ConfigError, MissingCollectionError
 from mmrag.ingest import IngestReport, Progress, ingest, reading_settings
 from mmrag.reading import ReadOptions
+from mmrag.settings import CollectionSettings, View, refuse_other
 
 if TYPE_CHECKING:
     from llama_index.core.llms import LLM

@@ -8,25 +8,24 @@ from __future__ import annotations
 
 import logging
 import os
-import threading
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
-from queue import Empty, Full, Queue, SimpleQueue
 from typing import Any, TypeAlias
 
 import numpy as np
 from llama_index.core.schema import BaseNode
 from numpy.typing import NDArray
 
-from mmrag.collection import Collection, FileEntry, View, node_image, node_text
+from mmrag.collection import Collection, FileEntry, node_image, node_text
 from mmrag.content import Content
 from mmrag.embedders.base import Embedder
 from mmrag.errors import CollectionError, ContentError, ReadError
+from mmrag.pipeline import End, run_ahead
 from mmrag.reading import ReadOptions, ReadPage, file_sha256, find_files, read_file
+from mmrag.settings import View
 
 log = logging.getLogger(__name__)
 
@@ -113,7 +112,12 @@ def ingest(
         collection.move_file(entry, path)
         report.moved[path] = entry.file
     workers = workers or max(1, min(8, (os.cpu_count() or 1) // 2))
-    events = _read_ahead(plan.jobs, collection.images_dir, options, workers)
+
+    def read(job: _Job, put: Callable[[ReadPage | ReadError], None]) -> None:
+        for page in read_file(job.path, collection.images_dir, options, put, job.sha256):
+            put(page)
+
+    events = run_ahead(read, plan.jobs, workers, _PAGES_AHEAD)
     try:
         for job, event in events:
             writer.take(job, event)
@@ -252,84 +256,7 @@ def _note_missing_views(collection: Collection, embedder: Embedder, report: Inge
         )
 
 
-@dataclass(frozen=True)
-class _End:
-    """A file has been read to its end, or given up because of ``error``."""
-
-    error: Exception | None = None
-
-
-_Event: TypeAlias = ReadPage | ReadError | _End
-
-
-def _read_ahead(
-    jobs: Sequence[_Job], images_dir: Path, options: ReadOptions, workers: int
-) -> Generator[tuple[_Job, _Event], None, None]:
-    """Read files in threads, at most ``_PAGES_AHEAD`` pages ahead; closing it ends them."""
-    todo: SimpleQueue[_Job] = SimpleQueue()
-    for job in jobs:
-        todo.put(job)
-    ready: Queue[tuple[_Job, _Event]] = Queue(_PAGES_AHEAD)
-    stop = threading.Event()
-
-    def read_some() -> None:
-        while not stop.is_set():
-            try:
-                job = todo.get_nowait()
-            except Empty:
-                return
-            _read_one(job, images_dir, options, partial(_put, ready, stop, job))
-
-    # Daemons: one that waits for a slow page must not hold up Ctrl-C.
-    threads = [
-        threading.Thread(target=read_some, name=f"mmrag-read-{n}", daemon=True)
-        for n in range(min(workers, len(jobs)))
-    ]
-    for thread in threads:
-        thread.start()
-    try:
-        unfinished = len(jobs)
-        while unfinished:
-            job, event = ready.get()
-            unfinished -= isinstance(event, _End)
-            yield job, event
-    finally:
-        stop.set()
-        for thread in threads:
-            thread.join(timeout=1.0)
-
-
-class _Stopped(Exception):
-    """The consumer has gone away."""
-
-
-def _put(
-    ready: Queue[tuple[_Job, _Event]], stop: threading.Event, job: _Job, event: _Event
-) -> None:
-    while not stop.is_set():
-        try:
-            return ready.put((job, event), timeout=0.1)
-        except Full:
-            continue
-    raise _Stopped
-
-
-def _read_one(
-    job: _Job, images_dir: Path, options: ReadOptions, put: Callable[[_Event], None]
-) -> None:
-    """Everything of one file, then its end. Whatever goes wrong here is the consumer's to judge."""
-    try:
-        try:
-            for page in read_file(job.path, images_dir, options, put, job.sha256):
-                put(page)
-        except _Stopped:
-            raise
-        except Exception as error:  # noqa: BLE001 - passed on to the main thread
-            put(_End(error))
-        else:
-            put(_End())
-    except _Stopped:
-        return
+_Event: TypeAlias = ReadPage | ReadError | End
 
 
 _Waiting: TypeAlias = tuple[_Job, BaseNode, dict[View, Content]]
@@ -364,7 +291,7 @@ class _Writer:
                 self._take_page(job, event)
             case ReadError():
                 self._fail(job, event)
-            case _End():
+            case End():
                 self._end(job, event.error)
 
     def flush(self) -> None:

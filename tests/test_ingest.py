@@ -17,6 +17,7 @@ from mmrag.collection import Collection, CollectionSettings, Where
 from mmrag.engines import Filter
 from mmrag.errors import CollectionError, EndpointError
 from mmrag.ingest import ingest, reading_settings
+from mmrag.pipeline import THREAD_NAME
 from mmrag.reading import ReadOptions, ReadPage
 
 OPTIONS = ReadOptions(dpi=50, passage_words=20, passage_overlap=0)
@@ -407,7 +408,7 @@ def test_ctrl_c_ends_the_threads_and_leaves_a_usable_collection(collection, file
     write("in/long.txt", long_text("long", 100))
     with pytest.raises(KeyboardInterrupt):
         ingest(["in"], collection, Interrupting(2, KeyboardInterrupt()), workers=4)
-    assert not [t for t in threading.enumerate() if t.name.startswith("mmrag-read")]
+    assert not [t for t in threading.enumerate() if t.name.startswith(THREAD_NAME)]
     stored = collection.count()
     report = ingest(["in"], collection, FakeEmbedder())
     assert report.failed == [] and collection.count() > stored

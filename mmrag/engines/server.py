@@ -186,6 +186,8 @@ class ServerEngine(Engine):
 
     def _indexes(self, schema: Schema) -> dict[str, Any]:
         if self._local:
+            if schema.language != NO_LANGUAGE:
+                log.warning("Qdrant's local mode has no stemming: BM25 matches words as they are.")
             # Local mode has no other index, and ranks only text that is neither stemmed nor
             # stripped of stop words.
             return {
