@@ -43,6 +43,9 @@ FAMILIES: dict[str, tuple[str, str]] = {
     "moca": ("moca", "load_moca"),
 }
 
+# Not a Backbone but an Embedder of its own, for any other model.
+SENTENCE_TRANSFORMERS = "sentence-transformers"
+
 # What a folder is taken for when nothing else tells: its config's model_type.
 _BY_MODEL_TYPE = {
     "qwen2_vl": "gme",
@@ -68,8 +71,8 @@ def load_embedder(
     Args:
         name: ``mmrag-nano``, a checkpoint folder, or a name on the hub; a checkpoint may be a
             LoRA adapter.
-        family: the recipe to follow, a key of ``FAMILIES``; by default that of the known
-            checkpoint, or what the folder says of itself.
+        family: the recipe to follow, a key of ``FAMILIES`` or ``sentence-transformers``; by
+            default that of the known checkpoint, or what the folder says of itself.
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:1``, ``mps``.
         dtype: ``auto``, ``float32``, ``bfloat16``, ``float16``.
         revision: branch, tag or commit on the hub.
@@ -85,7 +88,10 @@ def load_embedder(
     from mmrag.embedders.loading import fingerprint
 
     folders = _find(name, revision, base)
-    backbone = _load(name, folders, family, device, dtype, limits)
+    chosen = _choose(name, folders, family)
+    if chosen == SENTENCE_TRANSFORMERS:
+        return _load_sentence_transformers(name, folders, device, dtype, token_budget, limits)
+    backbone = _load(folders, chosen, device, dtype, limits)
     return LocalEmbedder(
         backbone,
         name=str(name),
@@ -105,7 +111,8 @@ def load_backbone(
     **limits: Any,
 ) -> Backbone:
     """Load the Backbone alone, as training does; arguments as in ``load_embedder``."""
-    return _load(name, _find(name, revision, base), family, device, dtype, limits)
+    folders = _find(name, revision, base)
+    return _load(folders, _choose(name, folders, family), device, dtype, limits)
 
 
 def _find(name: str | Path, revision: str | None, base: str | Path | None) -> list[Path]:
@@ -121,29 +128,58 @@ def _find(name: str | Path, revision: str | None, base: str | Path | None) -> li
     return [folder]
 
 
-def _load(
-    name: str | Path,
-    folders: list[Path],
-    family: str | None,
-    device: str,
-    dtype: str,
-    limits: dict[str, Any],
-) -> Backbone:
-    from mmrag.embedders.loading import MARKER, place, read_json
+def _marker(folders: list[Path]) -> dict[str, Any]:
+    """What the folders say of themselves in mmrag's own file."""
+    from mmrag.embedders.loading import MARKER, read_json
 
+    return {key: value for folder in folders for key, value in read_json(folder / MARKER).items()}
+
+
+def _choose(name: str | Path, folders: list[Path], family: str | None) -> str:
+    """The recipe asked for, the folder's own, that of the known checkpoint, or a guess."""
     known = find_known(str(name))
     if known is not None and known.non_commercial:
         logger.warning("%s: its licence (%s) forbids commercial use.", name, known.licence)
-    marker = {key: value for folder in folders for key, value in read_json(folder / MARKER).items()}
-    chosen = family or marker.get("family") or (known.family if known else None) or _guess(folders)
-    load = _loader(chosen)
-    own = {key: value for key, value in marker.items() if key in _options(load)}
-    if "modalities" in own:
-        own["modalities"] = frozenset(own["modalities"])
+    own: str | None = _marker(folders).get("family") or (known.family if known else None)
+    return family or own or _guess(folders)
+
+
+def _load_sentence_transformers(
+    name: str | Path,
+    folders: list[Path],
+    device: str,
+    dtype: str,
+    token_budget: int | None,
+    limits: dict[str, Any],
+) -> Embedder:
+    from mmrag.embedders.loading import place
+    from mmrag.embedders.sentence_transformers import load_sentence_transformers as load
+
+    if len(folders) > 1:
+        raise ConfigError(f"family={SENTENCE_TRANSFORMERS!r} takes no adapters: merge it first.")
+    if token_budget is not None:
+        raise ConfigError(f"token_budget: family {SENTENCE_TRANSFORMERS!r} takes batch_size.")
+    _check_options(load, SENTENCE_TRANSFORMERS, limits)
+    return load(folders[0], place(device, dtype), str(name), **limits)
+
+
+def _check_options(load: Callable[..., Any], family: str, limits: dict[str, Any]) -> None:
     unknown = sorted(set(limits) - _options(load))
     if unknown:
         able = ", ".join(sorted(_options(load)))
-        raise ConfigError(f"{', '.join(unknown)}: unknown to family {chosen!r}; it takes {able}.")
+        raise ConfigError(f"{', '.join(unknown)}: unknown to family {family!r}; it takes {able}.")
+
+
+def _load(
+    folders: list[Path], family: str, device: str, dtype: str, limits: dict[str, Any]
+) -> Backbone:
+    from mmrag.embedders.loading import place
+
+    load = _loader(family)
+    own = {key: value for key, value in _marker(folders).items() if key in _options(load)}
+    if "modalities" in own:
+        own["modalities"] = frozenset(own["modalities"])
+    _check_options(load, family, limits)
     backbone = load(folders[0], place(device, dtype), **{**own, **limits})
     for adapter in folders[1:]:
         from mmrag.embedders.adapters import merge_adapter
@@ -153,8 +189,11 @@ def _load(
 
 
 def _loader(family: str) -> Callable[..., Backbone]:
+    if family == SENTENCE_TRANSFORMERS:
+        raise ConfigError(f"family={family!r} embeds only, through load_embedder.")
     if family not in FAMILIES:
-        raise ConfigError(f"family={family!r} is not known: use one of {', '.join(FAMILIES)}.")
+        able = ", ".join([*FAMILIES, SENTENCE_TRANSFORMERS])
+        raise ConfigError(f"family={family!r} is not known: use one of {able}.")
     module, function = FAMILIES[family]
     loader: Callable[..., Backbone] = getattr(
         importlib.import_module(f"mmrag.embedders.{module}"), function
@@ -179,11 +218,13 @@ def _guess(folders: list[Path]) -> str:
         )
     config = read_json(folder / "config.json")
     model_type = config.get("model_type", "")
-    if model_type not in _BY_MODEL_TYPE:
+    family = _BY_MODEL_TYPE.get(model_type)
+    if family is None and (folder / "modules.json").is_file():
+        family = SENTENCE_TRANSFORMERS
+    if family is None:
         raise ModelError(
             f"{folder}: cannot tell which recipe this checkpoint follows (model_type "
             f"{model_type!r}). Pass family=, one of {', '.join(FAMILIES)}."
         )
-    family = _BY_MODEL_TYPE[model_type]
     logger.warning("%s: does not say its recipe; taken for family %r.", folder, family)
     return family

@@ -1,0 +1,200 @@
+"""Any sentence-transformers model as an Embedder: the optional backend ``mmrag[st]``.
+
+For the families that mmrag does not know. The model itself says what it can embed and brings
+its own pooling, prompts and limits (https://sbert.net). Code that comes with a checkpoint is
+never run.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.progress import Progress
+
+from mmrag.content import Content, ContentLike, Modality, as_content, load_image
+from mmrag.embedders import SENTENCE_TRANSFORMERS
+from mmrag.embedders.base import check_dim, truncate_normalise
+from mmrag.embedders.instructions import resolve
+from mmrag.embedders.loading import Placement, fingerprint
+from mmrag.errors import ConfigError, ContentError, ModelError
+
+logger = logging.getLogger(__name__)
+
+# Our words and theirs.
+_MODALITIES: dict[Modality, Any] = {"text": "text", "image": "image", "fused": ("image", "text")}
+
+
+class SentenceTransformersEmbedder:
+    """An Embedder over a ``SentenceTransformer``. Safe to call from several threads.
+
+    Documents go through its ``encode_document``, whatever has an instruction through its
+    ``encode_query``, each with the prompt that the model was saved with. Where the instruction
+    goes: into ``prompt_format``, such as ``"Instruct: {instruction} Query: "``, if given; into
+    the system turn of a model with a chat template; else nowhere, for a model without either
+    was not trained on instructions.
+    """
+
+    family = SENTENCE_TRANSFORMERS
+
+    def __init__(
+        self,
+        model: Any,
+        *,
+        name: str,
+        fingerprint: str,
+        batch_size: int = 32,
+        prompt_format: str | None = None,
+    ) -> None:
+        if prompt_format is not None and "{instruction}" not in prompt_format:
+            raise ConfigError("prompt_format must hold {instruction}.")
+        self.model = model
+        self.name = name
+        self.fingerprint = fingerprint
+        self.batch_size = batch_size
+        self.prompt_format = prompt_format
+        self.dim = int(model.get_embedding_dimension())
+        self.modalities = frozenset(
+            modality for modality, theirs in _MODALITIES.items() if model.supports(theirs)
+        )
+        self._lock = threading.Lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key != "_lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._lock = threading.Lock()
+
+    def encode(
+        self,
+        contents: Sequence[ContentLike],
+        instruction: str | None = None,
+        dim: int | None = None,
+        progress: bool = False,
+    ) -> NDArray[np.float32]:
+        """Embed contents of any mix of modalities; see ``Embedder.encode``."""
+        kept = check_dim(dim, self.dim)
+        task = resolve(instruction)
+        items = [self._item(index, value, task) for index, value in enumerate(contents)]
+        vectors = np.zeros((len(items), self.dim), dtype=np.float32)
+        with Progress(console=Console(stderr=True), disable=not progress) as bar:
+            task_id = bar.add_task("embedding", total=len(items))
+            for indices in self._batches(items):
+                vectors[indices] = self._run(indices, items)
+                bar.advance(task_id, len(indices))
+        return truncate_normalise(vectors, kept)
+
+    def _item(self, index: int, value: ContentLike, task: str | None) -> Content:
+        try:
+            content = as_content(value)
+        except ContentError as error:
+            raise ContentError(f"item {index}: {error}") from error
+        if content.modality not in self.modalities:
+            able = ", ".join(sorted(self.modalities))
+            raise ContentError(
+                f"item {index}: {self.name} cannot embed {content.modality}, only {able}."
+            )
+        if len(content.images) > 1:
+            raise ContentError(f"item {index}: {self.name} takes one picture per item.")
+        own = resolve(content.instruction) if content.instruction is not None else task
+        return Content(content.text, content.image, own)
+
+    def _batches(self, items: Sequence[Content]) -> list[list[int]]:
+        """Indices of items that share modality and instruction, longest text first."""
+        groups: dict[tuple[Modality, str | None], list[int]] = {}
+        for index, item in enumerate(items):
+            groups.setdefault((item.modality, item.instruction), []).append(index)
+        batches = []
+        for group in groups.values():
+            group.sort(key=lambda index: -len(items[index].text or ""))
+            for start in range(0, len(group), self.batch_size):
+                batches.append(group[start : start + self.batch_size])
+        return batches
+
+    def _run(self, indices: Sequence[int], items: Sequence[Content]) -> NDArray[np.float32]:
+        inputs = [self._input(index, items[index]) for index in indices]
+        instruction = items[indices[0]].instruction
+        options: dict[str, Any] = {"batch_size": len(inputs), "show_progress_bar": False}
+        with self._lock:
+            if instruction is None:
+                vectors = self.model.encode_document(inputs, **options)
+            else:
+                vectors = self.model.encode_query(
+                    inputs, prompt=self._prompt(instruction), **options
+                )
+        return np.asarray(vectors, dtype=np.float32)
+
+    def _input(self, index: int, item: Content) -> Any:
+        if not item.images:
+            return item.text
+        try:
+            picture = load_image(item.images[0])
+        except ContentError as error:
+            raise ContentError(f"item {index}: {error}") from error
+        return picture if item.text is None else {"image": picture, "text": item.text}
+
+    def _prompt(self, instruction: str) -> str | None:
+        """What stands for the instruction; ``None`` is the model's own prompt for queries."""
+        if self.prompt_format is not None:
+            return self.prompt_format.format(instruction=instruction)
+        return instruction if "message" in self.model.modalities else None
+
+
+def load_sentence_transformers(
+    folder: Path,
+    placement: Placement,
+    name: str,
+    *,
+    batch_size: int = 32,
+    max_length: int | None = None,
+    prompt_format: str | None = None,
+) -> SentenceTransformersEmbedder:
+    """Load a folder that sentence-transformers saved; ``max_length`` is in tokens.
+
+    Raises: ModelError if it is not such a folder or needs code of its own, ConfigError if
+        sentence-transformers is not installed.
+    """
+    try:
+        from sentence_transformers import SentenceTransformer
+    except ImportError as error:
+        raise ConfigError(
+            "sentence-transformers is not installed: pip install 'mmrag[st]'."
+        ) from error
+    if not (folder / "modules.json").is_file():
+        raise ModelError(
+            f"{folder}: modules.json is missing, so it is no sentence-transformers model, and how "
+            "it pools is not known."
+        )
+    try:
+        model = SentenceTransformer(
+            str(folder),
+            device=str(placement.device),
+            model_kwargs={"dtype": placement.dtype},
+            local_files_only=True,
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, TypeError, ImportError) as error:
+        raise ModelError(f"{folder}: sentence-transformers cannot load it ({error}).") from error
+    if max_length is not None:
+        model.max_seq_length = max_length
+    settings = {
+        "family": SENTENCE_TRANSFORMERS,
+        "prompts": model.prompts,
+        "default_prompt": model.default_prompt_name,
+        "prompt_format": prompt_format,
+        "max_length": max_length,
+    }
+    modules = sorted(path for path in folder.iterdir() if path.is_dir())
+    return SentenceTransformersEmbedder(
+        model,
+        name=name,
+        fingerprint=fingerprint([folder, *modules], settings),
+        batch_size=batch_size,
+        prompt_format=prompt_format,
+    )
