@@ -1,6 +1,7 @@
 """The nano recipe, on tiny sizes, and the checkpoint that ships."""
 
 import dataclasses
+import itertools
 import json
 import math
 import random
@@ -256,16 +257,19 @@ def test_cosine_patches_are_orthogonal():
     assert torch.allclose(gram, torch.diag(gram.diag()), atol=1e-6)
 
 
-def test_tower_learns_and_goes_on_where_it_stopped(tmp_path, capsys):
+def test_tower_learns_and_goes_on_where_it_stopped(tmp_path, monkeypatch):
+    seconds = itertools.count()
+    monkeypatch.setattr(tower.time, "monotonic", lambda: float(next(seconds)))
     letters = torch.randn(3, 61)
     crops = tower.Crops(["to be or not to be"] * 20, letters, {" to": 0, " be": 1}, SMALL, 0)
-    config = dataclasses.replace(SMALL, minutes=0.02)
+    config = dataclasses.replace(SMALL, minutes=0.5)
     out = tmp_path / "tower.pt"
     tower.train_tower(config, 64, crops, out, seed=0)
     first = torch.load(out, weights_only=True)
-    tower.train_tower(dataclasses.replace(config, minutes=0.03), 64, crops, out, seed=0)
+    tower.train_tower(dataclasses.replace(config, minutes=0.8), 64, crops, out, seed=0)
     second = torch.load(out, weights_only=True)
-    assert second["step"] > first["step"] > 0
+    assert first["step"] == 29
+    assert second["step"] == 46
     batch = crops.batch()
     head = torch.nn.Linear(SMALL.width, 4 * len(glyphs.CLASSES))
     eyes = tower.new_tower(SMALL, 64, seed=0)
