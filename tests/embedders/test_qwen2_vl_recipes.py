@@ -20,6 +20,7 @@ PICTURE = "<|vision_start|><|image_pad|><|vision_end|>"
 ANSWER = "<|im_end|>\n<|im_start|>assistant\n"
 NOISE = np.random.default_rng(0).integers(0, 255, (301, 444, 3), dtype=np.uint8)
 PHOTO = Image.fromarray(NOISE)
+SMALL = PHOTO.crop((0, 0, 30, 32))
 BLACK = Image.new("RGB", (56, 56))
 TASK = "Find the page."
 
@@ -46,6 +47,12 @@ CASES = [
         Content(image=PHOTO),
         f"{SYSTEM}{PICTURE}What is shown in this image?{ANSWER}<|endoftext|>",
         PHOTO,
+    ),
+    (
+        "dse",
+        Content(image=SMALL),
+        f"{SYSTEM}{PICTURE}What is shown in this image?{ANSWER}<|endoftext|>",
+        SMALL.resize((56, 56), Image.Resampling.BICUBIC),  # by fetch_image, not the processor
     ),
     (
         "lamra",
