@@ -124,10 +124,17 @@ def join(features: Tensor, rows: int, columns: int) -> Tensor:
 
 
 def tower_features(tower: Any, pixels: Tensor, layer: int) -> Tensor:
-    """States of a CLIP tower after ``layer``, without the class token: (tiles, n * n, dim)."""
-    output = tower(pixels.to(tower.device, tower.dtype), output_hidden_states=True)
-    states: Tensor = output.hidden_states[layer]
-    return states[:, 1:]
+    """States of a CLIP tower after ``layer``, without the class token: (tiles, n * n, dim).
+
+    Layers count as hidden states do: 0 is before the first, -1 after the last.
+    """
+    # Asking the tower for its hidden states would leave hooks in it that cannot be pickled.
+    hidden: Tensor = tower.embeddings(pixels.to(tower.device, tower.dtype))
+    hidden = tower.pre_layrnorm(hidden)
+    layers = tower.encoder.layers
+    for block in layers[: layer if layer >= 0 else len(layers) + 1 + layer]:
+        hidden = block(hidden, None)
+    return hidden[:, 1:]
 
 
 def place_features(embeds: Tensor, places: Tensor, features: Sequence[Tensor]) -> Tensor:
