@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -25,6 +26,8 @@ logger = logging.getLogger(__name__)
 CPU_TOKEN_BUDGET = 4096
 GPU_TOKEN_BUDGET = 32768
 _BATCHES_AHEAD = 2
+
+T = TypeVar("T")
 
 
 class LocalEmbedder:
@@ -83,7 +86,7 @@ class LocalEmbedder:
             task_id: TaskID = bar.add_task("embedding", total=len(items))
             costs = list(pool.map(self._cost, range(len(items)), items))
             batches = plan_batches(costs, self.token_budget)
-            for indices, inputs in self._prepared(pool, batches, items):
+            for indices, inputs in prepared(pool, batches, partial(self._prepare, items)):
                 vectors[indices] = self._run(inputs)
                 bar.advance(task_id, len(indices))
         return truncate_normalise(vectors, kept)
@@ -106,31 +109,12 @@ class LocalEmbedder:
         except ContentError as error:
             raise ContentError(f"item {index}: {error}") from error
 
-    def _prepare(self, index: int, item: Content) -> Inputs:
+    def _prepare(self, items: Sequence[Content], index: int) -> Inputs:
+        item = items[index]
         try:
             return self.backbone.prepare(item, item.instruction)
         except ContentError as error:
             raise ContentError(f"item {index}: {error}") from error
-
-    def _prepared(
-        self, pool: ThreadPoolExecutor, batches: Sequence[list[int]], items: Sequence[Content]
-    ) -> Iterator[tuple[list[int], list[Inputs]]]:
-        """Yield batches ready for the model while the next ones are prepared in threads."""
-        waiting: list[tuple[list[int], list[Future[Inputs]]]] = []
-        try:
-            for indices in batches:
-                waiting.append(
-                    (indices, [pool.submit(self._prepare, i, items[i]) for i in indices])
-                )
-                if len(waiting) > _BATCHES_AHEAD:
-                    ready, futures = waiting.pop(0)
-                    yield ready, [future.result() for future in futures]
-            for ready, futures in waiting:
-                yield ready, [future.result() for future in futures]
-        finally:
-            for _, futures in waiting:
-                for future in futures:
-                    future.cancel()
 
     def _run(self, inputs: list[Inputs]) -> NDArray[np.float32]:
         """Vectors of one batch, halved as often as memory asks for."""
@@ -162,3 +146,25 @@ class LocalEmbedder:
                 tokens,
                 self.token_budget,
             )
+
+
+def prepared(
+    pool: ThreadPoolExecutor, batches: Sequence[list[int]], prepare: Callable[[int], T]
+) -> Iterator[tuple[list[int], list[T]]]:
+    """Yield batches of indices with what ``prepare`` made of each, while threads go on ahead.
+
+    Only a few batches are ready at a time, for pictures take memory.
+    """
+    waiting: list[tuple[list[int], list[Future[T]]]] = []
+    try:
+        for indices in batches:
+            waiting.append((indices, [pool.submit(prepare, index) for index in indices]))
+            if len(waiting) > _BATCHES_AHEAD:
+                ready, futures = waiting.pop(0)
+                yield ready, [future.result() for future in futures]
+        for ready, futures in waiting:
+            yield ready, [future.result() for future in futures]
+    finally:
+        for _, futures in waiting:
+            for future in futures:
+                future.cancel()

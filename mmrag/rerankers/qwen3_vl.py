@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +23,7 @@ from transformers import PreTrainedTokenizerBase, Qwen3VLForConditionalGeneratio
 
 from mmrag.content import Content, image_size, load_image
 from mmrag.embedders.batching import plan_batches
-from mmrag.embedders.engine import CPU_TOKEN_BUDGET, GPU_TOKEN_BUDGET
+from mmrag.embedders.engine import CPU_TOKEN_BUDGET, GPU_TOKEN_BUDGET, prepared
 from mmrag.embedders.instructions import resolve
 from mmrag.embedders.loading import find_checkpoint, load_exact, place
 from mmrag.embedders.qwen2_vl import (
@@ -35,6 +37,7 @@ from mmrag.embedders.qwen2_vl import (
 from mmrag.embedders.qwen3_vl import PICTURE, last_token_states, picture_rule
 from mmrag.embedders.qwen_images import PictureRule, resize, to_patches
 from mmrag.errors import ContentError, ModelError
+from mmrag.rerankers.base import Outcome, Pair, isolate, sigmoid
 
 DEFAULT_INSTRUCTION = "Given a search query, retrieve relevant candidates that answer the query."
 _SYSTEM = (
@@ -43,9 +46,6 @@ _SYSTEM = (
 )
 # The end of the template, "<|im_end|>\n<|im_start|>assistant\n", which is never cut.
 _TAIL_TOKENS = 5
-
-Pair: TypeAlias = tuple[Content | None, Content | None]
-"""A query and a document; None stands for one that is not there."""
 
 
 class Qwen3VLScorer:
@@ -64,6 +64,7 @@ class Qwen3VLScorer:
         name: str,
         max_length: int,
         token_budget: int | None = None,
+        workers: int = 2,
     ) -> None:
         on_cpu = model.device.type == "cpu"
         self.model = model
@@ -72,6 +73,7 @@ class Qwen3VLScorer:
         self.name = name
         self.max_length = max_length
         self.token_budget = token_budget or (CPU_TOKEN_BUDGET if on_cpu else GPU_TOKEN_BUDGET)
+        self.workers = workers
         self._image_id = int(model.config.image_token_id)
         self._special = frozenset(tokenizer.all_special_ids)
         self._answers = [_token_id(tokenizer, answer) for answer in ("yes", "no")]
@@ -85,8 +87,11 @@ class Qwen3VLScorer:
 
         Raises: ContentError for a pair that cannot be used (its index is in the message).
         """
-        # The sigmoid by tanh, which does not overflow.
-        return np.asarray((np.tanh(self.logits(pairs, instruction) / 2) + 1) / 2, dtype=np.float32)
+        return sigmoid(self.logits(pairs, instruction))
+
+    def judge(self, pairs: Sequence[Pair], instruction: str | None = None) -> list[Outcome]:
+        """As ``score``, with the error of each pair that cannot be used in its place."""
+        return isolate(lambda some: self.score(some, instruction), pairs)
 
     def logits(self, pairs: Sequence[Pair], instruction: str | None = None) -> NDArray[np.float32]:
         """What ``score`` takes the sigmoid of: the logit of ``yes`` minus that of ``no``."""
@@ -95,9 +100,11 @@ class Qwen3VLScorer:
         tasks = [given if task is None else task for task in tasks]
         costs = [self._cost(*item) for item in zip(range(len(pairs)), pairs, tasks, strict=True)]
         logits = np.zeros(len(pairs), dtype=np.float32)
-        for indices in plan_batches(costs, self.token_budget):
-            inputs = [self.prepare(pairs[index], tasks[index]) for index in indices]
-            logits[indices] = self._run(inputs)
+        batches = plan_batches(costs, self.token_budget)
+        with ThreadPoolExecutor(self.workers, thread_name_prefix="mmrag-prepare") as pool:
+            prepare = partial(self._prepare, pairs, tasks)
+            for indices, inputs in prepared(pool, batches, prepare):
+                logits[indices] = self._run(inputs)
         return logits
 
     def prepare(self, pair: Pair, instruction: str | None) -> QwenInputs:
@@ -122,6 +129,14 @@ class Qwen3VLScorer:
     def _cost(self, index: int, pair: Pair, instruction: str | None) -> int:
         try:
             return len(self._ids(pair, instruction))
+        except ContentError as error:
+            raise ContentError(f"pair {index}: {error}") from error
+
+    def _prepare(
+        self, pairs: Sequence[Pair], tasks: Sequence[str | None], index: int
+    ) -> QwenInputs:
+        try:
+            return self.prepare(pairs[index], tasks[index])
         except ContentError as error:
             raise ContentError(f"pair {index}: {error}") from error
 

@@ -144,6 +144,15 @@ def test_pictures_that_leave_no_room_are_refused(folder):
         scorer.score([(Content("a"), Content("b")), (Content("a"), _blank(320))])
 
 
+def test_a_broken_picture_is_named_by_its_pair(scorer, tmp_path):
+    whole = tmp_path / "whole.png"
+    Image.effect_noise((64, 64), 50).save(whole)
+    cut = tmp_path / "cut.png"
+    cut.write_bytes(whole.read_bytes()[:-1500])  # its header is fine, its pixels are not
+    with pytest.raises(ContentError, match=r"pair 1: .*cut\.png"):
+        scorer.score([(Content("a"), Content("b")), (Content("a"), Content(image=cut))])
+
+
 def _blank(side: int) -> Content:
     return Content(image=Image.new("RGB", (side, side)))
 
