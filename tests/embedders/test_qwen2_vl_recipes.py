@@ -52,7 +52,7 @@ CASES = [
         "dse",
         Content(image=SMALL),
         f"{SYSTEM}{PICTURE}What is shown in this image?{ANSWER}<|endoftext|>",
-        SMALL.resize((56, 56), Image.Resampling.BICUBIC),  # by fetch_image, not the processor
+        SMALL.resize((56, 84), Image.Resampling.BICUBIC),  # by fetch_image, not the processor
     ),
     (
         "lamra",
