@@ -19,9 +19,10 @@ from mmrag.context import Source
 from mmrag.embedders.base import Embedder
 from mmrag.lexical import Idf, sentences, terms
 
-FOUND = 0.45
-"""Share of the question's weighted words that the best page must have to answer it."""
+FOUND = 0.4
+"""Least ``evidence`` that the pages answer the question."""
 _NEAR = 0.75  # share of the best sentence's score that a further sentence must reach
+_TO_EMBED = 64  # sentences that are compared by meaning, those with most words first
 _PLACE_WORTH = 0.02  # lost with each place of the page in the ranking; decides between equals
 
 
@@ -40,26 +41,34 @@ def extract(
 ) -> CheckedAnswer | None:
     """The best sentences, each with its ``[n]``; None if no page is near enough to the question.
 
-    A question without words (a picture alone) is answered by what the embedder finds nearest.
+    A question without content words (a picture alone, say) is answered by what the embedder
+    finds nearest.
     """
     candidates = [
         _Candidate(source, text, terms(text))
         for source in sources
         for text in map(strip_bullet, sentences(source.text))
     ]
-    if not candidates or (not question.text and embedder is None):
+    wanted = terms(question.text or "")
+    if not candidates or (not wanted and embedder is None):
         return None
     idf = Idf([candidate.words for candidate in candidates])
-    wanted = terms(question.text or "")
-    if wanted and answerable(wanted, sources, idf) < FOUND:
+    if wanted and evidence(wanted, sources, idf) < FOUND:
         return None
     scores = _scores(question, wanted, candidates, idf, embedder)
     return _answer(_choose(candidates, scores, max_sentences), sources)
 
 
-def answerable(wanted: Sequence[str], sources: Sequence[Source], idf: Idf) -> float:
-    """Share of the weight of the question's words that the best of the pages has."""
-    return max(idf.coverage(wanted, terms(f"{source.file} {source.text}")) for source in sources)
+def evidence(wanted: Sequence[str], sources: Sequence[Source], idf: Idf) -> float:
+    """How likely it is that the pages answer a question with the content words ``wanted``.
+
+    The share of the weight of its words that the best page has; where our retriever ranked the
+    text view, the mean of that and the best cosine there.
+    """
+    words = max(idf.coverage(wanted, terms(f"{each.file} {each.text}")) for each in sources)
+    scores = (each.node.node.metadata.get("view_scores", {}).get("text") for each in sources)
+    known = [float(score) for score in scores if score is not None]
+    return (words + max(known)) / 2 if known else words
 
 
 def _scores(
@@ -74,10 +83,12 @@ def _scores(
     places = np.asarray([c.source.n - 1 for c in candidates], dtype=np.float32)
     if embedder is None:
         return words - _PLACE_WORTH * places
-    vectors = embedder.encode([c.text for c in candidates])
+    likely = np.argsort(-(words - _PLACE_WORTH * places), kind="stable")[:_TO_EMBED]
+    vectors = embedder.encode([candidates[i].text for i in likely])
     task = "passage_for_question" if question.modality == "text" else "passage_for_image"
     asked = embedder.encode([question], instruction=task)[0]
-    alike = np.clip(vectors @ asked, 0, 1)
+    alike = np.zeros_like(words)
+    alike[likely] = np.clip(vectors @ asked, 0, 1)
     both = (words + alike) / 2 if wanted else alike
     return np.asarray(both - _PLACE_WORTH * places, dtype=np.float32)
 

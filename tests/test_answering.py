@@ -385,6 +385,18 @@ def test_without_a_model_a_foreign_question_is_not_found(hits):
     assert (str(response), response.found, response.cited) == (NOT_FOUND, False, [])
 
 
+@pytest.mark.parametrize(("cosine", "found"), [(0.1, False), (0.9, True)])
+def test_without_a_model_the_retrievers_cosine_helps_to_decide(hits, cosine, found):
+    for hit in hits:
+        hit.node.metadata["view_scores"] = {"text": cosine, "bm25": 9.0}
+    question = "Does insurance reimburse an annual optometrist eye examination abroad?"
+    assert CitedQueryEngine(Found(hits)).query(question).found == found
+
+
+def test_without_a_model_a_question_of_common_words_is_not_found(hits):
+    assert not CitedQueryEngine(Found(hits)).query("What is this?").found
+
+
 def test_without_a_model_meaning_decides_between_sentences(hits):
     class Embedder:
         """Near the question: whatever speaks of children."""
