@@ -126,6 +126,7 @@ class Qwen2VLBackbone:
             "pixels": [self.rule.min_pixels, self.rule.max_pixels],
             "fit": [self.recipe.fit(3000, 2000), self.recipe.fit(400, 20)],
             "mrope": self.recipe.mrope,
+            "keep_end": self.recipe.keep_end,
             "prompts": [str(render(Content("x"), None)), str(render(Content("x"), "y"))],
         }
 

@@ -161,6 +161,11 @@ def test_long_text_is_cut_as_in_the_reference_or_keeps_the_end(folder):
     assert kept.prepare(long, None).ids.tolist() == whole[: 64 - len(tail)] + tail
 
 
+def test_fingerprint_tells_how_long_text_is_cut(embedder, folder):
+    kept = load_embedder(folder, device="cpu", keep_end=True)
+    assert kept.fingerprint != embedder.fingerprint
+
+
 def test_a_picture_is_never_cut(folder):
     embedder = load_embedder(folder, device="cpu", max_length=60)
     with pytest.raises(ContentError, match=r"item 0: .*max_length=60"):
