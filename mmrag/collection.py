@@ -19,7 +19,7 @@ import numpy as np
 from llama_index.core.schema import BaseNode, Node, TextNode
 from llama_index.core.vector_stores.utils import metadata_dict_to_node, node_to_metadata_dict
 from numpy.typing import NDArray
-from qdrant_client import QdrantClient
+from qdrant_client import AsyncQdrantClient, QdrantClient
 
 from mmrag.engines import (
     AnyOf,
@@ -238,7 +238,12 @@ class Collection:
             raise ConfigError(
                 "Missing package: pip install llama-index-vector-stores-qdrant"
             ) from error
-        return QdrantVectorStore(self._place.name, client=client, dense_vector_name=view)
+        return QdrantVectorStore(
+            self._place.name,
+            client=client,
+            aclient=self._place.async_client(),
+            dense_vector_name=view,
+        )
 
     def optimize(self) -> None:
         """Build the search indexes. In a folder this may hold the GIL for seconds."""
@@ -349,9 +354,10 @@ class _Place:
 
     folder: Path | None
     client: QdrantClient | None
-    owned: bool
     name: str
     images_dir: Path
+    url: str | None = None
+    api_key: str | None = None
 
     @classmethod
     def at(
@@ -363,14 +369,15 @@ class _Place:
     ) -> _Place:
         remote_images = Path(images_dir or Path("mmrag-images") / name).absolute()
         if isinstance(location, QdrantClient):
-            return cls(None, location, False, name, remote_images)
+            return cls(None, location, name, remote_images)
         if str(location).startswith(("http://", "https://")):
-            client = QdrantClient(str(location), api_key=api_key, check_compatibility=False)
-            return cls(None, client, True, name, remote_images)
+            url = str(location)
+            client = QdrantClient(url, api_key=api_key, check_compatibility=False)
+            return cls(None, client, name, remote_images, url, api_key)
         if "://" in str(location):
             raise ConfigError(f"{location}: give a folder, or a URL with http:// or https://.")
         folder = Path(location).expanduser().absolute()
-        return cls(folder, None, True, name, Path(images_dir or folder / _IMAGES).absolute())
+        return cls(folder, None, name, Path(images_dir or folder / _IMAGES).absolute())
 
     def __str__(self) -> str:
         return str(self.folder) if self.folder else f"the collection {self.name!r} on the server"
@@ -397,6 +404,12 @@ class _Place:
             )
         return EdgeEngine.create(self.folder / _SHARD, _schema(settings))
 
+    def async_client(self) -> AsyncQdrantClient | None:
+        """A client for async callers; a client that was passed in has no async twin."""
+        if self.url is None:
+            return None
+        return AsyncQdrantClient(self.url, api_key=self.api_key, check_compatibility=False)
+
     def portable(self, path: Path) -> Path:
         """How a picture's path is stored: relative to the folder, so that the folder can move."""
         absolute = path.absolute()
@@ -422,7 +435,7 @@ class _Place:
         return sorted(each.name for each in self.folder.iterdir() if each.name not in ours)
 
     def _server(self, client: QdrantClient, settings: CollectionSettings | None) -> Engine:
-        engine = ServerEngine(client, self.name, owned=self.owned)
+        engine = ServerEngine(client, self.name, owned=self.url is not None)
         try:
             if not engine.exists():
                 if settings is None:

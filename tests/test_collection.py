@@ -254,6 +254,23 @@ def test_removing_a_file_takes_its_nodes_and_pictures(collection, by):
     assert collection.remove_file(by) == 0
 
 
+def test_a_removal_cut_short_leaves_no_finished_file(collection, monkeypatch):
+    sample(collection)
+    deleted = []
+
+    def delete_once(where):
+        if deleted:
+            raise KeyboardInterrupt
+        deleted.append(where)
+        collection._engine.__class__.delete(collection._engine, where)
+
+    monkeypatch.setattr(collection._engine, "delete", delete_once)
+    with pytest.raises(KeyboardInterrupt):
+        collection.remove_file("in/a.pdf")
+    assert [entry.file for entry in collection.files()] == ["in/b.pdf"]
+    assert collection.unfinished() == {A: "in/a.pdf"}
+
+
 def test_moving_a_file_keeps_its_vectors(collection):
     sample(collection)
     entry = collection.files()[0]
