@@ -45,7 +45,7 @@ clean:
 
 .venv/.dev: .venv/.base
 	@echo "Installing the test tools into .venv ..."
-	@$(PIP) install -c constraints.txt -e ".[ocr,st,train,eval,dev]"
+	@$(PIP) install -c constraints.txt -e ".[ocr,st,train,eval,ray,dev]"
 	@touch $@
 
 .venv/.docs: .venv/.base

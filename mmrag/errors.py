@@ -14,6 +14,8 @@ Each message says what was wrong and what to do about it.
 
 from __future__ import annotations
 
+from functools import partial
+
 
 class MMRagError(Exception):
     """Base of all errors that mmrag raises on purpose."""
@@ -30,6 +32,10 @@ class ReadError(MMRagError):
         super().__init__(message)
         self.file = file
         self.page = page
+
+    def __reduce__(self) -> tuple[partial[ReadError], tuple[str]]:
+        """Pickle with file and page, which ``args`` does not hold."""
+        return partial(ReadError, file=self.file, page=self.page), (self.args[0],)
 
     def __str__(self) -> str:
         where = self.file if self.page is None else f"{self.file}, page {self.page}"
