@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from mmrag.index import UniversalIndex
     from mmrag.ingest import IngestReport
     from mmrag.reading import ReadOptions, read_file
+    from mmrag.reranker import MLLMReranker
     from mmrag.retriever import UniversalRetriever
 
 __version__ = "0.1.0"
@@ -43,6 +44,7 @@ _HOME = {
     "EndpointError": "errors",
     "ImageLimits": "content",
     "IngestReport": "ingest",
+    "MLLMReranker": "reranker",
     "MMRagError": "errors",
     "ModelError": "errors",
     "ReadError": "errors",
@@ -69,6 +71,7 @@ __all__ = [
     "EndpointError",
     "ImageLimits",
     "IngestReport",
+    "MLLMReranker",
     "MMRagError",
     "ModelError",
     "ReadError",

@@ -1,0 +1,59 @@
+"""What a reranker's model does: it judges pairs of query and document, each on its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol, TypeAlias, runtime_checkable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mmrag.content import Content
+from mmrag.errors import ContentError, EndpointError, MMRagError, ModelError
+
+Pair: TypeAlias = tuple[Content | None, Content | None]
+"""A query and a document; None stands for one that is not there."""
+Outcome: TypeAlias = float | MMRagError
+"""Probability in [0, 1] that the document serves the query, or why it could not be judged."""
+
+
+class DeadlineError(EndpointError):
+    """A pair that was not judged when the time set for all of them was over."""
+
+
+@runtime_checkable
+class Scorer(Protocol):
+    """Judges pairs of query and document. Knows nothing of LlamaIndex.
+
+    name: what it was loaded from: a hub id, a folder, or a server's model name.
+    """
+
+    name: str
+
+    def judge(self, pairs: Sequence[Pair], instruction: str | None = None) -> list[Outcome]:
+        """One outcome for each pair, in order; a pair that fails does not stop the others.
+
+        ``instruction`` says what the query is looking for: free text or the name of a task in
+        ``mmrag.embedders.instructions``. A query's own instruction overrides it.
+        """
+        ...
+
+
+def isolate(
+    score: Callable[[Sequence[Pair]], NDArray[np.float32]], pairs: Sequence[Pair]
+) -> list[Outcome]:
+    """Outcomes by a function that fails as a whole: halved until the pairs at fault are alone."""
+    if not pairs:
+        return []
+    try:
+        return [float(value) for value in score(pairs)]
+    except (ContentError, ModelError) as error:
+        if len(pairs) == 1:
+            return [error]
+    middle = len(pairs) // 2
+    return isolate(score, pairs[:middle]) + isolate(score, pairs[middle:])
+
+
+def sigmoid(logits: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The logistic function, by tanh, which does not overflow."""
+    return np.asarray((np.tanh(logits / 2) + 1) / 2, dtype=np.float32)

@@ -1,0 +1,283 @@
+"""A chat model behind an OpenAI-compatible server as a reranker. No torch.
+
+The model is asked as in ``answers``, and the score is the probability of the word for yes
+against that of the word for no among the likeliest first tokens. Servers that give no log-
+probabilities are asked for a grade from 0 to 10 instead: as structured output where they take a
+schema, else in words.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import logging
+import math
+import re
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from typing import Any, Literal
+
+import openai
+
+from mmrag.content import Content, load_image
+from mmrag.context import picture_bytes
+from mmrag.embedders.instructions import resolve
+from mmrag.endpoint import OPENAI, translated_errors
+from mmrag.errors import ConfigError, EndpointError, MMRagError
+from mmrag.rerankers.base import DeadlineError, Outcome, Pair
+from mmrag.rerankers.prompts import RerankPrompt, prompt_for
+
+logger = logging.getLogger(__name__)
+
+Mode = Literal["logprobs", "schema", "words"]
+_MODES: tuple[Mode, ...] = ("logprobs", "schema", "words")
+_TOP = 20  # the most that OpenAI and vLLM give
+_GRADE = 10
+_ASK_GRADE = (
+    "Instead of the words, grade how true this is as JSON with one whole number from 0 (not at "
+    f'all) to {_GRADE} (fully), and nothing else: {{"grade": 0}}'
+)
+_SCHEMA = {
+    "type": "json_schema",
+    "json_schema": {
+        "name": "judgement",
+        "strict": True,
+        "schema": {
+            "type": "object",
+            "properties": {"grade": {"type": "integer", "minimum": 0, "maximum": _GRADE}},
+            "required": ["grade"],
+            "additionalProperties": False,
+        },
+    },
+}
+_GRADE_IN_TEXT = re.compile(r'"?grade"?\s*:\s*(\d+(?:\.\d+)?)', re.IGNORECASE)
+
+
+class _UnsupportedError(Exception):
+    """The server does not answer in this mode."""
+
+
+class RemoteScorer:
+    """Scores pairs by a chat model on a server. Safe to call from several threads.
+
+    Args:
+        model: the name the server knows it by.
+        base_url: up to ``/v1``; OpenAI's own by default.
+        api_key: sent as a bearer token.
+        prompt: None fits the query, see ``prompt_for``.
+        mode: how scores are asked for: by ``logprobs``, by a grade under a ``schema``, or by a
+            grade in ``words``. By default the first of these that the server answers is taken,
+            found out with the first pair.
+        concurrency: requests under way at once.
+        timeout: seconds for one request; retries: how often it is repeated after a busy, broken
+            or absent answer.
+        deadline: seconds for one call of ``judge``; pairs that are not judged by then fail.
+        max_pixels, max_bytes: of one picture; larger ones are scaled down.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        base_url: str | None = None,
+        *,
+        api_key: str | None = None,
+        prompt: RerankPrompt | None = None,
+        mode: Mode | None = None,
+        concurrency: int = 8,
+        timeout: float = 60.0,
+        retries: int = 3,
+        deadline: float | None = None,
+        max_pixels: int = 1024 * 1024,
+        max_bytes: int = 2 * 1024 * 1024,
+    ) -> None:
+        if concurrency < 1 or retries < 0 or timeout <= 0:
+            raise ConfigError("concurrency and timeout must be above 0, retries at least 0.")
+        if deadline is not None and deadline <= 0:
+            raise ConfigError("deadline must be above 0, or None.")
+        if mode is not None and mode not in _MODES:
+            raise ConfigError(f"mode={mode!r} is not known: use {', '.join(_MODES)}.")
+        self.name = model
+        self.prompt = prompt
+        self.mode: Mode | None = mode
+        self.concurrency = concurrency
+        self.timeout = timeout
+        self.deadline = deadline
+        self.max_pixels = max_pixels
+        self.max_bytes = max_bytes
+        self._client = openai.OpenAI(
+            api_key=(api_key or "none").strip(),
+            base_url=(base_url or OPENAI).rstrip("/"),
+            timeout=timeout,
+            max_retries=retries,
+        )
+        self._lock = threading.Lock()
+
+    def judge(self, pairs: Sequence[Pair], instruction: str | None = None) -> list[Outcome]:
+        """Outcomes of all pairs, asked for at once; see ``Scorer.judge``."""
+        task = resolve(instruction)
+        ends = math.inf if self.deadline is None else time.monotonic() + self.deadline
+        pool = ThreadPoolExecutor(self.concurrency, thread_name_prefix="mmrag-rerank")
+        try:
+            futures: list[Future[float]] = []
+            for pair in pairs:
+                futures.append(pool.submit(self._score, pair, task, ends))
+                if self.mode is None and len(futures) == 1:  # it finds out how to ask the others
+                    wait(futures, timeout=_left(ends))
+            wait(futures, timeout=_left(ends))
+            return [self._outcome(future) for future in futures]
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    def _outcome(self, future: Future[float]) -> Outcome:
+        if not future.done():
+            return DeadlineError(
+                f"{self.name}: the deadline of {self.deadline} s passed before it was judged."
+            )
+        error = future.exception()
+        if error is None:
+            return future.result()
+        if isinstance(error, MMRagError):
+            return error
+        raise error
+
+    def _score(self, pair: Pair, task: str | None, ends: float) -> float:
+        """Probability of one pair, in the first mode that the server answers."""
+        known = self.mode
+        refusal: Exception | None = None
+        for mode in _MODES if known is None else (known,):
+            try:
+                score = self._ask(pair, task, mode, ends)
+            except _UnsupportedError as error:
+                refusal = error
+                continue
+            self._settle(mode, refusal)
+            return score
+        raise EndpointError(f"{self.name}: no score can be had from this server ({refusal}).")
+
+    def _settle(self, mode: Mode, refusal: Exception | None) -> None:
+        with self._lock:
+            if self.mode is not None:
+                return
+            self.mode = mode
+        if refusal is not None:
+            logger.warning(
+                "%s gives no log-probabilities (%s); it is asked for grades from 0 to %d instead, "
+                "which are coarser.",
+                self.name,
+                refusal,
+                _GRADE,
+            )
+
+    def _ask(self, pair: Pair, task: str | None, mode: Mode, ends: float) -> float:
+        prompt = self.prompt or prompt_for(pair[0])
+        options: dict[str, Any] = {"max_tokens": 1, "logprobs": True, "top_logprobs": _TOP}
+        if mode != "logprobs":
+            options = {"max_tokens": 1024}
+        if mode == "schema":
+            options["response_format"] = _SCHEMA
+        client = self._client
+        if ends != math.inf:
+            left = max(_left(ends) or 0.0, 0.001)
+            client = client.with_options(timeout=min(left, self.timeout))
+        with translated_errors(self.name):
+            try:
+                reply = client.chat.completions.create(
+                    model=self.name,
+                    messages=self._messages(pair, task, prompt, mode),
+                    temperature=0.0,
+                    **options,
+                )
+            except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
+                if self.mode is None and mode != "words":
+                    raise _UnsupportedError(error) from error
+                raise
+            choice = reply.choices[0]
+            if mode == "logprobs":
+                return answer_probability(choice.logprobs, prompt.answers)
+            return self._grade(choice.message.content or "")
+
+    def _grade(self, text: str) -> float:
+        try:
+            grade = float(json.loads(text)["grade"])
+        except (ValueError, TypeError, KeyError):
+            match = _GRADE_IN_TEXT.search(text)
+            if match is None:
+                raise EndpointError(
+                    f"{self.name}: answers {text[:200]!r} where a grade was asked for."
+                ) from None
+            grade = float(match[1])
+        if not 0 <= grade <= _GRADE:
+            raise EndpointError(f"{self.name}: the grade {grade:g} is not within 0 to {_GRADE}.")
+        return grade / _GRADE
+
+    def _messages(
+        self, pair: Pair, task: str | None, prompt: RerankPrompt, mode: Mode
+    ) -> list[Any]:
+        query, document = pair
+        before, between, after = prompt.split()
+        own = resolve(query.instruction) if query else None
+        opening = f"Task: {own or task}\n" if own or task else ""
+        parts = [
+            *self._side(opening + before, query),
+            *self._side(between, document),
+            {"type": "text", "text": after if mode == "logprobs" else f"{after}\n{_ASK_GRADE}"},
+        ]
+        user = {"role": "user", "content": _joined(parts)}
+        if prompt.system is None:
+            return [user]
+        return [{"role": "system", "content": prompt.system}, user]
+
+    def _side(self, label: str, content: Content | None) -> list[dict[str, Any]]:
+        """The text before a side, its pictures, its text."""
+        pictures = [self._picture(source) for source in (content.images if content else ())]
+        text = (content.text if content else None) or ""
+        return [{"type": "text", "text": label}, *pictures, {"type": "text", "text": text}]
+
+    def _picture(self, source: Any) -> dict[str, Any]:
+        data, mimetype = picture_bytes(load_image(source), self.max_pixels, self.max_bytes)
+        url = f"data:{mimetype};base64,{base64.b64encode(data).decode()}"
+        return {"type": "image_url", "image_url": {"url": url}}
+
+
+def answer_probability(logprobs: Any, answers: tuple[str, str]) -> float:
+    """Probability of the first answer against the second at the first token.
+
+    Spellings that differ in case or white space count as one word. A word that is not among
+    the tokens listed is taken at the probability of the least likely of these, which bounds it.
+
+    Raises: _UnsupportedError without log-probabilities, EndpointError if neither word is listed.
+    """
+    content = getattr(logprobs, "content", None)
+    top = content[0].top_logprobs if content else None
+    if not top:
+        raise _UnsupportedError("the answer came without any")
+    yes, no = (
+        sum(math.exp(t.logprob) for t in top if t.token.strip().lower() == word.strip().lower())
+        for word in answers
+    )
+    if not yes and not no:
+        raise EndpointError(
+            f"The model begins with {top[0].token!r} where {' or '.join(answers)} was asked for. "
+            "A model that thinks before it answers needs mode='schema'."
+        )
+    bound = math.exp(min(t.logprob for t in top))
+    yes, no = (share or min(bound, yes or no) for share in (yes, no))
+    return yes / (yes + no)
+
+
+def _joined(parts: Sequence[dict[str, Any]]) -> Any:
+    """Neighbouring texts as one; a plain string where there are no pictures."""
+    joined: list[dict[str, Any]] = []
+    for part in parts:
+        if part["type"] == "text" and joined and joined[-1]["type"] == "text":
+            joined[-1] = {"type": "text", "text": joined[-1]["text"] + part["text"]}
+        elif part["type"] != "text" or part["text"]:
+            joined.append(part)
+    return joined[0]["text"] if len(joined) == 1 else joined
+
+
+def _left(ends: float) -> float | None:
+    """Seconds to a point in time; None for one that never comes."""
+    return None if ends == math.inf else max(0.0, ends - time.monotonic())
