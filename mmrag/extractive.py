@@ -22,6 +22,7 @@ from mmrag.lexical import Idf, sentences, terms
 FOUND = 0.4
 """Least ``evidence`` that the pages answer the question."""
 _NEAR = 0.75  # share of the best sentence's score that a further sentence must reach
+_WITH_LIST = 320  # characters of a sentence with the list that it announces
 _TO_EMBED = 64  # sentences that are compared by meaning, those with most words first
 _PLACE_WORTH = 0.02  # lost with each place of the page in the ranking; decides between equals
 
@@ -47,7 +48,7 @@ def extract(
     candidates = [
         _Candidate(source, text, terms(text))
         for source in sources
-        for text in map(strip_bullet, sentences(source.text))
+        for text in _quotable(sentences(source.text))
     ]
     wanted = terms(question.text or "")
     if not candidates or (not wanted and embedder is None):
@@ -57,6 +58,20 @@ def extract(
         return None
     scores = _scores(question, wanted, candidates, idf, embedder)
     return _answer(_choose(candidates, scores, max_sentences), sources)
+
+
+def _quotable(pieces: Sequence[str]) -> list[str]:
+    """Sentences that can stand alone: one that announces a list is followed by the list."""
+    found: list[str] = []
+    for i, piece in enumerate(pieces):
+        whole = strip_bullet(piece)
+        if whole.endswith(":"):
+            for item in pieces[i + 1 :]:
+                if len(whole) + len(item) >= _WITH_LIST:
+                    break
+                whole += f" {item}"
+        found.append(whole)
+    return found
 
 
 def evidence(wanted: Sequence[str], sources: Sequence[Source], idf: Idf) -> float:

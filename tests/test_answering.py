@@ -385,6 +385,15 @@ def test_without_a_model_a_foreign_question_is_not_found(hits):
     assert (str(response), response.found, response.cited) == (NOT_FOUND, False, [])
 
 
+def test_without_a_model_an_announced_list_is_quoted_with_its_announcement():
+    text = "The club covers these sports:\n\u2022 climbing in a hall\n\u2022 swimming in a lake\n"
+    hit = NodeWithScore(node=make_node(text, file="plans.pdf"), score=1.0)
+    response = CitedQueryEngine(Found([hit])).query("Which sports does the club cover?")
+    assert "these sports: \u2022 climbing in a hall \u2022 swimming in a lake\u201d" in str(
+        response
+    )
+
+
 @pytest.mark.parametrize(("cosine", "found"), [(0.1, False), (0.9, True)])
 def test_without_a_model_the_retrievers_cosine_helps_to_decide(hits, cosine, found):
     for hit in hits:
