@@ -4,6 +4,8 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v p
 BIN := .venv/bin
 PIP := $(BIN)/pip --quiet --disable-pip-version-check
 DEMO := build/demo
+# Databases in memory: tests write and sync many small ones.
+export TMPDIR := $(shell test -w /dev/shm && echo /dev/shm || echo $${TMPDIR:-/tmp})
 QUESTION ?= When may I water with the hose in summer?
 
 .PHONY: demo test test-slow lint docs bench clean

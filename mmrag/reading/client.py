@@ -49,7 +49,8 @@ class _Worker:
         """
         assert self.process.stdin is not None and self.process.stdout is not None
         try:
-            pickle.dump((seconds, operation, arguments), self.process.stdin)
+            request = (seconds, str(Path.cwd()), operation, arguments)
+            pickle.dump(request, self.process.stdin)
             self.process.stdin.flush()
             while not isinstance(answer := pickle.load(self.process.stdout), Done):
                 yield answer

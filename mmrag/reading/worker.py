@@ -33,10 +33,11 @@ def main() -> None:
             return
 
 
-def _serve(request: tuple[float, str, tuple[Any, ...]], answers: BinaryIO) -> None:
+def _serve(request: tuple[float, str, str, tuple[Any, ...]], answers: BinaryIO) -> None:
     from mmrag.reading import pdf
 
-    seconds, operation, arguments = request
+    seconds, folder, operation, arguments = request
+    os.chdir(folder)  # relative paths are those of the program as it is now
     results = pdf.OPERATIONS[operation](*arguments)
     try:
         for result in _watched(results, seconds):

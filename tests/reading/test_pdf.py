@@ -480,3 +480,17 @@ def test_real_reports_are_read_whole(shared_data: Path, read) -> None:
     ours = {word for node in reading.kind("page") for word in node.text_resource.text.split()}
     assert len(theirs - ours) <= 0.02 * len(theirs)  # only words broken at the end of lines
     assert reading.errors == []
+
+
+def test_relative_paths_follow_the_working_directory(tmp_path, monkeypatch):
+    """A worker that was started elsewhere reads the file that is meant now."""
+    for name in ("one", "two"):
+        folder = tmp_path / name
+        folder.mkdir()
+        pdf = pymupdf.open()
+        pdf.new_page().insert_text((72, 72), f"this is folder {name}")
+        pdf.save(folder / "same.pdf")
+        monkeypatch.chdir(folder)
+        (page,) = read_file("same.pdf", "pictures")
+        assert name in page.nodes[0].text_resource.text
+        assert (folder / page.nodes[0].metadata["page_image"]).is_file()
