@@ -25,6 +25,10 @@ from mmrag.embedders.loading import read_json
 from mmrag.embedders.qwen_images import CLIP_MEAN, CLIP_STD
 from mmrag.errors import ContentError, ModelError
 
+# Weights of towers are published one level deeper than transformers has them since 5.6; not
+# every release renames them by itself.
+TOWER_NAMES = {r"(vision_tower|img_processor)\.vision_model\.": r"\1."}
+
 
 @dataclass(frozen=True, slots=True)
 class ClipRule:

@@ -22,6 +22,7 @@ from mmrag.content import Content, Modality, image_size, load_image
 from mmrag.embedders.base import last_token
 from mmrag.embedders.batching import pad
 from mmrag.embedders.clip_images import (
+    TOWER_NAMES,
     ClipRule,
     join,
     only_picture,
@@ -193,7 +194,7 @@ def load_e5_v(folder: Path, placement: Placement, *, max_length: int = 8192) -> 
 
 
 def _load(folder: Path, placement: Placement, recipe: LlavaRecipe) -> LlavaNextBackbone:
-    model = load_exact(LlavaNextModel, folder, placement, unused=_HEADS)
+    model = load_exact(LlavaNextModel, folder, placement, unused=_HEADS, key_mapping=TOWER_NAMES)
     rule = read_clip_rule(folder, int(model.config.vision_config.patch_size))
     rule = replace(rule, grids=tuple((h, w) for h, w in model.config.image_grid_pinpoints))
     return LlavaNextBackbone(model, load_fast_tokenizer(folder), rule, recipe)

@@ -23,6 +23,7 @@ from mmrag.content import Content, Modality, load_image
 from mmrag.embedders.base import mean_tokens
 from mmrag.embedders.batching import pad
 from mmrag.embedders.clip_images import (
+    TOWER_NAMES,
     ClipRule,
     only_picture,
     place_features,
@@ -218,7 +219,7 @@ class MMEmbedBackbone:
         hidden = self.model.latent_attention_model(output.last_hidden_state)
         starts = torch.tensor([item.masked for item in batch], device=device)
         behind = torch.arange(ids.shape[1], device=device) >= starts.unsqueeze(1)
-        return mean_tokens(hidden, mask * behind)
+        return mean_tokens(hidden.float(), mask * behind)
 
     def _features(self, batch: Sequence[MMEmbedInputs]) -> list[Tensor]:
         """Visual tokens of each picture of a batch, (tokens, dim) each; the last is a newline."""
@@ -260,7 +261,7 @@ def mm_embed_prompt(content: Content, instruction: str | None) -> Prompt:
 def load_mm_embed(folder: Path, placement: Placement, *, max_length: int = 512) -> MMEmbedBackbone:
     """Load MM-Embed."""
     config = read_config(folder)
-    model = load_exact(MMEmbedModel, folder, placement, config=config)
+    model = load_exact(MMEmbedModel, folder, placement, config=config, key_mapping=TOWER_NAMES)
     rule = read_clip_rule(folder, int(config.vision_config.patch_size))
     return MMEmbedBackbone(model, load_fast_tokenizer(folder), rule, max_length)
 

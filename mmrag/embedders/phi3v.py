@@ -33,6 +33,7 @@ from mmrag.content import Content, Modality, image_size, load_image
 from mmrag.embedders.base import last_token
 from mmrag.embedders.batching import pad
 from mmrag.embedders.clip_images import (
+    TOWER_NAMES,
     ClipRule,
     cut,
     join,
@@ -274,7 +275,9 @@ def load_phi3v(
     evaluation on MMEB used 4, the published example 16.
     """
     config = read_config(folder)
-    model = load_exact(Phi3VModel, folder, placement, unused=_UNUSED, config=config)
+    model = load_exact(
+        Phi3VModel, folder, placement, unused=_UNUSED, config=config, key_mapping=TOWER_NAMES
+    )
     rule = replace(
         read_clip_rule(folder, config.tower["patch_size"]), side=config.tower["image_size"]
     )
