@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from mmrag.errors import ConfigError, ModelError
+from mmrag.errors import ConfigError
 from mmrag.rerankers.base import Scorer
 from mmrag.rerankers.prompts import PROMPTS, RerankPrompt, find_prompt
 
@@ -69,6 +69,7 @@ def _load_local(
 ) -> Scorer:
     from mmrag.embedders.loading import find_checkpoint, place, read_json
     from mmrag.rerankers.answers import NATIVE, load_answer_scorer
+    from mmrag.rerankers.chat import load_chat_scorer
     from mmrag.rerankers.qwen3_vl import load_qwen3_vl_scorer
 
     folder = find_checkpoint(model, revision)
@@ -79,15 +80,11 @@ def _load_local(
             )
         _check(load_qwen3_vl_scorer, options)
         return load_qwen3_vl_scorer(model, device=device, dtype=dtype, revision=revision, **options)
-    model_type = read_json(folder / "config.json").get("model_type")
-    if model_type not in NATIVE:
-        raise ModelError(
-            f"{model}: a model of type {model_type!r} cannot rerank here; use one of "
-            f"{', '.join(NATIVE)}, or serve it and give base_url."
-        )
-    _check(load_answer_scorer, options)
-    placement = place(device, dtype)
-    return load_answer_scorer(folder, placement, name=str(model), prompt=prompt, **options)
+    native = read_json(folder / "config.json").get("model_type") in NATIVE
+    load = load_answer_scorer if native else load_chat_scorer
+    _check(load, options)
+    loaded: Scorer = load(folder, place(device, dtype), name=str(model), prompt=prompt, **options)
+    return loaded
 
 
 def is_trained(model: str | Path, folder: Path) -> bool:
@@ -99,7 +96,7 @@ def is_trained(model: str | Path, folder: Path) -> bool:
     return any(_TRAINED in name.lower() for name in names)
 
 
-def _check(load: Callable[..., Any], options: dict[str, Any]) -> None:
+def _check(load: Callable[..., object], options: dict[str, Any]) -> None:
     fixed = {"name", "prompt", "device", "dtype", "revision", "api_key"}
     known = {
         parameter.name

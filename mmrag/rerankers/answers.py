@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Hashable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +33,7 @@ from transformers import (
 
 from mmrag.content import Content, image_size, load_image
 from mmrag.embedders.batching import pad, plan_batches
-from mmrag.embedders.engine import CPU_TOKEN_BUDGET, GPU_TOKEN_BUDGET
+from mmrag.embedders.engine import CPU_TOKEN_BUDGET, GPU_TOKEN_BUDGET, prepared
 from mmrag.embedders.instructions import resolve
 from mmrag.embedders.loading import Placement, load_exact, read_json
 from mmrag.embedders.qwen2_vl import (
@@ -90,6 +92,7 @@ class AnswerScorer:
         system: str | None = None,
         max_length: int = 8192,
         token_budget: int | None = None,
+        workers: int = 2,
     ) -> None:
         on_cpu = model.device.type == "cpu"
         self.model = model
@@ -100,6 +103,7 @@ class AnswerScorer:
         self.system = system
         self.max_length = max_length
         self.token_budget = token_budget or (CPU_TOKEN_BUDGET if on_cpu else GPU_TOKEN_BUDGET)
+        self.workers = workers
         self._image_id = int(model.config.image_token_id)
         self._marks = special_marks(tokenizer)
         self._lock = threading.Lock()
@@ -121,18 +125,16 @@ class AnswerScorer:
     def logits(self, pairs: Sequence[Pair], instruction: str | None = None) -> NDArray[np.float32]:
         """What ``score`` takes the sigmoid of: the logit of yes minus that of no."""
         logits = np.zeros(len(pairs), dtype=np.float32)
-        for group in self._groups(pairs, resolve(instruction)):
-            query = pairs[group.places[0]][0]
-            cache = self._prefix(query, group.ids[0], group.shared) if group.shared else None
-            direction = self._direction(query)
-            costs = [len(ids) for ids in group.ids]
-            for batch in plan_batches(costs, self.token_budget):
-                places = [group.places[i] for i in batch]
-                inputs = [
-                    self._inputs(pairs[place], group.ids[i], group.shared)
-                    for i, place in zip(batch, places, strict=True)
-                ]
-                logits[places] = self._run(inputs, cache, direction)
+        with ThreadPoolExecutor(self.workers, thread_name_prefix="mmrag-prepare") as pool:
+            for group in self._groups(pairs, resolve(instruction)):
+                query = pairs[group.places[0]][0]
+                cache = self._prefix(query, group.ids[0], group.shared) if group.shared else None
+                direction = self._direction(query)
+                batches = plan_batches([len(ids) for ids in group.ids], self.token_budget)
+                prepare = partial(self._inputs, pairs, group)
+                for batch, inputs in prepared(pool, batches, prepare):
+                    places = [group.places[index] for index in batch]
+                    logits[places] = self._run(inputs, cache, direction)
         return logits
 
     def _groups(self, pairs: Sequence[Pair], task: str | None) -> list[_Group]:
@@ -206,10 +208,15 @@ class AnswerScorer:
     def _sizes(self, content: Content | None) -> list[tuple[int, int]]:
         return [self.rule.size(*image_size(i)) for i in (content.images if content else ())]
 
-    def _inputs(self, pair: Pair, ids: list[int], start: int) -> QwenInputs:
-        """What is left of a pair from ``start``; the query's pictures come before it, if at all."""
-        sides = pair[1:] if start else pair
-        return self._slice(pair, sides, ids, slice(start, None))
+    def _inputs(self, pairs: Sequence[Pair], group: _Group, index: int) -> QwenInputs:
+        """What a pair of a group does not share; the query's pictures are shared, or none is."""
+        place, ids = group.places[index], group.ids[index]
+        pair = pairs[place]
+        sides = pair[1:] if group.shared else pair
+        try:
+            return self._slice(pair, sides, ids, slice(group.shared, None))
+        except ContentError as error:
+            raise ContentError(f"pair {place}: {error}") from error
 
     def _slice(
         self, pair: Pair, sides: Sequence[Content | None], ids: list[int], part: slice

@@ -119,6 +119,10 @@ def test_scores_do_not_depend_on_batches_or_the_shared_prefix(folder, scorer):
     np.testing.assert_allclose(scorer.score(mixed), alone, atol=1e-4)
     narrow = load(folder, token_budget=1)
     np.testing.assert_allclose(narrow.score(mixed), alone, atol=1e-4)
+    pictures = [(query, Content(image=noise(64, 64, seed))) for seed in (2, 3, 4)]
+    apart = [scorer.score([pair])[0] for pair in pictures]
+    np.testing.assert_allclose(scorer.score(pictures), apart, atol=1e-4)
+    assert len(set(apart)) == 3
     assert alone[0] == pytest.approx(alone[6], abs=1e-5)
     assert alone[3] != alone[4]
 
