@@ -2,6 +2,7 @@
 
     make bench
     make bench NAMES=engine      # batches by tokens against one by one and by count
+    make bench NAMES=families    # the same for each family
     make bench NAMES=gradcache   # memory and speed of cached steps
 
 Models have random weights of a small Qwen2-VL shape; speeds compare only within a run.
@@ -22,9 +23,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 from tiny import save_qwen2_vl
+from tiny_llava import save_llava, save_mm_embed, save_phi3v
+from tiny_qwen2_5 import save_qwen2_5_vl
+from tiny_qwen3 import save_qwen3_vl, save_wemm
 
 from mmrag.content import Content
-from mmrag.embedders import load_embedder
+from mmrag.embedders import Embedder, load_embedder
 
 ROUNDS = 3
 
@@ -80,6 +84,45 @@ def engine(folder: Path) -> None:
         print(f"| {name} | {len(contents) / seconds:.1f} | {base / seconds:.2f} |")
 
 
+def rates(embedder: Embedder, contents: Sequence[Content]) -> list[str]:
+    """Items per second batched and one by one, and the ratio."""
+    together = len(contents) / timed(lambda: embedder.encode(contents))
+    alone = len(contents) / timed(lambda: [embedder.encode([content]) for content in contents])
+    return [f"{together:.1f}", f"{alone:.1f}", f"{together / alone:.2f}"]
+
+
+def families(folder: Path) -> None:
+    """Pages and texts per second of each family's tiny checkpoint, batched and one by one."""
+    builders: dict[str, Callable[[Path], Path]] = {
+        "gme": save_qwen2_vl,
+        "ops_mm": save_qwen2_vl,
+        "dse": save_qwen2_vl,
+        "unite": save_qwen2_vl,
+        "lamra": save_qwen2_vl,
+        "moca": save_qwen2_5_vl,
+        "qwen3_vl": save_qwen3_vl,
+        "wemm": save_wemm,
+        "vlm2vec_llava_next": save_llava,
+        "vlm2vec_phi3v": save_phi3v,
+        "mm_embed": save_mm_embed,
+    }
+    chance = np.random.default_rng(1)
+    pages = [
+        Content(image=Image.fromarray(chance.integers(0, 255, (h, w, 3), dtype=np.uint8)))
+        for h, w in chance.integers(150, 600, (16, 2))
+    ]
+    texts = [Content("word " * int(n)) for n in chance.integers(3, 200, 48)]
+    print(
+        "| family | pages/s batched | one by one | ratio | texts/s batched | one by one | ratio |"
+    )
+    print("|---" * 7 + "|")
+    for family, build in builders.items():
+        model = build(folder / family)
+        embedder = load_embedder(model, family=family, device="cpu", dtype="float32")
+        cells = [family, *rates(embedder, pages), *rates(embedder, texts)]
+        print(f"| {' | '.join(cells)} |", flush=True)
+
+
 def _step(model: str, batch: int, chunk: int, answer: multiprocessing.Queue[list[float]]) -> None:
     """Peak memory over the loaded model, in MiB, and seconds of a step; in its own process."""
     import torch
@@ -128,7 +171,7 @@ def gradcache(folder: Path) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the benchmarks that are named, or all."""
-    known = {"engine": engine, "gradcache": gradcache}
+    known = {"engine": engine, "families": families, "gradcache": gradcache}
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("names", nargs="*", help=f"of {', '.join(known)}")
     for name in parser.parse_args(arguments).names or known:
