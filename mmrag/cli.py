@@ -24,6 +24,7 @@ from mmrag import display
 from mmrag.errors import ConfigError, ContentError, MMRagError
 
 if TYPE_CHECKING:
+    from llama_index.core.postprocessor.types import BaseNodePostprocessor
     from llama_index.core.schema import NodeWithScore
     from llama_index.llms.openai_like import OpenAILike
 
@@ -213,6 +214,15 @@ def ask(
     file: FileOption = None,
     pages: PagesOption = None,
     kind: KindOption = None,
+    rerank: Annotated[
+        str | None,
+        typer.Option(
+            "--rerank",
+            metavar="MODEL",
+            help="Let a multimodal model judge three times as many pages first: a reranker or "
+            "chat model by name or folder, or 'llm' for the one of --llm.",
+        ),
+    ] = None,
     save_pages: Annotated[
         Path | None,
         typer.Option(
@@ -235,7 +245,12 @@ def ask(
             out = _out()
             live = model is not None and out.is_terminal and not as_json
             engine = library.as_query_engine(
-                model, similarity_top_k=top_k, where=where, streaming=live, images=not no_images
+                model,
+                _rerankers(rerank, model, top_k),
+                similarity_top_k=top_k * (3 if rerank else 1),
+                where=where,
+                streaming=live,
+                images=not no_images,
             )
             response = _answer(engine, question or "", image, out if live else None)
         saved = _save_pages(response, save_pages) if save_pages else {}
@@ -349,6 +364,19 @@ def _llm(model: str | None, base_url: str | None, window: int | None) -> OpenAIL
 
     key = os.environ.get("OPENAI_API_KEY")
     return open_llm(model, base_url, key, context_window=window)
+
+
+def _rerankers(name: str | None, llm: OpenAILike | None, top_k: int) -> list[BaseNodePostprocessor]:
+    """What --rerank asks for."""
+    if name is None:
+        return []
+    from mmrag.reranker import MLLMReranker
+
+    if name != "llm":
+        return [MLLMReranker(name, top_n=top_k)]
+    if llm is None:
+        raise typer.BadParameter("--rerank llm needs --llm or --base-url.")
+    return [MLLMReranker(llm.model, top_k, base_url=llm.api_base, api_key=llm.api_key)]
 
 
 def _need_query(query: str | None, image: Path | None) -> None:

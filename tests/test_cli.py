@@ -8,6 +8,7 @@ import pymupdf
 import pytest
 from chat_server import ChatServer
 from fakes import FakeEmbedder, make_node, make_picture
+from judge_server import JudgeServer
 from llama_index.core.schema import NodeWithScore
 from PIL import Image
 from rich.console import Console
@@ -198,6 +199,28 @@ def test_asking_a_model(folder, server):
     assert result.stdout.startswith("The gold plan covers one eye examination a year [1].")
     assert "[9] points to no source" in result.stdout
     assert "image_url" in json.dumps(server.requests[0])
+
+
+def test_the_model_at_the_server_can_judge_the_pages_first(folder):
+    """The words of the question are those of the other page."""
+    judge = JudgeServer(lambda text: 0.95 if "Dental" in text else 0.02)
+    judge.answer = "It is free of charge for children [1]."
+    try:
+        given = ("--llm", "tiny", "--base-url", judge.url, "--context-window", 9000, "--json")
+        question = "gold plan family member"
+        plain = run("ask", question, "-c", folder, *given)
+        assert json.loads(plain.stdout)["sources"][0]["page"] == 1
+        judged = run("ask", question, "-c", folder, *given, "--rerank", "llm")
+        assert json.loads(judged.stdout)["sources"][0]["page"] == 2
+    finally:
+        judge.close()
+
+
+def test_judging_by_a_model_that_is_not_there(folder, tmp_path):
+    assert run("ask", "eye", "-c", folder, "--rerank", "llm").exit_code == 2
+    result = run("ask", "eye", "-c", folder, "--rerank", tmp_path / "nowhere")
+    assert result.exit_code == 3
+    assert "nowhere" in result.stderr
 
 
 def test_the_usual_variables_name_the_model(folder, server, monkeypatch):
