@@ -51,14 +51,18 @@ class VisionConfig:
     """Training time; 0 leaves the tower out: the model then takes text only."""
     learning_rate: float = 1.5e-3
     """Peak rate; warm-up over 60 steps, then a cosine over the training time."""
-    crops: int = 8
+    crops: int = 4
     """Crops a step, half of them new."""
     crop_width: int = 448
     """Pixels; a multiple of 28."""
     crop_height: int = 168
     """Pixels; a multiple of 28."""
+    grams: int = 2000
+    """The most common trigrams, which patches are taught to tell apart."""
     fonts: tuple[str, ...] = ("/usr/share/fonts",)
     """Folders of TrueType and OpenType fonts."""
+    faces: tuple[str, ...] = ("",)
+    """How the names of the font files that are used begin."""
 
 
 @dataclass(frozen=True)

@@ -119,12 +119,18 @@ def neighbour_bias(heads: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Crop:
-    """One example: patches, classes under their probes, and the tokens' wanted vectors."""
+    """One example.
+
+    patches: (patches, pixels) as the picture rule cuts them; grid: their rows and columns.
+    classes: (patches, 4), the character under each probe.
+    places: (n, 2), patch and trigram. wanted: (tokens, dim), sums of their trigrams' vectors.
+    """
 
     patches: Tensor
-    classes: Tensor
-    wanted: Tensor
     grid: tuple[int, int, int]
+    classes: Tensor
+    places: Tensor
+    wanted: Tensor
 
 
 class Crops:
@@ -142,7 +148,7 @@ class Crops:
         self.vectors = vectors
         self.vocabulary = vocabulary
         self.config = config
-        self.fonts = glyphs.find_fonts(config.fonts)
+        self.fonts = glyphs.find_fonts(config.fonts, config.faces)
         if not self.fonts:
             raise FileNotFoundError(f"no TrueType fonts in {', '.join(config.fonts)}")
         self.rng = random.Random(seed)
@@ -161,17 +167,18 @@ class Crops:
         wide, tall = self.config.crop_width, self.config.crop_height
         start = self.rng.randrange(max(1, len(self.words) - 260))
         words = self.words[start : start + 260]
-        if self.rng.random() < 0.1:
+        if self.rng.random() < 0.03:
             words = [word.upper() for word in words]
         layout = glyphs.random_layout(self.fonts, self.rng)
         picture, found = glyphs.render(words, wide, tall, layout)
-        tokens = glyphs.token_grams(found, wide, tall, self.vocabulary)
-        ids = torch.tensor([i for token in tokens for i in token], dtype=torch.long)
-        starts = torch.tensor(np.cumsum([0, *map(len, tokens[:-1])]))
-        wanted = F.embedding_bag(ids, self.vectors, starts, mode="sum")
+        picture, found = glyphs.clear_edge(picture, found, layout.paper, self.rng)
+        places = glyphs.gram_places(found, wide, tall, self.vocabulary)
+        where = torch.tensor(places, dtype=torch.long).view(-1, 2)
         patches, grid = to_patches(picture.convert("RGB"), _RULE)
+        wanted = torch.zeros(len(patches) // 4, self.vectors.shape[1])
+        wanted.index_add_(0, where[:, 0] // 4, self.vectors[where[:, 1]])
         classes = torch.from_numpy(glyphs.probe_classes(found, wide, tall))
-        return Crop(patches, classes, wanted, grid)
+        return Crop(patches, grid, classes, where, wanted)
 
 
 def common_size(vectors: Matrix, most_common: int = 500) -> float:
@@ -179,38 +186,81 @@ def common_size(vectors: Matrix, most_common: int = 500) -> float:
     return float(np.sqrt((vectors[:most_common] ** 2).sum(axis=1).mean()))
 
 
-def read_loss(
-    tower: Any, head: nn.Module, crops: Sequence[Crop]
-) -> tuple[Tensor, dict[str, float]]:
-    """Characters under every probe, and the share of the wanted vectors left unexplained."""
-    patches = torch.cat([crop.patches for crop in crops])
-    grid = torch.tensor([crop.grid for crop in crops])
+class Heads(nn.Module):
+    """What reads the states of patches during training only.
+
+    letters: the class under each of the four probes. grams: a direction in the trigrams' space;
+    the nearest trigram vector is the one that was read.
+    """
+
+    def __init__(self, width: int, vectors: Tensor) -> None:
+        super().__init__()
+        self.letters = nn.Linear(width, 4 * len(glyphs.CLASSES))
+        self.grams = nn.Linear(width, vectors.shape[1])
+        self.sharpness = nn.Parameter(torch.tensor(math.log(10.0)))
+        self.directions = F.normalize(vectors, dim=1)  # (trigrams, dim); fixed, so no buffer
+
+    def gram_logits(self, states: Tensor) -> Tensor:
+        """Scores of the common trigrams, (patches, trigrams)."""
+        read = F.normalize(self.grams(states), dim=1)
+        return self.sharpness.exp() * read @ self.directions.T
+
+
+def read_loss(tower: Any, heads: Heads, crops: Sequence[Crop]) -> tuple[Tensor, dict[str, float]]:
+    """Letters and trigrams per patch, wanted vectors per token, and their sum per crop.
+
+    The sum is what a page's vector is made of: errors that all tokens share hurt it most.
+    """
     classes = torch.cat([crop.classes for crop in crops]).flatten()
     wanted = torch.cat([crop.wanted for crop in crops])
     with torch.autocast("cpu", torch.bfloat16):
-        output = tower(patches, grid_thw=grid)
-        logits = head(output.last_hidden_state)
-    logits = logits.float().view(-1, len(glyphs.CLASSES))
+        grid = torch.tensor([crop.grid for crop in crops])
+        output = tower(torch.cat([crop.patches for crop in crops]), grid_thw=grid)
+        letters = heads.letters(output.last_hidden_state)
+    letters = letters.float().view(-1, len(glyphs.CLASSES))
     tokens = output.pooler_output.float()[:, : wanted.shape[1]]
-    left = ((tokens - wanted) ** 2).sum() / (wanted**2).sum().clamp(min=1e-6)
+    token_error = unexplained(tokens, wanted)
+    shape = (len(crops), -1, wanted.shape[1])
+    crop_error = unexplained(tokens.view(shape).sum(1), wanted.view(shape).sum(1))
+    loss = 0.5 * F.cross_entropy(letters, classes) + 2 * token_error + crop_error
+    patch, gram = _common_places(crops, len(heads.directions))
+    if len(patch):
+        scores = heads.gram_logits(output.last_hidden_state.float()[patch])
+        loss = loss + F.cross_entropy(scores, gram)
     inked = classes > 0
-    right = (logits.argmax(1) == classes)[inked].float().mean()
-    metrics = {"characters": float(right), "unexplained": float(left.detach())}
-    return F.cross_entropy(logits, classes) + left, metrics
+    right = (letters.argmax(1) == classes)[inked].float().mean()
+    return loss, {
+        "letters": float(right),
+        "unexplained": float(token_error.detach()),
+        "unexplained sums": float(crop_error.detach()),
+    }
+
+
+def unexplained(found: Tensor, wanted: Tensor) -> Tensor:
+    """Squared error as a share of what was wanted; an empty batch counts as one unit."""
+    return ((found - wanted) ** 2).sum() / (wanted**2).sum().clamp(min=1.0)
+
+
+def _common_places(crops: Sequence[Crop], grams: int) -> tuple[Tensor, Tensor]:
+    """Patch of the batch and trigram, for the trigrams that are told apart."""
+    size = len(crops[0].classes)
+    places = torch.cat([c.places + torch.tensor([i * size, 0]) for i, c in enumerate(crops)])
+    places = places[places[:, 1] < grams]
+    return places[:, 0], places[:, 1]
 
 
 def train_tower(config: VisionConfig, width: int, crops: Crops, out: Path, seed: int) -> Any:
     """Train for ``config.minutes``; saved to ``out`` as it goes, resumable."""
     torch.manual_seed(seed)
     tower = new_tower(config, width, seed)
-    head = nn.Linear(config.width, 4 * len(glyphs.CLASSES))
-    parameters = [*tower.parameters(), *head.parameters()]
+    heads = Heads(config.width, crops.vectors[: config.grams])
+    parameters = [*tower.parameters(), *heads.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, betas=(0.9, 0.98))
     step, spent = 0, 0.0
     if out.is_file():
         state = torch.load(out, weights_only=True)
         tower.load_state_dict(state["tower"])
-        head.load_state_dict(state["head"])
+        heads.load_state_dict(state["heads"])
         optimizer.load_state_dict(state["optimizer"])
         step, spent = state["step"], state["spent"]
     began = time.monotonic() - spent
@@ -218,7 +268,7 @@ def train_tower(config: VisionConfig, width: int, crops: Crops, out: Path, seed:
         rate = _rate(step, spent / (60 * config.minutes))
         for group in optimizer.param_groups:
             group["lr"] = config.learning_rate * rate
-        loss, metrics = read_loss(tower, head, crops.batch())
+        loss, metrics = read_loss(tower, heads, crops.batch())
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -228,8 +278,8 @@ def train_tower(config: VisionConfig, width: int, crops: Crops, out: Path, seed:
             shown = ", ".join(f"{name} {value:.3f}" for name, value in metrics.items())
             print(f"step {step}, {spent / 60:.0f} min: {shown}", flush=True)
         if step % _SAVE_EVERY == 0:
-            _save(out, tower, head, optimizer, step, spent)
-    _save(out, tower, head, optimizer, step, spent)
+            _save(out, tower, heads, optimizer, step, spent)
+    _save(out, tower, heads, optimizer, step, spent)
     return tower
 
 
@@ -242,14 +292,14 @@ def _rate(step: int, done: float) -> float:
 def _save(
     out: Path,
     tower: Any,
-    head: nn.Module,
+    heads: Heads,
     optimizer: torch.optim.Optimizer,
     step: int,
     spent: float,
 ) -> None:
     state = {
         "tower": tower.state_dict(),
-        "head": head.state_dict(),
+        "heads": heads.state_dict(),
         "optimizer": optimizer.state_dict(),
         "step": step,
         "spent": spent,

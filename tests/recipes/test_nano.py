@@ -223,9 +223,25 @@ def test_probes_and_trigrams_follow_the_characters(crop):
         if glyph.left <= column * 7 + 3.5 <= glyph.right:
             patch = (int(row) // 14 % 2) * 2 + column // 2 % 2 + 4 * (column // 4)
             assert classes[patch, column % 2] == glyph.kind
-    tokens = glyphs.token_grams(found, 84, 28, {" to": 0, "to ": 1, " be": 2, "be ": 3})
-    assert sorted(i for token in tokens for i in token) == [0, 1, 2, 3]
-    assert 0 in tokens[0]
+    places = glyphs.gram_places(found, 84, 28, {" to": 0, "to ": 1, " be": 2, "be ": 3})
+    assert [gram for _, gram in places] == [0, 1, 2, 3]
+    for (patch, _), glyph in zip(places, found, strict=True):
+        column = int((glyph.left + glyph.right) / 2) // 14
+        row = int((glyph.top + glyph.bottom) / 2) // 14
+        assert patch == 4 * (column // 2) + 2 * row + column % 2
+
+
+def test_cleared_edge_holds_neither_ink_nor_characters(crop):
+    picture, found = crop
+    rng = random.Random(0)
+    for _ in range(20):
+        cleared, kept = glyphs.clear_edge(picture, found, 255, rng)
+        assert set(kept) <= set(found)
+        for glyph in set(found) - set(kept):
+            middle = round((glyph.left + glyph.right) / 2)
+            seen = np.asarray(cleared)[14:, :]
+            same = np.array_equal(seen, np.asarray(picture)[14:, :])
+            assert not same, f"character at {middle} was dropped, its ink was not"
 
 
 def test_each_head_starts_on_its_neighbour():
@@ -271,12 +287,12 @@ def test_tower_learns_and_goes_on_where_it_stopped(tmp_path, monkeypatch):
     assert first["step"] == 29
     assert second["step"] == 46
     batch = crops.batch()
-    head = torch.nn.Linear(SMALL.width, 4 * len(glyphs.CLASSES))
+    heads = tower.Heads(SMALL.width, letters)
     eyes = tower.new_tower(SMALL, 64, seed=0)
-    before = tower.read_loss(eyes, head, batch)[0]
+    before = tower.read_loss(eyes, heads, batch)[0]
     eyes.load_state_dict(second["tower"])
-    head.load_state_dict(second["head"])
-    assert tower.read_loss(eyes, head, batch)[0] < before
+    heads.load_state_dict(second["heads"])
+    assert tower.read_loss(eyes, heads, batch)[0] < before
 
 
 def test_missing_fonts_are_an_error(tmp_path):
