@@ -244,7 +244,7 @@ def test_fusion_is_weighted_reciprocal_rank_by_page():
         "text": [scored("p1", 0.9, 1), scored("p1b", 0.8, 1), scored("p2", 0.7, 2)],
         "bm25": [scored("p2", 12.0, 2), scored("p1", 3.0, 1)],
     }
-    first, second = fuse(rankings, {"text": 1.0, "bm25": 3.0})
+    first, second = fuse(rankings, {"text": 1.0, "bm25": 3.0}, k=60)
     best = 4 / 61
     assert first.key == ("a", 2)
     assert first.score == pytest.approx((1 / 62 + 3 / 61) / best)
