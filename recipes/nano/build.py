@@ -125,6 +125,7 @@ def write_checkpoint(
     """Decoder, tower, tokenizer and settings, as one folder."""
     tokenizer = checkpoint.build_tokenizer(base)
     width = checkpoint.hidden_size(config.text.dim)
+    tower.silence_blank(eyes)
     reads = config.vision.minutes > 0
     weights = checkpoint.decoder_weights(student.words, tokenizer, config.mlp)
     size = tower.common_size(student.grams)

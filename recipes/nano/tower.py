@@ -23,6 +23,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor, nn
 from transformers import Qwen2VLConfig
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VisionTransformerPretrainedModel
@@ -307,6 +308,17 @@ def _save(
     partial = out.with_suffix(".part")
     torch.save(state, partial)
     partial.replace(out)
+
+
+@torch.no_grad()
+def silence_blank(tower: Any) -> None:
+    """Make the tokens of white paper exactly zero, by the bias of the last layer.
+
+    All tokens of an empty page are equal, and a page has hundreds of them.
+    """
+    patches, grid = to_patches(Image.new("RGB", (280, 280), "white"), _RULE)
+    blank = tower(patches, grid_thw=torch.tensor([grid])).pooler_output
+    tower.merger.mlp[2].bias -= blank.mean(0)
 
 
 def tower_weights(tower: Any, word_dim: int, size: float, scale: float) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from matplotlib import font_manager
+from PIL import Image
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
 from mmrag.content import as_content
@@ -55,6 +56,7 @@ def folder(plain, table, tmp_path_factory):
     student = distil.Student(table, table, {})
     eyes = tower.new_tower(SMALL, 64, seed=0)
     torch.nn.init.normal_(eyes.merger.mlp[2].weight, std=0.1)
+    torch.nn.init.normal_(eyes.merger.mlp[2].bias, std=10.0)
     build.write_checkpoint(config, student, eyes, plain)
     return out
 
@@ -102,6 +104,14 @@ def test_picture_is_the_sum_of_its_visual_tokens(embedder):
         tokens = backbone.image_features([backbone.prepare(as_content(page), None)])
     total = tokens[:, :61].sum(0)
     assert vector[:61] @ (total / total.norm()).numpy() > 0.99
+
+
+def test_empty_paper_adds_nothing_to_the_sum(embedder):
+    backbone = embedder.backbone
+    with torch.no_grad():
+        page = as_content(Image.new("RGB", (112, 84), "white"))
+        tokens = backbone.image_features([backbone.prepare(page, None)])
+    assert tokens[:, :61].abs().max() < 1e-2 * tokens[:, 61].abs().max()
 
 
 def test_width_must_hold_whole_heads():
