@@ -25,7 +25,7 @@ from mmrag.content import Content, load_image
 from mmrag.context import picture_bytes
 from mmrag.embedders.instructions import resolve
 from mmrag.endpoint import OPENAI, translated_errors
-from mmrag.errors import ConfigError, EndpointError, MMRagError
+from mmrag.errors import ConfigError, ContentError, EndpointError, MMRagError
 from mmrag.rerankers.base import DeadlineError, Outcome, Pair
 from mmrag.rerankers.prompts import RerankPrompt, prompt_for
 
@@ -74,6 +74,8 @@ class RemoteScorer:
         timeout: seconds for one request; retries: how often it is repeated after a busy, broken
             or absent answer.
         deadline: seconds for one call of ``judge``; pairs that are not judged by then fail.
+        max_tokens: of a grade; models that think before they answer need more.
+        images: False sends text alone, for models that take no pictures.
         max_pixels, max_bytes: of one picture; larger ones are scaled down.
     """
 
@@ -89,6 +91,8 @@ class RemoteScorer:
         timeout: float = 60.0,
         retries: int = 3,
         deadline: float | None = None,
+        max_tokens: int = 256,
+        images: bool = True,
         max_pixels: int = 1024 * 1024,
         max_bytes: int = 2 * 1024 * 1024,
     ) -> None:
@@ -104,6 +108,8 @@ class RemoteScorer:
         self.concurrency = concurrency
         self.timeout = timeout
         self.deadline = deadline
+        self.max_tokens = max_tokens
+        self.images = images
         self.max_pixels = max_pixels
         self.max_bytes = max_bytes
         self._client = openai.OpenAI(
@@ -148,12 +154,15 @@ class RemoteScorer:
         refusal: Exception | None = None
         for mode in _MODES if known is None else (known,):
             try:
-                score = self._ask(pair, task, mode, ends)
+                choice = self._ask(pair, task, mode, ends)
             except _UnsupportedError as error:
                 refusal = error
                 continue
             self._settle(mode, refusal)
-            return score
+            if mode == "logprobs":
+                prompt = self.prompt or prompt_for(pair[0])
+                return answer_probability(choice.logprobs, prompt.answers)
+            return self._grade(choice.message.content or "")
         raise EndpointError(f"{self.name}: no score can be had from this server ({refusal}).")
 
     def _settle(self, mode: Mode, refusal: Exception | None) -> None:
@@ -170,13 +179,15 @@ class RemoteScorer:
                 _GRADE,
             )
 
-    def _ask(self, pair: Pair, task: str | None, mode: Mode, ends: float) -> float:
+    def _ask(self, pair: Pair, task: str | None, mode: Mode, ends: float) -> Any:
+        """The model's answer. Raises _UnsupportedError where the server has not got the mode."""
         prompt = self.prompt or prompt_for(pair[0])
         options: dict[str, Any] = {"max_tokens": 1, "logprobs": True, "top_logprobs": _TOP}
         if mode != "logprobs":
-            options = {"max_tokens": 1024}
+            options = {"max_tokens": self.max_tokens}
         if mode == "schema":
             options["response_format"] = _SCHEMA
+        messages = self._messages(pair, task, prompt, mode)
         client = self._client
         if ends != math.inf:
             left = max(_left(ends) or 0.0, 0.001)
@@ -184,19 +195,16 @@ class RemoteScorer:
         with translated_errors(self.name):
             try:
                 reply = client.chat.completions.create(
-                    model=self.name,
-                    messages=self._messages(pair, task, prompt, mode),
-                    temperature=0.0,
-                    **options,
+                    model=self.name, messages=messages, temperature=0.0, **options
                 )
             except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
                 if self.mode is None and mode != "words":
                     raise _UnsupportedError(error) from error
                 raise
             choice = reply.choices[0]
-            if mode == "logprobs":
-                return answer_probability(choice.logprobs, prompt.answers)
-            return self._grade(choice.message.content or "")
+            if mode == "logprobs" and not (choice.logprobs and choice.logprobs.content):
+                raise _UnsupportedError("the answer came without any")
+            return choice
 
     def _grade(self, text: str) -> float:
         try:
@@ -215,7 +223,7 @@ class RemoteScorer:
     def _messages(
         self, pair: Pair, task: str | None, prompt: RerankPrompt, mode: Mode
     ) -> list[Any]:
-        query, document = pair
+        query, document = pair if self.images else (_in_words(side) for side in pair)
         before, between, after = prompt.split()
         own = resolve(query.instruction) if query else None
         opening = f"Task: {own or task}\n" if own or task else ""
@@ -247,12 +255,11 @@ def answer_probability(logprobs: Any, answers: tuple[str, str]) -> float:
     Spellings that differ in case or white space count as one word. A word that is not among
     the tokens listed is taken at the probability of the least likely of these, which bounds it.
 
-    Raises: _UnsupportedError without log-probabilities, EndpointError if neither word is listed.
+    Raises: EndpointError if neither word is listed.
     """
-    content = getattr(logprobs, "content", None)
-    top = content[0].top_logprobs if content else None
+    top = logprobs.content[0].top_logprobs
     if not top:
-        raise _UnsupportedError("the answer came without any")
+        raise EndpointError("The server lists no likely tokens: use mode='schema'.")
     yes, no = (
         sum(math.exp(t.logprob) for t in top if t.token.strip().lower() == word.strip().lower())
         for word in answers
@@ -265,6 +272,15 @@ def answer_probability(logprobs: Any, answers: tuple[str, str]) -> float:
     bound = math.exp(min(t.logprob for t in top))
     yes, no = (share or min(bound, yes or no) for share in (yes, no))
     return yes / (yes + no)
+
+
+def _in_words(content: Content | None) -> Content | None:
+    """A side without its pictures. Raises ContentError if nothing is left."""
+    if content is None or not content.images:
+        return content
+    if content.text is None:
+        raise ContentError("There is only a picture to judge, and the model takes none.")
+    return Content(content.text, instruction=content.instruction)
 
 
 def _joined(parts: Sequence[dict[str, Any]]) -> Any:

@@ -93,6 +93,16 @@ def test_pictures_tasks_and_system_turns_are_sent(serve):
     ]
 
 
+def test_models_without_eyes_get_the_text_alone(serve):
+    server = serve()
+    picture = Image.new("RGB", (40, 30))
+    given = [(Content("q"), Content("worth 0.5", picture)), (Content("q"), Content(image=picture))]
+    seen, unseen = scorer(server, images=False).judge(given)
+    assert seen == pytest.approx(0.5)
+    assert isinstance(unseen, ContentError)
+    assert [type(request["messages"][0]["content"]) for request in server.requests] == [str]
+
+
 def test_failures_stay_with_their_pairs(serve, tmp_path):
     server = serve(fail=lambda text: 500 if "worth 0.2" in text else None)
     query = Content("q")
@@ -155,6 +165,14 @@ def test_nonsense_is_an_error_and_no_score(serve, said):
     server.answer = said
     (outcome,) = scorer(server, mode="schema").judge(pairs(0.5))
     assert isinstance(outcome, EndpointError)
+
+
+def test_a_server_that_takes_no_mode_seriously_is_asked_once_for_each(serve):
+    server = serve(able=["schema"])
+    server.answer = "I would rather not."
+    outcomes = scorer(server, concurrency=1).judge(pairs(0.5, 0.5, 0.5))
+    assert all(isinstance(outcome, EndpointError) for outcome in outcomes)
+    assert len(server.requests) == 1 + 3
 
 
 def test_other_words_than_the_answers_are_an_error(serve):
