@@ -12,7 +12,8 @@ class JudgeServer:
 
     able: what it can do, of ``logprobs``, ``schema``, ``words``; asked for log-probabilities
     that it has not, it refuses (``strict``) or leaves them out.
-    fail: called with the prompt's text; a status to answer with, ``hang``, or None.
+    fail: called with the prompt's text; a status to answer with, ``hang``, ``garbage`` (no JSON),
+    ``hollow`` (JSON of another shape), ``cut`` (the connection ends in mid-answer), or None.
     """
 
     def __init__(self, relevance, able=("logprobs", "schema", "words"), strict=False, fail=None):
@@ -96,9 +97,11 @@ class _Handler(BaseHTTPRequestHandler):
         finally:
             with judge.lock:
                 judge.under_way -= 1
-        data = json.dumps(value).encode()
+        data = json.dumps({"surprise": True} if failure == "hollow" else value).encode()
+        if failure == "garbage":
+            data = b"<html>not json</html>"
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(data)))
+        self.send_header("Content-Length", str(len(data) + 5000 * (failure == "cut")))
         self.end_headers()
         self.wfile.write(data)

@@ -5,7 +5,7 @@ import json
 import httpx
 import openai
 import pytest
-from fakes import make_node
+from fakes import FakeEmbedder, make_node, make_picture
 from llama_index.core.base.base_retriever import BaseRetriever
 from llama_index.core.base.llms.types import ChatMessage, ChatResponse, LLMMetadata
 from llama_index.core.llms import CustomLLM
@@ -14,7 +14,7 @@ from PIL import Image
 from pydantic import PrivateAttr
 
 from mmrag.answering import CitedQueryEngine
-from mmrag.collection import Where
+from mmrag.collection import Collection, CollectionSettings, Where
 from mmrag.errors import ConfigError, EndpointError
 from mmrag.planning import (
     PlanBudget,
@@ -26,7 +26,7 @@ from mmrag.planning import (
     read_reply,
     sub_query,
 )
-from mmrag.retriever import MultimodalQuery
+from mmrag.retriever import MultimodalQuery, UniversalRetriever
 
 GOLD = "The gold plan costs 90 dollars a month."
 SILVER = "The silver plan costs 60 dollars a month."
@@ -227,6 +227,34 @@ def test_a_search_that_finds_nothing_in_its_modality_looks_everywhere_within_the
     wheres = [getattr(query, "where", None) for query in shelf.queries]
     assert wheres[0].files == wheres[1].files == ("a.pdf",)
     assert wheres[1].kinds == ()
+
+
+def test_each_modality_is_found_in_a_collection(tmp_path):
+    embedder = FakeEmbedder(dim=32)
+    settings = CollectionSettings(embedder.name, embedder.fingerprint, 32, views=("image", "text"))
+    picture = make_picture(tmp_path / "chart.png")
+    nodes = [
+        make_node("gold costs 90", page=1, kind="passage"),
+        make_node("gold costs over the years", page=2, kind="figure", image=picture),
+        make_node("silver costs 60", file="b.pdf", page=3, kind="passage", sha256="1" * 64),
+    ]
+    vectors = [{"text": embedder.encode([node.get_content()])[0]} for node in nodes]
+    asked = [{"question": "gold costs", "modality": modality} for modality in ("figure", "text")]
+    llm = Script(
+        replies=[
+            plan(asked[0], "silver costs", more=True),
+            plan(asked[1] | {"question": "gold costs in words"}),
+            plan(enough=True),
+        ]
+    )
+    with Collection.open(tmp_path / "c", settings=settings) as collection:
+        collection.write(nodes, vectors)
+        mine = UniversalRetriever(collection, embedder, where=Where(files=("a.pdf",)))
+        response = PlanningQueryEngine(CitedQueryEngine(mine, llm)).query(COMPARE)
+    made = trace(response)[1]["searches"]
+    assert made[0]["pages"] == ("a.pdf, page 2",)
+    assert set(made[1]["pages"]) == {"a.pdf, page 1", "a.pdf, page 2"}
+    assert made[2]["pages"] == ("a.pdf, page 1",)
 
 
 def test_a_stream_carries_the_trace_to_its_end():

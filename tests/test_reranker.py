@@ -193,8 +193,16 @@ def test_chat_markers_of_documents_are_harmless():
     assert "\u2060" not in scorer.text
 
 
-def test_no_nodes_give_no_nodes():
-    assert rerank([]) == []
+def test_no_nodes_give_no_nodes_and_ask_no_model():
+    scorer = WordScorer()
+    assert MLLMReranker(scorer=scorer).postprocess_nodes([], query_str="q") == []
+    assert scorer.calls == []
+
+
+def test_a_query_without_its_picture_is_an_error(tmp_path):
+    bundle = QueryBundle("q", image_path=str(tmp_path / "gone.png"))
+    with pytest.raises(ContentError, match=r"gone\.png"):
+        MLLMReranker(scorer=WordScorer()).postprocess_nodes(hits("0.5"), bundle)
 
 
 def test_a_second_reranker_replaces_the_judgement_of_the_first():

@@ -153,6 +153,16 @@ def test_refusals_are_explained(serve, status, said):
     assert said in str(outcome)
 
 
+@pytest.mark.parametrize("failure", ["garbage", "hollow", "cut"])
+def test_broken_answers_are_errors_of_the_server(serve, failure):
+    server = serve(fail=lambda text: failure if "worth 0.2" in text else None)
+    good, bad = scorer(server).judge(pairs(0.8, 0.2))
+    assert good == pytest.approx(0.8)
+    assert isinstance(bad, EndpointError)
+    (alone,) = scorer(serve(fail=lambda text: failure)).judge(pairs(0.5))
+    assert isinstance(alone, EndpointError)
+
+
 def test_an_absent_server_is_named():
     (outcome,) = RemoteScorer("m", "http://127.0.0.1:9/v1", retries=0).judge(pairs(0.5))
     assert isinstance(outcome, EndpointError)
