@@ -237,8 +237,11 @@ class AnswerScorer:
         """Keys and values of the ids that all pairs of a query share."""
         item = self._slice((query, None), (query,), ids[:shared], slice(0, shared))
         cache = DynamicCache()
-        with self._lock, torch.inference_mode():
-            self._decode([item], cache)
+        try:
+            with self._lock, torch.inference_mode():
+                self._decode([item], cache)
+        except torch.OutOfMemoryError as error:
+            raise self._too_large(item) from error
         return cache
 
     def _direction(self, query: Content | None) -> Tensor:
@@ -261,13 +264,16 @@ class AnswerScorer:
                 return torch.mv(states[rows, last].float(), direction).cpu().numpy()
         except torch.OutOfMemoryError as error:
             if len(inputs) == 1:
-                raise ModelError(
-                    f"{self.name}: one pair of {inputs[0].n_tokens} tokens does not fit in memory; "
-                    "lower max_image_tokens or max_length, or use a smaller dtype."
-                ) from error
+                raise self._too_large(inputs[0]) from error
         middle = len(inputs) // 2
         first = self._run(inputs[:middle], prefix, direction)
         return np.concatenate([first, self._run(inputs[middle:], prefix, direction)])
+
+    def _too_large(self, item: QwenInputs) -> ModelError:
+        return ModelError(
+            f"{self.name}: one prompt of {item.n_tokens} tokens does not fit in memory; lower "
+            "max_image_tokens or max_length, or use a smaller dtype."
+        )
 
     def _decode(self, batch: Sequence[QwenInputs], cache: DynamicCache | None) -> Tensor:
         """States of the last layer after the norm, (len(batch), longest, dim).
