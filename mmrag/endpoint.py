@@ -44,7 +44,7 @@ def open_llm(
         context_window: in tokens. By default the server is asked, then LlamaIndex's table of
             OpenAI's models; else it is ``ASSUMED_WINDOW``, with a warning.
         api_key: sent as a bearer token.
-        max_tokens: longest answer.
+        max_tokens: longest answer; at most a quarter of the context window.
         timeout: seconds for one request, of which there are at most two.
 
     Raises: ConfigError without a model, EndpointError if one has to be asked for in vain.
@@ -78,7 +78,7 @@ def open_llm(
         api_key=key,
         is_chat_model=True,
         context_window=window,
-        max_tokens=max_tokens,
+        max_tokens=min(max_tokens, window // 4),
         timeout=timeout,
         max_retries=1,
         temperature=0.0,

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import AsyncGenerator, Callable, Generator
 from dataclasses import dataclass, field
 from typing import Any
+from urllib.parse import quote
 
 from llama_index.core.base.response.schema import (
     AsyncStreamingResponse,
@@ -13,7 +15,7 @@ from llama_index.core.base.response.schema import (
     StreamingResponse,
 )
 
-from mmrag.citations import Claim
+from mmrag.citations import Claim, parse_marks
 from mmrag.context import Source
 
 SENTINEL = "NOT_FOUND_IN_SOURCES"
@@ -52,6 +54,26 @@ class CitedResponse(Response):
             "answer": self.response,
             "sources": [source.to_dict() for source in self.cited],
         }
+
+    def markdown(self, *, images: bool = False) -> str:
+        """The answer with a list of its sources, as Markdown.
+
+        images: show each cited figure or picture behind the paragraph that cites it first.
+
+        Pictures and HTML that the model itself wrote are made harmless: a page that is shown
+        must not load what a document told the model to load.
+        """
+        shown: set[int] = set()
+        parts: list[str] = []
+        by_number = {source.n: source for source in self.cited if source.cited}
+        for line in _harmless(self.response or "").splitlines():
+            parts.append(line)
+            for n in parse_marks(line) if images else ():
+                if n in by_number and n not in shown and (figure := _figure(by_number[n])):
+                    shown.add(n)
+                    parts += ["", figure, ""]
+        listed = [_listed(source) for source in self.cited]
+        return "\n".join([*parts, "", *listed] if listed else parts).strip() + "\n"
 
 
 @dataclass
@@ -180,3 +202,34 @@ def as_async_stream(response: CitedResponse) -> AsyncCitedStreamingResponse:
 def _may_be_sentinel(text: str) -> bool:
     bare = text.strip().lstrip("*_`\"'[").upper()
     return SENTINEL.startswith(bare[: len(SENTINEL)])
+
+
+# Entities: a backslash of ours could be undone by one of the model's in front of it.
+_ACTIVE = {"![": "&#33;[", "<": "&lt;"}
+_MARKUP = re.compile(r"([\\`*_\[\]<>!#|])")
+
+
+def _harmless(text: str) -> str:
+    for active, harmless in _ACTIVE.items():
+        text = text.replace(active, harmless)
+    return text
+
+
+def _figure(source: Source) -> str | None:
+    """The picture of a source that is a figure or a picture; None where its file is gone."""
+    values = source.node.node.metadata
+    if values.get("kind") not in ("figure", "picture"):
+        return None
+    if source.picture is None or not source.picture.is_file():
+        return None
+    caption = " ".join(str(values.get("caption") or source.place).split())
+    return f"![{_literal(caption)}]({quote(source.picture.as_posix(), safe='/:')})"
+
+
+def _listed(source: Source) -> str:
+    words = f": \u201c{_literal(source.quote)}\u201d" if source.quote else ""
+    return f"- \\[{source.n}\\] {_literal(source.place)}{words}"
+
+
+def _literal(text: str) -> str:
+    return _MARKUP.sub(r"\\\1", text)

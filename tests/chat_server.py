@@ -9,8 +9,8 @@ class ChatServer:
     """Answers every chat with ``answer``; keeps the request bodies in ``requests``.
 
     mode: ``ok``, ``refuse`` (HTTP 400), ``deny`` (401), ``missing`` (404), ``garbage`` (no JSON),
-    ``hollow`` (JSON of another shape), ``cut`` (the connection ends in mid-answer), ``hang`` (no
-    answer until it closes).
+    ``hollow`` (JSON of another shape), ``cut`` (the connection ends in mid-answer), ``stall`` (a
+    stream that stops in mid-answer until it closes), ``hang`` (no answer until it closes).
     """
 
     def __init__(self, answer="", mode="ok", models=({"id": "tiny", "max_model_len": 20_000},)):
@@ -75,6 +75,10 @@ class _Handler(BaseHTTPRequestHandler):
             event = json.dumps(_reply("chat.completion.chunk", choice))
             self.wfile.write(f"data: {event}\n\n".encode())
             if cut:
+                return
+            if self.chat.mode == "stall":
+                self.wfile.flush()
+                self.chat.closed.wait(20)
                 return
         self.wfile.write(b"data: [DONE]\n\n")
 

@@ -534,3 +534,8 @@ def test_windows_as_servers_name_them(server, caplog):
     assert "does not say" in caplog.text
     assert open_llm("silent", server.url, context_window=5).context_window == 5
     assert open_llm("gpt-4o", api_key="x").context_window == 128_000
+
+
+def test_an_answer_takes_at_most_a_quarter_of_the_window():
+    assert open_llm("gpt-4o", api_key="x").max_tokens == 1024
+    assert open_llm("small", api_key="x", context_window=1000).max_tokens == 250
