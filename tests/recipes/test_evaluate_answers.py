@@ -1,0 +1,52 @@
+"""Answers and abstentions are counted right."""
+
+import json
+
+import pymupdf
+import pytest
+from fakes import FakeEmbedder
+
+from mmrag.errors import ContentError
+from mmrag.index import UniversalIndex
+from recipes.evaluate_answers import evaluate_answers, read_foreign
+
+
+def test_answers_and_abstentions_are_counted(tmp_path):
+    pdf = pymupdf.open()
+    for words in (
+        "The tigers of the northern forests hunt deer at night.",
+        "Blue whales swim through all oceans and eat krill.",
+    ):
+        pdf.new_page().insert_text((72, 72), words)
+    folder = tmp_path / "pdfs"
+    folder.mkdir()
+    pdf.save(folder / "animals.pdf")
+    own = [
+        {"question": "What do blue whales eat?", "pages": [{"file": "animals.pdf", "page": 2}]},
+        {"question": "When do tigers hunt deer?", "pages": [{"file": "animals.pdf", "page": 2}]},
+        {"question": "Who painted the ceiling?", "pages": [{"file": "animals.pdf", "page": 1}]},
+    ]
+    foreign = ["How tall is the lighthouse of Genoa?", "What do whales eat in oceans?"]
+    with UniversalIndex(tmp_path / "library", FakeEmbedder()) as index:
+        index.add(folder)
+        counts = evaluate_answers(index.as_query_engine(), own, foreign)
+    assert counts == {
+        "own": 3,
+        "answered": 2,
+        "right_page": 1,
+        "foreign": 2,
+        "foreign_answered": 1,
+    }
+
+
+def test_foreign_questions_are_drawn_by_seed(tmp_path):
+    path = tmp_path / "other.jsonl"
+    lines = [{"question": f"q{n}"} for n in range(9)] + [{"questions": ["a", {"question": "b"}]}]
+    path.write_text("\n".join(json.dumps(line) for line in lines))
+    drawn = read_foreign(path, 5, seed=1)
+    assert drawn == read_foreign(path, 5, seed=1)
+    assert drawn != read_foreign(path, 5, seed=2)
+    assert len(read_foreign(path, 100, seed=0)) == 11
+    path.write_text('{"text": "no question"}')
+    with pytest.raises(ContentError, match=r"other\.jsonl:1"):
+        read_foreign(path, 1, seed=0)
