@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mmrag.answering import CitedQueryEngine
+    from mmrag.chatting import CitedChatEngine
     from mmrag.collection import Collection, CollectionSettings, Where
     from mmrag.content import Content, ImageLimits, load_image
     from mmrag.embedders import Embedder, load_embedder
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     )
     from mmrag.index import UniversalIndex
     from mmrag.ingest import IngestReport
+    from mmrag.planning import PlanningQueryEngine
     from mmrag.reading import ReadOptions, read_file
     from mmrag.reranker import MLLMReranker
     from mmrag.retriever import UniversalRetriever
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
+    "CitedChatEngine": "chatting",
     "CitedQueryEngine": "answering",
     "Collection": "collection",
     "CollectionError": "errors",
@@ -47,6 +50,7 @@ _HOME = {
     "MLLMReranker": "reranker",
     "MMRagError": "errors",
     "ModelError": "errors",
+    "PlanningQueryEngine": "planning",
     "ReadError": "errors",
     "ReadOptions": "reading",
     "RemoteEmbedder": "embedders.remote",
@@ -60,6 +64,7 @@ _HOME = {
 }
 
 __all__ = [
+    "CitedChatEngine",
     "CitedQueryEngine",
     "Collection",
     "CollectionError",
@@ -74,6 +79,7 @@ __all__ = [
     "MLLMReranker",
     "MMRagError",
     "ModelError",
+    "PlanningQueryEngine",
     "ReadError",
     "ReadOptions",
     "RemoteEmbedder",

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from mmrag.collection import Where
     from mmrag.index import UniversalIndex
     from mmrag.ingest import Progress
+    from mmrag.planning import PlanningQueryEngine
     from mmrag.response import CitedResponse
 
 EXIT_CODES = """\
@@ -223,6 +224,12 @@ def ask(
             "chat model by name or folder, or 'llm' for the one of --llm.",
         ),
     ] = None,
+    plan: Annotated[
+        bool,
+        typer.Option(
+            "--plan", help="Take the question apart where one search is not enough; needs --llm."
+        ),
+    ] = False,
     save_pages: Annotated[
         Path | None,
         typer.Option(
@@ -244,22 +251,26 @@ def ask(
         with _library(collection, embedder) as library:
             out = _out()
             live = model is not None and out.is_terminal and not as_json
-            engine = library.as_query_engine(
+            cited = library.as_query_engine(
                 model,
-                _rerankers(rerank, model, top_k),
+                _rerankers(rerank, model, top_k, images=not no_images),
                 similarity_top_k=top_k * (3 if rerank else 1),
                 where=where,
                 streaming=live,
                 images=not no_images,
             )
+            engine = _planned(cited) if plan else cited
             response = _answer(engine, question or "", image, out if live else None)
         saved = _save_pages(response, save_pages) if save_pages else {}
+        trace = {"plan": (response.metadata or {})["plan"]} if plan else {}
         if as_json:
-            _print_json(response.to_dict(question or ""))
+            _print_json(response.to_dict(question or "") | trace)
         else:
             if not live:
                 out.print(Text(display.clean(str(response))))
             out.print(display.sources_view(response, saved))
+            if trace:
+                out.print(display.plan_view(trace["plan"]))
         if not response.found:
             raise typer.Exit(NOTHING)
 
@@ -366,7 +377,16 @@ def _llm(model: str | None, base_url: str | None, window: int | None) -> OpenAIL
     return open_llm(model, base_url, key, context_window=window)
 
 
-def _rerankers(name: str | None, llm: OpenAILike | None, top_k: int) -> list[BaseNodePostprocessor]:
+def _planned(engine: CitedQueryEngine) -> PlanningQueryEngine:
+    """What --plan asks for."""
+    from mmrag.planning import PlanningQueryEngine
+
+    return PlanningQueryEngine(engine)
+
+
+def _rerankers(
+    name: str | None, llm: OpenAILike | None, top_k: int, images: bool
+) -> list[BaseNodePostprocessor]:
     """What --rerank asks for."""
     if name is None:
         return []
@@ -376,7 +396,8 @@ def _rerankers(name: str | None, llm: OpenAILike | None, top_k: int) -> list[Bas
         return [MLLMReranker(name, top_n=top_k)]
     if llm is None:
         raise typer.BadParameter("--rerank llm needs --llm or --base-url.")
-    return [MLLMReranker(llm.model, top_k, base_url=llm.api_base, api_key=llm.api_key)]
+    server: dict[str, Any] = {"base_url": llm.api_base, "api_key": llm.api_key}
+    return [MLLMReranker(llm.model, top_k, images=images, **server)]
 
 
 def _need_query(query: str | None, image: Path | None) -> None:
@@ -404,7 +425,10 @@ def _where(files: list[str] | None, pages: str | None, kinds: list[str] | None) 
 
 
 def _answer(
-    engine: CitedQueryEngine, question: str, image: Path | None, live: Console | None
+    engine: CitedQueryEngine | PlanningQueryEngine,
+    question: str,
+    image: Path | None,
+    live: Console | None,
 ) -> CitedResponse:
     """The checked answer; shown word by word on ``live`` where that is given."""
     from mmrag.response import CitedResponse, CitedStreamingResponse

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, Group, RenderableType
 from rich.padding import Padding
@@ -122,6 +122,17 @@ def sources_view(response: CitedResponse, saved: dict[int, str]) -> RenderableTy
     if response.problems:
         rows.append(Text("\nCheck before you trust it", style="bold yellow"))
         rows += [_bullet(problem) for problem in response.problems]
+    return Group(*rows)
+
+
+def plan_view(plan: Mapping[str, Any]) -> RenderableType:
+    """The searches that led to an answer, and why they ended."""
+    rows: list[RenderableType] = [Text("\nSearches", style="bold")]
+    for search in plan["searches"]:
+        found = ", ".join(clean(page) for page in search["pages"][:3]) or "nothing"
+        rows.append(_bullet(f"{clean(search['question'])}: {found}"))
+    calls = f"{plan['calls']} calls, {plan['seconds']:.1f} s"
+    rows.append(Text(f"Ended after {calls}: {plan['stopped']}.", style="dim"))
     return Group(*rows)
 
 

@@ -216,6 +216,17 @@ def test_the_model_at_the_server_can_judge_the_pages_first(folder):
         judge.close()
 
 
+def test_planning_shows_the_searches(folder, server):
+    given = ("--llm", "tiny", "--base-url", server.url, "--plan")
+    shown = run("ask", "What covers the eye?", "-c", folder, *given)
+    assert shown.exit_code == 0
+    assert "Searches" in shown.stdout
+    assert "What covers the eye?: " in shown.stdout
+    plan = json.loads(run("ask", "What covers the eye?", "-c", folder, *given, "--json").stdout)
+    assert plan["plan"]["searches"][0]["pages"]
+    assert run("ask", "eye", "-c", folder, "--plan").exit_code == 2
+
+
 def test_judging_by_a_model_that_is_not_there(folder, tmp_path):
     assert run("ask", "eye", "-c", folder, "--rerank", "llm").exit_code == 2
     result = run("ask", "eye", "-c", folder, "--rerank", tmp_path / "nowhere")

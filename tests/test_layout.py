@@ -18,7 +18,7 @@ PACKAGE = Path(mmrag.__file__).parent
 ORDER = [
     *("errors", "content", "embedders", "reading", "embedding", "engines", "collection"),
     *("ingest", "retriever", "context", "citations", "rerankers", "reranker", "answering"),
-    *("planning", "index", "cli"),
+    *("planning", "chatting", "structured", "index", "cli"),
 ]
 
 # Library: the only parts that may import it.
