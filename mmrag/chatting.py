@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Generator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -23,7 +23,6 @@ from llama_index.core.llms import LLM
 from llama_index.core.memory import BaseMemory, Memory
 from llama_index.core.prompts import PromptTemplate
 from llama_index.core.tools import ToolOutput
-from llama_index.core.types import Thread
 
 from mmrag.answering import CitedQueryEngine
 from mmrag.citations import strip_marks
@@ -76,8 +75,8 @@ class CitedChatEngine(BaseChatEngine):
 
     Streams carry the ``CitedStreamingResponse`` in ``sources[0].raw_output``.
 
-    Raises: ConfigError without an LLM. Turns raise EndpointError if its server fails; the answer
-        of such a turn is not remembered.
+    Raises: ConfigError without an LLM. Turns raise EndpointError if its server fails, streams
+        while they are read; such a turn is not remembered.
     """
 
     def __init__(
@@ -131,21 +130,18 @@ class CitedChatEngine(BaseChatEngine):
         *,
         image: ImageSource | None = None,
     ) -> StreamingAgentChatResponse:
-        """``chat`` as a stream; the turn is remembered when the stream has ended."""
+        """``chat`` as a stream; the turn is remembered when the stream has been read to its end."""
         self._replace_history(chat_history)
         question = self._rewrite(message)
         found = self._engine(streaming=True).query(_query(question, image))
         response = cast(CitedStreamingResponse, found)
-        self.memory.put(ChatMessage(role=MessageRole.USER, content=message))
-        stream = StreamingAgentChatResponse(
+        response.response_gen = self._remembered(response.response_gen, message, response)
+        return StreamingAgentChatResponse(
             chat_stream=response_gen_from_query_engine(response.response_gen),
             sources=[_tool_output(question, response)],
             source_nodes=list(response.source_nodes),
+            is_writing_to_memory=False,
         )
-        writing = Thread(target=stream.write_response_to_history, args=(self.memory,))
-        stream.write_response_to_history_thread = writing
-        writing.start()
-        return stream
 
     async def astream_chat(
         self,
@@ -159,16 +155,13 @@ class CitedChatEngine(BaseChatEngine):
         question = await asyncio.to_thread(self._rewrite, message)
         found = await self._engine(streaming=True).aquery(_query(question, image))
         response = cast(AsyncCitedStreamingResponse, found)
-        await self.memory.aput(ChatMessage(role=MessageRole.USER, content=message))
-        stream = StreamingAgentChatResponse(
+        response.response_gen = self._aremembered(response.response_gen, message, response)
+        return StreamingAgentChatResponse(
             achat_stream=_as_chat(response.response_gen),
             sources=[_tool_output(question, response)],
             source_nodes=list(response.source_nodes),
+            is_writing_to_memory=False,
         )
-        stream.awrite_response_to_history_task = asyncio.create_task(
-            stream.awrite_response_to_history(self.memory)
-        )
-        return stream
 
     def reset(self) -> None:
         """Forget the conversation."""
@@ -203,6 +196,25 @@ class CitedChatEngine(BaseChatEngine):
     def _replace_history(self, history: list[ChatMessage] | None) -> None:
         if history is not None:
             self.memory.set(list(history))
+
+    # The reader of a stream writes the memory, at the end. LlamaIndex's own writer is a thread
+    # that the reader polls, and it keeps the question of a stream that fails.
+    def _remembered(
+        self, tokens: Generator[str, None, None], message: str, response: CitedStreamingResponse
+    ) -> Generator[str, None, None]:
+        yield from tokens
+        answer = response.finish(response.response_txt or "")
+        response.finish = lambda _: answer  # checked once
+        self._remember(message, str(answer))
+
+    async def _aremembered(
+        self, tokens: AsyncGenerator[str, None], message: str, response: AsyncCitedStreamingResponse
+    ) -> AsyncGenerator[str, None]:
+        async for token in tokens:
+            yield token
+        answer = await asyncio.to_thread(response.finish, response.response_txt or "")
+        response.finish = lambda _: answer
+        await asyncio.to_thread(self._remember, message, str(answer))
 
     def _remember(self, message: str, answer: str) -> None:
         self.memory.put(ChatMessage(role=MessageRole.USER, content=message))

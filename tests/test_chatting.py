@@ -1,5 +1,8 @@
 """A conversation: what is searched for, what is remembered, what a turn carries."""
 
+import asyncio
+import threading
+
 import httpx
 import openai
 import pytest
@@ -27,7 +30,9 @@ class Talk(CustomLLM):
     rewritten: str = "What does the gold plan cover?"
     answer: str = ANSWER
     fails: bool = False
+    breaks: bool = False
     _asked: list = PrivateAttr(default_factory=list)
+    _drawn_by: list = PrivateAttr(default_factory=list)
 
     @property
     def metadata(self):
@@ -48,10 +53,21 @@ class Talk(CustomLLM):
 
     def stream_chat(self, messages, **kwargs):
         for word in self.answer.split(" "):
+            self._drawn_by.append(runner())
             yield self._say(f"{word} ")
+            if self.breaks:
+                raise httpx.RemoteProtocolError("peer closed connection")
 
     def _say(self, text):
         return ChatResponse(message=ChatMessage(role="assistant", content=text), delta=text)
+
+
+def runner():
+    """The task that runs, or the thread outside of event loops."""
+    try:
+        return asyncio.current_task()
+    except RuntimeError:
+        return threading.current_thread()
 
 
 class Page(BaseRetriever):
@@ -137,6 +153,75 @@ def test_streams_are_remembered_at_their_end():
     assert chat.engine.streaming is False
 
 
+@pytest.fixture
+def thread_errors(monkeypatch):
+    errors = []
+    monkeypatch.setattr(threading, "excepthook", errors.append)
+    return errors
+
+
+def test_a_stream_that_fails_is_not_remembered(thread_errors):
+    chat = chat_engine(breaks=True)
+    chat.chat("Gold?")
+    before = said(chat)
+    stream = chat.stream_chat("And?")
+    with pytest.raises(EndpointError, match="broke off"):
+        list(stream.response_gen)
+    assert said(chat) == before
+    assert thread_errors == []
+
+
+async def test_an_async_stream_that_fails_is_not_remembered():
+    chat = chat_engine(breaks=True)
+    await chat.achat("Gold?")
+    before = said(chat)
+    stream = await chat.astream_chat("And?")
+    with pytest.raises(EndpointError, match="broke off"):
+        _ = [token async for token in stream.async_response_gen()]
+    assert said(chat) == before
+
+
+def test_who_reads_a_stream_draws_it_and_so_need_not_poll():
+    chat = chat_engine()
+    list(chat.stream_chat("Gold?").response_gen)
+    assert set(chat.llm._drawn_by) == {threading.current_thread()}
+
+
+async def test_who_reads_an_async_stream_draws_it():
+    chat = chat_engine()
+    stream = await chat.astream_chat("Gold?")
+    _ = [token async for token in stream.async_response_gen()]
+    assert set(chat.llm._drawn_by) == {asyncio.current_task()}
+
+
+def test_a_stream_given_up_is_not_remembered():
+    chat = chat_engine()
+    tokens = chat.stream_chat("Gold?").response_gen
+    next(tokens)
+    tokens.close()
+    assert said(chat) == []
+
+
+def test_a_stream_without_words_is_an_error():
+    chat = chat_engine(answer="")
+    with pytest.raises(EndpointError, match="empty"):
+        list(chat.stream_chat("Gold?").response_gen)
+    assert said(chat) == []
+
+
+async def test_memory_has_the_checked_answer_of_a_stream_however_it_is_read():
+    talk = Talk(answer=f"{ANSWER} Silver costs 900 dollars. [1]")
+    chat = CitedChatEngine(CitedQueryEngine(Page(), talk, unsupported="remove"))
+    whole = chat.stream_chat("Gold?").sources[0].raw_output.get_response()
+    assert "900" not in str(whole)
+    assert said(chat) == [("user", "Gold?"), ("assistant", str(whole))]
+    stream = await chat.astream_chat("And?")
+    assert "900" in "".join([token async for token in stream.async_response_gen()])
+    again = await stream.sources[0].raw_output.get_response()
+    assert said(chat)[2:] == [("user", "And?"), ("assistant", str(again))]
+    assert str(again) == str(whole)
+
+
 async def test_async_turns_and_streams():
     chat = chat_engine()
     turn = await chat.achat("Gold?")
@@ -180,7 +265,9 @@ def test_plans_where_the_engine_plans():
     chat = CitedChatEngine(planning, memory=memory)
     turn = chat.chat("Gold?")
     assert turn.metadata["plan"]["stopped"] == "the plan could not be read"
-    assert "".join(chat.stream_chat("And?").response_gen).strip() == ANSWER
+    stream = chat.stream_chat("And?")
+    assert "".join(stream.response_gen).strip() == ANSWER
+    assert "plan" in stream.sources[0].raw_output.get_response().metadata
     assert planning.engine.streaming is False
     assert len(memory.get_all()) == 4
 

@@ -16,6 +16,7 @@ def test_class():
 
 def test_is_the_class_of_mmrag():
     from llama_index.postprocessor.mmrag import MLLMReranker
+
     from mmrag.reranker import MLLMReranker as ours
 
     assert MLLMReranker is ours
