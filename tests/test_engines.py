@@ -160,6 +160,12 @@ def test_facet_counts_values(filled):
     assert filled.facet("file") == {"a": 2, "b": 2}
 
 
+def test_facet_forgets_values_whose_points_are_gone(filled):
+    filled.optimize()
+    filled.delete(Filter(must=(AnyOf("file", ("a",)),)))
+    assert filled.facet("file") == {"b": 2}
+
+
 def test_edge_stems_and_drops_stop_words(tmp_path):
     engine = make_edge(tmp_path)
     engine.upsert(POINTS)

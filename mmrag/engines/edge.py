@@ -146,7 +146,8 @@ class EdgeEngine(Engine):
     def facet(self, key: str) -> dict[str, int]:
         with self._errors("count in"):
             found = self._open.facet(edge.FacetRequest(key=key, limit=FACET_LIMIT, exact=True))
-        return {str(hit.value): hit.count for hit in found.hits}
+        # An index goes on listing values whose points are gone.
+        return {str(hit.value): hit.count for hit in found.hits if hit.count}
 
     @override
     def flush(self) -> None:

@@ -127,7 +127,8 @@ class ServerEngine(Engine):
         found = self._call(
             lambda: self._client.facet(self._name, key, limit=FACET_LIMIT, exact=True)
         )
-        return {str(hit.value): hit.count for hit in found.hits}
+        # An index goes on listing values whose points are gone.
+        return {str(hit.value): hit.count for hit in found.hits if hit.count}
 
     @override
     def flush(self) -> None:
