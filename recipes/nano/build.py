@@ -14,16 +14,17 @@ from dataclasses import dataclass
 from importlib import import_module
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from tokenizers import Tokenizer
 
 from mmrag.errors import MMRagError
 from recipes.config import load_config
-from recipes.nano import checkpoint, distil, texts, tower, vectors
+from recipes.nano import checkpoint, distil, reading, texts, tower, vectors
 from recipes.nano.config import NanoConfig
+from recipes.nano.crops import Crops
 
 
 @dataclass(frozen=True)
@@ -108,31 +109,39 @@ def initial_vectors(
     return vectors.combine(parts, weights, config.text.dim)
 
 
-def learn_vision(config: NanoConfig, student: distil.Student, passages: Sequence[str]) -> Any:
+def learn_vision(
+    config: NanoConfig, student: distil.Student, passages: Sequence[str]
+) -> reading.Reader:
     """A tower that reads, trained further from ``tower.pt`` if that is there."""
     width = checkpoint.hidden_size(config.text.dim)
-    if config.vision.minutes <= 0:
-        return tower.new_tower(config.vision, width, config.seed)
+    eyes = tower.new_tower(config.vision, width, config.seed)
     wanted, _ = tower.vectors_for_tower(student.grams)
-    crops = tower.Crops(passages, wanted, student.vocabulary, config.vision, config.seed)
-    out = Path(config.work) / "tower.pt"
-    return tower.train_tower(config.vision, width, crops, out, config.seed)
+    reader = reading.Reader(eyes, wanted, config.mlp - 1)
+    if config.vision.minutes > 0:
+        patches = eyes.patch_embed
+        embedding = patches.proj.weight.detach().flatten(1).T
+        crops = Crops(passages, wanted, student.vocabulary, embedding, config.vision, config.seed)
+        eyes.patch_embed = torch.nn.Identity()  # crops come embedded
+        reading.train_reader(reader, crops, config.vision, Path(config.work) / "tower.pt")
+        eyes.patch_embed = patches
+    return reader
 
 
 def write_checkpoint(
-    config: NanoConfig, student: distil.Student, eyes: Any, base: Tokenizer
+    config: NanoConfig, student: distil.Student, reader: reading.Reader, base: Tokenizer
 ) -> None:
     """Decoder, tower, tokenizer and settings, as one folder."""
     tokenizer = checkpoint.build_tokenizer(base)
     width = checkpoint.hidden_size(config.text.dim)
-    tower.silence_blank(eyes)
-    reads = config.vision.minutes > 0
-    weights = checkpoint.decoder_weights(student.words, tokenizer, config.mlp)
     size = tower.common_size(student.grams)
-    weights |= tower.tower_weights(eyes, config.text.dim, size, checkpoint.LARGE)
+    paper = Image.new("RGB", (280, 280), "white")
+    blank = tower.read_picture(reader.tower, reader.dictionary, paper).mean(0)
+    weights = checkpoint.decoder_weights(student.words, tokenizer, config.mlp)
+    weights |= checkpoint.dictionary_weights(reader.dictionary, blank, size, config.mlp)
+    weights |= checkpoint.tower_weights(reader.tower, config.text.dim, size)
     settings = {
         "family": "gme",
-        "modalities": ["text", "image", "fused"] if reads else ["text"],
+        "modalities": ["text", "image", "fused"] if config.vision.minutes > 0 else ["text"],
         "max_length": config.max_length,
         "min_image_tokens": 4,
         "max_image_tokens": config.max_image_tokens,
@@ -148,8 +157,8 @@ def build(config: NanoConfig, sources: Sources) -> None:
     Path(config.work).mkdir(parents=True, exist_ok=True)
     pairs = read_pairs(config)
     student = learn_text(config, sources, pairs)
-    eyes = learn_vision(config, student, [pair.text for pair in pairs])
-    write_checkpoint(config, student, eyes, plain_tokenizer(sources.minilm))
+    reader = learn_vision(config, student, [pair.text for pair in pairs])
+    write_checkpoint(config, student, reader, plain_tokenizer(sources.minilm))
     print(f"wrote {config.out}")
 
 

@@ -7,6 +7,8 @@ vectors of the user turn, whatever the instruction says:
   nearly the same number, and longer vectors (rarer words) keep their weight.
 * Layer 0 marks what follows the start of the user turn: one head attends to that token alone and
   writes 1 to dimension ``MARK``.
+* Visual tokens come as codes. Layer 0's feed-forward part turns them into sums of vectors
+  (``dictionary_weights``); it does nothing to text.
 * Layer 1 attends evenly to the marked positions, with identity values and output.
 * All other outputs are zero: they change nothing, and training can use them.
 
@@ -27,11 +29,15 @@ from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer
 from torch import Tensor
 
+from recipes.nano.tower import CODE, Dictionary
+
 SCALE, START, MARK = -3, -2, -1  # reserved dimensions; word vectors have those before them
 RESERVED = 3
 HEAD_DIM = 64
 LARGE = 64.0  # value of SCALE; word vectors have a mean norm of 1
 FOCUS = 40.0  # attention logit of a marked position over an unmarked one
+GUARD = 4096.0  # keeps the dictionary's gates shut for text; a power of two, so that it cancels
+_SURE = 16.0  # silu(x) = x
 
 SPECIAL = (
     "<|endoftext|>",
@@ -183,6 +189,54 @@ def _sum_marked(weights: dict[str, Tensor], width: int) -> None:
     through[-RESERVED:] = 0.0
     weights[f"{at}self_attn.v_proj.weight"] = through
     weights[f"{at}self_attn.o_proj.weight"] = through.clone()
+
+
+def tower_weights(tower: Any, word_dim: int, size: float) -> dict[str, Tensor]:
+    """The tower's part of a checkpoint: tokens are codes, with the reserved dimensions set.
+
+    Args:
+        size: what training divided trigram vectors by (``tower.common_size``).
+    """
+    weights = {f"visual.{name}": value.clone() for name, value in tower.state_dict().items()}
+    last, bias = weights["visual.merger.mlp.2.weight"], weights["visual.merger.mlp.2.bias"]
+    last *= CODE * size
+    bias *= CODE * size
+    last[word_dim:] = 0.0
+    bias[word_dim:] = 0.0
+    bias[SCALE], bias[START] = LARGE, -1.0
+    return weights
+
+
+def dictionary_weights(
+    dictionary: Dictionary, blank: Tensor, size: float, mlp: int
+) -> dict[str, Tensor]:
+    """Layer 0's feed-forward part: ``dictionary`` for visual tokens, zero for text.
+
+    Visual tokens are those with -1 at ``START``. One more unit, always on for them, takes away
+    what white paper gives: all tokens of an empty page are equal, and a page has hundreds.
+
+    Args:
+        blank: (dim,), what ``dictionary`` gives for white paper.
+        mlp: inner width, more than the dictionary's units.
+    """
+    units, dim = dictionary.vectors.shape
+    width, codes = hidden_size(dim), CODE * size
+    gate, up, down = torch.zeros(mlp, width), torch.zeros(mlp, width), torch.zeros(width, mlp)
+    gate[:units, :dim] = dictionary.gate.weight.detach() / codes
+    gate[:units, MARK] = dictionary.gate.bias.detach()
+    up[:units, :dim] = dictionary.up.weight.detach() / codes
+    up[:units, MARK] = dictionary.up.bias.detach()
+    down[:dim, :units] = size * dictionary.vectors.T
+    gate[units, MARK], up[units, MARK] = _SURE, 1.0
+    down[:dim, units] = -size / _SURE * blank
+    gate[: units + 1, START], gate[: units + 1, SCALE] = -GUARD, -GUARD / LARGE
+    at = "model.layers.0."
+    return {
+        f"{at}post_attention_layernorm.weight": torch.full((width,), LARGE / math.sqrt(width)),
+        f"{at}mlp.gate_proj.weight": gate,
+        f"{at}mlp.up_proj.weight": up,
+        f"{at}mlp.down_proj.weight": down,
+    }
 
 
 def save_checkpoint(

@@ -20,6 +20,7 @@ TOKEN = 28  # pixels: side of a visual token
 PATCH = 14
 PROBE = 7  # pixels: a character is asked for at the centre of each such cell
 _OVERSAMPLE = 2
+_FILTERS = (Image.Resampling.BICUBIC, Image.Resampling.BOX, Image.Resampling.LANCZOS)
 
 
 @dataclass(frozen=True)
@@ -69,9 +70,12 @@ def random_layout(fonts: Sequence[str], rng: random.Random) -> Layout:
 
 
 def render(
-    words: Sequence[str], width: int, height: int, layout: Layout
+    words: Sequence[str], width: int, height: int, layout: Layout, rng: random.Random
 ) -> tuple[Image.Image, list[Glyph]]:
-    """Set ``words`` in lines that run over the right edge, until the crop is full."""
+    """Set ``words`` in lines that run over the right edge, until the crop is full.
+
+    ``rng`` picks the filter that scales the picture down, as programs differ in theirs.
+    """
     size = int(layout.size * _OVERSAMPLE)
     font = _font(layout.font, size)
     ascent, descent = font.getmetrics()
@@ -92,7 +96,7 @@ def render(
             glyphs.append(Glyph(left, right, top, bottom, kind_of(character), gram))
             x += wide
         x += _advance(layout.font, size, " ")
-    return picture.resize((width, height), Image.Resampling.BICUBIC), glyphs
+    return picture.resize((width, height), rng.choice(_FILTERS)), glyphs
 
 
 def clear_edge(

@@ -14,15 +14,28 @@ from matplotlib import font_manager
 from PIL import Image
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
-from mmrag.content import as_content
+from mmrag.content import Content
 from mmrag.embedders import load_embedder
 from mmrag.embedders.loading import SHIPPED
+from mmrag.embedders.qwen_images import to_patches
 from mmrag.errors import ConfigError
 from recipes.config import load_config
-from recipes.nano import build, checkpoint, distil, glyphs, grams, texts, tower, vectors
+from recipes.nano import (
+    build,
+    checkpoint,
+    distil,
+    glyphs,
+    grams,
+    reading,
+    texts,
+    tower,
+    vectors,
+)
 from recipes.nano.config import NanoConfig, TextConfig, VisionConfig
+from recipes.nano.crops import WHOLE, Crops, scanned
 
 FONT = font_manager.findfont("DejaVu Sans")
+LAYOUT = glyphs.Layout(font=FONT, size=24, leading=1.2, x=2, y=0, ink=0, paper=255)
 WORDS = [
     *("[PAD]", "[UNK]", "the", "cat", "dog", "eats", "fish", "bone", "user", "you", "are", "a"),
     *("system", "helpful", "assistant", "find", "page"),
@@ -47,17 +60,24 @@ def table():
 
 
 @pytest.fixture(scope="module")
-def folder(plain, table, tmp_path_factory):
-    """A whole checkpoint of width 64 with an untrained tower."""
+def reader(table):
+    """A tower and a dictionary of random weights, strong enough to be heard."""
+    torch.manual_seed(0)
+    reader = reading.Reader(tower.new_tower(SMALL, 64, seed=0), torch.from_numpy(table), units=12)
+    torch.nn.init.normal_(reader.tower.merger.mlp[2].bias, std=0.5)
+    torch.nn.init.normal_(reader.dictionary.gate.weight, std=0.3)
+    torch.nn.init.normal_(reader.dictionary.up.weight, std=0.05)
+    return reader
+
+
+@pytest.fixture(scope="module")
+def folder(plain, table, reader, tmp_path_factory):
+    """A whole checkpoint of width 64."""
     out = tmp_path_factory.mktemp("nano")
     config = NanoConfig(
         data="", work="", out=str(out), mlp=32, text=TextConfig(dim=61), vision=SMALL
     )
-    student = distil.Student(table, table, {})
-    eyes = tower.new_tower(SMALL, 64, seed=0)
-    torch.nn.init.normal_(eyes.merger.mlp[2].weight, std=0.1)
-    torch.nn.init.normal_(eyes.merger.mlp[2].bias, std=10.0)
-    build.write_checkpoint(config, student, eyes, plain)
+    build.write_checkpoint(config, distil.Student(table, table, {}), reader, plain)
     return out
 
 
@@ -96,22 +116,34 @@ def test_empty_text_has_a_vector_of_its_own(embedder):
     assert math.isclose(float(np.linalg.norm(vector)), 1.0, rel_tol=1e-5)
 
 
-def test_picture_is_the_sum_of_its_visual_tokens(embedder):
-    page = glyphs.render_page("the cat eats fish", FONT)
+def read_page(reader, page):
+    """What training sees on a page, less what it sees on white paper; (tokens, dim)."""
+    paper = Image.new("RGB", (56, 56), "white")
+    blank = tower.read_picture(reader.tower, reader.dictionary, paper).mean(0)
+    return tower.read_picture(reader.tower, reader.dictionary, page) - blank
+
+
+def test_picture_is_the_sum_of_what_the_dictionary_gives(embedder, reader):
+    page = Image.new("RGB", (168, 112), "white")
+    page.paste(glyphs.render(WORDS[2:], 168, 56, LAYOUT, random.Random(0))[0], (0, 0))
     vector = embedder.encode([page])[0]
-    backbone = embedder.backbone
-    with torch.no_grad():
-        tokens = backbone.image_features([backbone.prepare(as_content(page), None)])
-    total = tokens[:, :61].sum(0)
-    assert vector[:61] @ (total / total.norm()).numpy() > 0.99
+    total = read_page(reader, page).sum(0)
+    assert vector[:61] @ (total / total.norm()).numpy() > 0.9995
+    assert np.all(vector[61:] == 0)
+
+
+def test_picture_and_text_are_summed_together(embedder, reader, table):
+    page = glyphs.render(WORDS[2:], 112, 56, LAYOUT, random.Random(0))[0].convert("RGB")
+    vector = embedder.encode([Content(text="cat fish", image=page)])[0]
+    words = sum(table[WORDS.index(word)] for word in ("cat", "fish"))
+    total = read_page(reader, page).sum(0).numpy() * tower.common_size(table) + words
+    assert vector[:61] @ (total / np.linalg.norm(total)) > 0.9995
 
 
 def test_empty_paper_adds_nothing_to_the_sum(embedder):
-    backbone = embedder.backbone
-    with torch.no_grad():
-        page = as_content(Image.new("RGB", (112, 84), "white"))
-        tokens = backbone.image_features([backbone.prepare(page, None)])
-    assert tokens[:, :61].abs().max() < 1e-2 * tokens[:, 61].abs().max()
+    paper = Image.new("RGB", (112, 84), "white")
+    plain, with_paper = embedder.encode(["cat fish", Content(text="cat fish", image=paper)])
+    assert plain @ with_paper > 0.999
 
 
 def test_width_must_hold_whole_heads():
@@ -208,8 +240,7 @@ def cosine(a, b):
 
 @pytest.fixture(scope="module")
 def crop():
-    layout = glyphs.Layout(font=FONT, size=24, leading=1.2, x=2, y=0, ink=0, paper=255)
-    return glyphs.render(["to", "be"], 84, 28, layout)
+    return glyphs.render(["to", "be"], 84, 28, LAYOUT, random.Random(0))
 
 
 def test_characters_lie_where_they_are_said_to_lie(crop):
@@ -283,31 +314,64 @@ def test_cosine_patches_are_orthogonal():
     assert torch.allclose(gram, torch.diag(gram.diag()), atol=1e-6)
 
 
+def test_tower_starts_with_a_linear_merger():
+    mlp = tower.new_tower(SMALL, 64, seed=0).merger.mlp
+    one, two = torch.randn(2, 4 * SMALL.width)
+    torch.testing.assert_close(mlp(one + two), mlp(one) + mlp(two))
+
+
+def small_crops(folder=str(Path(FONT).parent)):
+    patches = tower.new_tower(SMALL, 64, seed=0).patch_embed.proj.weight.detach()
+    config = dataclasses.replace(SMALL, fonts=(folder,))
+    words, grams = ["to be or not to be"] * 20, {" to": 0, " be": 1}
+    return Crops(words, torch.randn(3, 61), grams, patches.flatten(1).T, config, 0)
+
+
+def test_crops_carry_what_the_tower_would_see():
+    eyes = tower.new_tower(SMALL, 64, seed=0)
+    crop = small_crops().draw()
+    assert crop.patches.shape == (12, SMALL.width)
+    assert crop.grid == (1, 2, 6)
+    assert crop.wanted.shape == (3, 61)
+    white = Image.new("RGB", (84, 28), "white")
+    pixels, _ = to_patches(white, WHOLE)
+    embedding = eyes.patch_embed.proj.weight.detach().flatten(1).T
+    torch.testing.assert_close(pixels @ embedding, eyes.patch_embed(pixels))
+
+
+def test_scans_are_noisy_and_paler():
+    page = Image.new("L", (64, 64), 255)
+    page.paste(0, (0, 0, 32, 64))
+    scan = np.asarray(scanned(page, random.Random(1)), dtype=float)
+    assert scan[:, 40:].std() > 0
+    assert scan[:, 40:].mean() < 255
+    assert scan[:, :24].mean() > 0
+
+
 def test_tower_learns_and_goes_on_where_it_stopped(tmp_path, monkeypatch):
     seconds = itertools.count()
-    monkeypatch.setattr(tower.time, "monotonic", lambda: float(next(seconds)))
-    letters = torch.randn(3, 61)
-    crops = tower.Crops(["to be or not to be"] * 20, letters, {" to": 0, " be": 1}, SMALL, 0)
-    config = dataclasses.replace(SMALL, minutes=0.5)
-    out = tmp_path / "tower.pt"
-    tower.train_tower(config, 64, crops, out, seed=0)
-    first = torch.load(out, weights_only=True)
-    tower.train_tower(dataclasses.replace(config, minutes=0.8), 64, crops, out, seed=0)
-    second = torch.load(out, weights_only=True)
-    assert first["step"] == 29
-    assert second["step"] == 46
-    batch = crops.batch()
-    heads = tower.Heads(SMALL.width, letters)
-    eyes = tower.new_tower(SMALL, 64, seed=0)
-    before = tower.read_loss(eyes, heads, batch)[0]
-    eyes.load_state_dict(second["tower"])
-    heads.load_state_dict(second["heads"])
-    assert tower.read_loss(eyes, heads, batch)[0] < before
+    monkeypatch.setattr(reading.time, "monotonic", lambda: float(next(seconds)))
+    crops, out = small_crops(), tmp_path / "tower.pt"
+
+    def train(minutes):
+        eyes = tower.new_tower(SMALL, 64, seed=0)
+        torch.manual_seed(0)
+        reader = reading.Reader(eyes, crops.vectors, 2)
+        eyes.patch_embed = torch.nn.Identity()
+        before = reading.read_loss(reader, batch, 0.5)[0]
+        reading.train_reader(reader, crops, dataclasses.replace(SMALL, minutes=minutes), out)
+        return before, reading.read_loss(reader, batch, 0.5)[0], torch.load(out)["step"]
+
+    batch = [crops.draw() for _ in range(8)]
+    untrained, _, first = train(0.5)
+    _, trained, second = train(0.8)
+    assert (first, second) == (29, 46)
+    assert trained < untrained
 
 
-def test_missing_fonts_are_an_error(tmp_path):
+def test_missing_fonts_are_an_error():
     with pytest.raises(FileNotFoundError, match="fonts"):
-        tower.Crops(["a"], torch.zeros(1, 4), {}, dataclasses.replace(SMALL, fonts=("/none",)), 0)
+        small_crops("/none")
 
 
 # --- configuration and the shipped folder ----------------------------------------------------
