@@ -402,11 +402,14 @@ class _Writer:
 
 
 def node_views(node: BaseNode, views: Sequence[View], embedder: Embedder) -> dict[View, Content]:
-    """What is embedded of a node: its picture, its text, or both, as far as it has them."""
+    """What is embedded of a node: its picture, its text, or both, as far as it has them.
+
+    A node with text gets no ``image`` view from an embedder that prefers text.
+    """
     text = node_text(node).strip()
     image = node_image(node)
     possible: dict[View, Content] = {}
-    if image is not None:
+    if image is not None and not (text and getattr(embedder, "prefers_text", False)):
         possible["image"] = Content(image=image)
     if text:
         possible["text"] = Content(text=text)

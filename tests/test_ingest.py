@@ -345,6 +345,23 @@ def test_a_text_only_embedder(tmp_path, files):
         assert collection.search("image", embedder.encode(["x"])[0], 9) == []
 
 
+def test_an_embedder_that_prefers_text_sees_pictures_only_where_there_is_none(tmp_path, files):
+    embedder = FakeEmbedder()
+    embedder.prefers_text = True
+    pdf = pymupdf.open()
+    pdf.new_page().insert_text((72, 72), "a page about turbines")
+    pdf.new_page().draw_rect((72, 72, 500, 700), fill=(1, 0, 0))
+    pdf.save(files / "mixed.pdf")
+    with open_collection(tmp_path, embedder) as collection:
+        ingest(["in/mixed.pdf"], collection, embedder)
+        views = {
+            point.payload["page"]: set(point.vectors)
+            for point in collection._engine.scroll(Filter(), vectors=True)
+            if point.payload["kind"] == "page"
+        }
+    assert views == {1: {"text"}, 2: {"image"}}
+
+
 def test_fused_vectors_when_asked_and_truncated(tmp_path, embedder, files):
     pdf = pymupdf.open()
     pdf.new_page().insert_text((72, 72), "a page about turbines")

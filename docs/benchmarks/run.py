@@ -4,6 +4,8 @@
     make bench NAMES=engine      # batches by tokens against one by one and by count
     make bench NAMES=families    # the same for each family
     make bench NAMES=gradcache   # memory and speed of cached steps
+    make bench NAMES=rerank      # pairs batched against one by one
+    make bench NAMES="engine rerank"
 
 Models have random weights of a small Qwen2-VL shape; speeds compare only within a run.
 """
@@ -25,10 +27,11 @@ from PIL import Image
 from tiny import save_qwen2_vl
 from tiny_llava import save_llava, save_mm_embed, save_phi3v
 from tiny_qwen2_5 import save_qwen2_5_vl
-from tiny_qwen3 import save_qwen3_vl, save_wemm
+from tiny_qwen3 import add_words, save_qwen3_vl, save_wemm
 
 from mmrag.content import Content
 from mmrag.embedders import Embedder, load_embedder
+from mmrag.rerankers import load_scorer
 
 ROUNDS = 3
 
@@ -169,9 +172,29 @@ def gradcache(folder: Path) -> None:
         print(f"| {batch} | {cached:.0f} | {whole:.0f} | {speeds} |")
 
 
+def rerank(folder: Path) -> None:
+    """Pairs per second of both kinds of local reranker, batched and one by one."""
+    chat = save_qwen2_vl(folder / "chat")
+    add_words(chat, ("True", "False"))
+    trained = save_qwen3_vl(folder / "Qwen3-VL-Reranker-2B", words=("yes", "no"))
+    chance = np.random.default_rng(2)
+    picture = Image.fromarray(chance.integers(0, 255, (400, 400, 3), dtype=np.uint8))
+    query = Content("which page shows this?", picture)
+    pairs = [(query, Content("word " * int(n))) for n in chance.integers(100, 300, 32)]
+    print("| reranker | pairs/s batched | one by one | ratio | largest difference of scores |")
+    print("|---" * 5 + "|")
+    for name, model in (("Qwen2-VL, True or False", chat), ("Qwen3-VL-Reranker", trained)):
+        scorer = load_scorer(model, device="cpu", dtype="float32")
+        gap = np.abs(scorer.score(pairs) - np.array([scorer.score([p])[0] for p in pairs])).max()
+        together = len(pairs) / timed(lambda s=scorer: s.score(pairs))
+        alone = len(pairs) / timed(lambda s=scorer: [s.score([pair]) for pair in pairs])
+        cells = f"{together:.1f} | {alone:.1f} | {together / alone:.2f} | {gap:.0e}"
+        print(f"| {name} | {cells} |", flush=True)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the benchmarks that are named, or all."""
-    known = {"engine": engine, "families": families, "gradcache": gradcache}
+    known = {"engine": engine, "families": families, "gradcache": gradcache, "rerank": rerank}
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("names", nargs="*", help=f"of {', '.join(known)}")
     for name in parser.parse_args(arguments).names or known:

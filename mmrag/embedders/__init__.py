@@ -97,6 +97,7 @@ def load_embedder(
         name=str(name),
         fingerprint=fingerprint(folders, backbone.settings()),
         token_budget=token_budget,
+        prefers_text=bool(_marker(folders).get("prefers_text", False)),
     )
 
 

@@ -35,6 +35,9 @@ class LocalEmbedder:
 
     ``token_budget`` bounds a batch: its number of items times its longest sequence, in tokens,
     visual ones included. Safe to call from several threads: the model runs one batch at a time.
+
+    ``prefers_text`` says that text serves this model better than a picture of it: ingestion then
+    gives a node that has text no ``image`` view. It moves no vector and may be set at any time.
     """
 
     def __init__(
@@ -44,6 +47,7 @@ class LocalEmbedder:
         name: str,
         fingerprint: str,
         token_budget: int | None = None,
+        prefers_text: bool = False,
         workers: int = 2,
     ) -> None:
         on_cpu = next(backbone.model.parameters()).device.type == "cpu"
@@ -53,6 +57,7 @@ class LocalEmbedder:
         self.dim: int = backbone.dim
         self.modalities: frozenset[Modality] = backbone.modalities
         self.fingerprint = fingerprint
+        self.prefers_text = prefers_text
         self.token_budget = token_budget or (CPU_TOKEN_BUDGET if on_cpu else GPU_TOKEN_BUDGET)
         self.workers = workers
         self._lock = threading.Lock()

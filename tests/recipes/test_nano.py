@@ -146,6 +146,10 @@ def test_empty_paper_adds_nothing_to_the_sum(embedder):
     assert plain @ with_paper > 0.999
 
 
+def test_text_is_preferred_where_there_is_some(embedder):
+    assert embedder.prefers_text
+
+
 def test_width_must_hold_whole_heads():
     with pytest.raises(ValueError, match="dimensions"):
         checkpoint.hidden_size(60)
