@@ -39,7 +39,7 @@ from mmrag.context import (
 from mmrag.embedders.base import Embedder
 from mmrag.endpoint import translated_errors
 from mmrag.errors import EndpointError
-from mmrag.extractive import extract
+from mmrag.extractive import FOUND, extract
 from mmrag.response import (
     NOT_FOUND,
     SENTINEL,
@@ -106,6 +106,8 @@ class CitedQueryEngine(BaseQueryEngine):
             ``mmrag.context.calibrate_threshold``. None keeps all up to ``max_sources``.
         context_window: of the model, in tokens; by default as the LLM says.
         image_budget: size limits of the pictures of one request.
+        least_evidence: below it, extraction finds no answer: ``mmrag.extractive.evidence`` of
+            the question in the pages, from 0 to 1.
         embedder: for extraction and for checking paraphrases; by default the retriever's.
         dangling: ``flag`` or ``remove`` citations that point to no source.
         unsupported: ``flag`` or ``remove`` sentences that their sources do not support. A
@@ -126,6 +128,7 @@ class CitedQueryEngine(BaseQueryEngine):
         threshold: float | None = None,
         context_window: int | None = None,
         image_budget: ImageBudget = _DEFAULT_BUDGET,
+        least_evidence: float = FOUND,
         embedder: Embedder | None = None,
         dangling: Choice = "flag",
         unsupported: Choice = "flag",
@@ -142,6 +145,7 @@ class CitedQueryEngine(BaseQueryEngine):
         self.max_sources = max_sources
         self.threshold = threshold
         self.image_budget = image_budget
+        self.least_evidence = least_evidence
         self.embedder = embedder or getattr(retriever, "embedder", None)
         self.dangling: Choice = dangling
         self.unsupported: Choice = unsupported
@@ -286,7 +290,9 @@ class CitedQueryEngine(BaseQueryEngine):
         answer = None
         if task.sources:
             content = _question(task.query)
-            answer = extract(content, task.sources, self.embedder)
+            answer = extract(
+                content, task.sources, self.embedder, least_evidence=self.least_evidence
+            )
         if answer is None:
             return _response(task, NOT_FOUND, found=False)
         return _response(task, f"{NO_LLM}\n\n{answer.text}", checked=answer)

@@ -20,7 +20,7 @@ from mmrag.embedders.base import Embedder
 from mmrag.lexical import Idf, sentences, terms
 
 FOUND = 0.4
-"""Least ``evidence`` that the pages answer the question."""
+"""Least ``evidence`` that the pages answer the question; set for ``mmrag-nano``."""
 _NEAR = 0.75  # share of the best sentence's score that a further sentence must reach
 _WITH_LIST = 320  # characters of a sentence with the list that it announces
 _TO_EMBED = 64  # sentences that are compared by meaning, those with most words first
@@ -39,8 +39,9 @@ def extract(
     sources: Sequence[Source],
     embedder: Embedder | None = None,
     max_sentences: int = 3,
+    least_evidence: float = FOUND,
 ) -> CheckedAnswer | None:
-    """The best sentences, each with its ``[n]``; None if no page is near enough to the question.
+    """The best sentences, each with its ``[n]``; None if no page has ``least_evidence``.
 
     A question without content words (a picture alone, say) is answered by what the embedder
     finds nearest.
@@ -54,7 +55,7 @@ def extract(
     if not candidates or (not wanted and embedder is None):
         return None
     idf = Idf([candidate.words for candidate in candidates])
-    if wanted and evidence(wanted, sources, idf) < FOUND:
+    if wanted and evidence(wanted, sources, idf) < least_evidence:
         return None
     scores = _scores(question, wanted, candidates, idf, embedder)
     return _answer(_choose(candidates, scores, max_sentences), sources)

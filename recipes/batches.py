@@ -1,8 +1,8 @@
 """Which rows make up each step: planned ahead from ids and costs alone, so that it can resume.
 
 A batch comes from one data set; its rows cost about the same, so that little is padded; and no
-document of one row answers another. Nothing is decoded to plan, and step n of a run is the
-same whether the run began at 0 or resumed at n.
+document of one row answers another, nor do two rows come from one page. Nothing
+is decoded to plan, and step n of a run is the same whether the run began at 0 or resumed at n.
 """
 
 from __future__ import annotations
@@ -86,19 +86,21 @@ def _take(waiting: deque[int], rows: Sequence[Row], size: int) -> list[int]:
     positives: set[int] = set()
     negatives: set[int] = set()
     queries: set[int] = set()
+    places: set[str] = set()
     while waiting and len(chosen) < size:
         index = waiting.popleft()
         row = rows[index]
         own_positives = {item.key for item in row.positives}
         own_negatives = {item.key for item in row.negatives}
         clash = own_positives & (positives | negatives) or own_negatives & positives
-        if clash or row.query.key in queries:
+        if clash or row.query.key in queries or row.place in places:
             passed.append(index)
             continue
         chosen.append(index)
         queries.add(row.query.key)
         positives |= own_positives
         negatives |= own_negatives
+        places |= {row.place} if row.place else set()
     waiting.extendleft(reversed(passed))
     return chosen
 

@@ -1,7 +1,8 @@
 """Page retrieval on a folder of PDFs: every view, BM25 and their fusion, side by side.
 
 Questions are JSON lines: ``{"question": ..., "pages": [{"file": ..., "page": 7}], "kind": ...}``;
-pages count from 1, files are named without their folder, and any of the pages is right.
+pages count from 1, files are named without their folder, and any of the pages is right. Rows
+that name their page (``recipes.rows``) are read too: their queries are the questions.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from mmrag.errors import ContentError
 from mmrag.index import UniversalIndex
 from mmrag.retriever import UniversalRetriever, fuse
 from recipes.evaluate import CUTS, Metrics, average, metrics_of
+from recipes.rows import Row
 
 Page = tuple[str, int]
 
@@ -57,10 +59,19 @@ def read_questions(path: Path) -> list[dict[str, Any]]:
     questions = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         question = json.loads(line)
+        if "positives" in question:
+            question = _of_row(Row.model_validate(question))
         if not question.get("question") or not question.get("pages"):
             raise ContentError(f"{path}:{number}: a question and its pages are needed.")
         questions.append(question)
     return questions
+
+
+def _of_row(row: Row) -> dict[str, Any]:
+    if row.query.text is None or row.query.image or not row.place:
+        return {}
+    file, _, page = row.place.rpartition("#")
+    return {"question": row.query.text, "pages": [{"file": file, "page": int(page)}]}
 
 
 def _ask_all(

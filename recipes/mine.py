@@ -11,7 +11,7 @@ Two pools, after MM-Embed (arXiv 2411.02571, section 3.3):
   most ``max_ratio`` of the positive (NV-Retriever's TopK-PercPos, arXiv 2407.15831, section 3).
 
 Nothing that may answer the question is taken: no known positive, no copy of one, nothing whose
-vector is close to a positive's.
+vector is close to a positive's, nothing from the same page.
 """
 
 from __future__ import annotations
@@ -90,6 +90,7 @@ class _Corpus:
     items: list[Item]
     vectors: NDArray[np.float32]
     position: dict[int, int]
+    places: dict[int, set[str]]
 
 
 def mine(
@@ -116,7 +117,13 @@ def mine(
         raise ConfigError("rank_cut must be below depth, or no right-modality candidate is left.")
     items = list({item.key: item for item in (*corpus_of(rows), *extra)}.values())
     vectors = embedder.encode([store.content(item) for item in items])
-    corpus = _Corpus(items, vectors, {item.key: i for i, item in enumerate(items)})
+    position = {item.key: index for index, item in enumerate(items)}
+    places: defaultdict[int, set[str]] = defaultdict(set)
+    for row in rows:
+        if row.place:
+            for item in row.positives:
+                places[position[item.key]].add(row.place)
+    corpus = _Corpus(items, vectors, position, places)
     queries = _embed_queries(rows, store, embedder)
     report = MineReport()
     mined = [
@@ -191,6 +198,9 @@ def _without_answers(
             continue
         if nearness[rank] > config.duplicate_cosine or (text and _plain(text) in texts):
             report.dropped["like a positive"] += 1
+            continue
+        if row.place in corpus.places.get(index, ()):
+            report.dropped["from the positive's page"] += 1
             continue
         allowed.append((rank, index))
     return allowed

@@ -14,6 +14,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -27,6 +28,7 @@ from mmrag.errors import ContentError
 
 Modality = Literal["text", "image", "fused"]
 IMAGES = "images"
+_PLACE = re.compile(r"\S.*?#\d+")  # a.pdf#3
 
 
 class Item(BaseModel):
@@ -91,6 +93,15 @@ class Row(BaseModel):
     def pair(self) -> str:
         """Modalities of query and first positive, as in ``text->image``."""
         return f"{self.query.modality}->{self.positives[0].modality}"
+
+    @property
+    def place(self) -> str | None:
+        """File and page that the source names, as in ``a.pdf#3``; None if it names none.
+
+        What stands on that page may answer the query, in whatever cut.
+        """
+        found = _PLACE.match(self.source)
+        return found.group() if found else None
 
 
 class ImageStore:

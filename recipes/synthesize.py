@@ -9,6 +9,7 @@
 3. For queries with a picture, the thing asked about is named, the query rewritten ("this
    plant"), and a picture found among the files' own figures, or made by an image endpoint.
 4. A row is kept if its query finds its document again among all documents.
+5. With ``dev=0.2``, the rows of a fifth of the pages go to ``dev.jsonl``, for choosing settings.
 
 Run the same command again to go on where it stopped. Without a model, queries are extracts.
 Source: GME (arXiv 2412.16855, section 4.2).
@@ -69,6 +70,10 @@ class SynthesizeConfig:
     """Rows to aim at, over all pairs, before the filter."""
     pairs: tuple[str, ...] = PAIRS
     """Modalities of query and document; of the nine of UMRB, all by default."""
+    queries: int = 1
+    """Queries per document and pair, at most. Few files need several."""
+    dev: float = 0.0
+    """Share of the pages whose rows are held out in ``dev.jsonl``."""
     top_k: int = 20
     """A row is kept if its document is among this many for its query."""
     min_similarity: float = 0.2
@@ -91,11 +96,12 @@ class Job:
 
     document: Document
     pair: str
+    turn: int = 0
 
     @property
     def key(self) -> str:
         """Identity of the job over runs."""
-        return f"{self.document.id}/{self.pair}"
+        return f"{self.document.id}/{self.pair}" + (f"/{self.turn}" if self.turn else "")
 
     @property
     def query_modality(self) -> Modality:
@@ -210,22 +216,28 @@ def plan_jobs(
     counts: Counter[str] = Counter()
     quota = -(-config.rows // len(config.pairs))
     jobs: list[Job] = []
-    used: set[str] = set()
-    for _ in config.pairs:  # a document may serve for several pairs, once every one had a turn
+    used: Counter[tuple[str, str]] = Counter()
+    # A document may serve again, once every one had a turn.
+    for _ in range(len(config.pairs) * config.queries):
         for document in order:
             possible = [
                 pair
                 for pair in config.pairs
                 if counts[pair] < quota and _can_be(document, pair, figures)
             ]
-            open_pairs = [p for p in possible if f"{document.id}/{p}" not in used]
+            open_pairs = [p for p in possible if used[document.id, p] < _most(p, config)]
             if not open_pairs or len(jobs) >= config.rows:
                 continue
             pair = min(open_pairs, key=lambda p: (counts[p], config.pairs.index(p)))
             counts[pair] += 1
-            used.add(f"{document.id}/{pair}")
-            jobs.append(Job(document, pair))
+            jobs.append(Job(document, pair, used[document.id, pair]))
+            used[document.id, pair] += 1
     return jobs
+
+
+def _most(pair: str, config: SynthesizeConfig) -> int:
+    """How often a document serves for a pair. A picture alone asks only once."""
+    return 1 if pair.startswith("image") else config.queries
 
 
 def _can_be(document: Document, pair: str, figures: Figures) -> bool:
@@ -253,7 +265,7 @@ def make_row(
         figure = figures.of_page(document)
         query = Item(image=figure.image) if figure else None
     else:
-        draft = writer.draft(document, job.document_modality)
+        draft = writer.draft(document, job.document_modality, job.turn)
         if draft is None:
             return "no query could be written"
         query, without, answer = Item(text=draft.query), draft.sentence, draft.answer
@@ -413,9 +425,22 @@ def synthesize(
         report.usage.get("prompt_tokens", 0.0) * config.prompt_price
         + report.usage.get("completion_tokens", 0.0) * config.completion_price
     ) / 1e6
-    write_rows(out / "rows.jsonl", rows)
+    train, dev = split(rows, config)
+    write_rows(out / "rows.jsonl", train)
+    if config.dev:
+        write_rows(out / "dev.jsonl", dev)
     (out / "report.json").write_text(json.dumps(vars(report), indent=1))
     return report
+
+
+def split(rows: Sequence[Row], config: SynthesizeConfig) -> tuple[list[Row], list[Row]]:
+    """Part rows into those to train on and those held out, all rows of a page together."""
+    train: list[Row] = []
+    held: list[Row] = []
+    for row in rows:
+        chance = random.Random(f"{config.seed}/{row.place or row.id}").random()
+        (held if chance < config.dev else train).append(row)
+    return train, held
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -28,6 +28,7 @@ from recipes.rows import ImageStore, Modality
 
 PROMPTS = Path(__file__).parent / "prompts"
 _CAPTION_NUMBER = re.compile(r"^\s*(figure|fig\.|table|chart|photo|image)\s*[\w.-]*[:.\s]\s*", re.I)
+_AGAIN = "\nThis is query number {} about the document: ask about another part of it.\n"
 _MOST_TEXT = 6000  # characters of a document that a prompt carries
 
 
@@ -54,8 +55,11 @@ class Writer(Protocol):
 
     note: str
 
-    def draft(self, document: Document, modality: Modality) -> Draft | None:
-        """Write a query that the document, handed out so, answers; None if it cannot."""
+    def draft(self, document: Document, modality: Modality, turn: int = 0) -> Draft | None:
+        """Write a query that the document, handed out so, answers; None if it cannot.
+
+        turn: how many queries the document has got already; each asks for something else.
+        """
         ...
 
     def entity(self, query: str) -> Entity | None:
@@ -160,11 +164,13 @@ class ModelWriter:
         self._usage = {"requests": 0.0, "prompt_tokens": 0.0, "completion_tokens": 0.0}
         self._usage["seconds"] = 0.0
 
-    def draft(self, document: Document, modality: Modality) -> Draft | None:
+    def draft(self, document: Document, modality: Modality, turn: int = 0) -> Draft | None:
         """See ``Writer.draft``; None if the model answers something else than was asked."""
         prompt = self._prompts[modality].safe_substitute(
             section=document.section or "(none)", text=document.text[:_MOST_TEXT]
         )
+        if turn:
+            prompt += _AGAIN.format(turn + 1)
         pictures = []
         if modality != "text" and document.image:
             pictures = [self.store.path(document.image)]
@@ -206,22 +212,28 @@ class ExtractiveWriter:
 
     def __init__(self, documents: Sequence[Document]) -> None:
         self._idf = Idf([terms(document.text) for document in documents])
+        self._pages: dict[str, set[tuple[str, int | None]]] = {}
+        for document in documents:
+            for sentence in sentences(document.text):
+                self._pages.setdefault(sentence, set()).add((document.file, document.page))
 
-    def draft(self, document: Document, modality: Modality) -> Draft | None:
-        """Caption of a figure, or the most telling sentence of a text with its heading."""
+    def draft(self, document: Document, modality: Modality, turn: int = 0) -> Draft | None:
+        """Caption of a figure, or a text's most telling sentence that is not used yet."""
         if document.kind == "figure":
             caption = _CAPTION_NUMBER.sub("", document.text).strip()
             # Where the caption is part of the document, asking with it gives the answer away.
-            useful = modality == "image" and len(caption.split()) > 2
+            useful = modality == "image" and len(caption.split()) > 2 and turn == 0
             return Draft(caption) if useful else None
         candidates = [s for s in sentences(document.text) if 6 <= len(s.split()) <= 32]
-        if len(candidates) < 2:
+        # A sentence that stands on several pages asks for none of them.
+        own = [s for s in dict.fromkeys(candidates) if len(self._pages.get(s, ())) <= 1]
+        if len(candidates) < 2 or turn >= len(own):
             return None
-        best = max(candidates, key=self._weight)
+        best = sorted(own, key=self._weight, reverse=True)[turn]
         # Half of the queries are key words under the heading, so that both kinds are learned.
-        if document.section and sum(map(ord, document.id)) % 2:
+        if (sum(map(ord, document.id)) + turn) % 2:
             words = sorted(set(terms(best)), key=lambda t: (-self._idf(t), t))[:6]
-            return Draft(f"{document.section} {' '.join(words)}", best)
+            return Draft(f"{document.section} {' '.join(words)}".strip(), best)
         return Draft(best, best, sentence=best)
 
     def entity(self, query: str) -> Entity | None:

@@ -385,6 +385,12 @@ def test_without_a_model_a_foreign_question_is_not_found(hits):
     assert (str(response), response.found, response.cited) == (NOT_FOUND, False, [])
 
 
+def test_without_a_model_how_much_evidence_is_enough_can_be_set(hits):
+    assert not CitedQueryEngine(Found(hits), least_evidence=1.01).query(QUESTION).found
+    foreign = "Who painted the Mona Lisa in the year 1503?"
+    assert CitedQueryEngine(Found(hits), least_evidence=0.0).query(foreign).found
+
+
 def test_without_a_model_an_announced_list_is_quoted_with_its_announcement():
     text = "The club covers these sports:\n\u2022 climbing in a hall\n\u2022 swimming in a lake\n"
     hit = NodeWithScore(node=make_node(text, file="plans.pdf"), score=1.0)
