@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import json
+import random
 import re
 import threading
 import time
@@ -218,7 +219,7 @@ class ExtractiveWriter:
                 self._pages.setdefault(sentence, set()).add((document.file, document.page))
 
     def draft(self, document: Document, modality: Modality, turn: int = 0) -> Draft | None:
-        """Caption of a figure, or a text's most telling sentence that is not used yet."""
+        """Caption of a figure; of a text, by turns a telling sentence and a few key words."""
         if document.kind == "figure":
             caption = _CAPTION_NUMBER.sub("", document.text).strip()
             # Where the caption is part of the document, asking with it gives the answer away.
@@ -227,14 +228,27 @@ class ExtractiveWriter:
         candidates = [s for s in sentences(document.text) if 6 <= len(s.split()) <= 32]
         # A sentence that stands on several pages asks for none of them.
         own = [s for s in dict.fromkeys(candidates) if len(self._pages.get(s, ())) <= 1]
-        if len(candidates) < 2 or turn >= len(own):
+        if len(candidates) < 2 or not own:
             return None
-        best = sorted(own, key=self._weight, reverse=True)[turn]
-        # Half of the queries are key words under the heading, so that both kinds are learned.
         if (sum(map(ord, document.id)) + turn) % 2:
-            words = sorted(set(terms(best)), key=lambda t: (-self._idf(t), t))[:6]
-            return Draft(f"{document.section} {' '.join(words)}".strip(), best)
+            return Draft(f"{document.section} {self._key_words(document, turn)}".strip())
+        if turn // 2 >= len(own):
+            return None
+        best = sorted(own, key=self._weight, reverse=True)[turn // 2]
         return Draft(best, best, sentence=best)
+
+    def _key_words(self, document: Document, turn: int) -> str:
+        """Three to seven words of a text, rare ones more often, in the order of chance.
+
+        The most telling words alone would be found by any embedder and teach nothing.
+        """
+        chance = random.Random(f"{document.id}/{turn}")
+        # Efraimidis and Spirakis (2006): the largest u^(1/w) are a weighted sample.
+        drawn = {
+            word: chance.random() ** (1 / max(self._idf(word), 1e-3))
+            for word in sorted(set(terms(document.text)))
+        }
+        return " ".join(sorted(drawn, key=drawn.__getitem__, reverse=True)[: chance.randint(3, 7)])
 
     def entity(self, query: str) -> Entity | None:
         """The rarest word of the query stands for the picture."""

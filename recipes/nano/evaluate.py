@@ -4,7 +4,8 @@
 
 ``--xquad`` is JSON lines of paragraphs with their questions; ``--handbook`` a folder with
 ``pdfs/`` and ``questions.jsonl``. With ``--pages`` XQuAD's paragraphs are also rendered to pages
-without a text layer, and the model must find the page. ``--work``, the folder that
+without a text layer, and the model must find the page; ``--pictures`` is a folder of pictures
+whose file names are their titles, and the title must find its picture. ``--work``, the folder that
 ``recipes.nano.build`` worked in, adds MiniLM and the vectors before training.
 """
 
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import random
 import re
 import tempfile
 from collections.abc import Callable, Sequence
@@ -22,11 +24,13 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from rank_bm25 import BM25Okapi
 
+from mmrag.content import load_image
 from mmrag.embedders import load_embedder
 from mmrag.embedders.base import Embedder
-from mmrag.errors import MMRagError
+from mmrag.errors import ContentError, MMRagError
 from mmrag.reading import ReadOptions, find_files, read_file
 from recipes.evaluate import Metrics, average, metrics_of, table
 from recipes.nano.build import plain_tokenizer
@@ -148,6 +152,48 @@ def page_scores(
     return np.asarray(found @ embedder.encode(pages, progress=True).T)
 
 
+def titled_pictures(
+    folder: Path, count: int = 500, side: int = 280, seed: int = 0
+) -> tuple[list[str], list[Image.Image]]:
+    """Pictures below ``folder`` with the words of their file names, no title twice.
+
+    Returns: ``count`` titles and pictures of at most ``side`` pixels, or all there are. Files
+        that cannot be read as pictures are passed over, and counted on the console.
+    """
+    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in {".png", ".jpg", ".jpeg"})
+    random.Random(seed).shuffle(paths)
+    found: dict[str, Image.Image] = {}
+    passed_over = 0
+    for path in paths:
+        if len(found) == count:
+            break
+        title = " ".join(re.findall(r"[a-z]{3,}", path.stem.lower()))
+        if not title or title in found:
+            continue
+        try:
+            picture = load_image(path)
+        except ContentError:
+            passed_over += 1
+            continue
+        picture.thumbnail((side, side))
+        found[title] = picture
+    if passed_over:
+        print(f"{passed_over} pictures could not be read and were passed over")
+    return list(found), list(found.values())
+
+
+def picture_scores(
+    embedder: Embedder, titles: Sequence[str], pictures: Sequence[Image.Image]
+) -> Scores:
+    """Cosine of titles to pictures, (titles, pictures)."""
+    found = embedder.encode(list(titles), "image_for_caption")
+    return np.asarray(found @ embedder.encode(list(pictures), progress=True).T)
+
+
+def _chance_mrr(documents: int) -> float:
+    return sum(1 / rank for rank in range(1, 11)) / documents
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(
@@ -158,6 +204,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--handbook", type=Path)
     parser.add_argument("--work", type=Path, help="work folder of recipes.nano.build")
     parser.add_argument("--pages", nargs="*", metavar="FOLDER", help="render pages in these fonts")
+    parser.add_argument("--pictures", type=Path, help="folder of pictures named by their titles")
     given = parser.parse_args(arguments)
     try:
         embedder = load_embedder(given.model)
@@ -180,7 +227,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if given.handbook:
         book = read_handbook(given.handbook)
         found = {n: ranking_metrics(book.score(s), book.relevant) for n, s in scorers.items()}
-        print(f"Handbook, question to page by its best passage\n\n{table(found, names)}")
+        print(f"Handbook, question to page by its best passage\n\n{table(found, names)}\n")
+    if given.pictures:
+        titles, images = titled_pictures(given.pictures)
+        right = [{i} for i in range(len(titles))]
+        shown = {given.model: ranking_metrics(picture_scores(embedder, titles, images), right)}
+        chance = {f"hit@{k}": k / len(titles) for k in (1, 5, 10)} | {"n": len(titles)}
+        shown["chance"] = {**shown[given.model], **chance, "mrr@10": _chance_mrr(len(titles))}
+        print(f"Title to picture\n\n{table(shown, names)}")
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from recipes.nano import (
     build,
     checkpoint,
     distil,
+    evaluate,
     glyphs,
     grams,
     reading,
@@ -376,6 +377,18 @@ def test_tower_learns_and_goes_on_where_it_stopped(tmp_path, monkeypatch):
 def test_missing_fonts_are_an_error():
     with pytest.raises(FileNotFoundError, match="fonts"):
         small_crops("/none")
+
+
+def test_pictures_are_titled_by_their_names_once(tmp_path, capsys):
+    for name in ("red_apple_01.png", "deep/red-apple-2.png", "Old_house_ab_9.png", "77.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (600, 300), "red").save(tmp_path / name)
+    (tmp_path / "broken_thing.png").write_bytes(b"no picture")
+    titles, pictures = evaluate.titled_pictures(tmp_path, side=100)
+    assert sorted(titles) == ["old house", "red apple"]
+    assert {picture.size for picture in pictures} == {(100, 50)}
+    assert "1 pictures could not be read" in capsys.readouterr().out
+    assert len(evaluate.titled_pictures(tmp_path, count=1)[0]) == 1
 
 
 # --- configuration and the shipped folder ----------------------------------------------------
