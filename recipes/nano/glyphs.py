@@ -37,7 +37,10 @@ class Glyph:
 
 @dataclass(frozen=True)
 class Layout:
-    """How words are set: sizes and offsets in pixels, colours from 0 to 255."""
+    """How words are set: sizes and offsets in pixels, colours from 0 to 255.
+
+    columns: distance of the columns that words are set in, as in a table; 0 for running text.
+    """
 
     font: str
     size: float
@@ -46,6 +49,7 @@ class Layout:
     y: float
     ink: int
     paper: int
+    columns: float = 0.0
 
 
 def find_fonts(folders: Sequence[str], faces: Sequence[str] = ("",)) -> list[str]:
@@ -66,6 +70,7 @@ def random_layout(fonts: Sequence[str], rng: random.Random) -> Layout:
         y=rng.uniform(-12, 6),
         ink=light if inverted else dark,
         paper=dark if inverted else light,
+        columns=rng.uniform(40, 150) if rng.random() < 0.15 else 0.0,
     )
 
 
@@ -73,6 +78,8 @@ def render(
     words: Sequence[str], width: int, height: int, layout: Layout, rng: random.Random
 ) -> tuple[Image.Image, list[Glyph]]:
     """Set ``words`` in lines that run over the right edge, until the crop is full.
+
+    Tables get rules between their lines, half of the time.
 
     ``rng`` picks the filter that scales the picture down, as programs differ in theirs.
     """
@@ -83,9 +90,12 @@ def render(
     draw = ImageDraw.Draw(picture)
     glyphs: list[Glyph] = []
     x, y = layout.x * _OVERSAMPLE, layout.y * _OVERSAMPLE
+    ruled = layout.columns > 0 and rng.random() < 0.5
     for word in words:
         if x >= picture.width:
             x, y = layout.x * _OVERSAMPLE, y + size * layout.leading
+            if ruled:
+                draw.line((0, y, picture.width, y), fill=layout.ink, width=_OVERSAMPLE)
         if y >= picture.height:
             break
         draw.text((x, y), word, font=font, fill=layout.ink)
@@ -95,14 +105,22 @@ def render(
             left, right, top, bottom = (value / _OVERSAMPLE for value in box)
             glyphs.append(Glyph(left, right, top, bottom, kind_of(character), gram))
             x += wide
-        x += _advance(layout.font, size, " ")
+        x = _next_word(x + _advance(layout.font, size, " "), layout)
     return picture.resize((width, height), rng.choice(_FILTERS)), glyphs
+
+
+def _next_word(x: float, layout: Layout) -> float:
+    """Where the next word starts: here, or at the next column."""
+    if not layout.columns:
+        return x
+    first, step = layout.x * _OVERSAMPLE, layout.columns * _OVERSAMPLE
+    return first + math.ceil((x - first) / step) * step
 
 
 def clear_edge(
     picture: Image.Image, glyphs: list[Glyph], paper: int, rng: random.Random
 ) -> tuple[Image.Image, list[Glyph]]:
-    """In six of ten crops, empty a random share at one edge.
+    """In six of ten crops, empty a random share at one edge; in one of these five, draw bars there.
 
     Most of a page is empty. A tower that never saw that puts out a little for each empty token,
     and over a page those sum up to more than the text.
@@ -115,6 +133,8 @@ def clear_edge(
     box[edge] = rng.randint(0, height if edge % 2 else width)
     left, top, right, bottom = box
     cleared = Image.new("L", (width, height), paper)
+    if rng.random() < 0.2:
+        _draw_bars(cleared, rng)
     if left < right and top < bottom:
         cleared.paste(picture.crop((left, top, right, bottom)), (left, top))
     kept = [
@@ -123,6 +143,16 @@ def clear_edge(
         if left <= (g.left + g.right) / 2 < right and top <= (g.top + g.bottom) / 2 < bottom
     ]
     return cleared, kept
+
+
+def _draw_bars(picture: Image.Image, rng: random.Random) -> None:
+    """The bars of a chart: ink that is not text."""
+    draw = ImageDraw.Draw(picture)
+    wide, x = rng.randint(5, 40), rng.randint(-20, 20)
+    while x < picture.width:
+        top = rng.randint(0, picture.height)
+        draw.rectangle((x, top, x + wide, picture.height), fill=rng.randint(0, 220))
+        x += wide + rng.randint(1, 30)
 
 
 def kind_of(character: str) -> int:

@@ -277,6 +277,20 @@ def test_probes_and_trigrams_follow_the_characters(crop):
         assert patch == 4 * (column // 2) + 2 * row + column % 2
 
 
+def test_tables_set_words_in_columns():
+    table = dataclasses.replace(LAYOUT, size=12, columns=30)
+    picture, found = glyphs.render(["a", "bcdefg", "h"] * 8, 168, 56, table, random.Random(0))
+    assert {g.left % 30 for g in found if g.kind == glyphs.kind_of("a")} == {2.0}
+    assert np.asarray(picture).min() < 50
+
+
+def test_bars_are_drawn_where_the_text_was_cleared():
+    paper = Image.new("L", (112, 56), 255)
+    rng = random.Random(0)
+    inked = [np.asarray(glyphs.clear_edge(paper, [], 255, rng)[0]).min() < 255 for _ in range(200)]
+    assert 0.05 < np.mean(inked) < 0.2  # 0.6 * 0.2, less those that empty nothing
+
+
 def test_cleared_edge_holds_neither_ink_nor_characters(crop):
     picture, found = crop
     rng = random.Random(0)
