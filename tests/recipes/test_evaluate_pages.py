@@ -1,6 +1,7 @@
 """Page retrieval over a folder: right pages are counted right, per view and fused."""
 
 import json
+from pathlib import Path
 
 import pymupdf
 import pytest
@@ -8,6 +9,8 @@ from fakes import FakeEmbedder
 
 from mmrag.errors import ContentError
 from recipes.evaluate_pages import evaluate_pages, read_questions
+
+REPORTS = Path(__file__).parents[2] / "docs" / "benchmarks" / "reports.jsonl"
 
 
 def test_pages_are_found_and_counted(tmp_path):
@@ -36,3 +39,29 @@ def test_a_question_without_pages_is_named(tmp_path):
     path.write_text('{"question": "a", "pages": [{"file": "x", "page": 1}]}\n{"question": "b"}\n')
     with pytest.raises(ContentError, match=r"q\.jsonl:2"):
         read_questions(path)
+
+
+def test_rows_that_name_their_page_are_questions(tmp_path):
+    path = tmp_path / "dev.jsonl"
+    rows = [{"id": "r", "query": {"text": "whales"}, "positives": [{"text": "oceans"}]}]
+    path.write_text(json.dumps({**rows[0], "source": "sea life.pdf#2 (in oceans)"}) + "\n")
+    wanted = {"question": "whales", "pages": [{"file": "sea life.pdf", "page": 2}]}
+    assert read_questions(path) == [wanted]
+    path.write_text(json.dumps({**rows[0], "source": "a data set"}) + "\n")
+    with pytest.raises(ContentError, match=r"dev\.jsonl:1"):
+        read_questions(path)
+
+
+def test_the_questions_on_the_reports_are_well_formed():
+    rows = read_questions(REPORTS)
+    assert len({row["question"] for row in rows}) == len(rows) >= 60
+    assert {row["kind"] for row in rows} == {"narrative", "pilot", "flight"}
+    assert len({page["file"] for row in rows for page in row["pages"]}) == 20
+    assert all(row["answer"] and row["question"].endswith("?") for row in rows)
+
+
+def test_the_pages_of_the_questions_exist(shared_data):
+    for row in read_questions(REPORTS):
+        for page in row["pages"]:
+            with pymupdf.open(shared_data / "reports" / page["file"]) as pdf:
+                assert 1 <= page["page"] <= len(pdf)

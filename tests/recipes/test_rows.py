@@ -71,3 +71,12 @@ def test_equal_items_have_equal_keys_and_others_do_not():
     assert Item(text="a").key == Item(text="a").key
     keys = {Item(text="a").key, Item(image="a").key, Item(text="a", image="b").key}
     assert len(keys) == 3
+
+
+@pytest.mark.parametrize(
+    ("source", "place"),
+    [("a b.pdf#3", "a b.pdf#3"), ("a.pdf#12 (item #7)", "a.pdf#12"), ("nq", None), ("", None)],
+)
+def test_the_page_that_a_source_names(source, place):
+    row = Row(id="r", query=Item(text="q"), positives=[Item(text="p")], source=source)
+    assert row.place == place
