@@ -104,3 +104,19 @@ def test_settings_that_contradict_each_other(store):
     for config in (MineConfig(sample="best"), MineConfig(rank_cut=100, depth=100)):
         with pytest.raises(ConfigError):
             mine([row_of(Item(text="a"))], store, embedder, config)
+
+
+def test_nothing_from_the_page_that_answers_is_a_negative(store):
+    """A passage of the page, and the page less another sentence, may answer as well."""
+    embedder, _ = planned(
+        store, {}, {"q": 0, "p": 0, "page": 10, "passage": 40, "other page": 60, "other file": 70}
+    )
+    asked = {"page": "a.pdf#1", "passage": "a.pdf#1 (why)", "other page": "a.pdf#11"}
+    rows = [
+        Row(id=text, query=Item(text="q"), positives=[Item(text=text)], source=source)
+        for text, source in {**asked, "other file": "b.pdf#1"}.items()
+    ]
+    config = MineConfig(right=9, max_ratio=0.95, duplicate_cosine=0.9999)
+    mined, report = mine(rows, store, embedder, config)
+    assert mined[0].negatives == [Item(text="other page"), Item(text="other file")]
+    assert report.dropped["from the positive's page"] == 2

@@ -142,6 +142,35 @@ def test_without_a_model_the_report_says_so(papers, tmp_path):
     assert any("rests on a rock" in text for text in captions)
 
 
+def test_documents_serve_again_and_whole_pages_are_held_out(papers, tmp_path):
+    config = dataclasses.replace(CONFIG, pairs=("text->text",), queries=3, dev=0.4)
+    report = synthesize([papers], tmp_path, config, FakeEmbedder())
+    train, _ = check_rows(tmp_path / "rows.jsonl")
+    held, _ = check_rows(tmp_path / "dev.jsonl")
+    assert report.kept["text->text"] == len(train) + len(held) > len(ANIMALS)
+    assert train
+    assert held
+    assert not {row.place for row in train} & {row.place for row in held}
+    queries = [row.query.text for row in train + held]
+    assert len(set(queries)) == len(queries)
+
+
+def test_a_model_is_told_which_query_it_writes(papers, tmp_path):
+    model = Scripted()
+    config = dataclasses.replace(CONFIG, pairs=("text->text",), rows=99, queries=2)
+    synthesize([papers], tmp_path, config, FakeEmbedder(), model)
+    again = [prompt for prompt, _ in model.asked if "query number 2" in prompt]
+    assert len(again) * 2 == len(model.asked)
+
+
+def test_a_sentence_of_many_pages_asks_for_none_of_them(papers, tmp_path):
+    config = dataclasses.replace(CONFIG, pairs=("text->text",), rows=99, queries=9)
+    synthesize([papers], tmp_path, config, FakeEmbedder())
+    rows, _ = check_rows(tmp_path / "rows.jsonl")
+    assert any(row.query.text.startswith("Young") for row in rows)
+    assert not any(row.query.text.startswith("Nobody knows") for row in rows)
+
+
 def test_an_embedder_without_eyes_filters_what_it_can_and_says_the_rest(papers, tmp_path):
     blind = FakeEmbedder(modalities=("text",))
     report = synthesize([papers], tmp_path, CONFIG, blind, Scripted())
