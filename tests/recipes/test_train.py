@@ -4,6 +4,7 @@ import ast
 import dataclasses
 import json
 import os
+import random
 import socket
 import subprocess
 import sys
@@ -339,3 +340,33 @@ def test_steps_use_the_teachers_scores(tiny_model, tmp_path):
     queries, documents = vectors[:4], vectors[4:]
     similarity = queries @ documents.T
     assert (similarity[range(4), [1, 3, 5, 7]] > similarity[range(4), [0, 2, 4, 6]]).all()
+
+
+def test_no_two_rows_of_a_page_share_a_batch():
+    rows = [
+        Row(
+            id=str(n),
+            query=Item(text=f"q{n}"),
+            positives=[Item(text=f"p{n}")],
+            source=f"a.pdf#{n % 6} (part {n})",
+        )
+        for n in range(18)
+    ]
+    batches = one_pass(Source(rows, [10] * len(rows)), 6, random.Random(0))
+    assert sorted(n for batch in batches for n in batch) == list(range(18))
+    assert all(len({n % 6 for n in batch}) == 6 for batch in batches)
+
+
+def test_the_shipped_configurations_are_valid():
+    for path in sorted(Path(train_module.__file__).with_name("configs").glob("*.toml")):
+        assert load_config(TrainConfig, path).data
+
+
+def test_the_adapters_of_adapt_toml_fit_the_shipped_layout(tiny_model):
+    shipped = Path(train_module.__file__).with_name("configs") / "adapt.toml"
+    config = dataclasses.replace(load_config(TrainConfig, shipped), model=str(tiny_model))
+    backbone = load_backbone(tiny_model, device="cpu", dtype="float32")
+    trained = train_module.make_trainable(backbone, config)
+    names = {n for n, p in backbone.model.named_parameters() if p.requires_grad}
+    assert len(trained) == 2
+    assert all("layers.1.self_attn.k_proj" in name for name in names)
