@@ -23,7 +23,7 @@ from mmrag.errors import ContentError, ModelError
 
 logger = logging.getLogger(__name__)
 
-CPU_TOKEN_BUDGET = 4096
+CPU_TOKEN_BUDGET = 1024
 GPU_TOKEN_BUDGET = 32768
 _BATCHES_AHEAD = 2
 

@@ -25,6 +25,7 @@ from recipes.config import load_config
 from recipes.nano import checkpoint, distil, reading, texts, tower, vectors
 from recipes.nano.config import NanoConfig
 from recipes.nano.crops import Crops
+from recipes.nano.pictures import Pictures, read_titled
 
 
 @dataclass(frozen=True)
@@ -110,9 +111,9 @@ def initial_vectors(
 
 
 def learn_vision(
-    config: NanoConfig, student: distil.Student, passages: Sequence[str]
+    config: NanoConfig, student: distil.Student, passages: Sequence[str], base: Tokenizer
 ) -> reading.Reader:
-    """A tower that reads, trained further from ``tower.pt`` if that is there."""
+    """A tower that reads and knows pictures, trained further from ``tower.pt`` if that is there."""
     width = checkpoint.hidden_size(config.text.dim)
     eyes = tower.new_tower(config.vision, width, config.seed)
     wanted, _ = tower.vectors_for_tower(student.grams)
@@ -121,10 +122,25 @@ def learn_vision(
         patches = eyes.patch_embed
         embedding = patches.proj.weight.detach().flatten(1).T
         crops = Crops(passages, wanted, student.vocabulary, embedding, config.vision, config.seed)
-        eyes.patch_embed = torch.nn.Identity()  # crops come embedded
-        reading.train_reader(reader, crops, config.vision, Path(config.work) / "tower.pt")
+        pictures = titled_pictures(config, student, embedding, base)
+        eyes.patch_embed = torch.nn.Identity()  # crops and pictures come embedded
+        out = Path(config.work) / "tower.pt"
+        reading.train_reader(reader, crops, pictures, config.vision, out)
         eyes.patch_embed = patches
     return reader
+
+
+def titled_pictures(
+    config: NanoConfig, student: distil.Student, embedding: torch.Tensor, base: Tokenizer
+) -> Pictures | None:
+    """Pictures to train on; None, and said so, if their folder is missing."""
+    folder = Path(config.data) / config.vision.picture_folder
+    if not config.vision.picture_folder or not folder.is_dir():
+        print(f"no pictures in {folder}: the model will not know any")
+        return None
+    items = read_titled(folder, held_out=False)
+    words = torch.from_numpy(student.words).float()
+    return Pictures(items, words, base, embedding, config.seed)
 
 
 def write_checkpoint(
@@ -158,8 +174,9 @@ def build(config: NanoConfig, sources: Sources) -> None:
     Path(config.work).mkdir(parents=True, exist_ok=True)
     pairs = read_pairs(config)
     student = learn_text(config, sources, pairs)
-    reader = learn_vision(config, student, [pair.text for pair in pairs])
-    write_checkpoint(config, student, reader, plain_tokenizer(sources.minilm))
+    base = plain_tokenizer(sources.minilm)
+    reader = learn_vision(config, student, [pair.text for pair in pairs], base)
+    write_checkpoint(config, student, reader, base)
     print(f"wrote {config.out}")
 
 

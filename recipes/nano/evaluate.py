@@ -4,16 +4,16 @@
 
 ``--xquad`` is JSON lines of paragraphs with their questions; ``--handbook`` a folder with
 ``pdfs/`` and ``questions.jsonl``. With ``--pages`` XQuAD's paragraphs are also rendered to pages
-without a text layer, and the model must find the page; ``--pictures`` is a folder of pictures
-whose file names are their titles, and the title must find its picture. ``--work``, the folder that
-``recipes.nano.build`` worked in, adds MiniLM and the vectors before training.
+without a text layer, and the model must find the page. ``--pictures`` is a folder of pictures
+whose file names are their titles, and a title that was not trained on must find its picture.
+``--work``, the folder that ``recipes.nano.build`` worked in, adds MiniLM and the vectors before
+training.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import random
 import re
 import tempfile
 from collections.abc import Callable, Sequence
@@ -27,19 +27,20 @@ from numpy.typing import NDArray
 from PIL import Image
 from rank_bm25 import BM25Okapi
 
-from mmrag.content import load_image
 from mmrag.embedders import load_embedder
 from mmrag.embedders.base import Embedder
-from mmrag.errors import ContentError, MMRagError
+from mmrag.errors import MMRagError
 from mmrag.reading import ReadOptions, find_files, read_file
 from recipes.evaluate import Metrics, average, metrics_of, table
 from recipes.nano.build import plain_tokenizer
 from recipes.nano.distil import piece_bags
 from recipes.nano.glyphs import find_fonts, render_page
+from recipes.nano.pictures import read_titled
 
 Scores = NDArray[np.floating[Any]]
 Scorer = Callable[[Sequence[str], Sequence[str]], Scores]
 PASSAGE_WORDS = 180
+PICTURES = 500
 
 
 def neural(embedder: Embedder) -> Scorer:
@@ -152,36 +153,6 @@ def page_scores(
     return np.asarray(found @ embedder.encode(pages, progress=True).T)
 
 
-def titled_pictures(
-    folder: Path, count: int = 500, side: int = 280, seed: int = 0
-) -> tuple[list[str], list[Image.Image]]:
-    """Pictures below ``folder`` with the words of their file names, no title twice.
-
-    Returns: ``count`` titles and pictures of at most ``side`` pixels, or all there are. Files
-        that cannot be read as pictures are passed over, and counted on the console.
-    """
-    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in {".png", ".jpg", ".jpeg"})
-    random.Random(seed).shuffle(paths)
-    found: dict[str, Image.Image] = {}
-    passed_over = 0
-    for path in paths:
-        if len(found) == count:
-            break
-        title = " ".join(re.findall(r"[a-z]{3,}", path.stem.lower()))
-        if not title or title in found:
-            continue
-        try:
-            picture = load_image(path)
-        except ContentError:
-            passed_over += 1
-            continue
-        picture.thumbnail((side, side))
-        found[title] = picture
-    if passed_over:
-        print(f"{passed_over} pictures could not be read and were passed over")
-    return list(found), list(found.values())
-
-
 def picture_scores(
     embedder: Embedder, titles: Sequence[str], pictures: Sequence[Image.Image]
 ) -> Scores:
@@ -229,7 +200,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         found = {n: ranking_metrics(book.score(s), book.relevant) for n, s in scorers.items()}
         print(f"Handbook, question to page by its best passage\n\n{table(found, names)}\n")
     if given.pictures:
-        titles, images = titled_pictures(given.pictures)
+        shown_once = {one.title: one for one in read_titled(given.pictures, held_out=True)}
+        titles = list(shown_once)[:PICTURES]
+        images = [shown_once[title].picture for title in titles]
         right = [{i} for i in range(len(titles))]
         shown = {given.model: ranking_metrics(picture_scores(embedder, titles, images), right)}
         chance = {f"hit@{k}": k / len(titles) for k in (1, 5, 10)} | {"n": len(titles)}

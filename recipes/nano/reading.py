@@ -20,10 +20,13 @@ from torch import Tensor, nn
 from recipes.nano import glyphs
 from recipes.nano.config import VisionConfig
 from recipes.nano.crops import Crop, Crops
+from recipes.nano.pictures import Pictures, Seen, picture_loss
 from recipes.nano.tower import Dictionary
 
 _WARM_UP = 60  # steps
 _SAVE_EVERY = 200  # steps
+_PICTURE_RATE = 0.4  # share of the peak rate that the second part starts with
+_PICTURE_WEIGHT = 0.3  # of the loss of pictures beside that of crops
 _PATCHES_ASKED = 500  # patches of a step whose trigram is asked for
 
 
@@ -43,7 +46,7 @@ class Reader(nn.Module):
         self.grams = nn.Linear(width, vectors.shape[1])
         self.sharpness = nn.Parameter(torch.tensor(math.log(10.0)))
 
-    def forward(self, crops: Sequence[Crop]) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, crops: Sequence[Crop | Seen]) -> tuple[Tensor, Tensor, Tensor]:
         """States of the patches (patches, width), and the tokens' vectors and trigram logits."""
         grid = torch.tensor([crop.grid for crop in crops])
         output = self.tower(torch.cat([crop.patches for crop in crops]), grid_thw=grid)
@@ -114,8 +117,16 @@ def _fired_loss(logits: Tensor, patch: Tensor, gram: Tensor) -> Tensor:
     return total / shown.sum().clamp(min=1.0)
 
 
-def train_reader(reader: Reader, crops: Crops, config: VisionConfig, out: Path) -> None:
-    """Train for ``config.minutes``; saved to ``out`` as it goes, resumable."""
+def train_reader(
+    reader: Reader, crops: Crops, pictures: Pictures | None, config: VisionConfig, out: Path
+) -> None:
+    """Train for ``config.minutes`` on crops, then for ``config.picture_minutes`` on both.
+
+    Saved to ``out`` as it goes, resumable.
+
+    Args:
+        pictures: None leaves the second part out.
+    """
     parameters = [p for p in reader.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
         parameters, lr=config.learning_rate, betas=(0.9, 0.98), weight_decay=0.0
@@ -126,12 +137,21 @@ def train_reader(reader: Reader, crops: Crops, config: VisionConfig, out: Path) 
         reader.load_state_dict(state["reader"])
         optimizer.load_state_dict(state["optimizer"])
         step, spent = state["step"], state["spent"]
+    first, total = 60 * config.minutes, 60 * config.minutes
+    if pictures:
+        total += 60 * config.picture_minutes
     began = time.monotonic() - spent
-    while (spent := time.monotonic() - began) < 60 * config.minutes:
-        done = spent / (60 * config.minutes)
+    while (spent := time.monotonic() - began) < total:
+        if pictures and spent >= first:
+            rate = _PICTURE_RATE * _rate(step, (spent - first) / (total - first))
+            loss, metrics = read_loss(reader, crops.batch(config.crops // 2), 1.0)
+            titled, more = picture_loss(reader, pictures, config.pictures)
+            loss, metrics = loss + _PICTURE_WEIGHT * titled, metrics | more
+        else:
+            rate = _rate(step, spent / first)
+            loss, metrics = read_loss(reader, crops.batch(config.crops), spent / first)
         for group in optimizer.param_groups:
-            group["lr"] = config.learning_rate * _rate(step, done)
-        loss, metrics = read_loss(reader, crops.batch(), done)
+            group["lr"] = config.learning_rate * rate
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(parameters, 1.0)

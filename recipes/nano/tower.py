@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers import Qwen2VLConfig
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VisionTransformerPretrainedModel
 
-from mmrag.embedders.qwen_images import to_patches
+from mmrag.embedders.qwen_images import CLIP_STD, to_patches
 from recipes.nano.config import VisionConfig
 from recipes.nano.crops import WHOLE
 from recipes.nano.vectors import Matrix
@@ -33,6 +33,8 @@ NEIGHBOURS = ((0, 1), (0, -1), (1, 0), (-1, 0), (0, 2), (0, -2))  # rows down, c
 _LOCALITY = 6.0  # logits per rotary pair
 _PAIRS = 4  # rotary pairs per axis that take part: the fast ones
 CODE = 0.02  # share of a token's code that the decoder's residual connection lets through
+_COLOURS = ((1.0, -1.0, 0.0), (0.5, 0.5, -1.0))  # red against green, both against blue
+_COLOUR_SIZE = 0.02
 _FIRING = 2.0  # gate of a trigram that is as likely there as not
 
 
@@ -62,18 +64,23 @@ def new_tower(config: VisionConfig, width: int, seed: int) -> Any:
 
 
 def cosine_patches(width: int, patch: int = 14) -> Tensor:
-    """The ``width`` slowest waves of the 2-D cosine transform of the mean colour.
+    """The slowest waves of the 2-D cosine transform of the brightness, and two means of colour.
 
     Returns: weight of the patch embedding, (width, 3, 2, patch, patch).
     """
     k = np.arange(patch)
     waves = np.cos(np.pi * (k[None] + 0.5) * k[:, None] / patch) * math.sqrt(2 / patch)
     waves[0] /= math.sqrt(2)
-    order = sorted(np.ndindex(patch, patch), key=lambda uv: uv[0] ** 2 + uv[1] ** 2)[:width]
+    slowest = sorted(np.ndindex(patch, patch), key=lambda uv: uv[0] ** 2 + uv[1] ** 2)
+    order = slowest[: width - len(_COLOURS)]
     # The mean brightness would drown the rest in the first LayerNorm.
     planes = [np.outer(waves[u], waves[v]) * (1.0 if u + v else 0.05) for u, v in order]
     plane = torch.tensor(np.stack(planes), dtype=torch.float32) * 0.134
-    return plane[:, None, None].expand(-1, 3, 2, -1, -1).clone()
+    brightness = plane[:, None, None].expand(-1, 3, 2, -1, -1)
+    # Times the deviations that channels are divided by, so that grey has no colour.
+    channels = torch.tensor(_COLOURS) * torch.tensor(CLIP_STD)
+    colour = channels[:, :, None, None, None].expand(-1, -1, 2, patch, patch) * _COLOUR_SIZE
+    return torch.cat([brightness, colour])
 
 
 def _start_block(block: Any, width: int) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from matplotlib import font_manager
-from PIL import Image
+from PIL import Image, ImageDraw
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
 from mmrag.content import Content
@@ -24,9 +24,9 @@ from recipes.nano import (
     build,
     checkpoint,
     distil,
-    evaluate,
     glyphs,
     grams,
+    pictures,
     reading,
     texts,
     tower,
@@ -328,7 +328,7 @@ def test_each_head_starts_on_its_neighbour():
 
 
 def test_cosine_patches_are_orthogonal():
-    flat = tower.cosine_patches(32)[:, 0, 0].flatten(1)
+    flat = tower.cosine_patches(32)[:-2, 0, 0].flatten(1)  # the last two are of colour
     gram = flat @ flat.T
     assert torch.allclose(gram, torch.diag(gram.diag()), atol=1e-6)
 
@@ -355,7 +355,7 @@ def test_crops_carry_what_the_tower_would_see():
     white = Image.new("RGB", (84, 28), "white")
     pixels, _ = to_patches(white, WHOLE)
     embedding = eyes.patch_embed.proj.weight.detach().flatten(1).T
-    torch.testing.assert_close(pixels @ embedding, eyes.patch_embed(pixels))
+    torch.testing.assert_close(pixels @ embedding, eyes.patch_embed(pixels), atol=1e-4, rtol=1e-4)
 
 
 def test_scans_are_noisy_and_paler():
@@ -378,7 +378,8 @@ def test_tower_learns_and_goes_on_where_it_stopped(tmp_path, monkeypatch):
         reader = reading.Reader(eyes, crops.vectors, 2)
         eyes.patch_embed = torch.nn.Identity()
         before = reading.read_loss(reader, batch, 0.5)[0]
-        reading.train_reader(reader, crops, dataclasses.replace(SMALL, minutes=minutes), out)
+        config = dataclasses.replace(SMALL, minutes=minutes)
+        reading.train_reader(reader, crops, None, config, out)
         return before, reading.read_loss(reader, batch, 0.5)[0], torch.load(out)["step"]
 
     batch = [crops.draw() for _ in range(8)]
@@ -393,16 +394,81 @@ def test_missing_fonts_are_an_error():
         small_crops("/none")
 
 
-def test_pictures_are_titled_by_their_names_once(tmp_path, capsys):
-    for name in ("red_apple_01.png", "deep/red-apple-2.png", "Old_house_ab_9.png", "77.png"):
+@pytest.fixture
+def titled(tmp_path):
+    """A folder of pictures whose names are their titles, some of them held out."""
+    names = ["red_apple_01.png", "fruit/red-apple-2.png", "Old_house_ab_9.png", "77.png"]
+    for name in [*names, *(f"many/blue sky {i}.png" for i in range(9))]:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         Image.new("RGB", (600, 300), "red").save(tmp_path / name)
     (tmp_path / "broken_thing.png").write_bytes(b"no picture")
-    titles, pictures = evaluate.titled_pictures(tmp_path, side=100)
-    assert sorted(titles) == ["old house", "red apple"]
-    assert {picture.size for picture in pictures} == {(100, 50)}
+    return tmp_path
+
+
+def test_pictures_are_titled_by_their_names(titled, capsys, monkeypatch):
+    monkeypatch.setattr(pictures, "is_held_out", lambda title: title == "old house")
+    found = pictures.read_titled(titled, held_out=False)
+    assert sorted((one.title, one.topic) for one in found) == [
+        *[("blue sky", "many")] * 3,  # nine were there
+        *[("red apple", ""), ("red apple", "fruit")],
+    ]
+    assert {one.picture.size for one in found} == {(224, 112)}
     assert "1 pictures could not be read" in capsys.readouterr().out
-    assert len(evaluate.titled_pictures(tmp_path, count=1)[0]) == 1
+    assert [one.title for one in pictures.read_titled(titled, held_out=True)] == ["old house"]
+
+
+def test_one_title_in_eight_is_held_out():
+    held_out = sum(pictures.is_held_out(f"title {i}") for i in range(8000))
+    assert 900 < held_out < 1100
+
+
+_PRIMARIES = ("red", "lime", "blue")
+
+
+def test_grey_has_no_colour_and_colours_differ():
+    weights = tower.cosine_patches(SMALL.width).flatten(1).T
+
+    def colour(name):
+        patches, _ = to_patches(Image.new("RGB", (28, 28), name), WHOLE)
+        return (patches @ weights)[0, -2:]
+
+    grey = colour("grey")
+    for name in ("white", "black"):
+        torch.testing.assert_close(colour(name), grey, atol=1e-4, rtol=0)
+    red, lime, blue = ((colour(name) - grey).round().sign().tolist() for name in _PRIMARIES)
+    assert (red, lime, blue) == ([1, 1], [-1, 1], [0, -1])
+
+
+def test_tower_learns_what_pictures_show(plain, table, monkeypatch):
+    """Discs that differ in colour alone."""
+    monkeypatch.setattr(pictures, "_SMALLEST", 2)
+    monkeypatch.setattr(pictures, "LARGEST", 3)
+    items = []
+    for title, colour in zip(("cat", "dog", "fish"), _PRIMARIES, strict=True):
+        disc = Image.new("RGB", (84, 84), "white")
+        ImageDraw.Draw(disc).ellipse((14, 14, 70, 70), fill=colour)
+        items.append(pictures.Titled(title, "", disc))
+    eyes = tower.new_tower(SMALL, 64, seed=0)
+    embedding = eyes.patch_embed.proj.weight.detach().flatten(1).T
+    source = pictures.Pictures(items, torch.from_numpy(table), plain, embedding, seed=0)
+    torch.manual_seed(0)
+    reader = reading.Reader(eyes, torch.from_numpy(table), units=12)
+    eyes.patch_embed = torch.nn.Identity()
+    optimizer = torch.optim.Adam(reader.parameters(), lr=3e-3)
+    for _ in range(60):
+        loss, metrics = pictures.picture_loss(reader, source, 6)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert metrics["titles"] == 1.0
+
+
+def test_pictures_that_are_missing_are_said(tmp_path, plain, table, capsys):
+    vision = dataclasses.replace(SMALL, picture_folder="openclipart")
+    config = NanoConfig(data=str(tmp_path), work="", out="", vision=vision)
+    student = distil.Student(table, table, {})
+    assert build.titled_pictures(config, student, torch.zeros(1, 1), plain) is None
+    assert "will not know any" in capsys.readouterr().out
 
 
 # --- configuration and the shipped folder ----------------------------------------------------
