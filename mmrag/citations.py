@@ -12,6 +12,7 @@ import logging
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Literal, TypeAlias
@@ -22,7 +23,7 @@ from numpy.typing import NDArray
 from mmrag.context import Source
 from mmrag.embedders.base import Embedder
 from mmrag.errors import MMRagError
-from mmrag.lexical import Idf, numbers, sentences, terms
+from mmrag.lexical import Idf, numbers, sentences, stays_open, terms
 from mmrag.reading import locate_quote
 
 logger = logging.getLogger(__name__)
@@ -38,18 +39,22 @@ SUPPORT_COSINE = 0.85
 
 _TO_EMBED = 32  # passages of a page that are compared by meaning, those with most words first
 
+_OPEN, _CLOSE = r"[\[\u3010\uff3b\u3014]", r"[\]\u3011\uff3d\u3015]"
 _MARK = re.compile(
-    r"[ \t]*[\[\u3010]\s*(?:sources?\s*|\^)?(\d{1,4}(?:\s*[,;\u2013-]\s*(?:source\s*)?\d{1,4})*)"
-    r"(?:\u2020[^\]\u3011]*)?\s*[\]\u3011](?!\()",
+    rf"(?<![ \t])[ \t]*{_OPEN}\s*(?:sources?\s*|\^)?"
+    r"(\d{1,4}(?:\s*(?:[,;&\uff0c\u3001\u2013-]|and\b)\s*(?:source\s*)?\d{1,4})*)"
+    r"(?:\u2020[^\]\u3011]*|\s*[,:]\s*p(?:ages?|p?\.)\s*[\d\u2013-]+)?"
+    rf"\s*{_CLOSE}(?!\()",
     re.IGNORECASE,
 )
 _BULLET = re.compile(r"^\s*(?:[-*\u2022\u25cf\u25e6\u2023\u2043\u00b7#]+\s+|\d{1,2}[.)]\s+)")
 _RANGE = re.compile(r"(\d{1,4})\s*[\u2013-]\s*(\d{1,4})")
 
+_MARKS_BEHIND = rf"(?:\s*{_OPEN}[^\]\u3011\uff3d\u3015\n]{{1,40}}{_CLOSE}(?!\())*"
 _PIECE = re.compile(
     r"(\s*)(\S.*?(?:"
-    r"[.!?][\"'\u201d\u2019)*]*(?:\s*[\[\u3010][^\]\u3011\n]{1,40}[\]\u3011](?!\())*(?=\s|$)"
-    r"|[。！？]|\n|$))",
+    rf"[.!?][\"'\u201d\u2019)*]*{_MARKS_BEHIND}(?=\s|$)"
+    rf"|[。！？।॥؟۔][\"'\u201d\u2019\u300d\u300f\uff09)*]*{_MARKS_BEHIND}|\n|$))",
     re.DOTALL,
 )
 
@@ -89,7 +94,7 @@ class CheckedAnswer:
         found: list[str] = []
         for claim in self.claims:
             for n in claim.dangling:
-                found.append(f"[{n}] points to no source: {claim.text}")
+                found.append(f"[{n}] points to no source: {claim.text}".rstrip(": "))
             if claim.supported is False and not claim.dangling:
                 cites = "".join(f"[{n}]" for n in claim.citations)
                 where = f"not found in the text of {cites}" if cites else "has no citation"
@@ -110,7 +115,7 @@ def parse_marks(text: str) -> list[int]:
 def _numbers_of(inside: str) -> list[int]:
     """The numbers in one mark. A range of more than twenty is taken as its two ends."""
     found: list[int] = []
-    for piece in re.split(r"[,;]", inside):
+    for piece in re.split(r"[,;&\uff0c\u3001]|and", inside, flags=re.IGNORECASE):
         if span := _RANGE.search(piece):
             first, last = int(span[1]), int(span[2])
             found += range(first, last + 1) if 0 <= last - first <= 20 else (first, last)
@@ -130,11 +135,15 @@ def strip_bullet(text: str) -> str:
 
 
 def embedder_similarity(embedder: Embedder) -> Similarity:
-    """Cosines of texts by an embedder, both sides as documents."""
+    """Cosines of texts by an embedder, both sides as documents; each text is embedded once."""
+    known: dict[str, NDArray[np.float32]] = {}
 
     def cosines(first: Sequence[str], second: Sequence[str]) -> NDArray[np.float32]:
-        vectors = embedder.encode([*first, *second])
-        return np.asarray(vectors[: len(first)] @ vectors[len(first) :].T, dtype=np.float32)
+        fresh = [text for text in dict.fromkeys([*first, *second]) if text not in known]
+        if fresh:
+            known.update(zip(fresh, embedder.encode(fresh), strict=True))
+        left, right = (np.stack([known[text] for text in side]) for side in (first, second))
+        return np.asarray(left @ right.T, dtype=np.float32)
 
     return cosines
 
@@ -165,7 +174,7 @@ def check_answer(
         for n, (score, quote) in evidence.items():
             if n in claim.citations and score >= max(SUPPORT, quotes.get(n, (0.0, ""))[0]):
                 quotes[n] = (score, quote)
-        if claim.text:
+        if claim.text or claim.citations or claim.dangling:
             claims.append(claim)
         if claim.supported is False and unsupported == "remove" and claim.text:
             continue
@@ -201,11 +210,10 @@ def best_passage(
 
     None if the source has no text.
     """
-    passages = _passages(source.text)
+    passages, words, idf = _passages(source.text)
     if not passages:
         return None
-    words = [terms(passage) for passage in passages]
-    idf, wanted = Idf([terms(sentence) for sentence in sentences(source.text)]), terms(claim)
+    wanted = terms(claim)
     shared = np.asarray([idf.coverage(wanted, having) for having in words])
     if similarity is not None and shared.max() < SUPPORT:
         near = np.argsort(-shared, kind="stable")[:_TO_EMBED]
@@ -216,18 +224,35 @@ def best_passage(
     return min(1.0, float(shared[best])), passages[best]
 
 
-def _passages(text: str) -> list[str]:
-    """Sentences, and pairs of neighbours."""
+@lru_cache(maxsize=32)
+def _passages(text: str) -> tuple[list[str], list[list[str]], Idf]:
+    """Sentences and pairs of neighbours, their words, and the weights of these by sentence."""
     single = sentences(text)
-    return single + [f"{a} {b}" for a, b in pairwise(single)]
+    passages = single + [f"{a} {b}" for a, b in pairwise(single)]
+    words = [terms(passage) for passage in passages]
+    return passages, words, Idf(words[: len(single)])
 
 
 def _pieces(text: str) -> list[tuple[str, str]]:
     """Sentences of an answer with the white space before each; joined, they are the answer.
 
-    Marks that follow the full stop belong to the sentence before them.
+    Marks that follow the full stop, or stand alone, belong to the sentence before them.
     """
-    return [(match[1], match[2]) for match in _PIECE.finditer(text)]
+    pieces: list[tuple[str, str]] = []
+    for match in _PIECE.finditer(text):
+        space, piece = match[1], match[2]
+        if pieces and _runs_on(pieces[-1][1], space, piece):
+            before, start = pieces.pop()
+            space, piece = before, f"{start}{space}{piece}"
+        pieces.append((space, piece))
+    return pieces
+
+
+def _runs_on(before: str, space: str, piece: str) -> bool:
+    marks_alone = parse_marks(piece) and not _MARK.sub("", piece).strip(" \t\n.,;*_")
+    return bool(marks_alone) or (
+        before.endswith(".") and "\n" not in space and stays_open(before[:-1])
+    )
 
 
 def _check_claim(
@@ -238,7 +263,7 @@ def _check_claim(
     dangling = tuple(n for n in marks if n not in known)
     text = strip_marks(piece)
     if not terms(text) or (text.endswith(":") and not marks):
-        return Claim("", citations, dangling), {}
+        return Claim(text if marks else "", citations, dangling), {}
     to_check = [known[n] for n in citations] or list(known.values())
     evidence = {}
     for source in to_check:
@@ -250,9 +275,15 @@ def _check_claim(
     enough = max(score for score, _ in evidence.values()) >= SUPPORT
     unseen_pages = any(not source.text.strip() for source in to_check)
     supported: bool | None = enough and numbers(text) <= seen
-    if not supported and unseen_pages:
+    if not supported and (unseen_pages or _names_place(text, [known[n] for n in citations])):
         supported = None
     return Claim(text, citations, dangling, supported), evidence
+
+
+def _names_place(text: str, cited: Sequence[Source]) -> bool:
+    """Whether a text says no more than where its sources are, as a list of references does."""
+    places = terms(" ".join(f"{source.file} page {source.page}" for source in cited))
+    return bool(cited) and set(terms(text)) <= set(places)
 
 
 def _rewrite(piece: str, known: Iterable[int], dangling: Choice) -> str:

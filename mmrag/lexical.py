@@ -137,16 +137,20 @@ def _split_block(block: str) -> list[str]:
     pieces: list[str] = []
     start = 0
     for match in _SENTENCE_END.finditer(block):
-        word = block[start : match.start()].rsplit(" ", 1)[-1].casefold().lstrip("(")
-        stop_only = block[match.start()] == "."
-        initial = len(word) == 1 and word.isalpha()
-        item = word.isdigit() and block[start : match.start()].strip() == word
-        if stop_only and (word in _ABBREVIATIONS or initial or item):
+        if block[match.start()] == "." and stays_open(block[start : match.start()]):
             continue
         pieces.append(block[start : match.end()].strip())
         start = match.end()
     pieces.append(block[start:].strip())
     return [part for piece in pieces if piece for part in _wrap(piece)]
+
+
+def stays_open(text: str) -> bool:
+    """Whether a full stop behind a text ends no sentence: an abbreviation, initial or number."""
+    word = text.rsplit(" ", 1)[-1].casefold().lstrip("(")
+    initial = len(word) == 1 and word.isalpha()
+    item = word.isdigit() and text.strip() == word
+    return word in _ABBREVIATIONS or initial or item
 
 
 def _wrap(piece: str) -> list[str]:

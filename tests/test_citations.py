@@ -47,6 +47,8 @@ SOURCES = [source(1, EYES), source(2, TEETH)]
         ("a [1-9999]", [1, 9999]),
         ("a \u30102\u3011 b \u30103\u2020source\u3011", [2, 3]),
         ("a [Source 2] b [sources 1, 4] c [^7]", [2, 1, 4, 7]),
+        ("a \uff3b1\uff3d b \u30142\u3015 c [3 and 4] d [5 & 6]", [1, 2, 3, 4, 5, 6]),
+        ("a \u30101\u30012\u3011 b [3, p. 7] c [4, pages 2-5]", [1, 2, 3, 4]),
         ("see [1](https://x.org) and a[i] and [a]", []),
     ],
 )
@@ -185,3 +187,63 @@ def test_a_file_that_has_gone_costs_the_box_not_the_quote(monkeypatch, caplog):
 
 def test_only_pdfs_are_searched_for_boxes():
     assert locate(source(1, "x", file="n.md"), "x").boxes == ()
+
+
+def test_marks_behind_any_full_stop_belong_to_the_sentence_before():
+    pages = [source(1, "金牌计划每月90美元。"), source(2, "银牌计划每月60美元。")]
+    said = "金牌计划每月90美元。[1]银牌计划每月60美元。[2]"
+    checked = check_answer(said, pages)
+    assert [claim.citations for claim in checked.claims] == [(1,), (2,)]
+    assert checked.problems == []
+
+
+def test_marks_on_a_line_of_their_own_belong_to_the_sentence_before():
+    checked = check_answer("The gold plan covers one eye examination\n\n[1]", SOURCES)
+    assert [claim.citations for claim in checked.claims] == [(1,)]
+    assert checked.sources[0].quote == "The gold plan covers one eye examination a year."
+
+
+@pytest.mark.parametrize("said", ["[99]", "It is. [99]"])
+def test_marks_of_sentences_without_content_words_count_too(said):
+    assert check_answer(said, SOURCES).problems[0].startswith("[99] points to no source")
+    assert check_answer("They all do [2].", SOURCES).sources[1].cited
+
+
+def test_an_abbreviation_does_not_end_a_claim():
+    page = source(1, "Dr. Smith of Acme Inc. audits the plan, see Fig. 3.")
+    said = "Dr. Smith of Acme Inc. audits it, as Fig. 3 says [1]."
+    checked = check_answer(said, [page], unsupported="remove")
+    assert checked.text == said
+    assert len(checked.claims) == 1
+
+
+def test_the_numbers_of_a_list_are_no_claims():
+    said = "1. The gold plan covers one eye examination [1].\n2. Adults pay for crowns [2]."
+    checked = check_answer(said, SOURCES, unsupported="remove")
+    assert checked.text == said
+    assert checked.problems == []
+
+
+def test_a_list_of_references_makes_no_claims():
+    said = "Adults pay for crowns [2].\n\nSources:\n[2] a.pdf, page 2"
+    assert check_answer(said, SOURCES).problems == []
+
+
+def test_a_run_of_spaces_takes_no_more_than_linear_work():
+    counted = 200_000  # quadratic work would take minutes
+    assert parse_marks(" " * counted + "[1]" + " " * counted) == [1]
+
+
+def test_each_text_is_embedded_once_for_an_answer():
+    class Counting:
+        texts = 0
+
+        def encode(self, contents):
+            self.texts += len(contents)
+            return np.eye(len(contents), dtype=np.float32)
+
+    embedder = Counting()
+    alike = embedder_similarity(embedder)
+    alike(["a"], ["b", "c"])
+    assert alike(["a"], ["b", "a"]).shape == (1, 2)
+    assert embedder.texts == 3
