@@ -5,12 +5,18 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncGenerator, Generator, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, get_args
 
 from llama_index.core.base.base_query_engine import BaseQueryEngine
 from llama_index.core.base.base_retriever import BaseRetriever
-from llama_index.core.base.llms.types import ChatMessage, ImageBlock, MessageRole, TextBlock
+from llama_index.core.base.llms.types import (
+    ChatMessage,
+    ChatResponse,
+    ImageBlock,
+    MessageRole,
+    TextBlock,
+)
 from llama_index.core.callbacks import CallbackManager, CBEventType, EventPayload
 from llama_index.core.constants import DEFAULT_CONTEXT_WINDOW
 from llama_index.core.instrumentation.events.synthesis import (
@@ -26,6 +32,7 @@ from llama_index_instrumentation import get_dispatcher
 from mmrag.citations import CheckedAnswer, Choice, check_answer, embedder_similarity
 from mmrag.content import Content, load_image
 from mmrag.context import (
+    PIXELS_PER_TOKEN,
     ImageBudget,
     Packed,
     Source,
@@ -37,8 +44,8 @@ from mmrag.context import (
     select_sources,
 )
 from mmrag.embedders.base import Embedder
-from mmrag.endpoint import translated_errors
-from mmrag.errors import EndpointError
+from mmrag.endpoint import cut_off, translated_errors, without_reasoning
+from mmrag.errors import ConfigError, EndpointError
 from mmrag.extractive import FOUND, extract
 from mmrag.response import (
     NOT_FOUND,
@@ -49,6 +56,7 @@ from mmrag.response import (
     as_async_stream,
     as_stream,
     ashown,
+    in_words,
     says_not_found,
     shown,
 )
@@ -113,7 +121,8 @@ class CitedQueryEngine(BaseQueryEngine):
         unsupported: ``flag`` or ``remove`` sentences that their sources do not support. A
             stream shows them in any case; its ``get_response()`` does not.
 
-    Raises (from queries): EndpointError if the model's server fails.
+    Raises: ConfigError for options that make no sense. Queries raise EndpointError if the
+        model's server fails.
     """
 
     def __init__(
@@ -134,6 +143,11 @@ class CitedQueryEngine(BaseQueryEngine):
         unsupported: Choice = "flag",
         callback_manager: CallbackManager | None = None,
     ) -> None:
+        if max_sources < 1:
+            raise ConfigError(f"max_sources={max_sources}: give at least 1.")
+        for name, choice in (("dangling", dangling), ("unsupported", unsupported)):
+            if choice not in get_args(Choice):
+                raise ConfigError(f"{name}={choice!r} is not known: use flag or remove.")
         super().__init__(callback_manager)
         self.retriever = retriever
         self.llm = llm
@@ -191,6 +205,7 @@ class CitedQueryEngine(BaseQueryEngine):
         else:
             with translated_errors(_name(self.llm)):
                 reply = self.llm.chat(task.messages)
+            _note_if_cut(task, reply)
             response = self._finish(task, reply.message.content or "")
         dispatcher.event(SynthesizeEndEvent(query=query_bundle, response=response))
         return response
@@ -218,6 +233,7 @@ class CitedQueryEngine(BaseQueryEngine):
         else:
             with translated_errors(_name(self.llm)):
                 reply = await self.llm.achat(task.messages)
+            _note_if_cut(task, reply)
             text = reply.message.content or ""
             response = await asyncio.to_thread(self._finish, task, text)
         dispatcher.event(SynthesizeEndEvent(query=query_bundle, response=response))
@@ -260,15 +276,34 @@ class CitedQueryEngine(BaseQueryEngine):
         sources = select_sources(hits, query.query_str, self.max_sources, self.threshold)
         if not sources or self.llm is None:
             return _Task(query, sources)
-        asked = _question_blocks(query, self._prompts["question_prompt"], self.image_budget)
+        asked, notes = self._question_blocks(query)
         boundary = new_boundary([query.query_str, *(source.text for source in sources)])
         system = self._prompts["system_prompt"].format(boundary=boundary, sentinel=SENTINEL)
         packed = self._pack(sources, query, system, asked)
         user = ChatMessage(role=MessageRole.USER, blocks=[*_blocks(packed, boundary), *asked])
         messages = [ChatMessage(role=MessageRole.SYSTEM, content=system), user]
-        for note in packed.notes:
+        notes += packed.notes
+        for note in notes:
             logger.warning("%s", note)
-        return _Task(query, [part.source for part in packed.parts], messages, list(packed.notes))
+        return _Task(query, [part.source for part in packed.parts], messages, notes)
+
+    def _question_blocks(
+        self, query: QueryBundle
+    ) -> tuple[list[TextBlock | ImageBlock], list[str]]:
+        """The question with its picture, and what is missing from it."""
+        content = _question(query)
+        asked = content.text or "What do the sources say about this picture?"
+        prompt = self._prompts["question_prompt"].format(question=asked, sentinel=SENTINEL)
+        if content.images and not self.images:
+            return [TextBlock(text=prompt)], ["the question goes without its picture: images=False"]
+        blocks: list[TextBlock | ImageBlock] = []
+        budget = self.image_budget
+        for source in content.images:
+            image = load_image(source)
+            data, mimetype = picture_bytes(image, budget.max_pixels, budget.max_bytes // 2)
+            blocks.append(TextBlock(text="Picture that belongs to the question:"))
+            blocks.append(ImageBlock(image=data, image_mimetype=mimetype))
+        return [*blocks, TextBlock(text=prompt)], []
 
     def _pack(
         self,
@@ -282,9 +317,12 @@ class CitedQueryEngine(BaseQueryEngine):
         answer = max(self.llm.metadata.num_output, 0) or _ANSWER_ROOM
         room = self.context_window - min(answer, self.context_window // 4)
         room -= estimate_tokens(system)
-        for block in asked:
-            room -= estimate_tokens(block.text) if isinstance(block, TextBlock) else 1400
-        return pack(sources, query.query_str, room, images=self.images, budget=self.image_budget)
+        room -= sum(estimate_tokens(block.text) for block in asked if isinstance(block, TextBlock))
+        budget = self.image_budget
+        if any(isinstance(block, ImageBlock) for block in asked):
+            room -= budget.max_pixels // PIXELS_PER_TOKEN
+            budget = replace(budget, max_bytes=budget.max_bytes // 2)
+        return pack(sources, query.query_str, room, images=self.images, budget=budget)
 
     def _without_llm(self, task: _Task) -> CitedResponse:
         answer = None
@@ -297,14 +335,18 @@ class CitedQueryEngine(BaseQueryEngine):
             return _response(task, NOT_FOUND, found=False)
         return _response(task, f"{NO_LLM}\n\n{answer.text}", checked=answer)
 
-    def _finish(self, task: _Task, text: str) -> CitedResponse:
+    def _finish(self, task: _Task, reply: str) -> CitedResponse:
+        text = without_reasoning(reply)
         if not text.strip():
-            raise EndpointError("The model returned an empty answer; try again, or another model.")
+            raise EndpointError(
+                "The model returned an empty answer; try again, or another model. One that reasons "
+                "first may need more max_tokens."
+            )
         if says_not_found(text):
             return _response(task, NOT_FOUND, found=False)
         similarity = embedder_similarity(self.embedder) if self.embedder else None
         checked = check_answer(
-            text,
+            in_words(text),
             task.sources,
             similarity,
             dangling=self.dangling,
@@ -317,11 +359,13 @@ class CitedQueryEngine(BaseQueryEngine):
     def _tokens(self, llm: LLM, task: _Task) -> Generator[str, None, None]:
         with translated_errors(_name(llm)):
             for reply in llm.stream_chat(task.messages):
+                _note_if_cut(task, reply)
                 yield reply.delta or ""
 
     async def _atokens(self, llm: LLM, task: _Task) -> AsyncGenerator[str, None]:
         with translated_errors(_name(llm)):
             async for reply in await llm.astream_chat(task.messages):
+                _note_if_cut(task, reply)
                 yield reply.delta or ""
 
 
@@ -343,23 +387,16 @@ def _name(llm: LLM) -> str:
     return llm.metadata.model_name
 
 
+def _note_if_cut(task: _Task, reply: ChatResponse) -> None:
+    if cut_off(reply):
+        task.notes.append("the answer is cut off: it reached max_tokens of the model")
+        logger.warning("%s", task.notes[-1])
+
+
 def _question(query: QueryBundle) -> Content:
     image = getattr(query, "image", None)
     text = query.query_str if query.query_str.strip() else None
     return Content(text=text, image=query.image_path if image is None else image)
-
-
-def _question_blocks(
-    query: QueryBundle, prompt: BasePromptTemplate, budget: ImageBudget
-) -> list[TextBlock | ImageBlock]:
-    content = _question(query)
-    asked = content.text or "What do the sources say about this picture?"
-    blocks: list[TextBlock | ImageBlock] = []
-    for source in content.images:
-        data, mimetype = picture_bytes(load_image(source), budget.max_pixels, budget.max_bytes)
-        blocks.append(TextBlock(text="Picture that belongs to the question:"))
-        blocks.append(ImageBlock(image=data, image_mimetype=mimetype))
-    return [*blocks, TextBlock(text=prompt.format(question=asked, sentinel=SENTINEL))]
 
 
 def _blocks(packed: Packed, boundary: str) -> list[TextBlock | ImageBlock]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ import openai
 from mmrag.errors import ConfigError, EndpointError
 
 if TYPE_CHECKING:
+    from llama_index.core.base.llms.types import ChatResponse
     from llama_index.llms.openai_like import OpenAILike
 
 logger = logging.getLogger(__name__)
@@ -23,6 +25,8 @@ ASSUMED_WINDOW = 16_384
 """Tokens taken as the context window when neither the user nor the server names one."""
 # What clients raise that take a reply of another shape for a chat completion.
 _UNREADABLE = (json.JSONDecodeError, TypeError, AttributeError, LookupError)
+REASONING_TAGS = ("<think>", "<thinking>", "<thought>", "<reasoning>", "[think]")
+_REASONED = re.compile(r"</(?:think|thinking|thought|reasoning)>|\[/think\]", re.IGNORECASE)
 # What servers call it: vLLM and SGLang, OpenRouter, LM Studio, llama.cpp.
 _WINDOW_KEYS = ("max_model_len", "context_length", "context_window", "max_context_length", "n_ctx")
 
@@ -104,6 +108,23 @@ def served_models(
         raise EndpointError(
             f"{url} does not answer as an OpenAI-compatible server does."
         ) from error
+
+
+def without_reasoning(text: str) -> str:
+    """What a model says after the reasoning that it writes, between tags, in front.
+
+    Nothing if the reasoning does not end. Some templates write the opening tag into the prompt,
+    so the closing one counts alone.
+    """
+    if end := list(_REASONED.finditer(text)):
+        return text[end[-1].end() :].lstrip()
+    return "" if text.lstrip().lower().startswith(REASONING_TAGS) else text
+
+
+def cut_off(reply: ChatResponse) -> bool:
+    """Whether a reply ended because it was as long as it may be."""
+    choices = getattr(reply.raw, "choices", None) or ()
+    return any(getattr(choice, "finish_reason", None) == "length" for choice in choices)
 
 
 @contextmanager

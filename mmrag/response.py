@@ -17,10 +17,12 @@ from llama_index.core.base.response.schema import (
 
 from mmrag.citations import Claim, parse_marks
 from mmrag.context import Source
+from mmrag.endpoint import REASONING_TAGS, without_reasoning
 
 SENTINEL = "NOT_FOUND_IN_SOURCES"
 """What the model is told to reply when the sources do not answer the question."""
 NOT_FOUND = "Not found in these documents."
+_SENTINEL = re.compile(SENTINEL.replace("_", r"\\?_"), re.IGNORECASE)  # Markdown escapes it
 
 
 @dataclass
@@ -132,39 +134,62 @@ class AsyncCitedStreamingResponse(AsyncStreamingResponse):
 
 
 def says_not_found(text: str) -> bool:
-    """Whether a model's answer is the sentinel, or the sentence that stands for it."""
-    bare = text.strip().strip("*_`\"'[]. \n")
-    return bare.upper().startswith(SENTINEL) or text.strip() == NOT_FOUND
+    """Whether a model's answer is the sentinel, or says no more than it or what stands for it."""
+    bare = text.replace("\\", "").strip().strip("*_`\"'[]. \n")
+    if bare.upper().startswith(SENTINEL):
+        return True
+    return NOT_FOUND in in_words(text) and not parse_marks(text)
+
+
+def in_words(text: str) -> str:
+    """A text with the sentinel replaced by a sentence for people."""
+    return _SENTINEL.sub(NOT_FOUND, text)
 
 
 def shown(tokens: Generator[str, None, None]) -> Generator[str, None, None]:
-    """The stream with the sentinel replaced by a sentence for people."""
-    head, settled = "", False
+    """The stream without reasoning in front, the sentinel put in words."""
+    filtered = _Shown()
     for token in tokens:
-        if settled:
-            yield token
-            continue
-        head += token
-        if not _may_be_sentinel(head):
-            settled = True
-            yield head
-    if not settled:
-        yield NOT_FOUND if says_not_found(head) else head
+        if piece := filtered.add(token):
+            yield piece
+    if rest := filtered.end():
+        yield rest
 
 
 async def ashown(tokens: AsyncGenerator[str, None]) -> AsyncGenerator[str, None]:
     """As ``shown``."""
-    head, settled = "", False
+    filtered = _Shown()
     async for token in tokens:
-        if settled:
-            yield token
-            continue
-        head += token
-        if not _may_be_sentinel(head):
-            settled = True
-            yield head
-    if not settled:
-        yield NOT_FOUND if says_not_found(head) else head
+        if piece := filtered.add(token):
+            yield piece
+    if rest := filtered.end():
+        yield rest
+
+
+class _Shown:
+    """Holds back of a stream what may turn out to be reasoning or the sentinel."""
+
+    def __init__(self) -> None:
+        self._held = ""
+        self._begun = False
+
+    def add(self, token: str) -> str:
+        """What may be shown after a further token."""
+        self._held += token
+        if not self._begun:
+            head = without_reasoning(self._held)
+            if _may_be_reasoning(self._held) or _may_be_sentinel(head):
+                return ""
+            self._begun, self._held = True, head
+        whole = in_words(self._held)
+        kept = _sentinel_begun(whole)
+        self._held = whole[len(whole) - kept :]
+        return whole[: len(whole) - kept]
+
+    def end(self) -> str:
+        """What is left to show."""
+        rest = self._held if self._begun else without_reasoning(self._held)
+        return NOT_FOUND if says_not_found(rest) and not self._begun else in_words(rest)
 
 
 def as_stream(response: CitedResponse) -> CitedStreamingResponse:
@@ -201,7 +226,25 @@ def as_async_stream(response: CitedResponse) -> AsyncCitedStreamingResponse:
 
 def _may_be_sentinel(text: str) -> bool:
     bare = text.strip().lstrip("*_`\"'[").upper()
-    return SENTINEL.startswith(bare[: len(SENTINEL)])
+    return SENTINEL.startswith(bare.replace("\\", "")[: len(SENTINEL)])
+
+
+def _may_be_reasoning(text: str) -> bool:
+    """Whether a text is the start of a tag that opens reasoning."""
+    bare = text.lstrip().lower()
+    return any(tag.startswith(bare) for tag in REASONING_TAGS)
+
+
+def _sentinel_begun(text: str) -> int:
+    """Length of the end of a text that may go on to be the sentinel."""
+    tail = text[-len(SENTINEL) - 4 :].upper()
+    return next(
+        (len(tail) - i for i in range(len(tail)) if _may_begin(tail[i:].replace("\\", ""))), 0
+    )
+
+
+def _may_begin(tail: str) -> bool:
+    return bool(tail) and SENTINEL.startswith(tail)
 
 
 # Entities: a backslash of ours could be undone by one of the model's in front of it.

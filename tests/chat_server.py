@@ -10,7 +10,8 @@ class ChatServer:
 
     mode: ``ok``, ``refuse`` (HTTP 400), ``deny`` (401), ``missing`` (404), ``garbage`` (no JSON),
     ``hollow`` (JSON of another shape), ``cut`` (the connection ends in mid-answer), ``stall`` (a
-    stream that stops in mid-answer until it closes), ``hang`` (no answer until it closes).
+    stream that stops in mid-answer until it closes), ``hang`` (no answer until it closes),
+    ``long`` (the answer ends for want of tokens).
     """
 
     def __init__(self, answer="", mode="ok", models=({"id": "tiny", "max_model_len": 20_000},)):
@@ -59,7 +60,7 @@ class _Handler(BaseHTTPRequestHandler):
                 self._send(b'{"id": "x"', length=5000)
             case _:
                 message = {"role": "assistant", "content": self.chat.answer}
-                choice = {"index": 0, "message": message, "finish_reason": "stop"}
+                choice = {"index": 0, "message": message, "finish_reason": self._why()}
                 self._json(200, _reply("chat.completion", choice))
 
     def _stream(self):
@@ -80,7 +81,12 @@ class _Handler(BaseHTTPRequestHandler):
                 self.wfile.flush()
                 self.chat.closed.wait(20)
                 return
-        self.wfile.write(b"data: [DONE]\n\n")
+        last = {"index": 0, "delta": {}, "finish_reason": self._why()}
+        event = json.dumps(_reply("chat.completion.chunk", last))
+        self.wfile.write(f"data: {event}\n\ndata: [DONE]\n\n".encode())
+
+    def _why(self):
+        return "length" if self.chat.mode == "long" else "stop"
 
     def _json(self, status, value):
         self._send(json.dumps(value).encode(), status)

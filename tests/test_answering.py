@@ -23,9 +23,10 @@ from pydantic import PrivateAttr
 
 from mmrag import citations
 from mmrag.answering import NO_LLM, CitedQueryEngine
+from mmrag.context import ImageBudget
 from mmrag.endpoint import ASSUMED_WINDOW, open_llm, served_models
 from mmrag.errors import ConfigError, EndpointError
-from mmrag.response import NOT_FOUND, SENTINEL, says_not_found
+from mmrag.response import NOT_FOUND, SENTINEL, says_not_found, shown
 
 EYES = "The gold plan covers one eye examination a year. Lenses cost 150 dollars."
 TEETH = "Dental cleaning is free for children under 12. Adults pay for crowns."
@@ -178,6 +179,32 @@ def test_the_question_may_have_a_picture(engine, llm, tmp_path):
     assert last.getpixel((0, 0)) == (0, 128, 0)
 
 
+def test_a_model_without_eyes_is_not_sent_the_questions_picture_either(hits, llm, tmp_path):
+    query = QueryBundle(QUESTION, image_path=str(make_picture(tmp_path / "q.png")))
+    response = CitedQueryEngine(Found(hits), llm, images=False).query(query)
+    assert not llm.pictures
+    assert "question goes without its picture" in response.notes[0]
+
+
+def test_all_pictures_of_a_request_keep_to_the_bytes(hits, llm, tmp_path):
+    noise = np.random.default_rng(0).integers(0, 255, (300, 300, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "q.png")
+    Image.fromarray(noise).save(hits[0].node.image_resource.path)
+    query = QueryBundle(QUESTION, image_path=str(tmp_path / "q.png"))
+    budget = ImageBudget(max_bytes=60_000)
+    CitedQueryEngine(Found(hits), llm, image_budget=budget).query(query)
+    assert len(llm.pictures) == 3
+    assert sum(len(base64.b64decode(block.image)) for block in llm.pictures) <= 60_000
+
+
+@pytest.mark.parametrize(
+    "bad", [{"max_sources": 0}, {"dangling": "drop"}, {"unsupported": "removed"}]
+)
+def test_options_that_make_no_sense_are_refused(hits, bad):
+    with pytest.raises(ConfigError, match=next(iter(bad))):
+        CitedQueryEngine(Found(hits), **bad)
+
+
 def test_braces_in_documents_and_questions_are_kept(hits, llm):
     hits[0].node.text_resource.text = "{boundary} {{ 7*7 }} {% endchat %} {0}"
     CitedQueryEngine(Found(hits), llm).query("What is {sentinel}?")
@@ -205,6 +232,42 @@ def test_the_sentinel_means_not_found(hits, reply):
     assert (str(response), response.found) == (NOT_FOUND, False)
     assert response.to_dict("q")["sources"] == []
     assert len(response.sources) == 2
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+@pytest.mark.parametrize(
+    ("reply", "answer", "found"),
+    [
+        (f"<think>\nIs it [2]? No.\n</think>\n\n{ANSWER}", ANSWER, True),
+        (f"[THINK]Hm [9].[/THINK]{ANSWER}", ANSWER, True),
+        (f"<think>Hm.</think>{SENTINEL}", NOT_FOUND, False),
+        (f"The sources do not say. {SENTINEL}", NOT_FOUND, False),
+        (SENTINEL.replace("_", "\\_"), NOT_FOUND, False),
+        (f"{ANSWER} Teeth: {SENTINEL}", f"{ANSWER} Teeth: {NOT_FOUND}", True),
+        (f"{ANSWER} NOT_FOUND is no more.", f"{ANSWER} NOT_FOUND is no more.", True),
+    ],
+)
+def test_reasoning_and_the_sentinel_are_no_part_of_an_answer(hits, reply, answer, found, streaming):
+    engine = CitedQueryEngine(Found(hits), Chat(reply=reply), streaming=streaming)
+    response = engine.query(QUESTION)
+    seen = "".join(response.response_gen) if streaming else answer
+    final = response.get_response() if streaming else response
+    assert (str(final), final.found) == (answer, found)
+    assert "think" not in seen.lower()
+    assert SENTINEL not in seen
+    assert "[9]" not in str(final.problems)
+
+
+@pytest.mark.parametrize("size", [1, 3, 1000])
+def test_a_stream_hides_the_same_however_it_is_cut(size):
+    reply = f"<think>Hm.</think> The gold\nplan [1]. IN: {SENTINEL}, NOT_FOUND_IN"
+    pieces = (reply[i : i + size] for i in range(0, len(reply), size))
+    assert "".join(shown(pieces)) == f"The gold\nplan [1]. IN: {NOT_FOUND}, NOT_FOUND_IN"
+
+
+def test_reasoning_that_does_not_end_is_no_answer(hits):
+    with pytest.raises(EndpointError, match="max_tokens"):
+        CitedQueryEngine(Found(hits), Chat(reply="<think>Let me see [1]")).query(QUESTION)
 
 
 def test_an_answer_that_speaks_of_finding_is_not_the_sentinel():
@@ -499,6 +562,14 @@ def test_every_failure_of_the_server_is_one_clear_error(hits, server, mode, mess
         response = CitedQueryEngine(Found(hits), llm, streaming=streaming).query(QUESTION)
         if streaming:
             response.get_response()
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_an_answer_that_is_cut_off_says_so(hits, server, streaming):
+    server.mode = "long"
+    response = CitedQueryEngine(Found(hits), remote(server), streaming=streaming).query(QUESTION)
+    final = response.get_response() if streaming else response
+    assert final.notes == ["the answer is cut off: it reached max_tokens of the model"]
 
 
 def test_a_server_that_hangs_is_given_up(hits, server):
