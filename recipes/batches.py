@@ -1,8 +1,9 @@
 """Which rows make up each step: planned ahead from ids and costs alone, so that it can resume.
 
-A batch comes from one data set; its rows cost about the same, so that little is padded; and no
-document of one row answers another, nor do two rows come from one page. Nothing
-is decoded to plan, and step n of a run is the same whether the run began at 0 or resumed at n.
+A batch comes from one data set; its rows cost about the same, so that little is padded; and where
+rows see each other's documents, no document of one row answers another, nor do two rows come from
+one page. Nothing is decoded to plan, and step n of a run is the same whether the run began at 0 or
+resumed at n.
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ class Source:
     rows: Sequence[Row]
     costs: Sequence[int]
     weight: float = 1.0
+    in_batch: bool = True
+    """Whether rows see each other's documents; if not, no two rows can be in conflict."""
 
 
 def plan(sources: Sequence[Source], batch_size: int, seed: int) -> Iterator[Batch]:
@@ -66,11 +69,14 @@ def one_pass(source: Source, size: int, chance: random.Random) -> list[tuple[int
     """
     order = list(range(len(source.rows)))
     chance.shuffle(order)
-    order.sort(key=lambda index: _bin(source.costs[index]))
+    bins = [_bin(cost) for cost in source.costs]
+    # Begun at any bin: from the cheapest on, the costliest rows would be left over every time.
+    first = bins[order[0]] if order else 0
+    order.sort(key=lambda index: (bins[index] < first, bins[index]))
     waiting = deque(order)
     batches: list[tuple[int, ...]] = []
     while waiting:
-        chosen = _take(waiting, source.rows, size)
+        chosen = _take(waiting, source, size)
         if len(chosen) == size or not batches:
             batches.append(tuple(chosen))
         if len(chosen) < size:
@@ -79,8 +85,10 @@ def one_pass(source: Source, size: int, chance: random.Random) -> list[tuple[int
     return batches
 
 
-def _take(waiting: deque[int], rows: Sequence[Row], size: int) -> list[int]:
+def _take(waiting: deque[int], source: Source, size: int) -> list[int]:
     """Take rows without conflict from the front; rows passed over go back to the front."""
+    if not source.in_batch:
+        return [waiting.popleft() for _ in range(min(size, len(waiting)))]
     chosen: list[int] = []
     passed: list[int] = []
     positives: set[int] = set()
@@ -89,7 +97,7 @@ def _take(waiting: deque[int], rows: Sequence[Row], size: int) -> list[int]:
     places: set[str] = set()
     while waiting and len(chosen) < size:
         index = waiting.popleft()
-        row = rows[index]
+        row = source.rows[index]
         own_positives = {item.key for item in row.positives}
         own_negatives = {item.key for item in row.negatives}
         clash = own_positives & (positives | negatives) or own_negatives & positives

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,7 +39,11 @@ class Document:
 
     def item(self, modality: Modality, without: str | None = None) -> Item:
         """The document as an item, less a sentence that became the query."""
-        text = self.text.replace(without, " ").strip() if without else self.text
+        text = self.text
+        if without:
+            # In the text, the sentence may be broken over lines.
+            pattern = r"\s*".join(map(re.escape, without.split()))
+            text = re.sub(pattern, " ", text).strip()
         return Item(
             text=None if modality == "image" else text,
             image=None if modality == "text" else self.image,

@@ -284,7 +284,9 @@ def _run(
     log: RunLog | None,
 ) -> None:
     """The loop: the next step is prepared while this one runs."""
-    sources = [Source(d.rows, d.costs, d.config.weight) for d in datasets]
+    sources = [
+        Source(d.rows, d.costs, d.config.weight, d.config.in_batch_negatives) for d in datasets
+    ]
     # Skipping planned batches costs nothing: they are indices, nothing has been decoded.
     planned = itertools.islice(plan(sources, config.batch_size, config.seed), first, config.steps)
 

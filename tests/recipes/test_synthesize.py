@@ -13,6 +13,7 @@ from PIL import Image
 
 from mmrag.errors import ConfigError, ContentError, EndpointError
 from recipes import synthesize as synthesize_module
+from recipes.corpus import Document
 from recipes.rows import check_rows, store_of
 from recipes.synthesize import PAIRS, SynthesizeConfig, synthesize
 from recipes.writers import PROMPTS, EndpointModel, find_json
@@ -140,6 +141,15 @@ def test_without_a_model_the_report_says_so(papers, tmp_path):
         assert not (text and row.query.text and row.query.text in text)
     captions = [r.query.text for r in rows if r.pair == "text->image"]
     assert any("rests on a rock" in text for text in captions)
+
+
+def test_a_sentence_broken_over_lines_is_taken_out_too():
+    text = "Before.\nThe kingfisher lives near (clear) water and\n  sleeps at noon.\nAfter."
+    document = Document("1", "page", text, None, "", "a.pdf", 1)
+    sentence = "The kingfisher lives near (clear) water and sleeps at noon."
+    item = document.item("text", without=sentence)
+    assert item.text is not None
+    assert item.text.split() == ["Before.", "After."]
 
 
 def test_documents_serve_again_and_whole_pages_are_held_out(papers, tmp_path):

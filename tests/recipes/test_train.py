@@ -221,12 +221,37 @@ def test_a_pass_uses_each_row_once_and_puts_like_costs_together():
         Row(id=str(n), query=Item(text=f"q{n}"), positives=[Item(text=f"p{n}")]) for n in range(64)
     ]
     costs = [30 if n % 2 else 3000 for n in range(64)]
-    import random
-
     batches = one_pass(Source(rows, costs), 8, random.Random(0))
     used = [index for batch in batches for index in batch]
     assert sorted(used) == list(range(64))
     assert all(len({costs[i] for i in batch}) == 1 for batch in batches)
+
+
+def test_the_costliest_rows_get_their_turn_too():
+    """What is left over from full batches must not be the same rows in every pass."""
+    rows = [
+        Row(id=str(n), query=Item(text=f"q{n}"), positives=[Item(text=f"p{n}")]) for n in range(11)
+    ]
+    stream = plan([Source(rows, [10] * 8 + [900] * 3)], 4, seed=0)
+    used = {index for _ in range(60) for index in next(stream).rows}
+    assert used == set(range(11))
+
+
+def test_rows_that_share_classes_fill_a_batch_without_in_batch_negatives():
+    classes = [Item(text="cat"), Item(text="dog")]
+    rows = [
+        Row(
+            id=str(n),
+            query=Item(text=f"q{n}"),
+            positives=[classes[n % 2]],
+            negatives=[classes[1 - n % 2]],
+        )
+        for n in range(16)
+    ]
+    batches = one_pass(Source(rows, [10] * 16, in_batch=False), 8, random.Random(0))
+    assert sorted(index for batch in batches for index in batch) == list(range(16))
+    # Where rows see each other's classes, no two of them go together.
+    assert one_pass(Source(rows, [10] * 16), 8, random.Random(0)) != batches
 
 
 def test_plans_are_deterministic_and_follow_the_seed(text_rows):
