@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from mmrag.citations import CheckedAnswer, Claim, locate, strip_bullet
 from mmrag.content import Content
-from mmrag.context import Source
+from mmrag.context import Source, sanitize
 from mmrag.embedders.base import Embedder
 from mmrag.lexical import Idf, sentences, terms
 
@@ -134,5 +134,6 @@ def _answer(chosen: Sequence[_Candidate], sources: Sequence[Source]) -> CheckedA
         locate(replace(source, cited=True), first[source.n]) if source.n in first else source
         for source in sources
     )
-    lines = [f"\u201c{c.text}\u201d [{c.source.n}]" for c in chosen]
+    # A document's own [3] must not pass for one of ours.
+    lines = [f"\u201c{sanitize(c.text)}\u201d [{c.source.n}]" for c in chosen]
     return CheckedAnswer("\n".join(lines), claims, marked)

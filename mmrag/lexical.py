@@ -19,6 +19,7 @@ _UNSPACED = (
 _TOKEN = re.compile(rf"[{_UNSPACED}]+|\d+(?:[.,]\d+)*|(?:(?![{_UNSPACED}])[^\W\d_])+")
 _UNSPACED_RUN = re.compile(rf"[{_UNSPACED}]+")
 _NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
+_WHOLE = re.compile(r"\.0{1,2}$")
 _DIGITS_ONLY = re.compile(r"[^\d.]")
 
 STOP_WORDS = frozenset(
@@ -85,8 +86,8 @@ def stem(word: str) -> str:
 
 
 def number(token: str) -> str:
-    """One spelling of a number: ``1,000`` and ``1000`` are the same."""
-    return _DIGITS_ONLY.sub("", token).rstrip(".")
+    """One spelling of a number: ``1,000``, ``1000`` and ``1,000.00`` are the same."""
+    return _WHOLE.sub("", _DIGITS_ONLY.sub("", token).rstrip("."))
 
 
 def numbers(text: str) -> set[str]:

@@ -60,7 +60,8 @@ class CitedResponse(Response):
     def markdown(self, *, images: bool = False) -> str:
         """The answer with a list of its sources, as Markdown.
 
-        images: show each cited figure or picture behind the paragraph that cites it first.
+        images: show each cited figure or picture behind the line, or the table, that cites it
+            first.
 
         Pictures and HTML that the model itself wrote are made harmless: a page that is shown
         must not load what a document told the model to load.
@@ -68,12 +69,17 @@ class CitedResponse(Response):
         shown: set[int] = set()
         parts: list[str] = []
         by_number = {source.n: source for source in self.cited if source.cited}
-        for line in _harmless(self.response or "").splitlines():
+        waiting: list[str] = []
+        lines = _harmless(self.response or "").splitlines()
+        for line, following in zip(lines, [*lines[1:], ""], strict=True):
             parts.append(line)
             for n in parse_marks(line) if images else ():
                 if n in by_number and n not in shown and (figure := _figure(by_number[n])):
                     shown.add(n)
-                    parts += ["", figure, ""]
+                    waiting += ["", figure, ""]
+            if not following.lstrip().startswith("|"):  # nothing may stand between a table's rows
+                parts += waiting
+                waiting = []
         listed = [_listed(source) for source in self.cited]
         return "\n".join([*parts, "", *listed] if listed else parts).strip() + "\n"
 

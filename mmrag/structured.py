@@ -104,9 +104,15 @@ def _check(engine: CitedQueryEngine | PlanningQueryEngine, llm: LLM | None) -> L
 
 def _unseen(value: BaseModel, text: str) -> tuple[str, ...]:
     dumped = json.dumps(list(_leaves(value.model_dump(mode="json"))), ensure_ascii=False)
-    return tuple(
-        f"{number} is not in the answer" for number in sorted(numbers(dumped) - numbers(text))
-    )
+    said = {_unpadded(number) for number in numbers(text)}
+    new = sorted(number for number in numbers(dumped) if _unpadded(number) not in said)
+    return tuple(f"{number} is not in the answer" for number in new)
+
+
+def _unpadded(number: str) -> str:
+    """A number without the zeros that an object's type adds: 5 of a date's 05, 1.5 of 1.50."""
+    whole, _, part = number.partition(".")
+    return f"{whole.lstrip('0')}.{part.rstrip('0')}"
 
 
 def _leaves(value: object) -> list[object]:

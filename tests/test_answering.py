@@ -23,6 +23,7 @@ from pydantic import PrivateAttr
 
 from mmrag import citations
 from mmrag.answering import NO_LLM, CitedQueryEngine
+from mmrag.citations import parse_marks
 from mmrag.context import ImageBudget
 from mmrag.endpoint import ASSUMED_WINDOW, open_llm, served_models
 from mmrag.errors import ConfigError, EndpointError
@@ -191,10 +192,10 @@ def test_all_pictures_of_a_request_keep_to_the_bytes(hits, llm, tmp_path):
     Image.fromarray(noise).save(tmp_path / "q.png")
     Image.fromarray(noise).save(hits[0].node.image_resource.path)
     query = QueryBundle(QUESTION, image_path=str(tmp_path / "q.png"))
-    budget = ImageBudget(max_bytes=60_000)
+    budget = ImageBudget(max_bytes=31_000)
     CitedQueryEngine(Found(hits), llm, image_budget=budget).query(query)
     assert len(llm.pictures) == 3
-    assert sum(len(base64.b64decode(block.image)) for block in llm.pictures) <= 60_000
+    assert sum(len(base64.b64decode(block.image)) for block in llm.pictures) <= 31_000
 
 
 @pytest.mark.parametrize(
@@ -473,6 +474,13 @@ def test_without_a_model_the_retrievers_cosine_helps_to_decide(hits, cosine, fou
 
 def test_without_a_model_a_question_of_common_words_is_not_found(hits):
     assert not CitedQueryEngine(Found(hits)).query("What is this?").found
+
+
+def test_without_a_model_a_documents_own_references_cannot_pass_for_citations():
+    page = make_node("The gold plan covers one eye examination a year, as shown in [2].", page=1)
+    response = CitedQueryEngine(Found([NodeWithScore(node=page)])).query(QUESTION)
+    assert parse_marks(str(response)) == [1]
+    assert response.sources[0].quote.endswith("[2].")
 
 
 def test_without_a_model_meaning_decides_between_sentences(hits):

@@ -247,3 +247,9 @@ def test_each_text_is_embedded_once_for_an_answer():
     alike(["a"], ["b", "c"])
     assert alike(["a"], ["b", "a"]).shape == (1, 2)
     assert embedder.texts == 3
+
+
+def test_a_price_with_and_without_its_cents_is_one_number():
+    page = source(1, "The gold plan costs $1,290.00 a year.")
+    assert check_answer("The gold plan costs $1,290 a year [1].", [page]).problems == []
+    assert check_answer("The gold plan costs $1,209 a year [1].", [page]).problems

@@ -62,3 +62,9 @@ def test_not_found_has_no_sources(figure):
 def test_a_figure_without_a_file_is_left_out(figure):
     gone = Source(1, "a.pdf", 3, figure.node, "", Path("gone.png"), cited=True)
     assert "![" not in markdown("Potatoes led [1].", gone)
+
+
+def test_a_figure_does_not_part_the_rows_of_a_table(figure):
+    rows = "| Crop | t |\n|---|---|\n| Potatoes [1] | 9 |\n| Rye | 2 |"
+    text = markdown(f"{rows}\nSo it was.", figure)
+    assert text.startswith(f"{rows}\n\n![Figure 1")

@@ -1,5 +1,6 @@
 """An answer as an object: its source, what is checked, and failures."""
 
+import datetime
 import json
 
 import pytest
@@ -81,6 +82,18 @@ def test_numbers_that_were_made_up_are_told():
     filled = json.dumps({"plan": "gold", "dollars2024": 95, "exams": [1, 7]})
     answer = answer_as(engine(filled=filled), "What does gold cost?", Cover)
     assert answer.problems == ("7 is not in the answer", "95 is not in the answer")
+
+
+def test_numbers_are_compared_by_value_not_by_how_a_type_spells_them():
+    class Bill(BaseModel):
+        dollars: float
+        fee: float
+        due: datetime.date
+
+    said = "Gold costs 90 dollars and a fee of 1,200.50, due on 5 March 2024 (3/5) [1]."
+    filled = json.dumps({"dollars": 90.0, "fee": 1200.5, "due": "2024-03-05"})
+    answer = answer_as(engine(answer=said, filled=filled), "What does gold cost?", Bill)
+    assert answer.problems == ()
 
 
 def test_nothing_found_is_no_object():
