@@ -13,7 +13,8 @@ class JudgeServer:
     able: what it can do, of ``logprobs``, ``schema``, ``words``; asked for log-probabilities
     that it has not, it refuses (``strict``) or leaves them out.
     fail: called with the prompt's text; a status to answer with, ``hang``, ``garbage`` (no JSON),
-    ``hollow`` (JSON of another shape), ``cut`` (the connection ends in mid-answer), or None.
+    ``hollow`` (JSON of another shape), ``blank`` (a choice without a message), ``cut`` (the
+    connection ends in mid-answer), or None.
     """
 
     def __init__(self, relevance, able=("logprobs", "schema", "words"), strict=False, fail=None):
@@ -97,7 +98,8 @@ class _Handler(BaseHTTPRequestHandler):
         finally:
             with judge.lock:
                 judge.under_way -= 1
-        data = json.dumps({"surprise": True} if failure == "hollow" else value).encode()
+        value = {"hollow": {"surprise": True}, "blank": {"choices": [{}]}}.get(failure, value)
+        data = json.dumps(value).encode()
         if failure == "garbage":
             data = b"<html>not json</html>"
         self.send_response(status)

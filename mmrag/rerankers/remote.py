@@ -24,7 +24,7 @@ import openai
 from mmrag.content import Content, load_image
 from mmrag.context import picture_bytes
 from mmrag.embedders.instructions import resolve
-from mmrag.endpoint import OPENAI, translated_errors
+from mmrag.endpoint import OPENAI, translated_errors, without_reasoning
 from mmrag.errors import ConfigError, ContentError, EndpointError, MMRagError
 from mmrag.rerankers.base import DeadlineError, Outcome, Pair
 from mmrag.rerankers.prompts import RerankPrompt, prompt_for
@@ -52,6 +52,7 @@ _SCHEMA = {
         },
     },
 }
+_BUSY = (408, 409, 429)
 _GRADE_IN_TEXT = re.compile(r'"?grade"?\s*:\s*(\d+(?:\.\d+)?)', re.IGNORECASE)
 
 
@@ -107,6 +108,7 @@ class RemoteScorer:
         self.mode: Mode | None = mode
         self.concurrency = concurrency
         self.timeout = timeout
+        self.retries = retries
         self.deadline = deadline
         self.max_tokens = max_tokens
         self.images = images
@@ -116,7 +118,7 @@ class RemoteScorer:
             api_key=(api_key or "none").strip(),
             base_url=(base_url or OPENAI).rstrip("/"),
             timeout=timeout,
-            max_retries=retries,
+            max_retries=0,  # its own retries know no deadline
         )
         self._lock = threading.Lock()
 
@@ -159,10 +161,11 @@ class RemoteScorer:
                 refusal = error
                 continue
             self._settle(mode, refusal)
-            if mode == "logprobs":
-                prompt = self.prompt or prompt_for(pair[0])
-                return answer_probability(choice.logprobs, prompt.answers)
-            return self._grade(choice.message.content or "")
+            with translated_errors(self.name):
+                if mode == "logprobs":
+                    prompt = self.prompt or prompt_for(pair[0])
+                    return answer_probability(choice.logprobs, prompt.answers)
+                return self._grade(without_reasoning(choice.message.content or ""))
         raise EndpointError(f"{self.name}: no score can be had from this server ({refusal}).")
 
     def _settle(self, mode: Mode, refusal: Exception | None) -> None:
@@ -188,15 +191,9 @@ class RemoteScorer:
         if mode == "schema":
             options["response_format"] = _SCHEMA
         messages = self._messages(pair, task, prompt, mode)
-        client = self._client
-        if ends != math.inf:
-            left = max(_left(ends) or 0.0, 0.001)
-            client = client.with_options(timeout=min(left, self.timeout))
         with translated_errors(self.name):
             try:
-                reply = client.chat.completions.create(
-                    model=self.name, messages=messages, temperature=0.0, **options
-                )
+                reply = self._create(ends, messages=messages, **options)
             except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
                 if self.mode is None and mode != "words":
                     raise _UnsupportedError(error) from error
@@ -205,6 +202,20 @@ class RemoteScorer:
             if mode == "logprobs" and not (choice.logprobs and choice.logprobs.content):
                 raise _UnsupportedError("the answer came without any")
             return choice
+
+    def _create(self, ends: float, **request: Any) -> Any:
+        """The reply to a request, which is repeated only while there is time."""
+        for attempt in range(self.retries + 1):
+            left = self.timeout if ends == math.inf else max(_left(ends) or 0.0, 0.001)
+            client = self._client.with_options(timeout=min(left, self.timeout))
+            try:
+                return client.chat.completions.create(model=self.name, temperature=0.0, **request)
+            except (openai.APIConnectionError, openai.APIStatusError) as error:
+                pause = _pause(error, attempt)
+                if attempt == self.retries or pause is None or time.monotonic() + pause >= ends:
+                    raise
+                time.sleep(pause)
+        raise AssertionError("a request ends in a reply or an error")
 
     def _grade(self, text: str) -> float:
         try:
@@ -272,6 +283,17 @@ def answer_probability(logprobs: Any, answers: tuple[str, str]) -> float:
     bound = math.exp(min(t.logprob for t in top))
     yes, no = (share or min(bound, yes or no) for share in (yes, no))
     return yes / (yes + no)
+
+
+def _pause(error: openai.APIError, attempt: int) -> float | None:
+    """Seconds to wait before a request is repeated; None if that would not help."""
+    grown: float = min(8.0, 0.5 * 2**attempt)
+    if not isinstance(error, openai.APIStatusError):
+        return grown
+    if error.status_code not in _BUSY and error.status_code < 500:
+        return None
+    asked: str = error.response.headers.get("retry-after", "")
+    return float(asked) if re.fullmatch(r"[1-9]\d?", asked) else grown
 
 
 def _in_words(content: Content | None) -> Content | None:

@@ -2,6 +2,7 @@
 
 import logging
 import re
+import threading
 
 import pytest
 from judge_server import JudgeServer
@@ -163,6 +164,14 @@ def test_broken_answers_are_errors_of_the_server(serve, failure):
     assert isinstance(alone, EndpointError)
 
 
+@pytest.mark.parametrize("mode", ["logprobs", "schema", "words"])
+def test_a_choice_without_a_message_is_an_error_of_its_pair(serve, mode):
+    server = serve(fail=lambda text: "blank" if "worth 0.2" in text else None)
+    good, bad = scorer(server, mode=mode).judge(pairs(0.8, 0.2))
+    assert good == pytest.approx(0.8)
+    assert isinstance(bad, EndpointError)
+
+
 def test_an_absent_server_is_named():
     (outcome,) = RemoteScorer("m", "http://127.0.0.1:9/v1", retries=0).judge(pairs(0.5))
     assert isinstance(outcome, EndpointError)
@@ -196,3 +205,27 @@ def test_other_words_than_the_answers_are_an_error(serve):
 def test_senseless_options_are_refused(bad):
     with pytest.raises(ConfigError):
         RemoteScorer("m", "http://x/v1", **bad)
+
+
+def test_nothing_goes_on_after_the_deadline(serve):
+    server = serve(fail=lambda text: "hang")
+    scorer(server, deadline=0.3, timeout=30.0, retries=3, mode="logprobs").judge(pairs(0.5, 0.5))
+    workers = [t for t in threading.enumerate() if t.name.startswith("mmrag-rerank")]
+    for worker in workers:
+        worker.join(timeout=5.0)
+    assert not any(worker.is_alive() for worker in workers)
+    assert len(server.requests) == 2
+
+
+def test_a_busy_server_is_asked_again_within_the_deadline(serve):
+    statuses = iter([503, 429])
+    server = serve(fail=lambda text: next(statuses, None))
+    (outcome,) = scorer(server, deadline=20.0, retries=3, mode="logprobs").judge(pairs(0.8))
+    assert outcome == pytest.approx(0.8)
+    assert len(server.requests) == 3
+
+
+def test_reasoning_in_front_of_a_grade_is_not_graded(serve):
+    server = serve()
+    server.answer = '<think>Say {"grade": 2}? Better.</think> {"grade": 9}'
+    assert scorer(server, mode="words").judge(pairs(0.5)) == [0.9]
