@@ -34,6 +34,7 @@ from mmrag.engines import (
     ServerEngine,
 )
 from mmrag.errors import CollectionError, ConfigError, MissingCollectionError
+from mmrag.reading.files import PICTURES_MARK
 from mmrag.settings import CollectionSettings, View, refuse_other
 
 if TYPE_CHECKING:
@@ -67,13 +68,32 @@ _IMAGES = "images"
 
 @dataclass(frozen=True)
 class FileEntry:
-    """One finished file: its path as given, its content's hash, and what became of it."""
+    """One finished file: its path as given, its content's hash, and what became of it.
+
+    folder: the working directory that a relative ``file`` was given in; else empty.
+    """
 
     file: str
     sha256: str
     pages: int
     nodes: int
     errors: tuple[str, ...] = ()
+    folder: str = ""
+
+    @property
+    def place(self) -> Path:
+        """Where the file is, whatever the working directory is now."""
+        return place_of(Path(self.folder, self.file))
+
+
+def folder_of(path: str) -> str:
+    """What a FileEntry of ``path`` has as its folder."""
+    return "" if Path(path).is_absolute() else str(Path.cwd())
+
+
+def place_of(path: Path) -> Path:
+    """One absolute path for all spellings; a link that is the file itself is not followed."""
+    return path.parent.resolve() / path.name
 
 
 @dataclass(frozen=True)
@@ -129,13 +149,18 @@ class Collection:
             mmrag; EndpointError if the server cannot be reached.
         """
         place = _Place.at(location, name, api_key, images_dir)
-        engine = place.engine(settings)
         try:
-            stored = _agree(engine, settings, place)
-        except BaseException:
-            engine.close()
-            raise
-        place.images_dir.mkdir(parents=True, exist_ok=True)
+            engine = place.engine(settings)
+            try:
+                stored = _agree(engine, settings, place)
+                place.make_images_dir()
+            except BaseException:
+                engine.close()
+                raise
+        except OSError as error:
+            raise CollectionError(
+                f"{place} cannot be used ({error}); give a folder that can be written."
+            ) from error
         return cls(engine, stored, place)
 
     def write(self, nodes: Sequence[BaseNode], vectors: Sequence[Mapping[View, Any]]) -> None:
@@ -184,12 +209,17 @@ class Collection:
 
     def move_file(self, entry: FileEntry, path: str) -> FileEntry:
         """Give a file another path, keeping its vectors."""
-        moved = dataclasses.replace(entry, file=path)
-        nodes = self._engine.scroll(_with_hash(entry.sha256), vectors=True)
-        for batch in _batched(nodes, 64):
-            self._engine.upsert([self._at_path(point, path) for point in batch])
+        moved = dataclasses.replace(entry, file=path, folder=folder_of(path))
+        self.rename_nodes(entry.sha256, path)
         self.mark_done(moved)
         return moved
+
+    def rename_nodes(self, sha256: str, path: str) -> None:
+        """Give the nodes of a content this path, where they have another, keeping vectors."""
+        same = _with_hash(sha256)
+        other = dataclasses.replace(same, must_not=(*same.must_not, AnyOf("file", (path,))))
+        for batch in _batched(self._engine.scroll(other, vectors=True), 64):
+            self._engine.upsert([self._at_path(point, path) for point in batch])
 
     def search(
         self, view: View, vector: NDArray[np.float32], limit: int, where: Where | None = None
@@ -340,12 +370,15 @@ def node_image(node: BaseNode) -> Path | None:
 
 
 def matching_paths(patterns: Sequence[str], paths: Sequence[str]) -> list[str]:
-    """The paths that equal a pattern, or match it as a glob from the right: ``a.pdf``, ``x/*``."""
-    return [
-        path
-        for path in paths
-        if any(path == each or (each and PurePosixPath(path).match(each)) for each in patterns)
-    ]
+    """The paths that end in a pattern, or match it as a glob: ``a.pdf``, ``x/a.pdf``, ``x/*``."""
+    return [path for path in paths if any(_matches(path, pattern) for pattern in patterns)]
+
+
+def _matches(path: str, pattern: str) -> bool:
+    wanted = PurePosixPath(pattern).as_posix()
+    if wanted == ".":
+        return False
+    return f"/{path}".endswith(f"/{wanted}") or PurePosixPath(path).match(wanted)
 
 
 @dataclass(frozen=True)
@@ -420,6 +453,13 @@ class _Place:
     def absolute(self, path: Path) -> Path:
         """The way back from ``portable``."""
         return path if self.folder is None else self.folder / path
+
+    def make_images_dir(self) -> None:
+        """Make the folder of pictures, marked so that indexing passes it over."""
+        self.images_dir.mkdir(parents=True, exist_ok=True)
+        mark = self.images_dir / PICTURES_MARK
+        if not mark.exists():
+            mark.touch()
 
     def own_pictures(self, payload: Mapping[str, Any]) -> set[Path]:
         """The pictures of a node that lie in ``images_dir``."""
@@ -505,7 +545,8 @@ def _file_id(sha256: str) -> str:
 
 
 def _entry(payload: Mapping[str, Any]) -> FileEntry:
-    values = {each.name: payload[each.name] for each in dataclasses.fields(FileEntry)}
+    names = {each.name for each in dataclasses.fields(FileEntry)} & set(payload)
+    values = {name: payload[name] for name in names}
     return FileEntry(**(values | {"errors": tuple(values["errors"])}))
 
 

@@ -19,7 +19,14 @@ import numpy as np
 from llama_index.core.schema import BaseNode
 from numpy.typing import NDArray
 
-from mmrag.collection import Collection, FileEntry, node_image, node_text
+from mmrag.collection import (
+    Collection,
+    FileEntry,
+    folder_of,
+    node_image,
+    node_text,
+    place_of,
+)
 from mmrag.content import Content
 from mmrag.embedders.base import Embedder
 from mmrag.errors import CollectionError, ContentError, ReadError
@@ -106,11 +113,15 @@ def ingest(
     started = time.monotonic()
     report = IngestReport()
     plan = _plan(paths, collection, report)
-    writer = _Writer(collection, embedder, report, plan.total, progress, started)
+    known = plan.total - len(plan.jobs)
+    writer = _Writer(collection, embedder, report, (known, plan.total), progress, started)
     _note_missing_views(collection, embedder, report)
     for entry, path in plan.moves:
         collection.move_file(entry, path)
-        report.moved[path] = entry.file
+        if entry.file == path:  # the working directory has moved, with the files in it
+            report.unchanged.append(path)
+        else:
+            report.moved[path] = entry.file
     workers = workers or max(1, min(8, (os.cpu_count() or 1) // 2))
 
     def read(job: _Job, put: Callable[[ReadPage | ReadError], None]) -> None:
@@ -126,7 +137,7 @@ def ingest(
         events.close()
     if prune:
         _prune(paths, collection, report)
-    _drop_outdated(plan.versions, collection)
+    _drop_outdated(plan.places, collection)
     if report.nodes:
         collection.optimize()
     report.seconds = time.monotonic() - started
@@ -154,9 +165,9 @@ class _Job:
 
 @dataclass
 class _Plan:
-    """What a run has to do. versions: path to hash of every file found."""
+    """What a run has to do. places: absolute path to hash of every file found."""
 
-    versions: dict[str, str]
+    places: dict[Path, str]
     jobs: list[_Job]
     moves: list[tuple[FileEntry, str]]
     total: int
@@ -190,18 +201,19 @@ def _plan(paths: Sequence[str | Path], collection: Collection, report: IngestRep
     versions = _hashes(files, report)
     entries = collection.files()
     by_hash = {entry.sha256: entry for entry in entries}
-    plan = _Plan(versions, [], [], total=len(files) + len(errors))
+    places = {place_of(Path(name)): sha256 for name, sha256 in versions.items()}
+    plan = _Plan(places, [], [], total=len(files) + len(errors))
     stands_for: dict[str, str] = {}
     for name, sha256 in versions.items():
         entry = by_hash.get(sha256)
-        if sha256 in stands_for:
+        if entry is not None and entry.place == place_of(Path(name)):
+            report.unchanged.append(name)
+        elif sha256 in stands_for:
             report.duplicates[name] = stands_for[sha256]
         elif entry is None:
-            stale = [old.sha256 for old in entries if old.file == name]
+            stale = [old.sha256 for old in entries if _is_earlier(old, name)]
             plan.jobs.append(_Job(Path(name), sha256, stale))
-        elif entry.file == name:
-            report.unchanged.append(name)
-        elif _is_gone(entry, versions):
+        elif _is_gone(entry, places):
             plan.moves.append((entry, name))
         else:
             report.duplicates[name] = entry.file
@@ -214,11 +226,18 @@ def _plan(paths: Sequence[str | Path], collection: Collection, report: IngestRep
     return plan
 
 
-def _is_gone(entry: FileEntry, versions: dict[str, str]) -> bool:
+def _is_earlier(entry: FileEntry, name: str) -> bool:
+    """Whether an entry is of the file ``name``, or was before its working directory moved."""
+    place = entry.place
+    return place == place_of(Path(name)) or (entry.file == name and not place.exists())
+
+
+def _is_gone(entry: FileEntry, places: dict[Path, str]) -> bool:
     """Whether the path of a finished file no longer has its content."""
-    if entry.file in versions:
-        return versions[entry.file] != entry.sha256
-    return not Path(entry.file).exists()
+    place = entry.place
+    if place in places:
+        return places[place] != entry.sha256
+    return not place.exists()
 
 
 def _keep_moved(plan: _Plan) -> None:
@@ -270,19 +289,18 @@ class _Writer:
         collection: Collection,
         embedder: Embedder,
         report: IngestReport,
-        total: int,
+        files: tuple[int, int],
         progress: Callable[[Progress], None] | None,
         started: float,
     ) -> None:
         self._collection = collection
         self._embedder = embedder
         self._report = report
-        self._total = total
+        self._done, self._total = files
         self._progress = progress
         self._started = started
         self._waiting: list[_Waiting] = []
         self._pages_waiting = 0
-        self._done = len(report.failed) + len(report.unchanged) + len(report.duplicates)
 
     def take(self, job: _Job, event: _Event) -> None:
         """Deal with one event of reading."""
@@ -353,7 +371,10 @@ class _Writer:
 
     def _finish(self, job: _Job) -> None:
         errors = tuple(sorted(str(error) for error in job.errors))
-        entry = FileEntry(job.name, job.sha256, job.pages, job.nodes, errors)
+        folder = folder_of(job.name)
+        entry = FileEntry(job.name, job.sha256, job.pages, job.nodes, errors, folder)
+        # A run that was cut short may have stored some under the path that the file had then.
+        self._collection.rename_nodes(job.sha256, job.name)
         self._collection.mark_done(entry)
         for sha256 in job.stale:
             self._collection.remove_file(sha256)
@@ -422,23 +443,24 @@ def node_views(node: BaseNode, views: Sequence[View], embedder: Embedder) -> dic
 
 def _prune(paths: Sequence[str | Path], collection: Collection, report: IngestReport) -> None:
     """Forget the files that were under the folders given and are there no longer."""
-    folders = [Path(path).absolute() for path in paths if Path(path).is_dir()]
+    folders = [Path(path).resolve() for path in paths if Path(path).is_dir()]
     for entry in collection.files():
-        path = Path(entry.file).absolute()
-        if not path.exists() and any(path.is_relative_to(folder) for folder in folders):
+        place = entry.place
+        if not place.exists() and any(place.is_relative_to(folder) for folder in folders):
             collection.remove_file(entry.sha256)
             report.removed.append(entry.file)
 
 
-def _drop_outdated(versions: dict[str, str], collection: Collection) -> None:
+def _drop_outdated(places: dict[Path, str], collection: Collection) -> None:
     """Delete what a run that was cut short has left of files that have changed or gone since."""
     entries = collection.files()
     finished = {entry.sha256 for entry in entries}
     for entry in entries:
-        current = versions.get(entry.file, entry.sha256)
+        current = places.get(entry.place, entry.sha256)
         if current != entry.sha256 and current in finished:
             collection.remove_file(entry.sha256)
     for sha256, path in collection.unfinished().items():
-        gone = path not in versions and not Path(path).exists()
-        if gone or versions.get(path, sha256) != sha256:
+        place = place_of(Path(path))
+        gone = place not in places and not place.exists()
+        if gone or places.get(place, sha256) != sha256:
             collection.remove_file(sha256)

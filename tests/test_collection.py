@@ -154,7 +154,16 @@ def test_patterns_match_from_the_right():
     assert matching_paths(["a.pdf"], paths) == paths[:2]
     assert matching_paths(["y/*.pdf"], paths) == [paths[1]]
     assert matching_paths(["x/[1].pdf"], paths) == [paths[2]]
-    assert matching_paths([""], paths) == []
+    assert matching_paths(["[1].pdf"], paths) == [paths[2]]
+    assert matching_paths(["./x/a.pdf"], paths) == [paths[0]]
+    assert matching_paths(["", ".", "./", "/"], paths) == []
+
+
+def test_a_place_that_cannot_be_written_is_a_clear_error(tmp_path):
+    (tmp_path / "file").touch()
+    for place in ("/proc/mmrag", tmp_path / "file" / "below"):
+        with pytest.raises(CollectionError, match="can be written"):
+            Collection.open(place, settings=SETTINGS)
 
 
 def test_nodes_come_back_with_text_picture_and_metadata(collection):

@@ -1,6 +1,7 @@
 """Files into the collection: what is embedded, when, and what becomes of it."""
 
 import os
+import shutil
 import threading
 import time
 from pathlib import Path
@@ -162,6 +163,65 @@ def test_the_same_content_twice_is_said_and_stored_once(embedder, collection, fi
     assert embedder.encoded == 3
 
 
+def test_what_stands_for_a_copy_is_unchanged_whatever_the_order(embedder, collection, files):
+    ingest(["in"], collection, embedder)
+    write("in/a.txt", Path("in/one.txt").read_text())
+    report = ingest(["in"], collection, embedder)
+    assert report.duplicates == {"in/a.txt": "in/one.txt"}
+    assert report.unchanged == ["in/one.txt", "in/three.txt", "in/two.txt"]
+
+
+def test_the_pictures_of_collections_are_not_indexed(tmp_path, embedder, files):
+    """The default folder of a collection lies in the working directory, which may be indexed."""
+    make_picture(files / "photo.png", size=(40, 30))
+    settings = {"reading": reading_settings(OPTIONS), "dim": embedder.dim}
+    for name in ("library", "second"):
+        known = CollectionSettings(embedder.name, embedder.fingerprint, **settings)
+        for run in (1, 2):
+            with Collection.open(Path(name), settings=known) as opened:
+                report = ingest(["."], opened, embedder)
+            assert len(report.indexed if run == 1 else report.unchanged) == 4
+            assert not report.duplicates
+
+
+def test_one_file_under_several_spellings_of_its_path(embedder, collection, files, tmp_path):
+    ingest(["in"], collection, embedder)
+    for spelling in (tmp_path / "in", "in/../in"):
+        report = ingest([spelling], collection, embedder)
+        assert len(report.unchanged) == 3 and not report.duplicates and not report.moved
+    write("in/one.txt", "a second edition")
+    report = ingest([tmp_path / "in"], collection, embedder)
+    assert report.replaced == [(tmp_path / "in/one.txt").as_posix()]
+    assert found(collection, "words") == ["in/three.txt", "in/two.txt"]
+
+
+def test_equal_relative_paths_in_two_working_directories(
+    embedder, collection, files, tmp_path, monkeypatch
+):
+    ingest(["in"], collection, embedder)
+    (tmp_path / "far").mkdir()
+    monkeypatch.chdir(tmp_path / "far")
+    write("in/one.txt", "another text elsewhere")
+    report = ingest([".", "in"], collection, embedder, prune=True)
+    assert report.indexed == ["in/one.txt"] and not report.removed
+    assert len(collection.files()) == 4
+
+
+def test_a_working_directory_that_moved_with_its_files(
+    embedder, collection, files, tmp_path, monkeypatch
+):
+    ingest(["in"], collection, embedder)
+    (tmp_path / "far").mkdir()
+    (tmp_path / "in").rename(tmp_path / "far/in")
+    monkeypatch.chdir(tmp_path / "far")
+    write("in/one.txt", "a second edition")
+    report = ingest(["in"], collection, embedder)
+    assert report.unchanged == ["in/three.txt", "in/two.txt"] and not report.moved
+    assert report.replaced == ["in/one.txt"]
+    Path("in/two.txt").unlink()
+    assert ingest(["in"], collection, embedder, prune=True).removed == ["in/two.txt"]
+
+
 def test_a_moved_file_is_not_embedded_again(embedder, collection, files):
     ingest(["in"], collection, embedder)
     count = embedder.encoded
@@ -213,6 +273,20 @@ def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path, embedder, collect
     ingest(["in"], collection, embedder)
     assert embedder.encoded == len(expected) - 5 - stored  # 4 files and the settings
     assert content(collection) == expected
+
+
+def test_a_file_that_moves_after_its_run_was_cut_short(embedder, collection, files):
+    write("in/long.txt", long_text("long", 100))
+    with pytest.raises(EndpointError):
+        ingest(["in"], collection, Interrupting(2, EndpointError("away")))
+    Path("in/long.txt").rename("in/renamed.txt")
+    ingest(["in"], collection, embedder)
+    paths = {
+        point.payload["file"]
+        for point in collection._engine.scroll(Filter())
+        if point.payload["kind"] != "settings"
+    }
+    assert paths == {f"in/{name}.txt" for name in ("one", "two", "three", "renamed")}
 
 
 def test_what_a_cut_short_run_left_of_a_changed_file_goes(embedder, collection, files):
@@ -278,7 +352,8 @@ def test_cut_short_at_any_change_the_next_run_ends_as_if_undisturbed(tmp_path, m
 
     def run(number):
         """Index both editions, crashing once; returns the changes made and what is stored."""
-        folder = tmp_path / str(number)
+        folder = tmp_path / "work"
+        shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
         monkeypatch.chdir(folder)
         with open_collection(tmp_path, FakeEmbedder()) as collection:

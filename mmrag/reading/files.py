@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 from collections.abc import Callable, Sequence
@@ -35,24 +36,59 @@ _MAGIC: tuple[tuple[bytes, str, FileKind | None], ...] = (
 )
 
 
+PICTURES_MARK = ".mmrag"
+"""A file of this name says that a folder holds page pictures, which are not to be read again."""
+
+
 def find_files(paths: Sequence[str | Path]) -> tuple[list[Path], list[ReadError]]:
     """Files to read under the paths given, sorted and each once, and what cannot be read.
 
-    Folders are searched to any depth; hidden entries and files of other kinds in them are
-    passed over, but a file that is named itself and cannot be read is an error.
+    Folders are searched to any depth; hidden entries, page pictures of collections and files of
+    other kinds in them are passed over, but a file that is named itself and cannot be read is
+    an error.
     """
     found: dict[Path, None] = {}
     errors: list[ReadError] = []
     for path in map(Path, paths):
-        if path.is_dir():
-            found |= dict.fromkeys(_in_folder(path, errors))
-        elif not path.exists():
-            errors.append(ReadError("there is no such file or folder", file=path.as_posix()))
-        elif path.suffix.lower() not in SUFFIXES:
-            errors.append(ReadError(_unknown(path), file=path.as_posix()))
+        try:
+            if path.is_dir():
+                found |= dict.fromkeys(_in_folder(path, errors))
+            else:
+                _check(path)
+                found[path] = None
+        except OSError as error:  # such as a name that is too long
+            errors.append(ReadError(f"it cannot be found ({error.strerror})", file=str(path)))
+        except ReadError as error:
+            errors.append(error)
+    files = []
+    for path in sorted(found):
+        problem = _unusable(path)
+        if problem is None:
+            files.append(path)
         else:
-            found[path] = None
-    return sorted(found), errors
+            name = os.fsencode(path).decode(errors="replace")
+            errors.append(ReadError(problem, file=name))
+    return files, errors
+
+
+def _check(path: Path) -> None:
+    """Raise ReadError for a file that is named itself and is missing or of another kind."""
+    if not path.exists():
+        raise ReadError("there is no such file or folder", file=path.as_posix())
+    if path.suffix.lower() not in SUFFIXES:
+        raise ReadError(_unknown(path), file=path.as_posix())
+
+
+def _unusable(path: Path) -> str | None:
+    """Why a file can be neither opened nor named, if so."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        return "its name is not UTF-8; rename it"
+    with contextlib.suppress(OSError):  # reading it will say so
+        if path.is_fifo() or path.is_socket() or path.is_char_device():
+            return "it is a pipe or a device; give a regular file"
+    return None
 
 
 def _in_folder(folder: Path, errors: list[ReadError]) -> list[Path]:
@@ -62,6 +98,9 @@ def _in_folder(folder: Path, errors: list[ReadError]) -> list[Path]:
 
     files = []
     for root, folders, names in os.walk(folder, onerror=refuse):
+        if PICTURES_MARK in names:
+            folders.clear()
+            continue
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         files += [
             Path(root, name)

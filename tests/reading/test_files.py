@@ -9,6 +9,7 @@ from PIL import Image
 
 from mmrag.errors import ConfigError
 from mmrag.reading import find_files, ocr
+from mmrag.reading.files import PICTURES_MARK
 
 
 def touch(path: Path, data: bytes = b"x") -> Path:
@@ -42,6 +43,26 @@ def test_a_folder_that_may_not_be_read_is_an_error(tmp_path) -> None:
         locked.chmod(0o700)
     assert files == []
     assert errors[0].file == locked.as_posix()
+
+
+def test_names_and_files_that_cannot_be_used_are_errors(tmp_path) -> None:
+    good = touch(tmp_path / "a.txt")
+    os.mkfifo(tmp_path / "pipe.txt")
+    (tmp_path / os.fsdecode(b"caf\xe9.txt")).touch()
+    long = tmp_path / ("x" * 300 + ".txt")
+    files, errors = find_files([tmp_path, long])
+    assert files == [good]
+    told = {error.file.rpartition("/")[2]: str(error).encode().decode() for error in errors}
+    assert "too long" in told[long.name]
+    assert "UTF-8" in told["caf\ufffd.txt"]
+    assert "pipe" in told["pipe.txt"]
+
+
+def test_page_pictures_of_a_collection_are_passed_over(tmp_path) -> None:
+    touch(tmp_path / "library/images" / PICTURES_MARK)
+    touch(tmp_path / "library/images/5d39/p0001.png")
+    kept = touch(tmp_path / "library/notes.md")
+    assert find_files([tmp_path]) == ([kept], [])
 
 
 # Pictures
