@@ -27,7 +27,7 @@ from llama_index.core.tools import ToolOutput
 from mmrag.answering import CitedQueryEngine
 from mmrag.citations import strip_marks
 from mmrag.content import ImageSource
-from mmrag.endpoint import translated_errors
+from mmrag.endpoint import translated_errors, without_reasoning
 from mmrag.errors import ConfigError, EndpointError
 from mmrag.planning import PlanningQueryEngine
 from mmrag.response import AsyncCitedStreamingResponse, CitedResponse, CitedStreamingResponse
@@ -182,13 +182,13 @@ class CitedChatEngine(BaseChatEngine):
 
     def _rewrite(self, message: str) -> str:
         history = self.memory.get(input=message)
-        if not history:
+        if not history or not message.strip():  # a picture alone has no words to rewrite
             return message
         asked = self.rewrite_prompt.format(history=_spoken(history), message=message)
         # The synchronous client, in a thread where need be: an async one is tied to one loop.
         with translated_errors(self.llm.metadata.model_name):
             reply = self.llm.chat([ChatMessage(role=MessageRole.USER, content=asked)])
-        question = (reply.message.content or "").strip().strip('"')
+        question = without_reasoning(reply.message.content or "").strip().strip('"')
         if not question:
             raise EndpointError("The model rewrote the question to nothing; try another model.")
         return question

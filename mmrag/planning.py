@@ -33,7 +33,7 @@ from pydantic import BaseModel, Field, ValidationError, field_validator
 from mmrag.answering import CitedQueryEngine
 from mmrag.collection import Where
 from mmrag.context import fence, new_boundary, pack, select_sources
-from mmrag.endpoint import translated_errors
+from mmrag.endpoint import translated_errors, without_reasoning
 from mmrag.errors import ConfigError
 from mmrag.response import (
     AsyncCitedStreamingResponse,
@@ -227,6 +227,8 @@ class PlanningWorkflow(Workflow):
             return await self._stop("the plan could not be read")
         if len(reply.questions) == 1 and not reply.more:
             return await self._stop("one search answers it")
+        if self._late():
+            return await self._stop(f"{self.budget.seconds:g} seconds have passed")
         return SearchEvent(questions=reply.questions)
 
     @step
@@ -426,7 +428,7 @@ def interleaved(lists: Sequence[Sequence[NodeWithScore]]) -> list[NodeWithScore]
 
 def read_reply(text: str) -> _Reply | None:
     """The first JSON object of a reply, which may stand in a fence or among words."""
-    decoder = json.JSONDecoder()
+    text, decoder = without_reasoning(text), json.JSONDecoder()
     start = text.find("{")
     while start >= 0:
         try:

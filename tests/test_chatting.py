@@ -259,6 +259,19 @@ def test_an_empty_rewrite_is_an_error():
         chat.chat("And?")
 
 
+def test_reasoning_is_no_part_of_a_rewrite():
+    chat = chat_engine(rewritten="<think>They mean gold.</think>\nWhat does gold cover?")
+    chat.chat("Gold?")
+    assert chat.chat("And?").question == "What does gold cover?"
+
+
+def test_a_picture_alone_is_not_rewritten():
+    chat = chat_engine()
+    chat.chat("Gold?")
+    turn = chat.chat("", image=Image.new("RGB", (40, 30)))
+    assert (turn.question, chat.llm._asked) == ("", [])
+
+
 def test_plans_where_the_engine_plans():
     planning = PlanningQueryEngine(CitedQueryEngine(Page(), Talk(rewritten="no plan")))
     memory = ChatMemoryBuffer.from_defaults(token_limit=1000)

@@ -168,7 +168,9 @@ def test_the_budget_of_searches_ends_it():
 def test_the_budget_of_time_ends_it_with_what_was_found():
     replies = [plan("gold?", "silver?"), plan("another?")]
     response = engine(*replies, budget=PlanBudget(seconds=1e-6)).query(COMPARE)
-    assert "seconds" in trace(response)[1]["stopped"]
+    searched, made = trace(response)
+    assert "seconds" in made["stopped"]
+    assert searched == [COMPARE]  # the first call took all the time, so no round is begun
     assert {source.page for source in response.sources} == {1, 2}
 
 
@@ -330,6 +332,12 @@ def test_replies_are_read_from_fences_and_prose():
     assert read_reply('{"questions": [{"question": ""}]}') is None
     made_up = read_reply('{"questions": [{"question": "a", "modality": "video"}]}')
     assert made_up.questions[0].modality == "any"
+
+
+def test_plans_in_a_models_reasoning_are_not_read():
+    said = f"<think>{plan('gold?', 'silver?')} or rather</think>{plan(COMPARE)}"
+    assert [q.question for q in read_reply(said).questions] == [COMPARE]
+    assert read_reply(f"<think>{plan('gold?')}") is None
 
 
 def test_hits_of_several_searches_take_turns():
