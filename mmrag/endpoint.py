@@ -101,13 +101,31 @@ def served_models(
         reply = httpx.get(url, headers={"Authorization": f"Bearer {api_key}"}, timeout=timeout)
         reply.raise_for_status()
         rows = reply.json()["data"]
-        return {str(row["id"]): _window(row) for row in rows}
+        windows = {str(row["id"]): _window(row) for row in rows}
+        trained = {str(row["id"]): _trained_window(row) for row in rows}
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         raise EndpointError(f"{url} cannot be read: {error}. Is the server running?") from error
     except (ValueError, KeyError, TypeError) as error:
         raise EndpointError(
             f"{url} does not answer as an OpenAI-compatible server does."
         ) from error
+    for name, window in trained.items():
+        if windows[name] is None and window is not None:
+            windows[name] = _started_with(base_url, name, api_key, timeout) or window
+    return windows
+
+
+def _started_with(base_url: str, model: str, api_key: str, timeout: float) -> int | None:
+    """The window that llama.cpp's server was given, which its list of models does not have."""
+    url = f"{base_url.rstrip('/').removesuffix('/v1')}/props"
+    headers = {"Authorization": f"Bearer {api_key}"}
+    try:
+        asked = {"model": model, "autoload": "false"}  # a router must not load it for this
+        reply = httpx.get(url, params=asked, headers=headers, timeout=timeout)
+        window = reply.json()["default_generation_settings"]["n_ctx"]
+    except (httpx.HTTPError, ValueError, KeyError, TypeError):
+        return None
+    return window if isinstance(window, int) and window > 0 else None
 
 
 def without_reasoning(text: str) -> str:
@@ -155,12 +173,22 @@ def _cause(error: BaseException) -> str:
 
 
 def _window(row: dict[str, Any]) -> int | None:
-    meta = row.get("meta")
-    for place in (row, meta if isinstance(meta, dict) else {}):
-        for key in (*_WINDOW_KEYS, "n_ctx_train"):
+    for place in (row, _meta(row)):
+        for key in _WINDOW_KEYS:
             if isinstance(place.get(key), int):
                 return int(place[key])
     return None
+
+
+def _trained_window(row: dict[str, Any]) -> int | None:
+    """What llama.cpp says a model was trained with: the most that it may be given."""
+    window = _meta(row).get("n_ctx_train")
+    return window if isinstance(window, int) else None
+
+
+def _meta(row: dict[str, Any]) -> dict[str, Any]:
+    meta = row.get("meta")
+    return meta if isinstance(meta, dict) else {}
 
 
 def _known_window(model: str) -> int | None:

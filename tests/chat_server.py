@@ -16,7 +16,7 @@ class ChatServer:
 
     def __init__(self, answer="", mode="ok", models=({"id": "tiny", "max_model_len": 20_000},)):
         self.answer, self.mode, self.models = answer, mode, list(models)
-        self.requests = []
+        self.requests, self.props = [], None
         self.closed = threading.Event()
         self._http = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
         self.url = f"http://127.0.0.1:{self._http.server_port}/v1"
@@ -39,7 +39,12 @@ class _Handler(BaseHTTPRequestHandler):
         pass
 
     def do_GET(self):
-        self._json(200, {"object": "list", "data": self.chat.models})
+        if self.path.startswith("/props") and self.chat.props:
+            self._json(200, self.chat.props)
+        elif self.path == "/v1/models":
+            self._json(200, {"object": "list", "data": self.chat.models})
+        else:
+            self._json(404, {"error": {"message": "no such path"}})
 
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))

@@ -621,6 +621,12 @@ def test_windows_as_servers_name_them(server, caplog):
     assert open_llm("gpt-4o", api_key="x").context_window == 128_000
 
 
+def test_llama_cpp_is_asked_for_the_window_that_it_was_started_with(server):
+    server.models[:] = [{"id": "gguf", "meta": {"n_ctx_train": 131_072}}]
+    server.props = {"default_generation_settings": {"n_ctx": 8192}}
+    assert open_llm(None, server.url).context_window == 8192
+
+
 def test_an_answer_takes_at_most_a_quarter_of_the_window():
     assert open_llm("gpt-4o", api_key="x").max_tokens == 1024
     assert open_llm("small", api_key="x", context_window=1000).max_tokens == 250
