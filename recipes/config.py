@@ -71,8 +71,8 @@ class TrainConfig:
     """Mined negatives taken per row and step; they rotate over the passes."""
     temperature: float = 0.03
     """Of the softmax over cosines."""
-    false_negative_margin: float | None = 0.1
-    """In-batch documents that beat the positive by more than this are left out."""
+    false_negative_margin: float = 0.1
+    """In-batch documents that beat the positive by more than this are left out; 2 keeps all."""
     matryoshka_dims: tuple[int, ...] = ()
     """Also train these prefixes of the vectors; the full width is always trained."""
     distil_weight: float = 0.0
@@ -108,6 +108,17 @@ class TrainConfig:
     log_every: int = 10
     """Steps between lines of the log."""
 
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "evaluate_every", "save_every", "log_every"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)}: at least 1 is needed.")
+        for name in ("chunk", "hard_negatives"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name}={getattr(self, name)}: it cannot be below 0.")
+        for name in ("temperature", "distil_temperature"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"{name}={getattr(self, name)}: it must be above 0.")
+
 
 def load_config(cls: type[T], path: str | Path | None, overrides: Sequence[str] = ()) -> T:
     """Read a TOML file, if any, into a dataclass; ``overrides`` are ``key=value``, the last word.
@@ -133,7 +144,11 @@ def _set(values: dict[str, Any], keys: list[str], text: str) -> None:
     """Set a value by its dotted key; the text is read as TOML, or taken as a string."""
     *tables, last = keys
     for table in tables:
-        values = values.setdefault(table, {})
+        inner = values.setdefault(table, {})
+        if not isinstance(inner, dict):
+            whole = ".".join(keys)
+            raise ConfigError(f"{whole}: {table!r} is no table; change it in the file.")
+        values = inner
     try:
         values[last] = tomllib.loads(f"v = {text}")["v"]
     except tomllib.TOMLDecodeError:
@@ -175,8 +190,9 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         return tuple(_convert(arguments[0], v, f"{where}[{i}]") for i, v in enumerate(value))
     if origin is dict:
         hint = dict
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+    truth = isinstance(value, bool) and hint in (int, float)  # Python takes True for 1
+    if hint is float and isinstance(value, int) and not truth:
         return float(value)
-    if hint is not Any and (not isinstance(value, hint) or (hint is int and value is True)):
+    if hint is not Any and (truth or not isinstance(value, hint)):
         raise ConfigError(f"{where}: {hint.__name__} is expected, got {value!r}.")
     return value

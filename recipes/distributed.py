@@ -95,22 +95,22 @@ def mean(value: Tensor) -> float:
 
 
 def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Average gradients over processes, once; a missing gradient counts as zero."""
+    """Average gradients over processes, once; a missing gradient counts as zero.
+
+    A weight that no process used keeps none, as on one process: the optimizer, its momentum and
+    its weight decay leave it alone.
+    """
     if size() == 1:
         return
     for bucket in _buckets(parameters):
-        for parameter in bucket:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-        flat = torch.cat([p.grad.flatten() for p in bucket if p.grad is not None])
+        parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in bucket]
+        used = parts[0].new_tensor([float(p.grad is not None) for p in bucket])
+        flat = torch.cat([*(part.flatten() for part in parts), used])
         dist.all_reduce(flat)
-        flat /= size()
-        offset = 0
-        for parameter in bucket:
-            count = parameter.numel()
-            assert parameter.grad is not None
-            parameter.grad.copy_(flat[offset : offset + count].view_as(parameter))
-            offset += count
+        counts = flat[-len(bucket) :].tolist()
+        means = torch.split(flat[: -len(bucket)] / size(), [p.numel() for p in bucket])
+        for parameter, count, mean_of in zip(bucket, counts, means, strict=True):
+            parameter.grad = mean_of.view_as(parameter).clone() if count else None
 
 
 def _buckets(parameters: Iterable[nn.Parameter]) -> Iterator[list[nn.Parameter]]:

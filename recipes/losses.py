@@ -56,21 +56,26 @@ def info_nce(
     allowed: Tensor,
     temperature: float,
     false_negative_margin: float | None = None,
+    own: Tensor | None = None,
 ) -> Tensor:
     """Cross entropy of each query's positive among its candidates, mean over queries.
 
     Candidates that score above the positive by more than ``false_negative_margin`` are taken
     for unlabelled positives and left out (Qwen3-VL-Embedding, arXiv 2601.04720, section 4).
+    Those of the query's own row stay: a document of the wrong modality is mined because it
+    scores above the positive.
 
     Args:
         similarity: (b, n) cosines.
         targets: (b,) column of the positive.
         allowed: (b, n) bool.
+        own: (b, n) bool, documents of the query's own row.
     """
     positive = similarity.gather(1, targets.unsqueeze(1))  # (b, 1)
     if false_negative_margin is not None:
         false = similarity.detach() > positive.detach() + false_negative_margin
-        allowed = allowed & ~false.scatter(1, targets.unsqueeze(1), False)
+        kept = ~false.scatter(1, targets.unsqueeze(1), False)
+        allowed = allowed & (kept if own is None else kept | own)
     logits = (similarity / temperature).masked_fill(~allowed, float("-inf"))
     return F.cross_entropy(logits, targets)
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import hashlib
 import itertools
 import json
 import logging
@@ -28,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from mmrag.embedders import load_backbone
-from mmrag.embedders.base import Backbone
+from mmrag.embedders.base import Backbone, check_dim
 from mmrag.embedders.instructions import resolve
 from mmrag.errors import ConfigError, MMRagError
 from recipes import distributed, gradcache
@@ -78,6 +79,8 @@ class StepInputs:
 
 def load_datasets(config: TrainConfig, backbone: Backbone) -> list[Dataset]:
     """Read all data sets and the cost of each row in tokens; pictures are not decoded."""
+    if not config.data:
+        raise ConfigError("data: at least one data set is needed.")
     return [_load_dataset(data, config, backbone) for data in config.data]
 
 
@@ -167,12 +170,13 @@ def step_loss(vectors: Tensor, step: StepInputs, config: TrainConfig) -> Tensor:
     own_rows = step.own_rows.to(device)
     known_positives = [keys_of.to(device) for keys_of in step.positives]
     allowed = candidate_mask(targets, keys, known_positives, rows, own_rows, step.in_batch)
-    scored = (own_rows.unsqueeze(1) == rows.unsqueeze(0)) & ~teacher.isnan().unsqueeze(0)
+    own = own_rows.unsqueeze(1) == rows.unsqueeze(0)
+    scored = own & ~teacher.isnan().unsqueeze(0)
 
     def loss(q: Tensor, d: Tensor) -> Tensor:
         similarity = scores(q, d)
         contrast = info_nce(
-            similarity, targets, allowed, config.temperature, config.false_negative_margin
+            similarity, targets, allowed, config.temperature, config.false_negative_margin, own
         )
         if not config.distil_weight:
             return contrast
@@ -210,7 +214,10 @@ def make_trainable(backbone: Backbone, config: TrainConfig) -> list[nn.Parameter
             target_modules=config.lora.targets,
             use_dora=config.lora.dora,
         )
-        inject_adapter_in_model(adapter, model)
+        try:
+            inject_adapter_in_model(adapter, model)
+        except ValueError as error:
+            raise ConfigError(f"lora.targets: {error}") from error
     for prefix in config.freeze:
         frozen = [p for name, p in model.named_parameters() if name.startswith(prefix)]
         if not frozen:
@@ -242,6 +249,8 @@ def train(config: TrainConfig) -> Path:
     rank, size = distributed.start()
     if config.batch_size % size:
         raise ConfigError(f"batch_size={config.batch_size} does not divide by {size} processes.")
+    if config.evaluate:
+        read_rows(config.evaluate)  # a bad file is told now, not at the first evaluation
     torch.manual_seed(config.seed)
     random.seed(config.seed)
     out = Path(config.out)
@@ -250,12 +259,13 @@ def train(config: TrainConfig) -> Path:
     parameters = make_trainable(backbone, config)
     optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay)
     datasets = load_datasets(config, backbone)
-    first = resume(out, backbone.model, optimizer, config)
+    identity = _identity(config)
+    first = resume(out, backbone.model, optimizer, identity)
     if rank == 0:
         (out / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=1))
     log = RunLog(out, first) if rank == 0 else None
     with ThreadPoolExecutor(2, thread_name_prefix="prepare") as pool:
-        _run(config, backbone, optimizer, datasets, first, pool, log)
+        _run(config, backbone, optimizer, datasets, first, pool, log, identity)
     if rank == 0:
         _finish(config, backbone, out)
     distributed.stop()
@@ -265,13 +275,16 @@ def train(config: TrainConfig) -> Path:
 def _load_backbone(config: TrainConfig) -> Backbone:
     # Weights that train are kept in float32; adapters sit on a model of any type.
     dtype = config.dtype if config.lora else "float32"
-    return load_backbone(
+    backbone = load_backbone(
         config.model,
         family=config.family,
         device=config.device,
         dtype=dtype,
         **config.limits,
     )
+    for dim in config.matryoshka_dims:
+        check_dim(dim, backbone.dim)
+    return backbone
 
 
 def _run(
@@ -282,6 +295,7 @@ def _run(
     first: int,
     pool: ThreadPoolExecutor,
     log: RunLog | None,
+    identity: str,
 ) -> None:
     """The loop: the next step is prepared while this one runs."""
     sources = [
@@ -310,7 +324,7 @@ def _run(
         if config.evaluate and (step + 1) % config.evaluate_every == 0 and log:
             log.metrics(step, evaluate_now(backbone, config))
         if (step + 1) % config.save_every == 0 and log:
-            save(log.out, backbone.model, optimizer, step + 1, config)
+            save(log.out, backbone.model, optimizer, step + 1, identity)
 
 
 def train_step(
@@ -363,34 +377,33 @@ def save(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     step: int,
-    config: TrainConfig,
+    identity: str,
 ) -> None:
     """Write a checkpoint to resume from: whole, or not at all."""
     state = {
         "step": step,
         "weights": trained_state(model),
         "optimizer": optimizer.state_dict(),
-        "identity": _identity(config),
+        "identity": identity,
     }
     partial = out / "checkpoint.pt.part"
     torch.save(state, partial)
     partial.replace(out / "checkpoint.pt")
 
 
-def resume(
-    out: Path, model: nn.Module, optimizer: torch.optim.Optimizer, config: TrainConfig
-) -> int:
+def resume(out: Path, model: nn.Module, optimizer: torch.optim.Optimizer, identity: str) -> int:
     """Take up the last checkpoint of a run, if there is one. Returns the next step.
 
-    Raises: ConfigError if the checkpoint was made with another configuration.
+    Raises: ConfigError if the checkpoint was made with another configuration or other rows.
     """
     path = out / "checkpoint.pt"
     if not path.is_file():
         return 0
     state = torch.load(path, map_location="cpu", weights_only=True)
-    if state["identity"] != _identity(config):
+    if state["identity"] != identity:
         raise ConfigError(
-            f"{out}: holds a run with another configuration; choose another `out`, or delete it."
+            f"{out}: holds a run with another configuration or other rows; choose another `out`, "
+            "or delete it."
         )
     parameters = dict(model.named_parameters())
     for name, value in state["weights"].items():
@@ -405,6 +418,8 @@ def _identity(config: TrainConfig) -> str:
     values = dataclasses.asdict(config)
     for key in ("out", "log_every", "save_every", "evaluate", "evaluate_every", "device"):
         del values[key]
+    files = [Path(data.rows).read_bytes() for data in config.data]
+    values["rows"] = [hashlib.sha256(content).hexdigest() for content in files]
     return json.dumps(values, sort_keys=True)
 
 
@@ -500,7 +515,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(dry_run(config, backbone, load_datasets(config, backbone)))
         else:
             print(f"trained weights: {train(config)}")
-    except MMRagError as error:
+    except (MMRagError, OSError) as error:
         raise SystemExit(f"error: {error}") from error
 
 

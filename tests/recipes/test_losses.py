@@ -86,3 +86,13 @@ def test_distilled_vectors_by_cosine():
     vectors = torch.tensor([[2.0, 0.0], [0.0, 3.0]])
     teacher = torch.tensor([[1.0, 0.0], [1.0, 0.0]])
     assert float(distil_vectors(vectors, teacher)) == pytest.approx(0.5)
+
+
+def test_mined_negatives_stay_however_high_they_score():
+    """A document of the wrong modality is mined because it scores above the positive."""
+    similarity = torch.tensor([[0.5, 0.9, 0.9]])
+    everything = torch.ones(1, 3, dtype=torch.bool)
+    own = torch.tensor([[True, True, False]])
+    loss = info_nce(similarity, torch.tensor([0]), everything, 1.0, 0.1, own)
+    expected = -math.log(math.exp(0.5) / (math.exp(0.5) + math.exp(0.9)))
+    assert float(loss) == pytest.approx(expected, rel=1e-5)

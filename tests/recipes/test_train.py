@@ -101,7 +101,7 @@ def test_a_run_with_another_configuration_is_not_taken_up(tiny_model, text_rows,
 
 
 @pytest.fixture(scope="module")
-def on_two_processes(tiny_model, mixed_rows, tmp_path_factory) -> tuple[dict, dict]:
+def on_two_processes(tiny_model, mixed_rows, text_rows, tmp_path_factory) -> tuple[dict, dict]:
     """Configurations by name, and what one step of each gave rank 0 of two gloo processes."""
     folder = tmp_path_factory.mktemp("ranks")
     pictures = make_rows(tmp_path_factory.mktemp("pictures"), 4, negatives=0)
@@ -114,6 +114,7 @@ def on_two_processes(tiny_model, mixed_rows, tmp_path_factory) -> tuple[dict, di
         "text on rank 0": config_of(
             tiny_model, folder / "out", pictures, batch_size=2, hard_negatives=0
         ),
+        "text alone": config_of(tiny_model, folder / "out", text_rows, batch_size=4),
     }
     for name, config in configs.items():
         (folder / f"{name}.json").write_text(json.dumps(dataclasses.asdict(config)))
@@ -196,6 +197,8 @@ def test_overrides_of_the_command_line(tmp_path):
     assert (config.lora.r, config.lr, config.out) == (16, 5e-5, "other")
     with pytest.raises(ConfigError, match="key=value"):
         load_config(TrainConfig, path, ["lr"])
+    with pytest.raises(ConfigError, match=r"data\.rows: 'data' is no table"):
+        load_config(TrainConfig, path, ["data.rows=x"])
 
 
 def test_batches_have_one_data_set_and_no_row_answers_another(mixed_rows, text_rows):
@@ -395,3 +398,50 @@ def test_the_adapters_of_adapt_toml_fit_the_shipped_layout(tiny_model):
     names = {n for n, p in backbone.model.named_parameters() if p.requires_grad}
     assert len(trained) == 2
     assert all("layers.1.self_attn.k_proj" in name for name in names)
+
+
+def test_a_run_is_not_taken_up_with_other_rows(tiny_model, tmp_path):
+    """Mining again and training into the same folder must not give the old weights back."""
+    rows = make_rows(tmp_path / "data", 8, kind="text")
+    config = config_of(tiny_model, tmp_path / "out", rows, steps=3)
+    train(config)
+    make_rows(tmp_path / "data", 9, kind="text")
+    with pytest.raises(ConfigError, match="other rows"):
+        train(config)
+
+
+def test_a_missing_evaluation_file_is_told_before_training(tiny_model, text_rows, tmp_path):
+    with pytest.raises(ContentError, match="cannot be read"):
+        train(config_of(tiny_model, tmp_path / "out", text_rows, evaluate="none.jsonl"))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"lora": LoraConfig(targets="nothing")}, r"lora\.targets"),
+        ({"matryoshka_dims": (9999,)}, "dim=9999"),
+        ({"data": ()}, "at least one data set"),
+    ],
+)
+def test_settings_that_do_not_fit_the_model(tiny_model, text_rows, tmp_path, changes, words):
+    with pytest.raises(ConfigError, match=words):
+        train(config_of(tiny_model, tmp_path, text_rows, **changes))
+
+
+@pytest.mark.parametrize("setting", ["steps=0", "batch_size=0", "log_every=0", "chunk=-1"])
+def test_numbers_that_would_hang_or_crash_are_refused(setting):
+    values = {"model": "m", "out": "o", "data": []}
+    name, _, value = setting.partition("=")
+    with pytest.raises(ConfigError, match=setting):
+        build(TrainConfig, {**values, name: int(value)}, "here")
+    with pytest.raises(ConfigError, match="int is expected, got False"):
+        build(TrainConfig, {**values, name: False}, "here")
+
+
+def test_weights_that_no_process_used_have_no_gradient(on_two_processes):
+    """Weight decay and momentum would move them; on one process they stay."""
+    configs, results = on_two_processes
+    one, two = one_step(configs["text alone"]), results["text alone"]
+    assert one["gradients"].keys() == two["gradients"].keys()
+    assert not any(name.startswith("visual") for name in two["gradients"])
