@@ -161,7 +161,10 @@ class Drawer:
             raise EndpointError(f"{self.model}: {error}") from error
         if not reply.data or not reply.data[0].b64_json:
             raise EndpointError(f"{self.model}: the server sent no picture.")
-        return base64.b64decode(reply.data[0].b64_json)
+        try:
+            return base64.b64decode(reply.data[0].b64_json)
+        except ValueError as error:
+            raise EndpointError(f"{self.model}: the picture is no base64 ({error}).") from error
 
 
 class Figures:
@@ -205,9 +208,13 @@ class Figures:
 
 
 def plan_jobs(
-    documents: Sequence[Document], figures: Figures, config: SynthesizeConfig
+    documents: Sequence[Document], figures: Figures, config: SynthesizeConfig, drawn: bool = False
 ) -> list[Job]:
-    """Choose documents and pairs: each pair as often as the others, as far as there are any."""
+    """Choose documents and pairs: each pair as often as the others, as far as there are any.
+
+    Args:
+        drawn: pictures of entities are made, so that no figure is needed for them.
+    """
     unknown = sorted(set(config.pairs) - set(PAIRS))
     if unknown:
         raise ConfigError(f"pairs: {unknown} are unknown; there are {list(PAIRS)}.")
@@ -223,7 +230,7 @@ def plan_jobs(
             possible = [
                 pair
                 for pair in config.pairs
-                if counts[pair] < quota and _can_be(document, pair, figures)
+                if counts[pair] < quota and _can_be(document, pair, figures, drawn)
             ]
             open_pairs = [p for p in possible if used[document.id, p] < _most(p, config)]
             if not open_pairs or len(jobs) >= config.rows:
@@ -240,13 +247,13 @@ def _most(pair: str, config: SynthesizeConfig) -> int:
     return 1 if pair.startswith("image") else config.queries
 
 
-def _can_be(document: Document, pair: str, figures: Figures) -> bool:
+def _can_be(document: Document, pair: str, figures: Figures, drawn: bool) -> bool:
     query, _, wanted = pair.partition("->")
     if wanted not in document.modalities:
         return False
     if query == "image":
         return figures.of_page(document) is not None
-    return query == "text" or bool(figures.figures)
+    return query == "text" or drawn or bool(figures.figures)
 
 
 def make_row(
@@ -320,12 +327,16 @@ def run_jobs(
     A job that fails for the server's sake is not kept, so that the next run tries it again.
     """
     path = out / "generated.jsonl"
-    done = _done(path)
+    made_by = writer.identity + (f", pictures by {drawer.model}" if drawer else "")
+    done = _done(path, made_by)
     lock = threading.Lock()
 
     def work(job: Job) -> tuple[Job, Row | str]:
         if job.key in done:
-            return job, done[job.key]
+            earlier = done[job.key]
+            if isinstance(earlier, Row):
+                earlier = earlier.model_copy(update={"licence": config.licence})
+            return job, earlier
         try:
             made = make_row(job, writer, figures, store, config, drawer)
         except (EndpointError, ContentError) as error:
@@ -333,21 +344,23 @@ def run_jobs(
             return job, "the server or the document failed"
         record = made.model_dump(exclude_defaults=True) if isinstance(made, Row) else made
         with lock, path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"key": job.key, "made": record}) + "\n")
+            file.write(json.dumps({"key": job.key, "by": made_by, "made": record}) + "\n")
         return job, made
 
     with ThreadPoolExecutor(config.concurrency) as pool:
         yield from pool.map(work, jobs)
 
 
-def _done(path: Path) -> dict[str, Row | str]:
-    """Finished jobs of an earlier run; a line cut off by a kill is passed over."""
+def _done(path: Path, made_by: str) -> dict[str, Row | str]:
+    """Finished jobs of an earlier run of the same writer; a line cut off by a kill is left out."""
     done: dict[str, Row | str] = {}
     if path.is_file():
         for line in path.read_text(encoding="utf-8").splitlines():
             try:
                 record = json.loads(line)
             except ValueError:
+                continue
+            if record["by"] != made_by:
                 continue
             made = record["made"]
             done[record["key"]] = made if isinstance(made, str) else Row.model_validate(made)
@@ -407,7 +420,7 @@ def synthesize(
         raise ContentError(f"Nothing could be read: {'; '.join(problems) or 'no files were found'}")
     writer: Writer = ModelWriter(model, store, prompts) if model else ExtractiveWriter(documents)
     figures = Figures(documents, store, embedder)
-    jobs = plan_jobs(documents, figures, config)
+    jobs = plan_jobs(documents, figures, config, drawn=drawer is not None)
     report = Report(writer.note, documents=len(documents), problems=problems)
     made: list[Row] = []
     for job, result in run_jobs(jobs, writer, figures, store, config, out, drawer):
@@ -438,7 +451,9 @@ def split(rows: Sequence[Row], config: SynthesizeConfig) -> tuple[list[Row], lis
     train: list[Row] = []
     held: list[Row] = []
     for row in rows:
-        chance = random.Random(f"{config.seed}/{row.place or row.id}").random()
+        # Where there are no pages, the rows of one document stay together: ids begin with its.
+        place = row.place or row.id.partition("/")[0]
+        chance = random.Random(f"{config.seed}/{place}").random()
         (held if chance < config.dev else train).append(row)
     return train, held
 
@@ -446,7 +461,7 @@ def split(rows: Sequence[Row], config: SynthesizeConfig) -> tuple[list[Row], lis
 def main(arguments: Sequence[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(prog="recipes.synthesize", description=__doc__.split("\n")[0])
-    parser.add_argument("paths", type=Path, nargs="+", help="files and folders; key=value options")
+    parser.add_argument("paths", nargs="+", help="files and folders; key=value options")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--config", type=Path, default=None, help="TOML file of SynthesizeConfig")
     parser.add_argument("--embedder", default="mmrag-nano", help="for the filter and for figures")
@@ -457,8 +472,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--prompts", type=Path, default=PROMPTS, help="folder of prompt files")
     given = parser.parse_intermixed_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    overrides = [str(path) for path in given.paths if "=" in path.name and not path.exists()]
-    paths = [path for path in given.paths if str(path) not in overrides]
+    overrides = [path for path in given.paths if "=" in path and not Path(path).exists()]
+    paths = [Path(path) for path in given.paths if path not in overrides]
     key = os.environ.get("OPENAI_API_KEY", "none")
     try:
         config = load_config(SynthesizeConfig, given.config, overrides)
@@ -470,7 +485,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         drawer = Drawer(given.image_model, given.base_url, key) if given.image_model else None
         embedder = load_embedder(given.embedder)
         report = synthesize(paths, given.out, config, embedder, model, given.prompts, drawer)
-    except MMRagError as error:
+    except (MMRagError, OSError) as error:
         raise SystemExit(f"error: {error}") from error
     print(report)
     print(f"wrote {given.out / 'rows.jsonl'}")

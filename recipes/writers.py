@@ -8,6 +8,7 @@ documents themselves, which teach less than questions do.
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
 import random
 import re
@@ -22,7 +23,7 @@ from typing import Any, Protocol
 import openai
 
 from mmrag.content import load_image
-from mmrag.errors import ConfigError, EndpointError
+from mmrag.errors import ConfigError, EndpointError, ModelError
 from mmrag.lexical import Idf, sentences, terms
 from recipes.corpus import Document
 from recipes.rows import ImageStore, Modality
@@ -52,9 +53,13 @@ class Entity:
 
 
 class Writer(Protocol):
-    """Writes queries. note: what a report must say of them."""
+    """Writes queries.
+
+    note: what a report must say of them. identity: changes when its queries would.
+    """
 
     note: str
+    identity: str
 
     def draft(self, document: Document, modality: Modality, turn: int = 0) -> Draft | None:
         """Write a query that the document, handed out so, answers; None if it cannot.
@@ -133,7 +138,10 @@ class LocalModel:
         self.max_tokens = max_tokens
         self._lock = threading.Lock()
         place: dict[str, Any] = {"device_map": "auto"} if device == "auto" else {"device": device}
-        self._pipeline: Any = pipeline("image-text-to-text", model=name, **place)
+        try:
+            self._pipeline: Any = pipeline("image-text-to-text", model=name, **place)
+        except (OSError, ValueError) as error:
+            raise ModelError(f"{name}: transformers cannot load it ({error}).") from error
 
     def ask(self, prompt: str, pictures: Sequence[Path]) -> tuple[str, int, int]:
         """See ``Model.ask``."""
@@ -161,6 +169,8 @@ class ModelWriter:
             name: _read_prompt(prompts / f"{name}.txt")
             for name in ("text", "image", "fused", "entity")
         }
+        wording = "\n".join(prompt.template for prompt in self._prompts.values())
+        self.identity = f"{model.name}/{hashlib.sha256(wording.encode()).hexdigest()[:16]}"
         self._lock = threading.Lock()
         self._usage = {"requests": 0.0, "prompt_tokens": 0.0, "completion_tokens": 0.0}
         self._usage["seconds"] = 0.0
@@ -210,6 +220,7 @@ class ExtractiveWriter:
         "no language model: queries are headings, captions and sentences of the documents, "
         "not questions"
     )
+    identity = "extracts"
 
     def __init__(self, documents: Sequence[Document]) -> None:
         self._idf = Idf([terms(document.text) for document in documents])

@@ -1,7 +1,9 @@
 """Synthesis: all pairs, balance, resumption, filters, what happens without a model."""
 
 import dataclasses
+import io
 import json
+import shutil
 import threading
 
 import numpy as np
@@ -11,12 +13,12 @@ from chat_server import ChatServer
 from fakes import FakeEmbedder
 from PIL import Image
 
-from mmrag.errors import ConfigError, ContentError, EndpointError
+from mmrag.errors import ConfigError, ContentError, EndpointError, ModelError
 from recipes import synthesize as synthesize_module
 from recipes.corpus import Document
-from recipes.rows import check_rows, store_of
-from recipes.synthesize import PAIRS, SynthesizeConfig, synthesize
-from recipes.writers import PROMPTS, EndpointModel, find_json
+from recipes.rows import Item, Row, check_rows, store_of
+from recipes.synthesize import PAIRS, SynthesizeConfig, split, synthesize
+from recipes.writers import PROMPTS, EndpointModel, LocalModel, find_json
 
 ANIMALS = ["kingfisher", "walrus", "badger", "stork", "lynx", "otter"]
 
@@ -260,3 +262,71 @@ def test_nothing_to_read_is_an_error(tmp_path):
 )
 def test_json_is_found_in_what_models_say(answer, value):
     assert find_json(answer) == value
+
+
+def test_entities_can_be_drawn_where_the_files_have_no_figures(tmp_path):
+    path = tmp_path / "notes.txt"
+    path.write_text("The kingfisher lives near water and sleeps for an hour in the afternoon. " * 3)
+
+    class Painter:
+        model = "painter"
+
+        def draw(self, caption):
+            buffer = io.BytesIO()
+            Image.new("RGB", (40, 30), "blue").save(buffer, "PNG")
+            return buffer.getvalue()
+
+    config = dataclasses.replace(CONFIG, pairs=("fused->text",))
+    out = tmp_path / "out"
+    report = synthesize([path], out, config, FakeEmbedder(), Scripted(), drawer=Painter())
+    assert report.kept == {"fused->text": 1}
+
+
+def test_rows_of_another_writer_or_prompt_are_not_taken_over(papers, tmp_path):
+    config = dataclasses.replace(CONFIG, pairs=("text->text",), rows=4)
+    synthesize([papers], tmp_path, config, FakeEmbedder())
+    model = Scripted()
+    synthesize([papers], tmp_path, config, FakeEmbedder(), model)
+    assert len(model.asked) == 4
+    rows, _ = check_rows(tmp_path / "rows.jsonl")
+    assert all(row.query.text.startswith("Where does the") for row in rows)
+    prompts = tmp_path / "prompts"
+    shutil.copytree(PROMPTS, prompts)
+    with (prompts / "text.txt").open("a") as file:
+        file.write("Ask in French.")
+    synthesize([papers], tmp_path, config, FakeEmbedder(), model, prompts)
+    assert len(model.asked) == 8
+    # What was made before the prompts changed is still there.
+    synthesize([papers], tmp_path, config, FakeEmbedder(), model)
+    assert len(model.asked) == 8
+
+
+def test_the_licence_may_be_added_later(papers, tmp_path):
+    config = dataclasses.replace(CONFIG, pairs=("text->text",), rows=4, licence="")
+    synthesize([papers], tmp_path, config, FakeEmbedder())
+    synthesize([papers], tmp_path, dataclasses.replace(config, licence="MIT"), FakeEmbedder())
+    rows, _ = check_rows(tmp_path / "rows.jsonl")
+    assert {row.licence for row in rows} == {"MIT"}
+
+
+def test_rows_of_a_document_without_pages_are_held_out_together():
+    rows = [
+        Row(
+            id=f"{document}/text->text/{turn}",
+            query=Item(text=f"q{turn}"),
+            positives=[Item(text=f"document {document}")],
+            source="notes.md",
+        )
+        for document in range(8)
+        for turn in range(4)
+    ]
+    train, held = split(rows, dataclasses.replace(CONFIG, dev=0.5))
+    assert train
+    assert held
+    documents = [{row.positives[0].text for row in part} for part in (train, held)]
+    assert not documents[0] & documents[1]
+
+
+def test_a_local_model_that_is_not_there_is_a_message(tmp_path):
+    with pytest.raises(ModelError, match="cannot load"):
+        LocalModel(str(tmp_path / "none"))
