@@ -24,10 +24,10 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from mmrag.content import Content
-from mmrag.embedders import load_backbone
+from mmrag.embedders import find_folders, load_backbone, read_marker
 from mmrag.embedders.base import Backbone
 from mmrag.embedders.engine import LocalEmbedder
-from mmrag.embedders.loading import check_keys, find_checkpoint
+from mmrag.embedders.loading import check_keys
 from mmrag.embedders.saving import save_checkpoint
 from mmrag.errors import MMRagError, ModelError
 from recipes.config import TrainConfig, build
@@ -107,9 +107,11 @@ def export(run: Path, out: Path, dtype: str = "float16", scores: Sequence[Path] 
     Raises: ModelError if a key has no partner or the reloaded vectors differ.
     """
     backbone, config = load_trained(run)
-    source = find_checkpoint(config.model)
+    # Of an adapter, the folder of its base: what describes the merged weights lies there.
+    folders = find_folders(config.model)
     kinds = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-    save_checkpoint(backbone, source, out, dtype=kinds[dtype], marker=config.limits)
+    marker = {**read_marker(folders), **config.limits}
+    save_checkpoint(backbone, folders[0], out, dtype=kinds[dtype], marker=marker)
     (out / "README.md").write_text(model_card(config, out.name, scores), encoding="utf-8")
     check_in_fresh_process(out, probe_vectors(out, backbone))
     return out
@@ -181,7 +183,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     try:
         print(f"exported: {export(given.run, given.out, given.dtype, given.scores)}")
-    except MMRagError as error:
+    except (MMRagError, OSError) as error:
         raise SystemExit(f"error: {error}") from error
 
 

@@ -87,7 +87,7 @@ def load_embedder(
     from mmrag.embedders.engine import LocalEmbedder
     from mmrag.embedders.loading import fingerprint
 
-    folders = _find(name, revision, base)
+    folders = find_folders(name, revision, base)
     chosen = _choose(name, folders, family)
     if chosen == SENTENCE_TRANSFORMERS:
         return _load_sentence_transformers(name, folders, device, dtype, token_budget, limits)
@@ -97,7 +97,7 @@ def load_embedder(
         name=str(name),
         fingerprint=fingerprint(folders, backbone.settings()),
         token_budget=token_budget,
-        prefers_text=bool(_marker(folders).get("prefers_text", False)),
+        prefers_text=bool(read_marker(folders).get("prefers_text", False)),
     )
 
 
@@ -112,11 +112,13 @@ def load_backbone(
     **limits: Any,
 ) -> Backbone:
     """Load the Backbone alone, as training does; arguments as in ``load_embedder``."""
-    folders = _find(name, revision, base)
+    folders = find_folders(name, revision, base)
     return _load(folders, _choose(name, folders, family), device, dtype, limits)
 
 
-def _find(name: str | Path, revision: str | None, base: str | Path | None) -> list[Path]:
+def find_folders(
+    name: str | Path, revision: str | None = None, base: str | Path | None = None
+) -> list[Path]:
     """Folder of the checkpoint, or those of the base model and of the adapter on it."""
     from mmrag.embedders.loading import find_base, find_checkpoint, is_adapter
 
@@ -129,7 +131,7 @@ def _find(name: str | Path, revision: str | None, base: str | Path | None) -> li
     return [folder]
 
 
-def _marker(folders: list[Path]) -> dict[str, Any]:
+def read_marker(folders: list[Path]) -> dict[str, Any]:
     """What the folders say of themselves in mmrag's own file."""
     from mmrag.embedders.loading import MARKER, read_json
 
@@ -141,7 +143,7 @@ def _choose(name: str | Path, folders: list[Path], family: str | None) -> str:
     known = find_known(str(name))
     if known is not None and known.non_commercial:
         logger.warning("%s: its licence (%s) forbids commercial use.", name, known.licence)
-    own: str | None = _marker(folders).get("family") or (known.family if known else None)
+    own: str | None = read_marker(folders).get("family") or (known.family if known else None)
     return family or own or _guess(folders)
 
 
@@ -177,7 +179,7 @@ def _load(
     from mmrag.embedders.loading import place
 
     load = _loader(family)
-    own = {key: value for key, value in _marker(folders).items() if key in _options(load)}
+    own = {key: value for key, value in read_marker(folders).items() if key in _options(load)}
     if "modalities" in own:
         own["modalities"] = frozenset(own["modalities"])
     _check_options(load, family, limits)

@@ -5,6 +5,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from tiny_adapters import adapter_weights, save_adapter
 from transformers import AutoTokenizer, Qwen2VLModel
 
 from mmrag.content import Content
@@ -106,3 +107,20 @@ def test_other_vectors_after_reloading_are_an_error(exported):
 def test_an_unfinished_run_is_an_error(tmp_path):
     with pytest.raises(ModelError, match="let the training finish"):
         load_trained(tmp_path)
+
+
+def test_a_run_that_began_at_an_adapter_is_exported_whole(tiny_model, text_rows, tmp_path):
+    adapter = save_adapter(tmp_path / "adapter", adapter_weights(), tiny_model)
+    config = TrainConfig(
+        model=str(adapter),
+        family="gme",
+        out=str(tmp_path / "run"),
+        data=(DataConfig(rows=str(text_rows)),),
+        steps=1,
+        batch_size=4,
+        device="cpu",
+    )
+    train(config)
+    out = export(tmp_path / "run", tmp_path / "out", dtype="float32")
+    assert not (out / "adapter_config.json").exists()
+    assert (out / "tokenizer.json").is_file()
