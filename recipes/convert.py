@@ -148,7 +148,7 @@ def from_pdfs(
     """
     converted = Converted()
     pages: dict[tuple[str, int], Item] = {}
-    for name in sorted({page["file"] for q in questions for page in q["pages"]}):
+    for name in sorted({page["file"] for q in questions for page in q.get("pages", ())}):
         errors: list[ReadError] = []
         for number, item in _pages(pdfs / name, store, items, errors):
             pages[name, number] = item
@@ -205,7 +205,10 @@ def _each(
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """Records of a JSON lines file or of a JSON list. Raises ContentError if it is neither."""
+    """Records of a JSON lines file or of a JSON list.
+
+    Raises: ContentError if it is neither, or one of them is no JSON object.
+    """
     text = path.read_text(encoding="utf-8")
     try:
         if text.lstrip().startswith("["):
@@ -214,6 +217,9 @@ def read_records(path: Path) -> list[dict[str, Any]]:
             records = [json.loads(line) for line in text.splitlines() if line.strip()]
     except ValueError as error:
         raise ContentError(f"{path}: neither JSON lines nor a JSON list ({error}).") from error
+    for number, record in enumerate(records, 1):
+        if not isinstance(record, dict):
+            raise ContentError(f"{path}: record {number} is no JSON object.")
     return list(records)
 
 

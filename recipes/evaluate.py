@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmrag.embedders import load_embedder
-from mmrag.embedders.base import Embedder, truncate_normalise
+from mmrag.embedders.base import Embedder, check_dim, truncate_normalise
 from mmrag.embedders.instructions import resolve
 from mmrag.errors import ContentError, MMRagError
 from recipes.rows import ImageStore, Row, corpus_of, read_rows, store_of
@@ -93,7 +93,7 @@ def evaluate_rows(
     The corpus is one: a text question competes against every text, picture and page.
     """
     corpus = corpus_of(rows)
-    kept = dim or embedder.dim
+    kept = check_dim(dim, embedder.dim)
     documents = embedder.encode([store.content(item) for item in corpus])
     position = {item.key: index for index, item in enumerate(corpus)}
     asked: dict[str | None, list[int]] = defaultdict(list)
@@ -137,7 +137,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         embedder = load_embedder(given.model, family=given.family)
         results = _evaluate(embedder, given)
-    except MMRagError as error:
+    except (MMRagError, OSError) as error:
         raise SystemExit(f"error: {error}") from error
     if given.json:
         print(json.dumps(results, indent=1))

@@ -90,7 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                     read_questions(given.questions),
                     read_foreign(given.foreign, given.count, given.seed),
                 )
-    except MMRagError as error:
+    except (MMRagError, OSError) as error:
         raise SystemExit(f"error: {error}") from error
     print("| | |\n|---|---|")
     print(f"| own questions answered | {counts['answered']} of {counts['own']} |")

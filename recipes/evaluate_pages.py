@@ -2,12 +2,14 @@
 
 Questions are JSON lines: ``{"question": ..., "pages": [{"file": ..., "page": 7}], "kind": ...}``;
 pages count from 1, files are named without their folder, and any of the pages is right. Rows
-that name their page (``recipes.rows``) are read too: their queries are the questions.
+that name their page (``recipes.rows``) are read too: their queries are the questions, less those
+that ask with a picture.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import tempfile
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -21,6 +23,8 @@ from mmrag.index import UniversalIndex
 from mmrag.retriever import UniversalRetriever, fuse
 from recipes.evaluate import CUTS, Metrics, average, metrics_of
 from recipes.rows import Row
+
+logger = logging.getLogger("mmrag.evaluate")
 
 Page = tuple[str, int]
 
@@ -55,20 +59,36 @@ def evaluate_pages(
 
 
 def read_questions(path: Path) -> list[dict[str, Any]]:
-    """Questions with their right pages. Raises ContentError for a line without either."""
-    questions = []
+    """Questions with their right pages.
+
+    Raises: ContentError for a line without either, or if no question is asked in words alone.
+    """
+    questions, pictured = [], 0
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        question = json.loads(line)
-        if "positives" in question:
-            question = _of_row(Row.model_validate(question))
+        if not line.strip():
+            continue
+        try:
+            question = json.loads(line)
+            row = Row.model_validate(question) if "positives" in question else None
+        except ValueError as error:
+            raise ContentError(f"{path}:{number}: {error}") from error
+        if row is not None and row.query.image:
+            pictured += 1
+            continue
+        if row is not None:
+            question = _of_row(row)
         if not question.get("question") or not question.get("pages"):
             raise ContentError(f"{path}:{number}: a question and its pages are needed.")
         questions.append(question)
+    if pictured:
+        logger.warning("%s: %d rows ask with a picture and were left out.", path, pictured)
+    if not questions:
+        raise ContentError(f"{path}: there is no question in words.")
     return questions
 
 
 def _of_row(row: Row) -> dict[str, Any]:
-    if row.query.text is None or row.query.image or not row.place:
+    if not row.place:
         return {}
     file, _, page = row.place.rpartition("#")
     return {"question": row.query.text, "pages": [{"file": file, "page": int(page)}]}

@@ -10,8 +10,8 @@ Two pools, after MM-Embed (arXiv 2411.02571, section 3.3):
 - ``right``: candidates of the positive's modality that rank below ``rank_cut`` and score at
   most ``max_ratio`` of the positive (NV-Retriever's TopK-PercPos, arXiv 2407.15831, section 3).
 
-Nothing that may answer the question is taken: no known positive, no copy of one, nothing whose
-vector is close to a positive's, nothing from the same page.
+Nothing that may answer the question is taken: no known positive of it or of a row that asks the
+same, no copy of one, nothing whose vector is close to a positive's, nothing from the same page.
 """
 
 from __future__ import annotations
@@ -91,6 +91,7 @@ class _Corpus:
     vectors: NDArray[np.float32]
     position: dict[int, int]
     places: dict[int, set[str]]
+    answers: dict[int, set[int]]  # by the key of the query
 
 
 def mine(
@@ -119,11 +120,13 @@ def mine(
     vectors = embedder.encode([store.content(item) for item in items])
     position = {item.key: index for index, item in enumerate(items)}
     places: defaultdict[int, set[str]] = defaultdict(set)
+    answers: defaultdict[int, set[int]] = defaultdict(set)
     for row in rows:
-        if row.place:
-            for item in row.positives:
-                places[position[item.key]].add(row.place)
-    corpus = _Corpus(items, vectors, position, places)
+        own = [position[item.key] for item in row.positives]
+        answers[row.query.key].update(own)
+        for index in own if row.place else ():
+            places[index].add(str(row.place))
+    corpus = _Corpus(items, vectors, position, places, answers)
     queries = _embed_queries(rows, store, embedder)
     report = MineReport()
     mined = [
@@ -196,6 +199,9 @@ def _without_answers(
         text = corpus.items[index].text
         if index in own or corpus.items[index].key == row.query.key:
             continue
+        if index in corpus.answers[row.query.key]:
+            report.dropped["answers the same query of another row"] += 1
+            continue
         if nearness[rank] > config.duplicate_cosine or (text and _plain(text) in texts):
             report.dropped["like a positive"] += 1
             continue
@@ -253,7 +259,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 store_of(given.out).copy_from(store, image_id)
         print(report)
         print(f"wrote {given.out}")
-    except MMRagError as error:
+    except (MMRagError, OSError) as error:
         raise SystemExit(f"error: {error}") from error
 
 

@@ -156,10 +156,12 @@ def store_of(rows_file: str | Path) -> ImageStore:
 
 
 def read_rows(path: str | Path) -> list[Row]:
-    """All rows of a file. Raises ContentError that names every bad line."""
+    """All rows of a file. Raises ContentError that names every bad line, or if there is no row."""
     rows, problems = check_rows(path)
     if problems:
         raise ContentError("\n".join(problems))
+    if not rows:
+        raise ContentError(f"{path}: there are no rows.")
     return rows
 
 
@@ -167,6 +169,8 @@ def check_rows(path: str | Path, store: ImageStore | None = None) -> tuple[list[
     """Read a file of rows; with a store, also look for each picture.
 
     Returns: the good rows, and one message per bad line: what is wrong and where.
+
+    Raises: ContentError if the file cannot be read.
     """
     rows: list[Row] = []
     problems: list[str] = []
@@ -190,14 +194,17 @@ def check_rows(path: str | Path, store: ImageStore | None = None) -> tuple[list[
 
 
 def _lines(path: str | Path, problems: list[str]) -> Iterator[tuple[int, Any]]:
-    with Path(path).open(encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                yield number, json.loads(line)
-            except ValueError as error:
-                problems.append(f"{path}:{number}: not valid JSON ({error})")
+    try:
+        lines = Path(path).read_bytes().split(b"\n")
+    except OSError as error:
+        raise ContentError(f"{path}: the rows cannot be read ({error}).") from error
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            yield number, json.loads(line)
+        except ValueError as error:
+            problems.append(f"{path}:{number}: not valid JSON ({error})")
 
 
 def _first_problem(error: ValidationError) -> str:

@@ -108,3 +108,18 @@ def test_the_command_writes_rows_that_check(pictures, tmp_path, capsys):
     assert not problems
     shown = capsys.readouterr().out
     assert "1 rows, 1 left out" in shown
+
+
+@pytest.mark.parametrize("kind", ["mmeb", "swift", "pdfs"])
+def test_records_that_are_no_objects_are_named(tmp_path, kind):
+    records = tmp_path / "records.jsonl"
+    records.write_text('{"question": "a"}\n"abc"\n')
+    with pytest.raises(SystemExit, match="record 2 is no JSON object"):
+        main([kind, str(records), "--out", str(tmp_path / "rows.jsonl")])
+
+
+def test_a_question_without_pages_costs_that_record_only(tmp_path, capsys):
+    records = tmp_path / "questions.jsonl"
+    records.write_text('{"question": "a"}\n')
+    main(["pdfs", str(records), "--out", str(tmp_path / "rows.jsonl")])
+    assert "left out: record 1: 'pages' is missing" in capsys.readouterr().out

@@ -7,8 +7,8 @@ import pytest
 from sklearn.metrics import ndcg_score
 
 from mmrag.embedders import load_embedder
-from mmrag.errors import ContentError
-from recipes.evaluate import average, evaluate_rows, metrics_of, rank
+from mmrag.errors import ConfigError, ContentError
+from recipes.evaluate import average, evaluate_rows, main, metrics_of, rank
 from recipes.rows import read_rows, store_of
 
 
@@ -75,3 +75,17 @@ def test_a_perfect_model_scores_one(tiny_model, text_rows):
     assert found["all"]["hit@1"] == found["all"]["ndcg@10"] == 1.0
     halved = evaluate_rows(embedder, rows, store_of(text_rows), dim=16)
     assert halved["all"]["mrr@10"] == 1.0
+
+
+def test_dimensions_that_the_model_lacks_are_refused(tiny_model, text_rows):
+    embedder = load_embedder(tiny_model, family="gme", device="cpu")
+    with pytest.raises(ConfigError, match="dim=9999"):
+        evaluate_rows(embedder, read_rows(text_rows), store_of(text_rows), 9999)
+
+
+def test_a_missing_file_is_a_message(tiny_model, tmp_path):
+    with pytest.raises(SystemExit, match="cannot be read"):
+        main([str(tmp_path / "none.jsonl"), "--model", str(tiny_model)])
+    (tmp_path / "empty.jsonl").write_text("\n")
+    with pytest.raises(SystemExit, match="there are no rows"):
+        main([str(tmp_path / "empty.jsonl"), "--model", str(tiny_model)])

@@ -65,3 +65,23 @@ def test_the_pages_of_the_questions_exist(shared_data):
         for page in row["pages"]:
             with pymupdf.open(shared_data / "reports" / page["file"]) as pdf:
                 assert 1 <= page["page"] <= len(pdf)
+
+
+def test_rows_that_ask_with_a_picture_are_left_out_and_counted(tmp_path, caplog):
+    """``dev.jsonl`` of all nine pairs goes with ``--pdfs``."""
+    path = tmp_path / "dev.jsonl"
+    row = {"id": "r", "positives": [{"text": "oceans"}], "source": "sea.pdf#2"}
+    pictured = json.dumps({**row, "query": {"text": "this whale", "image": "abc"}})
+    path.write_text(pictured + "\n\n" + json.dumps({**row, "query": {"text": "whales"}}) + "\n")
+    assert [question["question"] for question in read_questions(path)] == ["whales"]
+    assert "1 rows ask with a picture" in caplog.text
+    path.write_text(pictured)
+    with pytest.raises(ContentError, match="no question in words"):
+        read_questions(path)
+
+
+def test_a_line_that_is_no_json_is_named(tmp_path):
+    path = tmp_path / "q.jsonl"
+    path.write_text('{"question": "a", "pages": [{"file": "x", "page": 1}]}\n{"question": "b"\n')
+    with pytest.raises(ContentError, match=r"q\.jsonl:2"):
+        read_questions(path)

@@ -108,15 +108,31 @@ def test_settings_that_contradict_each_other(store):
 
 def test_nothing_from_the_page_that_answers_is_a_negative(store):
     """A passage of the page, and the page less another sentence, may answer as well."""
-    embedder, _ = planned(
-        store, {}, {"q": 0, "p": 0, "page": 10, "passage": 40, "other page": 60, "other file": 70}
-    )
+    angles = {"page": 10, "passage": 40, "other page": 60, "other file": 70}
+    embedder, _ = planned(store, {}, {**angles, **{f"what of {text}?": 0 for text in angles}})
     asked = {"page": "a.pdf#1", "passage": "a.pdf#1 (why)", "other page": "a.pdf#11"}
     rows = [
-        Row(id=text, query=Item(text="q"), positives=[Item(text=text)], source=source)
+        Row(
+            id=text,
+            query=Item(text=f"what of {text}?"),
+            positives=[Item(text=text)],
+            source=source,
+        )
         for text, source in {**asked, "other file": "b.pdf#1"}.items()
     ]
     config = MineConfig(right=9, max_ratio=0.95, duplicate_cosine=0.9999)
     mined, report = mine(rows, store, embedder, config)
     assert mined[0].negatives == [Item(text="other page"), Item(text="other file")]
     assert report.dropped["from the positive's page"] == 2
+
+
+def test_what_answers_the_same_query_in_another_row_is_no_negative(store):
+    embedder, _ = planned(store, {}, {"q": 0, "one": 10, "two": 40, "three": 50})
+    rows = [
+        Row(id="1", query=Item(text="q"), positives=[Item(text="one")]),
+        Row(id="2", query=Item(text="q"), positives=[Item(text="two")]),
+    ]
+    config = MineConfig(duplicate_cosine=0.9999)
+    mined, report = mine(rows, store, embedder, config, [Item(text="three")])
+    assert [row.negatives for row in mined] == [[Item(text="three")]] * 2
+    assert report.dropped["answers the same query of another row"] == 2
