@@ -235,7 +235,7 @@ def ask(
         typer.Option(
             "--save-pages",
             metavar="DIR",
-            help="Write the cited pages as PNG, with the matching lines marked.",
+            help="Write the cited pages as pictures, with the matching lines marked.",
         ),
     ] = None,
     collection: CollectionOption = DEFAULT_COLLECTION,
@@ -416,6 +416,8 @@ def _where(files: list[str] | None, pages: str | None, kinds: list[str] | None) 
         first, dash, last = found.groups()
         bounds = (int(first) if first else None, int(last) if last else None)
         bounds = bounds if dash else (bounds[0], bounds[0])
+        if first and last and int(first) > int(last):
+            raise typer.BadParameter(f"{pages!r} ends before it begins: write {last}-{first}.")
     for kind in kinds or ():
         if kind not in KINDS:
             raise typer.BadParameter(f"{kind!r} is no kind: use {', '.join(KINDS)}.")
@@ -454,17 +456,22 @@ def _save_pages(response: CitedResponse, folder: Path) -> dict[int, str]:
     from mmrag.errors import ReadError
     from mmrag.reading import save_marked_page
 
-    folder.mkdir(parents=True, exist_ok=True)
     saved: dict[int, str] = {}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        _err().print(Text(f"Pages cannot be saved: {error}"), soft_wrap=True)
+        return saved
     for source in response.cited:
         path = Path(source.file)
         page = "" if source.page is None else f"-p{source.page}"
-        out = folder / f"{source.n:02d}-{path.stem}{page}.png"
+        out = folder / f"{source.n:02d}-{path.stem}{page}"
         try:
             if path.suffix.lower() == ".pdf" and source.page is not None:
                 boxes = source.boxes or ((source.box,) if source.box else ())
-                save_marked_page(path, source.page, boxes, out)
+                out = save_marked_page(path, source.page, boxes, Path(f"{out}.png"))
             elif source.picture is not None:
+                out = Path(f"{out}{source.picture.suffix}")
                 shutil.copyfile(source.picture, out)
             else:
                 continue

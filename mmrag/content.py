@@ -34,7 +34,7 @@ UrlLoader: TypeAlias = Callable[[str], bytes]
 
 _WEB_ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 # Raster formats only: some that Pillow knows, such as EPS, start other programs to be decoded.
-_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP", "JPEG2000", "AVIF", "PPM", "ICO")
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP", "JPEG2000", "AVIF", "PPM", "ICO")
 # What Pillow's decoders raise for broken files.
 _BROKEN = (
     *(OSError, SyntaxError, ValueError, EOFError, MemoryError, RuntimeError, OverflowError),
@@ -238,10 +238,10 @@ def _open_file(
         with warnings.catch_warnings():
             # Our own limit on pixels is checked by the caller; Pillow's is a warning only.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            return Image.open(raw if isinstance(raw, Path) else io.BytesIO(raw), formats=_FORMATS)
+            return Image.open(raw if isinstance(raw, Path) else io.BytesIO(raw), formats=FORMATS)
     except UnidentifiedImageError as error:
         raise ContentError(
-            f"{name}: not a picture, or in none of the formats {', '.join(_FORMATS)}."
+            f"{name}: not a picture, or in none of the formats {', '.join(FORMATS)}."
         ) from error
     except Image.DecompressionBombError as error:
         raise ContentError(

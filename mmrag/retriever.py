@@ -95,7 +95,7 @@ class UniversalRetriever(BaseRetriever):
             ``mmrag.embedders.instructions`` or free text. By default it fits the query: see
             ``QUERY_TASKS``.
         collapse: one result per page. Otherwise every node stands for itself.
-        depth: how many nodes of each ranking take part.
+        depth: how many nodes of each ranking take part; at least four for each page wanted.
 
     The node of each result carries in its metadata ``retrieval_score``, ``ranks`` (place in each
     ranking) and ``view_scores`` (cosine or BM25 score in each); models are not shown these.
@@ -176,9 +176,11 @@ class UniversalRetriever(BaseRetriever):
 
     def _retrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
         key = page_key if self.collapse else (lambda hit: hit.id)
-        fused = fuse(self.rankings(query_bundle), self.weights, key=key)
-        top_k = query_bundle.top_k if isinstance(query_bundle, MultimodalQuery) else None
-        return [self._result(entry) for entry in fused[: top_k or self.similarity_top_k]]
+        of_query = query_bundle.top_k if isinstance(query_bundle, MultimodalQuery) else None
+        top_k = of_query or self.similarity_top_k
+        rankings = self.rankings(query_bundle, limit=max(self.depth, 4 * top_k))
+        fused = fuse(rankings, self.weights, key=key)
+        return [self._result(entry) for entry in fused[:top_k]]
 
     async def _aretrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
         return await asyncio.to_thread(self._retrieve, query_bundle)
@@ -321,11 +323,11 @@ def as_where(filters: Where | MetadataFilters | None) -> Where | None:
 def _any_of(item: MetadataFilter) -> list[Any]:
     if item.operator is FilterOperator.EQ and item.value is not None:
         return [item.value]
-    if item.operator is FilterOperator.IN and isinstance(item.value, list):
+    if item.operator is FilterOperator.IN and isinstance(item.value, list) and item.value:
         return list(item.value)
     raise ConfigError(
         f"The filter {item.key} {item.operator.value} {item.value!r} cannot be used here: "
-        f"{item.key} takes == and IN."
+        f"{item.key} takes == and IN, with one value at least."
     )
 
 

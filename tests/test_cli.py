@@ -16,8 +16,10 @@ from typer.testing import CliRunner
 
 import mmrag.embedders
 from mmrag import display
-from mmrag.cli import app
+from mmrag.cli import _save_pages, app
+from mmrag.context import Source
 from mmrag.errors import EndpointError, MMRagError
+from mmrag.response import CitedResponse
 
 EYES = "The gold plan covers one eye examination a year for every member of the family."
 TEETH = "Dental cleaning is free of charge for children who are under twelve years old."
@@ -184,6 +186,24 @@ def test_cited_pages_are_saved_with_the_lines_marked(folder, tmp_path):
     assert max(y for _, y in coloured) < picture.height / 2
 
 
+def test_pages_that_cannot_be_saved_do_not_cost_the_answer(folder, tmp_path):
+    (tmp_path / "file").touch()
+    question = "What does the gold plan cover for the eye?"
+    result = run("ask", question, "-c", folder, "--save-pages", tmp_path / "file")
+    assert result.exit_code == 0
+    assert "eye examination" in result.stdout
+    assert "cannot be saved" in result.stderr
+
+
+def test_a_cited_picture_keeps_its_format(tmp_path):
+    picture = make_picture(tmp_path / "p0001.jpg")
+    node = make_node("", file="photo.jpg", page=1, kind="picture", image=picture)
+    source = Source(1, "photo.jpg", 1, NodeWithScore(node=node), "", picture, cited=True)
+    saved = _save_pages(CitedResponse("[1]", sources=[source]), tmp_path / "out")
+    assert saved == {1: str(tmp_path / "out/01-photo-p1.jpg")}
+    assert Image.open(saved[1]).format == "JPEG"
+
+
 @pytest.fixture
 def server():
     server = ChatServer("The gold plan covers one eye examination a year [1]. Cheese is green [9].")
@@ -271,6 +291,7 @@ def test_a_missing_collection_is_3_and_one_line(tmp_path):
         ["ask"],
         ["search", "x", "--pages", "a-b"],
         ["search", "x", "--pages", "-"],
+        ["search", "x", "--pages", "9-3"],
         ["search", "x", "--kind", "table"],
         ["search", "x", "--top-k", "0"],
         ["nonsense"],

@@ -458,7 +458,9 @@ def test_what_did_not_build_the_collection_is_refused(embedder, collection, file
     with pytest.raises(CollectionError, match=r"'fake'; 'other' cannot add"):
         ingest(["in"], collection, FakeEmbedder(name="other"))
     with pytest.raises(CollectionError, match="passage_words"):
-        ingest(["in"], collection, embedder, options=ReadOptions(passage_words=7))
+        ingest(
+            ["in"], collection, embedder, options=ReadOptions(passage_words=7, passage_overlap=0)
+        )
     limits = ReadOptions(dpi=50, passage_words=20, passage_overlap=0, page_seconds=5)
     ingest(["in"], collection, embedder, options=limits)
     assert collection.count() == 3

@@ -215,6 +215,8 @@ def test_llama_index_filters_reach_the_collection(collection, embedder):
         MetadataFilters(filters=[MetadataFilters(filters=[])]),
         MetadataFilters(filters=[MetadataFilter(key="a", value=1, operator=FilterOperator.GT)]),
         MetadataFilters(filters=[MetadataFilter(key="page", value="x")]),
+        # No value at all would match every file.
+        MetadataFilters(filters=[MetadataFilter(key="file", value=[], operator=FilterOperator.IN)]),
         MetadataFilters(filters=[MetadataFilter(key="a", value=v) for v in "bc"]),
     ],
 )
@@ -233,6 +235,11 @@ def test_useless_weights_are_refused(collection, embedder, weights):
 
 def test_top_k_of_one_query(retriever):
     assert len(retriever.search("plan", top_k=1)) == 1
+
+
+def test_as_many_pages_come_back_as_are_wanted(collection, embedder):
+    few = UniversalRetriever(collection, embedder, depth=1)
+    assert len(few.search("plan", top_k=5)) == 5
 
 
 def scored(id_, score, page=None, sha="a"):

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
+from mmrag.errors import ConfigError
+
 Box: TypeAlias = tuple[float, float, float, float]
 """(x0, y0, x1, y1) in points of the page as it is shown, from its top left corner."""
 
@@ -34,6 +36,17 @@ class ReadOptions:
     passage_overlap: int = 30
     ocr: bool = False
     max_file_bytes: int = 1024 * 1024 * 1024
+
+    def __post_init__(self) -> None:
+        numbers = ("dpi", "max_page_pixels", "page_seconds", "passage_words", "max_file_bytes")
+        for name in numbers:
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"ReadOptions.{name} must be above 0.")
+        if not 0 <= self.passage_overlap < self.passage_words:
+            raise ConfigError(
+                f"ReadOptions.passage_overlap={self.passage_overlap} must be from 0 to under "
+                f"passage_words={self.passage_words}."
+            )
 
 
 RECOGNITION_PATIENCE = 5.0

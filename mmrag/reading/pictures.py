@@ -11,7 +11,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from mmrag.content import ImageLimits, load_image
+from mmrag.content import FORMATS, ImageLimits, load_image
 from mmrag.errors import ContentError
 from mmrag.reading.files import write
 from mmrag.reading.options import Problem, ReadOptions
@@ -33,7 +33,7 @@ def read_frames(
         with warnings.catch_warnings():
             # load_image has a limit on pixels of its own; Pillow's is a warning only.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            picture = Image.open(path)
+            picture = Image.open(path, formats=FORMATS)
         frames = getattr(picture, "n_frames", 1) if picture.format == "TIFF" else 1
     except _BROKEN as error:
         yield Problem(None, f"the picture cannot be opened ({error}); it is damaged: get it again")

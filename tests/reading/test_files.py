@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from llama_index.core.schema import Node, TextNode
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 
 from mmrag.errors import ConfigError
 from mmrag.reading import find_files, ocr
@@ -118,6 +118,16 @@ def test_broken_pictures_are_reported(read, tmp_path) -> None:
     data = (tmp_path / "a.tif").read_bytes()
     reading = read(touch(tmp_path / "cut.tif", data[: len(data) * 2 // 3]))
     assert reading.errors
+
+
+def test_a_picture_never_starts_another_program(read, tmp_path, monkeypatch) -> None:
+    """Pillow decodes EPS by Ghostscript, whatever the file is called."""
+    started = []
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *args, **_: started.append(args))
+    data = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n"
+    reading = read(touch(tmp_path / "a.png", data))
+    assert reading.nodes == [] and len(reading.errors) == 1
+    assert not started
 
 
 def test_misnamed_files_are_reported(read, make_pdf, tmp_path) -> None:

@@ -12,7 +12,7 @@ import pytest
 from llama_index.core.schema import Node, NodeRelationship, TextNode
 from PIL import Image
 
-from mmrag.errors import ReadError
+from mmrag.errors import ConfigError, ReadError
 from mmrag.reading import (
     ReadOptions,
     client,
@@ -464,6 +464,14 @@ def test_reading_keeps_the_log_quiet(make_pdf, read, caplog) -> None:
     with caplog.at_level(logging.WARNING):
         read(make_pdf(one_page))
     assert caplog.records == []
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"dpi": 0}, {"page_seconds": -1}, {"passage_words": 20, "passage_overlap": 20}]
+)
+def test_options_that_cannot_work_are_refused(wrong) -> None:
+    with pytest.raises(ConfigError, match=list(wrong)[-1]):
+        ReadOptions(**wrong)
 
 
 def test_options_have_sensible_defaults() -> None:
