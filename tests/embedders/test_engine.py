@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from mmrag.content import Content
 from mmrag.embedders import load_embedder
 from mmrag.embedders.batching import pad, plan_batches
+from mmrag.embedders.loading import fingerprint
 from mmrag.errors import ConfigError, ContentError, ModelError
 
 
@@ -144,6 +145,16 @@ def test_the_fingerprint_follows_weights_and_settings(qwen2_vl_folder, tmp_path)
     assert load_embedder(qwen2_vl_folder, family="gme", max_length=99).fingerprint != first
     folder = _changed(qwen2_vl_folder, tmp_path / "a", lambda w: w["model.norm.weight"].add_(0.5))
     assert load_embedder(folder, family="gme").fingerprint != first
+
+
+def test_one_changed_matrix_changes_the_fingerprint(tmp_path):
+    """Fine-tuning one projection keeps names, shapes and nearly every byte of the file."""
+    weights = {f"layer.{n}": torch.zeros(256, 256) for n in range(40)}
+    save_file(weights, tmp_path / "model.safetensors")
+    before = fingerprint([tmp_path], {})
+    weights["layer.13"][0, 0] = 1
+    save_file(weights, tmp_path / "model.safetensors")
+    assert fingerprint([tmp_path], {}) != before
 
 
 def test_names_that_lead_nowhere(tmp_path, qwen2_vl_folder):
