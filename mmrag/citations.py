@@ -2,8 +2,8 @@
 
 A claim is a sentence of the answer. It is supported by a source if one passage of the source
 (a sentence, or two neighbours) has most of its weighted content words, or means the same to the
-embedder, and every number of the claim stands on the page. That is a check of evidence, not of
-truth: a negated sentence passes it.
+embedder, and every number of the claim stands on the page. Passages of several sources cited for
+it may support it together. That is a check of evidence, not of truth: a negated sentence passes it.
 """
 
 from __future__ import annotations
@@ -30,6 +30,8 @@ logger = logging.getLogger(__name__)
 
 Similarity: TypeAlias = Callable[[Sequence[str], Sequence[str]], NDArray[np.float32]]
 """Cosines, shape (len(first), len(second))."""
+Evidence: TypeAlias = tuple[float, str]
+"""Support in [0, 1] and the words of a passage."""
 Choice: TypeAlias = Literal["flag", "remove"]
 
 SUPPORT = 0.4
@@ -37,6 +39,7 @@ SUPPORT = 0.4
 SUPPORT_COSINE = 0.85
 """Cosine of claim and passage that stands in for shared words."""
 
+_IDLE = SUPPORT / 2  # below it, a source cited beside others adds nothing to a claim
 _TO_EMBED = 32  # passages of a page that are compared by meaning, those with most words first
 
 _OPEN, _CLOSE = r"[\[\u3010\uff3b\u3014]", r"[\]\u3011\uff3d\u3015]"
@@ -67,12 +70,14 @@ class Claim:
     citations: the sources that it cites and that exist.
     dangling: the numbers that it cites and that no source has.
     supported: None where no cited source has text to check against.
+    idle: sources cited beside those that support it, whose text has next to nothing of it.
     """
 
     text: str
     citations: tuple[int, ...] = ()
     dangling: tuple[int, ...] = ()
     supported: bool | None = None
+    idle: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -99,6 +104,7 @@ class CheckedAnswer:
                 cites = "".join(f"[{n}]" for n in claim.citations)
                 where = f"not found in the text of {cites}" if cites else "has no citation"
                 found.append(f"{where}: {claim.text}")
+            found += [f"[{n}] has nothing of: {claim.text}" for n in claim.idle]
         return found
 
 
@@ -168,7 +174,7 @@ def check_answer(
     known = {source.n: source for source in sources}
     claims: list[Claim] = []
     shown: list[str] = []
-    quotes: dict[int, tuple[float, str]] = {}
+    quotes: dict[int, Evidence] = {}
     for line, piece in _pieces(text):
         claim, evidence = _check_claim(piece, known, similarity)
         for n, (score, quote) in evidence.items():
@@ -205,7 +211,7 @@ def locate(source: Source, quote: str) -> Source:
 
 def best_passage(
     claim: str, source: Source, similarity: Similarity | None = None
-) -> tuple[float, str] | None:
+) -> Evidence | None:
     """Support in [0, 1] and words of the passage of a source that best supports a claim.
 
     None if the source has no text.
@@ -257,7 +263,7 @@ def _runs_on(before: str, space: str, piece: str) -> bool:
 
 def _check_claim(
     piece: str, known: dict[int, Source], similarity: Similarity | None
-) -> tuple[Claim, dict[int, tuple[float, str]]]:
+) -> tuple[Claim, dict[int, Evidence]]:
     marks = parse_marks(piece)
     citations = tuple(n for n in marks if n in known)
     dangling = tuple(n for n in marks if n not in known)
@@ -265,19 +271,40 @@ def _check_claim(
     if not terms(text) or (text.endswith(":") and not marks):
         return Claim(text if marks else "", citations, dangling), {}
     to_check = [known[n] for n in citations] or list(known.values())
-    evidence = {}
+    evidence: dict[int, Evidence] = {}
     for source in to_check:
         if passage := best_passage(text, source, similarity):
             evidence[source.n] = passage
     if not evidence:
         return Claim(text, citations, dangling, None), {}
     seen = numbers(" ".join(f"{source.text} {source.page}" for source in to_check))
-    enough = max(score for score, _ in evidence.values()) >= SUPPORT
+    together = max(score for score, _ in evidence.values())
+    if citations and len(evidence) > 1:
+        together, evidence = _together(text, to_check, evidence)
+    enough = together >= SUPPORT
     unseen_pages = any(not source.text.strip() for source in to_check)
     supported: bool | None = enough and numbers(text) <= seen
     if not supported and (unseen_pages or _names_place(text, [known[n] for n in citations])):
         supported = None
-    return Claim(text, citations, dangling, supported), evidence
+    idle = [n for n, (score, _) in evidence.items() if supported and score < _IDLE]
+    return Claim(text, citations, dangling, supported, tuple(idle) if citations else ()), evidence
+
+
+def _together(
+    text: str, cited: Sequence[Source], evidence: dict[int, Evidence]
+) -> tuple[float, dict[int, Evidence]]:
+    """Support by the best passages of several sources as one, and by each among them.
+
+    A sentence that joins what two pages say is not to be found on either.
+    """
+    idf = Idf([words for source in cited for words in _passages(source.text)[1]])
+    wanted, quoted = terms(text), {n: terms(quote) for n, (_, quote) in evidence.items()}
+    each = {
+        n: (max(score, idf.coverage(wanted, quoted[n])), quote)
+        for n, (score, quote) in evidence.items()
+    }
+    shared = idf.coverage(wanted, [word for words in quoted.values() for word in words])
+    return max(shared, *(score for score, _ in each.values())), each
 
 
 def _names_place(text: str, cited: Sequence[Source]) -> bool:
@@ -297,5 +324,5 @@ def _rewrite(piece: str, known: Iterable[int], dangling: Choice) -> str:
     return _MARK.sub(one, piece)
 
 
-def _with_quote(source: Source, quote: tuple[float, str] | None) -> Source:
+def _with_quote(source: Source, quote: Evidence | None) -> Source:
     return source if quote is None else locate(source, quote[1])

@@ -82,6 +82,22 @@ def test_a_claim_cited_to_the_wrong_page_is_flagged():
     ]
 
 
+def test_a_page_cited_beside_the_right_one_is_checked_too():
+    both = "The gold plan covers one eye examination a year [1][2]."
+    checked = check_answer(both, SOURCES)
+    assert checked.claims[0].supported
+    assert checked.problems == [f"[2] has nothing of: {strip_marks(both)}"]
+
+
+def test_what_two_pages_say_may_be_joined_in_one_sentence():
+    said = "The gold plan covers one eye examination, and dental cleaning is free for children"
+    checked = check_answer(f"{said} [1][2].", SOURCES)
+    assert checked.problems == []
+    assert [bool(page.quote) for page in checked.sources] == [True, True]
+    assert check_answer(f"{said} [1].", SOURCES).problems
+    assert check_answer("Cheese is green and the moon is old [1][2].", SOURCES).problems
+
+
 def test_a_number_that_the_page_does_not_have_is_flagged():
     right = check_answer("Lenses cost 150 dollars [1].", SOURCES)
     wrong = check_answer("Lenses cost 250 dollars [1].", SOURCES)
