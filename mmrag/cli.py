@@ -305,14 +305,18 @@ def remove(
 ) -> None:
     """Forget indexed files; the files themselves are not touched."""
     with _errors(debug), _library(collection, None) as library:
+        from mmrag.collection import matching_paths
+
         removed = library.remove(*patterns)
         if as_json:
             _print_json({"removed": removed})
         else:
             for path in removed:
                 _out().print(Text(f"removed {display.clean(path)}"))
+        unmatched = [each for each in patterns if not matching_paths([each], removed)]
+        if unmatched:
+            _err().print(Text(f"No indexed file matches {', '.join(unmatched)}."), soft_wrap=True)
         if not removed:
-            _err().print(Text(f"No indexed file matches {', '.join(patterns)}."), soft_wrap=True)
             raise typer.Exit(NOTHING)
 
 

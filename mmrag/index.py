@@ -202,7 +202,10 @@ class UniversalIndex:
             "views": tuple(view for view in views if view in embedder.modalities),
             "reading": reading_settings(self._reading or ReadOptions()),
         }
-        return CollectionSettings(embedder.name, embedder.fingerprint, **(default | self._given))
+        name = embedder.name
+        if Path(name).is_dir():
+            name = str(Path(name).resolve())  # to be found from any working directory
+        return CollectionSettings(name, embedder.fingerprint, **(default | self._given))
 
 
 def _identified(settings: CollectionSettings, embedder: Embedder) -> CollectionSettings:

@@ -318,7 +318,9 @@ def test_listing_and_removing(docs, tmp_path):
     shown = run("list", "-c", folder).stdout
     assert "2 files, " in shown
     assert "plans.pdf" in shown
-    gone = run("remove", "*.md", "-c", folder, "--json")
+    gone = run("remove", "*.md", "nothing.pdf", "-c", folder, "--json")
+    assert gone.exit_code == 0
+    assert gone.stderr == "No indexed file matches nothing.pdf.\n"
     assert [path.endswith("notes.md") for path in json.loads(gone.stdout)["removed"]] == [True]
     assert run("remove", "*.md", "-c", folder).exit_code == 1
     assert "1 files, " in run("list", "-c", folder).stdout

@@ -83,6 +83,24 @@ def test_the_embedder_that_built_it_is_loaded_by_name(library, monkeypatch):
         assert loaded == ["fake"]
 
 
+def test_a_model_in_a_folder_is_found_from_any_working_directory(papers, tmp_path, monkeypatch):
+    loaded = []
+
+    def load(name, **_):
+        loaded.append(str(name))
+        return FakeEmbedder("./model")
+
+    monkeypatch.setattr(mmrag.embedders, "load_embedder", load)
+    (tmp_path / "model").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with UniversalIndex(tmp_path / "library", "./model") as index:
+        index.add(papers)
+    monkeypatch.chdir(papers)
+    with UniversalIndex(tmp_path / "library") as index:
+        index.add(papers)
+    assert loaded == ["./model", str(tmp_path / "model")]
+
+
 def test_a_model_that_has_changed_since_is_refused(library, monkeypatch):
     newer = FakeEmbedder(version="2")
     monkeypatch.setattr(mmrag.embedders, "load_embedder", lambda name, **_: newer)
