@@ -214,11 +214,14 @@ def sanitize(text: str) -> str:
 
 
 _CHAT_MARKER = re.compile(
-    r"<[|\uff5c][^|\uff5c<>\n]{1,60}[|\uff5c]>|</?s>|<</?SYS>>|\[/?INST\]|</?(?:start|end)_of_turn>"
-    r"|</?(?:image|img|audio|video)>|<(?:bos|eos|pad)>",
+    r"<[|\uff5c][^|\uff5c<>\n]{1,60}[|\uff5c]>|</?s>|<</?SYS>>|</?(?:start|end)_of_turn>"
+    r"|\[/?(?:INST|SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_CALLS|TOOL_RESULTS|THINK|IMG)\]"
+    r"|</?(?:think|thinking|thought|reasoning|image|img|audio|video)>|<(?:bos|eos|pad)>",
     re.IGNORECASE,
 )
-_REFERENCE = re.compile(r"\[(\d{1,3}(?:\s*[,\u2013-]\s*\d{1,3})*)\]")
+_REFERENCE = re.compile(
+    r"[\[\u3010\uff3b\u3014](\d{1,3}(?:\s*[,;\uff0c\u3001\u2013-]\s*\d{1,3})*)[\]\u3011\uff3d\u3015]"
+)
 
 
 def _invisible(char: str) -> bool:

@@ -31,7 +31,7 @@ STOP_WORDS = frozenset(
         most must my no nor not of on only or other our out over own same shall she should so some
         such than that the their them then there these they this those through to too under until
         up us very was we were what when where which while who whom whose why will with would you
-        your i he her his him tell give list show explain describe
+        your i he her his him yes tell give list show explain describe
         der die das den dem des ein eine einer eines und oder ist sind war wie was wer wo wann
         warum welche welcher welches mit von zu im auf fur nicht
         le la les un une des du de et ou est sont que qui quoi dans pour avec sur quel quelle

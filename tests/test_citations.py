@@ -240,6 +240,10 @@ def test_the_numbers_of_a_list_are_no_claims():
     assert checked.problems == []
 
 
+def test_a_bare_yes_is_no_claim():
+    assert check_answer("Yes [1].", SOURCES).problems == []
+
+
 def test_a_list_of_references_makes_no_claims():
     said = "Adults pay for crowns [2].\n\nSources:\n[2] a.pdf, page 2"
     assert check_answer(said, SOURCES).problems == []
