@@ -56,11 +56,18 @@ def save_checkpoint(
     for path in source.iterdir():
         if path.is_file() and not path.name.endswith(_WEIGHTS) and path.name not in _OWN:
             shutil.copyfile(path, target / path.name)
+    # A part of the model may be described in a folder of its own, as in MM-Embed.
+    for path in source.glob("*/config.json"):
+        (target / path.parent.name).mkdir(exist_ok=True)
+        shutil.copyfile(path, target / path.parent.name / path.name)
     model: Any = backbone.model
     weights = None
     if dtype is not None:
         weights = {key: value.to(dtype) for key, value in model.state_dict().items()}
     model.save_pretrained(target, state_dict=weights)
+    if not type(model).__module__.startswith("transformers."):
+        # A model built from parts is described by the published configuration alone.
+        shutil.copyfile(source / "config.json", target / "config.json")
     if dtype is not None:
         config = read_json(target / "config.json")
         config["dtype"] = str(dtype).removeprefix("torch.")

@@ -6,10 +6,12 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny_adapters import adapter_weights, save_adapter
+from tiny_llava import save_mm_embed, save_phi3v
 from transformers import AutoTokenizer, Qwen2VLModel
 
 from mmrag.content import Content
-from mmrag.embedders import load_embedder
+from mmrag.embedders import load_backbone, load_embedder
+from mmrag.embedders.saving import save_checkpoint
 from mmrag.errors import ModelError
 from recipes.config import DataConfig, LoraConfig, TrainConfig
 from recipes.export import check_in_fresh_process, export, load_trained, probe_vectors
@@ -107,6 +109,19 @@ def test_other_vectors_after_reloading_are_an_error(exported):
 def test_an_unfinished_run_is_an_error(tmp_path):
     with pytest.raises(ModelError, match="let the training finish"):
         load_trained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("family", "save"), [("mm_embed", save_mm_embed), ("vlm2vec_phi3v", save_phi3v)]
+)
+def test_models_that_transformers_does_not_have_load_again(tmp_path, family, save):
+    source = save(tmp_path / "source")
+    backbone = load_backbone(source, family=family, device="cpu")
+    for parameter in backbone.model.parameters():
+        parameter.data.mul_(1.05)
+    save_checkpoint(backbone, source, tmp_path / "out", dtype=torch.float16)
+    expected = probe_vectors(source, backbone)
+    assert ((probe_vectors(tmp_path / "out") * expected).sum(axis=1) > 0.9999).all()
 
 
 def test_a_run_that_began_at_an_adapter_is_exported_whole(tiny_model, text_rows, tmp_path):
