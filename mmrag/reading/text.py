@@ -28,6 +28,8 @@ class NotText(ValueError):
 def decode(data: bytes) -> str:
     """Text from UTF-8, UTF-16 or UTF-32 with a byte order mark, UTF-8, UTF-16, or Latin-1.
 
+    UTF-8 that is damaged here and there is still taken for UTF-8.
+
     Raises: NotText for binary data.
     """
     for mark, encoding in _MARKS:
@@ -37,10 +39,12 @@ def decode(data: bytes) -> str:
         half = data[: len(data) // 2 * 2]
         little = half[1::2].count(0) > half[0::2].count(0)
         return _strictly(half, "utf-16-le" if little else "utf-16-be")
-    try:
-        return _checked(data.decode("utf-8"))
-    except UnicodeDecodeError:
-        return _checked(data.decode("cp1252", errors="replace"))
+    text = data.decode("utf-8", errors="replace")
+    damaged = text.count("\ufffd")
+    # Letters of Latin-1 make no valid sequences of UTF-8.
+    if damaged and damaged >= sum(not c.isascii() for c in text) - damaged:
+        text = data.decode("cp1252", errors="replace")
+    return _checked(text)
 
 
 def _strictly(data: bytes, encoding: str) -> str:

@@ -167,6 +167,12 @@ def test_text_is_decoded(encoding, mark, read, tmp_path) -> None:
     assert "page" not in node.metadata and node.metadata["kind"] == "text"
 
 
+def test_a_damaged_byte_does_not_change_the_encoding(read, tmp_path) -> None:
+    text = "Gr\u00fc\u00dfe aus K\u00f6ln, und viele mehr. " * 5
+    (node,) = read(touch(tmp_path / "a.txt", text.encode() + b"\xff")).nodes
+    assert node.text == text.strip()
+
+
 @pytest.mark.parametrize("data", [bytes(range(256)) * 40, os.urandom(4000), b"\xff\xfe\x00"])
 def test_binary_data_is_no_text(data, read, tmp_path) -> None:
     reading = read(touch(tmp_path / "a.txt", data))
