@@ -48,8 +48,8 @@ def isolate(
     try:
         return [float(value) for value in score(pairs)]
     except (ContentError, ModelError) as error:
-        if len(pairs) == 1:
-            return [error]
+        if len(pairs) == 1:  # its place among these pairs says nothing to the caller
+            return [type(error)(str(error).removeprefix("pair 0: "))]
     middle = len(pairs) // 2
     return isolate(score, pairs[:middle]) + isolate(score, pairs[middle:])
 

@@ -191,6 +191,7 @@ def test_one_bad_pair_does_not_stop_the_others(scorer, tmp_path):
     outcomes = scorer.judge([(query, document) for document in documents])
     assert isinstance(outcomes[1], ContentError)
     assert "gone.png" in str(outcomes[1])
+    assert "pair 0" not in str(outcomes[1])
     good = scorer.score([(query, document) for document in documents if not document.images])
     np.testing.assert_allclose([outcomes[0], *outcomes[2:]], good, atol=1e-4)
 
