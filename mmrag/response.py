@@ -177,13 +177,16 @@ class _Shown:
 
     def __init__(self) -> None:
         self._held = ""
-        self._begun = False
+        self._reasons = self._begun = False
 
     def add(self, token: str) -> str:
         """What may be shown after a further token."""
         self._held += token
         if not self._begun:
+            if self._reasons and not {">", "]"} & set(token):
+                return ""  # only a closing tag changes anything, and the text may be long
             head = without_reasoning(self._held)
+            self._reasons = not without_reasoning(f"{self._held}x")
             if _may_be_reasoning(self._held) or _may_be_sentinel(head):
                 return ""
             self._begun, self._held = True, head

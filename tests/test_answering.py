@@ -266,6 +266,18 @@ def test_a_stream_hides_the_same_however_it_is_cut(size):
     assert "".join(shown(pieces)) == f"The gold\nplan [1]. IN: {NOT_FOUND}, NOT_FOUND_IN"
 
 
+def test_a_stream_begins_when_reasoning_ends():
+    drawn = []
+
+    def tokens():
+        for token in ["<think>", *["hm "] * 30_000, "</thi", "nk>", "\n\n", "Gold ", "covers "]:
+            drawn.append(token)
+            yield token
+
+    assert next(shown(tokens())) == "Gold "
+    assert drawn[-1] == "Gold "
+
+
 def test_reasoning_that_does_not_end_is_no_answer(hits):
     with pytest.raises(EndpointError, match="max_tokens"):
         CitedQueryEngine(Found(hits), Chat(reply="<think>Let me see [1]")).query(QUESTION)
