@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -471,8 +472,9 @@ class _Place:
     def _foreign_files(self) -> list[str]:
         if self.folder is None or not self.folder.is_dir():
             return []
-        ours = {_IMAGES, _SHARD + ".new"}
-        return sorted(each.name for each in self.folder.iterdir() if each.name not in ours)
+        names = sorted(each.name for each in self.folder.iterdir())
+        # A process that creates the shard, or was killed over it, leaves one ending in .new.
+        return [n for n in names if n != _IMAGES and not re.fullmatch(rf"{_SHARD}\..*new", n)]
 
     def _server(self, client: QdrantClient, settings: CollectionSettings | None) -> Engine:
         engine = ServerEngine(client, self.name, owned=self.url is not None)

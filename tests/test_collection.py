@@ -1,6 +1,7 @@
 """The collection over both engines: nodes in, nodes out."""
 
 import dataclasses
+import os
 import shutil
 import subprocess
 import sys
@@ -374,6 +375,26 @@ def test_a_folder_in_use_by_another_process_is_refused(tmp_path):
         )
     assert "CollectionError" in run.stdout
     assert "another process" in run.stdout
+
+
+def test_two_processes_may_create_it_at_once(tmp_path, monkeypatch):
+    """The other one completes its shard while this one is still at its own."""
+    from mmrag.collection import _schema
+    from mmrag.engines import EdgeEngine
+
+    shard = tmp_path / "x" / "qdrant"
+    rename = Path.rename
+
+    def late(unfinished, folder):
+        monkeypatch.setattr(Path, "rename", rename)
+        monkeypatch.setattr(os, "getpid", lambda: -1)
+        EdgeEngine.create(folder, _schema(SETTINGS)).close()
+        return rename(unfinished, folder)
+
+    monkeypatch.setattr(Path, "rename", late)
+    with Collection.open(tmp_path / "x", settings=SETTINGS) as collection:
+        assert collection.settings == SETTINGS
+    assert [each.name for each in shard.parent.iterdir() if each.name != "images"] == ["qdrant"]
 
 
 def test_a_collection_cut_short_at_birth_is_finished(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -63,8 +64,11 @@ class EdgeEngine(Engine):
 
     @classmethod
     def create(cls, folder: Path, schema: Schema) -> EdgeEngine:
-        """Create a shard with its indexes. It appears under its name only when complete."""
-        unfinished = folder.with_name(folder.name + ".new")
+        """Create a shard with its indexes. It appears under its name only when complete.
+
+        One that another process has completed meanwhile is opened instead.
+        """
+        unfinished = folder.with_name(f"{folder.name}.{os.getpid()}.new")
         shutil.rmtree(unfinished, ignore_errors=True)
         config = edge.EdgeConfig(
             vectors={
@@ -73,14 +77,21 @@ class EdgeEngine(Engine):
             }
         )
         unfinished.parent.mkdir(parents=True, exist_ok=True)
-        with _edge_errors(f"cannot create {folder}"):
-            shard = edge.EdgeShard.create(str(unfinished), config)
-            for name, index in _edge_indexes(schema).items():
-                shard.update(edge.UpdateOperation.create_field_index(name, index))
-            shard.flush()
-            shard.close()
-        unfinished.rename(folder)
-        return cls(folder)
+        try:
+            with _edge_errors(f"cannot create {folder}"):
+                shard = edge.EdgeShard.create(str(unfinished), config)
+                for name, index in _edge_indexes(schema).items():
+                    shard.update(edge.UpdateOperation.create_field_index(name, index))
+                shard.flush()
+                shard.close()
+            unfinished.rename(folder)
+        except (OSError, CollectionError):
+            if not folder.is_dir():
+                raise
+        engine = cls(folder)
+        for rest in folder.parent.glob(f"{folder.name}.*new"):
+            shutil.rmtree(rest, ignore_errors=True)
+        return engine
 
     @override
     def upsert(self, points: Sequence[Point]) -> None:
