@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     )
     from mmrag.index import UniversalIndex
     from mmrag.ingest import IngestReport
+    from mmrag.local_llm import LocalLLM
     from mmrag.planning import PlanningQueryEngine
     from mmrag.reading import ReadOptions, read_file
     from mmrag.reranker import MLLMReranker
@@ -47,6 +48,7 @@ _HOME = {
     "EndpointError": "errors",
     "ImageLimits": "content",
     "IngestReport": "ingest",
+    "LocalLLM": "local_llm",
     "MLLMReranker": "reranker",
     "MMRagError": "errors",
     "ModelError": "errors",
@@ -76,6 +78,7 @@ __all__ = [
     "EndpointError",
     "ImageLimits",
     "IngestReport",
+    "LocalLLM",
     "MLLMReranker",
     "MMRagError",
     "ModelError",

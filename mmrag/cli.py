@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from mmrag.collection import Where
     from mmrag.index import UniversalIndex
     from mmrag.ingest import Progress
+    from mmrag.local_llm import LocalLLM
     from mmrag.planning import PlanningQueryEngine
     from mmrag.response import CitedResponse
 
@@ -191,8 +192,8 @@ def ask(
             "--llm",
             metavar="MODEL",
             envvar="MMRAG_LLM",
-            help="Chat model at an OpenAI-compatible server (key: OPENAI_API_KEY). "
-            "Without one, the best sentences are quoted.",
+            help="Chat model at an OpenAI-compatible server (key: OPENAI_API_KEY), or the folder "
+            "of a checkpoint that is to run here. Without one, the best sentences are quoted.",
         ),
     ] = None,
     base_url: Annotated[
@@ -370,9 +371,15 @@ def _library(collection: str, embedder: str | None, **options: Any) -> Iterator[
         yield library
 
 
-def _llm(model: str | None, base_url: str | None, window: int | None) -> OpenAILike | None:
+def _llm(
+    model: str | None, base_url: str | None, window: int | None
+) -> OpenAILike | LocalLLM | None:
     if model is None and base_url is None:
         return None
+    if model is not None and base_url is None and Path(model).is_dir():
+        from mmrag.local_llm import LocalLLM
+
+        return LocalLLM(model, context_window=window)
     import os
 
     from mmrag.endpoint import open_llm
@@ -389,7 +396,7 @@ def _planned(engine: CitedQueryEngine) -> PlanningQueryEngine:
 
 
 def _rerankers(
-    name: str | None, llm: OpenAILike | None, top_k: int, images: bool
+    name: str | None, llm: OpenAILike | LocalLLM | None, top_k: int, images: bool
 ) -> list[BaseNodePostprocessor]:
     """What --rerank asks for."""
     if name is None:
@@ -400,6 +407,10 @@ def _rerankers(
         return [MLLMReranker(name, top_n=top_k)]
     if llm is None:
         raise typer.BadParameter("--rerank llm needs --llm or --base-url.")
+    from llama_index.llms.openai_like import OpenAILike
+
+    if not isinstance(llm, OpenAILike):
+        return [MLLMReranker(llm.model_name, top_n=top_k)]
     server: dict[str, Any] = {"base_url": llm.api_base, "api_key": llm.api_key}
     return [MLLMReranker(llm.model, top_k, images=images, **server)]
 

@@ -142,7 +142,8 @@ def without_reasoning(text: str) -> str:
 def cut_off(reply: ChatResponse) -> bool:
     """Whether a reply ended because it was as long as it may be."""
     choices = getattr(reply.raw, "choices", None) or ()
-    return any(getattr(choice, "finish_reason", None) == "length" for choice in choices)
+    reasons = {getattr(choice, "finish_reason", None) for choice in choices}
+    return "length" in reasons | {reply.additional_kwargs.get("finish_reason")}
 
 
 @contextmanager

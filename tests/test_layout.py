@@ -17,8 +17,8 @@ PACKAGE = Path(mmrag.__file__).parent
 # long as there is no circle.
 ORDER = [
     *("errors", "content", "embedders", "reading", "embedding", "engines", "collection"),
-    *("ingest", "retriever", "context", "citations", "rerankers", "reranker", "answering"),
-    *("planning", "chatting", "structured", "index", "cli"),
+    *("ingest", "retriever", "context", "citations", "rerankers", "local_llm"),
+    *("reranker", "answering", "planning", "chatting", "structured", "index", "cli"),
 ]
 
 # Library: the only parts that may import it.
@@ -29,7 +29,7 @@ SEATS = {
     "qdrant_client": {"engines", "collection", "index"},
 }
 WITHOUT_LLAMA_INDEX = {"errors", "content", "embedders", "engines"}
-WITHOUT_TORCH = set(ORDER) - {"embedders", "rerankers"}
+WITHOUT_TORCH = set(ORDER) - {"embedders", "rerankers", "local_llm"}
 
 
 def part(path: Path) -> str:

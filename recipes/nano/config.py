@@ -59,10 +59,10 @@ class VisionConfig:
     """Pixels; a multiple of 28."""
     picture_folder: str = ""
     """Folder below ``data`` of pictures whose file names are their titles; empty for none."""
-    picture_minutes: float = 45.0
+    picture_minutes: float = 85.0
     """Training time on pictures and crops together, after ``minutes``."""
-    pictures: int = 12
-    """Pictures a step, beside half as many crops as before."""
+    pictures: int = 8
+    """Pictures a step, beside the crops."""
     fonts: tuple[str, ...] = ("/usr/share/fonts",)
     """Folders of TrueType and OpenType fonts."""
     faces: tuple[str, ...] = ("",)

@@ -26,7 +26,7 @@ from recipes.nano.tower import Dictionary
 _WARM_UP = 60  # steps
 _SAVE_EVERY = 200  # steps
 _PICTURE_RATE = 0.4  # share of the peak rate that the second part starts with
-_PICTURE_WEIGHT = 0.3  # of the loss of pictures beside that of crops
+_PICTURE_WEIGHT = 0.1  # of the loss of pictures beside that of crops
 _PATCHES_ASKED = 500  # patches of a step whose trigram is asked for
 
 
@@ -144,7 +144,7 @@ def train_reader(
     while (spent := time.monotonic() - began) < total:
         if pictures and spent >= first:
             rate = _PICTURE_RATE * _rate(step, (spent - first) / (total - first))
-            loss, metrics = read_loss(reader, crops.batch(config.crops // 2), 1.0)
+            loss, metrics = read_loss(reader, crops.batch(config.crops), 1.0)
             titled, more = picture_loss(reader, pictures, config.pictures)
             loss, metrics = loss + _PICTURE_WEIGHT * titled, metrics | more
         else:
