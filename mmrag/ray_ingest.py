@@ -78,7 +78,7 @@ def ingest_with_ray(
 
 
 def _together(reports: Sequence[IngestReport], errors: Sequence[ReadError]) -> IngestReport:
-    total = IngestReport(errors=list(errors))
+    total = IngestReport(errors=list(errors), failed=[error.file for error in errors])
     for report in reports:
         for key in ("indexed", "replaced", "unchanged", "removed", "failed", "errors", "notes"):
             getattr(total, key).extend(getattr(report, key))

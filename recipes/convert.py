@@ -20,8 +20,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from mmrag.errors import ContentError, MMRagError, ReadError
+from mmrag.errors import ContentError, ReadError
 from mmrag.reading import read_file
+from recipes.console import ends_cleanly
 from recipes.rows import ImageStore, Item, Row, store_of, write_rows
 
 _PLACEHOLDER = re.compile(r"<\|image_\d+\|>|<image>|<\|image_pad\|>")
@@ -236,11 +237,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--task", default=None, help="name of the task; default: the file's")
     parser.add_argument("--licence", default="", help="licence of the PDFs")
     given = parser.parse_args(arguments)
-    try:
+    with ends_cleanly():
         converted = _convert(given)
         count = write_rows(given.out, converted.rows)
-    except (MMRagError, OSError) as error:
-        raise SystemExit(f"error: {error}") from error
     for problem in converted.problems:
         print(f"left out: {problem}")
     print(f"{count} rows, {len(converted.problems)} left out: {given.out}")

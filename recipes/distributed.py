@@ -13,12 +13,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+_PATIENCE = timedelta(hours=2)
 _BUCKET = 32_000_000  # elements reduced at a time
 
 
@@ -30,7 +32,8 @@ def start() -> tuple[int, int]:
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         if backend == "nccl":
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-        dist.init_process_group(backend)
+        # The first process evaluates alone, which can take longer than the default allows.
+        dist.init_process_group(backend, timeout=_PATIENCE)
     return dist.get_rank(), dist.get_world_size()
 
 

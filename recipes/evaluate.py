@@ -25,7 +25,8 @@ from numpy.typing import NDArray
 from mmrag.embedders import load_embedder
 from mmrag.embedders.base import Embedder, check_dim, truncate_normalise
 from mmrag.embedders.instructions import resolve
-from mmrag.errors import ContentError, MMRagError
+from mmrag.errors import ContentError
+from recipes.console import ends_cleanly
 from recipes.rows import ImageStore, Row, corpus_of, read_rows, store_of
 
 CUTS = (1, 5, 10)
@@ -134,11 +135,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--dims", type=int, nargs="*", default=[], help="dimensions to report")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     given = parser.parse_args(arguments)
-    try:
+    with ends_cleanly():
         embedder = load_embedder(given.model, family=given.family)
         results = _evaluate(embedder, given)
-    except (MMRagError, OSError) as error:
-        raise SystemExit(f"error: {error}") from error
     if given.json:
         print(json.dumps(results, indent=1))
     else:

@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from mmrag.answering import CitedQueryEngine
-from mmrag.errors import ContentError, MMRagError
+from mmrag.errors import ContentError
 from mmrag.index import UniversalIndex
 from mmrag.response import CitedResponse
+from recipes.console import ends_cleanly
 from recipes.evaluate_pages import read_questions
 
 
@@ -80,18 +81,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--model", default="mmrag-nano")
     parser.add_argument("--library", type=Path, default=None, help="keep the index here")
     given = parser.parse_args(arguments)
-    try:
-        with tempfile.TemporaryDirectory() as scratch:
-            place = given.library or Path(scratch) / "library"
-            with UniversalIndex(place, given.model) as index:
-                index.add(given.pdfs, progress=True)
-                counts = evaluate_answers(
-                    index.as_query_engine(),
-                    read_questions(given.questions),
-                    read_foreign(given.foreign, given.count, given.seed),
-                )
-    except (MMRagError, OSError) as error:
-        raise SystemExit(f"error: {error}") from error
+    with ends_cleanly(), tempfile.TemporaryDirectory() as scratch:
+        place = given.library or Path(scratch) / "library"
+        with UniversalIndex(place, given.model) as index:
+            index.add(given.pdfs, progress=True)
+            counts = evaluate_answers(
+                index.as_query_engine(),
+                read_questions(given.questions),
+                read_foreign(given.foreign, given.count, given.seed),
+            )
     print("| | |\n|---|---|")
     print(f"| own questions answered | {counts['answered']} of {counts['own']} |")
     print(f"| own questions with a right page cited | {counts['right_page']} of {counts['own']} |")

@@ -29,8 +29,9 @@ from mmrag.embedders.base import Backbone
 from mmrag.embedders.engine import LocalEmbedder
 from mmrag.embedders.loading import check_keys
 from mmrag.embedders.saving import save_checkpoint
-from mmrag.errors import MMRagError, ModelError
+from mmrag.errors import ModelError
 from recipes.config import TrainConfig, build
+from recipes.console import ends_cleanly
 from recipes.rows import read_rows
 from recipes.train import make_trainable
 
@@ -181,10 +182,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--dtype", choices=["float16", "bfloat16", "float32"], default="float16")
     parser.add_argument("--scores", type=Path, nargs="*", default=[], help="JSON of evaluate")
     given = parser.parse_args(arguments)
-    try:
+    with ends_cleanly():
         print(f"exported: {export(given.run, given.out, given.dtype, given.scores)}")
-    except (MMRagError, OSError) as error:
-        raise SystemExit(f"error: {error}") from error
 
 
 if __name__ == "__main__":

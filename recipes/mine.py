@@ -29,8 +29,9 @@ from numpy.typing import NDArray
 from mmrag.embedders import load_embedder
 from mmrag.embedders.base import Embedder
 from mmrag.embedders.instructions import resolve
-from mmrag.errors import ConfigError, MMRagError
+from mmrag.errors import ConfigError
 from recipes.config import load_config
+from recipes.console import ends_cleanly
 from recipes.rows import (
     ImageStore,
     Item,
@@ -249,7 +250,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--family", default=None)
     parser.add_argument("--config", type=Path, default=None, help="TOML file of MineConfig")
     given = parser.parse_intermixed_args(arguments)
-    try:
+    with ends_cleanly():
         config = load_config(MineConfig, given.config, given.overrides)
         rows, store = read_rows(given.rows), store_of(given.rows)
         mined, report = mine(rows, store, load_embedder(given.model, family=given.family), config)
@@ -259,8 +260,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 store_of(given.out).copy_from(store, image_id)
         print(report)
         print(f"wrote {given.out}")
-    except (MMRagError, OSError) as error:
-        raise SystemExit(f"error: {error}") from error
 
 
 if __name__ == "__main__":

@@ -37,8 +37,9 @@ from numpy.typing import NDArray
 
 from mmrag.embedders import load_embedder
 from mmrag.embedders.base import Embedder
-from mmrag.errors import ConfigError, ContentError, EndpointError, MMRagError
+from mmrag.errors import ConfigError, ContentError, EndpointError
 from recipes.config import load_config
+from recipes.console import ends_cleanly
 from recipes.corpus import Document, read_corpus
 from recipes.rows import IMAGES, ImageStore, Item, Modality, Row, write_rows
 from recipes.writers import (
@@ -475,7 +476,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     overrides = [path for path in given.paths if "=" in path and not Path(path).exists()]
     paths = [Path(path) for path in given.paths if path not in overrides]
     key = os.environ.get("OPENAI_API_KEY", "none")
-    try:
+    with ends_cleanly():
         config = load_config(SynthesizeConfig, given.config, overrides)
         model: EndpointModel | LocalModel | None = None
         if given.local_llm:
@@ -485,8 +486,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         drawer = Drawer(given.image_model, given.base_url, key) if given.image_model else None
         embedder = load_embedder(given.embedder)
         report = synthesize(paths, given.out, config, embedder, model, given.prompts, drawer)
-    except (MMRagError, OSError) as error:
-        raise SystemExit(f"error: {error}") from error
     print(report)
     print(f"wrote {given.out / 'rows.jsonl'}")
 

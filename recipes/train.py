@@ -31,10 +31,11 @@ from torch import Tensor, nn
 from mmrag.embedders import load_backbone
 from mmrag.embedders.base import Backbone, check_dim
 from mmrag.embedders.instructions import resolve
-from mmrag.errors import ConfigError, MMRagError
+from mmrag.errors import ConfigError
 from recipes import distributed, gradcache
 from recipes.batches import Batch, Source, plan, shard
 from recipes.config import DataConfig, TrainConfig, load_config
+from recipes.console import ends_cleanly
 from recipes.losses import candidate_mask, distil_scores, info_nce, matryoshka, scores
 from recipes.reports import dry_run, plot_run
 from recipes.rows import ImageStore, Item, Row, read_rows, store_of
@@ -508,15 +509,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--dry-run", action="store_true", help="show what would be trained on")
     given = parser.parse_intermixed_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
+    with ends_cleanly():
         config = load_config(TrainConfig, given.config, given.overrides)
         if given.dry_run:
             backbone = _load_backbone(config)
             print(dry_run(config, backbone, load_datasets(config, backbone)))
         else:
             print(f"trained weights: {train(config)}")
-    except (MMRagError, OSError) as error:
-        raise SystemExit(f"error: {error}") from error
 
 
 if __name__ == "__main__":

@@ -10,7 +10,8 @@ import pytest
 
 from mmrag.collection import Collection, CollectionSettings
 from mmrag.errors import ReadError
-from mmrag.ingest import reading_settings
+from mmrag.ingest import IngestReport, reading_settings
+from mmrag.ray_ingest import _together
 from mmrag.reading import ReadOptions
 
 
@@ -62,3 +63,11 @@ def test_ray_workers_index_every_file_once(tmp_path):
         with Collection.open(folder) as collection:
             stored += [Path(entry.file).name for entry in collection.files()]
     assert sorted(stored) == [f"{number:02}.pdf" for number in range(20)]
+
+
+def test_files_that_are_not_there_are_failed():
+    missing = ReadError("there is no such file", file="gone.pdf")
+    total = _together([IngestReport(indexed=["a.txt"]), IngestReport(failed=["b.txt"])], [missing])
+    assert total.indexed == ["a.txt"]
+    assert total.failed == ["gone.pdf", "b.txt"]
+    assert total.errors == [missing]

@@ -20,8 +20,8 @@ import torch
 from PIL import Image
 from tokenizers import Tokenizer
 
-from mmrag.errors import MMRagError
 from recipes.config import load_config
+from recipes.console import ends_cleanly
 from recipes.nano import checkpoint, distil, reading, texts, tower, vectors
 from recipes.nano.config import NanoConfig
 from recipes.nano.crops import Crops
@@ -188,12 +188,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
     given = parser.parse_args(arguments)
     torch.set_num_threads(given.threads)
-    try:
+    with ends_cleanly():
         config = load_config(NanoConfig, given.config, given.overrides)
         Path(config.work).mkdir(parents=True, exist_ok=True)
         build(config, find_sources(Path(config.work)))
-    except MMRagError as error:
-        raise SystemExit(f"error: {error}") from error
 
 
 if __name__ == "__main__":
