@@ -11,6 +11,7 @@ from typing import Any
 from llama_index.core.schema import BaseNode
 
 from mmrag.collection import node_image, node_text
+from mmrag.errors import ReadError
 from mmrag.reading import ReadOptions, find_files, read_file
 from recipes.rows import ImageStore, Item, Modality
 
@@ -60,16 +61,21 @@ def read_corpus(
 ) -> tuple[list[Document], list[str]]:
     """Read files into documents; their pictures go into the store.
 
-    Returns: the documents, and a message for each file or page that could not be read.
+    Returns: the documents, and a message for each file or page that could not be read, and for
+        each file that has the bytes of another one.
     """
     files, errors = find_files(list(paths))
-    documents: list[Document] = []
+    documents: dict[str, Document] = {}
     scratch = store.folder.parent / "pages"
     for path in files:
         pages = read_file(path, scratch, options or ReadOptions(), on_error=errors.append)
-        for page in pages:
-            documents += [_document(node, store) for node in page.nodes]
-    return documents, [str(error) for error in errors]
+        for node in (node for page in pages for node in page.nodes):
+            twin = documents.setdefault(node.node_id, _document(node, store))
+            if twin.file != node.metadata["file"]:
+                message = f"left out, it has the same content as {twin.file}"
+                errors.append(ReadError(message, file=path.as_posix()))
+                break
+    return list(documents.values()), [str(error) for error in errors]
 
 
 def _document(node: BaseNode, store: ImageStore) -> Document:

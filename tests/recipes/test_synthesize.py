@@ -15,8 +15,8 @@ from PIL import Image
 
 from mmrag.errors import ConfigError, ContentError, EndpointError, ModelError
 from recipes import synthesize as synthesize_module
-from recipes.corpus import Document
-from recipes.rows import Item, Row, check_rows, store_of
+from recipes.corpus import Document, read_corpus
+from recipes.rows import ImageStore, Item, Row, check_rows, store_of
 from recipes.synthesize import PAIRS, SynthesizeConfig, split, synthesize
 from recipes.writers import PROMPTS, EndpointModel, LocalModel, find_json
 
@@ -330,3 +330,15 @@ def test_rows_of_a_document_without_pages_are_held_out_together():
 def test_a_local_model_that_is_not_there_is_a_message(tmp_path):
     with pytest.raises(ModelError, match="cannot load"):
         LocalModel(str(tmp_path / "none"))
+
+
+def test_a_copy_of_a_file_is_left_out_and_said(papers, tmp_path):
+    for name in ("a.pdf", "b.pdf"):
+        shutil.copy(papers / "animals.pdf", tmp_path / name)
+    store = ImageStore(tmp_path / "images")
+    documents, problems = read_corpus([tmp_path / "a.pdf", tmp_path / "b.pdf"], store)
+    assert {document.file for document in documents} == {(tmp_path / "a.pdf").as_posix()}
+    assert len({document.id for document in documents}) == len(documents)
+    (problem,) = problems
+    assert "b.pdf" in problem
+    assert "same content" in problem
