@@ -32,7 +32,7 @@ _MRL_2560 = (64, 128, 256, 512, 1024, 2560)
 _MRL_4096 = (64, 128, 256, 512, 1024, 2048, 4096)
 
 KNOWN: tuple[KnownModel, ...] = (
-    KnownModel("mmrag-nano", "gme", 384, _APACHE, 512, 0, modalities=("text",)),
+    KnownModel("mmrag-nano", "gme", 384, _APACHE, 2304, 1280),
     KnownModel("Alibaba-NLP/gme-Qwen2-VL-2B-Instruct", "gme", 1536, _APACHE, 32768, 1280),
     KnownModel("Alibaba-NLP/gme-Qwen2-VL-7B-Instruct", "gme", 3584, _APACHE, 32768, 1280),
     KnownModel(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
@@ -20,12 +21,15 @@ import torch
 from PIL import Image
 from tokenizers import Tokenizer
 
+from mmrag.embedders.qwen_images import resize
 from recipes.config import load_config
 from recipes.console import ends_cleanly
-from recipes.nano import checkpoint, distil, reading, texts, tower, vectors
+from recipes.nano import checkpoint, distil, glyphs, grams, reading, texts, tower, vectors
 from recipes.nano.config import NanoConfig
-from recipes.nano.crops import Crops
+from recipes.nano.crops import WHOLE, Crops
 from recipes.nano.pictures import Pictures, read_titled
+
+_PAGES = 60  # rendered to find the error that all tokens share
 
 
 @dataclass(frozen=True)
@@ -143,15 +147,44 @@ def titled_pictures(
     return Pictures(items, words, base, embedding, config.seed)
 
 
+def common_error(
+    config: NanoConfig, student: distil.Student, reader: reading.Reader, passages: Sequence[str]
+) -> torch.Tensor:
+    """What all tokens of pages have too much of, (dim,): the mean over pages of a passage each.
+
+    A page has a thousand tokens, most of them white, so a small error that they share drowns
+    what was read. White paper stands in where there are no passages or fonts.
+    """
+    fonts = glyphs.find_fonts(config.vision.fonts, config.vision.faces)
+    if not passages or not fonts:
+        paper = Image.new("RGB", (280, 280), "white")
+        return tower.read_picture(reader.tower, reader.dictionary, paper).mean(0)
+    units = reader.dictionary.vectors
+    known = {gram: row for gram, row in student.vocabulary.items() if row < len(units)}
+    rule = WHOLE.with_tokens(None, config.max_image_tokens)
+    errors = []
+    for number, text in enumerate(passages):
+        page = glyphs.render_page(text, fonts[number % len(fonts)])
+        fitted = resize(page, rule.size(*page.size))
+        tokens = tower.read_picture(reader.tower, reader.dictionary, fitted)
+        counted = [(known[gram], n) for gram, n in grams.count(text).items() if gram in known]
+        rows, counts = torch.tensor(counted).view(-1, 2).T
+        errors.append((tokens.sum(0) - counts.float() @ units[rows.long()]) / len(tokens))
+    return torch.stack(errors).mean(0)
+
+
 def write_checkpoint(
-    config: NanoConfig, student: distil.Student, reader: reading.Reader, base: Tokenizer
+    config: NanoConfig,
+    student: distil.Student,
+    reader: reading.Reader,
+    base: Tokenizer,
+    passages: Sequence[str] = (),
 ) -> None:
-    """Decoder, tower, tokenizer and settings, as one folder."""
+    """Decoder, tower, tokenizer and settings, as one folder; ``passages`` for the common error."""
     tokenizer = checkpoint.build_tokenizer(base)
     width = checkpoint.hidden_size(config.text.dim)
     size = tower.common_size(student.grams)
-    paper = Image.new("RGB", (280, 280), "white")
-    blank = tower.read_picture(reader.tower, reader.dictionary, paper).mean(0)
+    blank = common_error(config, student, reader, passages)
     weights = checkpoint.decoder_weights(student.words, tokenizer, config.mlp)
     weights |= checkpoint.dictionary_weights(reader.dictionary, blank, size, config.mlp)
     weights |= checkpoint.tower_weights(reader.tower, config.text.dim, size)
@@ -175,8 +208,10 @@ def build(config: NanoConfig, sources: Sources) -> None:
     pairs = read_pairs(config)
     student = learn_text(config, sources, pairs)
     base = plain_tokenizer(sources.minilm)
-    reader = learn_vision(config, student, [pair.text for pair in pairs], base)
-    write_checkpoint(config, student, reader, base)
+    passages = [pair.text for pair in pairs]
+    reader = learn_vision(config, student, passages, base)
+    some = random.Random(config.seed).sample(passages, min(_PAGES, len(passages)))
+    write_checkpoint(config, student, reader, base, some)
     print(f"wrote {config.out}")
 
 

@@ -389,6 +389,25 @@ def test_tower_learns_and_goes_on_where_it_stopped(tmp_path, monkeypatch):
     assert trained < untrained
 
 
+def test_common_error_is_what_pages_have_too_much_of(reader, table):
+    fonts = dataclasses.replace(SMALL, faces=("DejaVuSans.",))
+    config = NanoConfig(data="", work="", out="", text=TextConfig(dim=61), vision=fonts)
+    units = reader.dictionary.vectors
+    vocabulary = {" to": 0, "to ": 1, " be": 2, "be ": 40}  # the dictionary has 12
+    student = distil.Student(table, table, vocabulary)
+    passages = ["to be or not to be", "to"]
+    found = build.common_error(config, student, reader, passages)
+    wanted = [2 * units[0] + 2 * units[1] + 2 * units[2], units[0] + units[1]]
+    rest = torch.zeros(61)
+    for text, vector in zip(passages, wanted, strict=True):
+        page = glyphs.render_page(text, FONT)
+        wide, tall = (round(side / 28) * 28 for side in page.size)
+        page = page.resize((wide, tall), Image.Resampling.BICUBIC)
+        tokens = tower.read_picture(reader.tower, reader.dictionary, page)
+        rest += (tokens.sum(0) - vector) / len(tokens)
+    torch.testing.assert_close(found, rest / 2, atol=1e-4, rtol=1e-3)
+
+
 def test_missing_fonts_are_an_error():
     with pytest.raises(FileNotFoundError, match="fonts"):
         small_crops("/none")
