@@ -20,7 +20,10 @@ from mmrag.errors import ConfigError, ContentError
 from recipes import train as train_module
 from recipes.batches import Batch, Source, one_pass, plan, shard
 from recipes.config import DataConfig, LoraConfig, TrainConfig, build, load_config
+from recipes.mine import MineConfig
+from recipes.nano.config import NanoConfig, TextConfig, VisionConfig
 from recipes.rows import Item, Row, read_rows
+from recipes.synthesize import SynthesizeConfig
 from recipes.train import documents_of, learning_rate, train
 
 REPOSITORY = Path(__file__).parents[2]
@@ -165,14 +168,15 @@ def test_a_process_without_pictures_does_not_hang_the_others(on_two_processes):
 
 def test_every_option_is_read_somewhere():
     """T9: an option that nothing reads is a lie."""
-    trees = [ast.parse(path.read_text()) for path in (REPOSITORY / "recipes").glob("*.py")]
+    trees = [ast.parse(path.read_text()) for path in (REPOSITORY / "recipes").rglob("*.py")]
     read = {
         node.attr
         for tree in trees
         for node in ast.walk(tree)
         if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)
     }
-    for cls in (TrainConfig, DataConfig, LoraConfig):
+    nano = (NanoConfig, TextConfig, VisionConfig)
+    for cls in (TrainConfig, DataConfig, LoraConfig, MineConfig, SynthesizeConfig, *nano):
         for field in dataclasses.fields(cls):
             assert field.name in read, f"{cls.__name__}.{field.name} is never read"
 
