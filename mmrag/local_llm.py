@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_ca
 from llama_index.core.llms.custom import CustomLLM
 from PIL import Image
 from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
-from transformers.models.auto import AutoModelForImageTextToText, AutoProcessor
+from transformers.models.auto import AutoModelForImageTextToText
 
 from mmrag.content import load_image
 from mmrag.embedders.loading import find_checkpoint, load_exact, place, read_json
@@ -39,11 +40,13 @@ from mmrag.embedders.qwen2_vl import expand, load_tokenizer, use_matmul_patch_em
 from mmrag.embedders.qwen_images import PictureRule, read_picture_rule, resize, to_patches
 from mmrag.errors import ConfigError, ContentError, ModelError
 from mmrag.rerankers.answers import NATIVE, broken_up, special_marks
+from mmrag.rerankers.chat import load_processor, process
 
 Inputs = dict[str, Any]
 # From messages as chat templates take them, and their pictures in order, to what a model takes.
 Prepare = Callable[[list[dict[str, Any]], list[Image.Image]], Inputs]
 _PICTURE: dict[str, Any] = {"type": "image"}
+_MOST_IMAGE_TOKENS = 1280
 
 
 class LocalLLM(CustomLLM):
@@ -54,10 +57,12 @@ class LocalLLM(CustomLLM):
         device, dtype, revision: as in ``load_embedder``.
         context_window: in tokens; by default what the checkpoint says.
         max_tokens: longest answer.
-        max_image_tokens: most visual tokens of one picture; only for the Qwen-VL families.
+        max_image_tokens: most visual tokens of one picture, 1280 by default; for the Qwen-VL
+            families alone.
 
-    Raises: ModelError if the checkpoint cannot be found or does not load exactly. Chats raise
-        ContentError for a prompt that does not fit, and for blocks that are no text or picture.
+    Raises: ConfigError for options that make no sense, ModelError if the checkpoint cannot be
+        found or does not load exactly. Chats raise ContentError for a prompt that does not fit,
+        and for blocks that are no text or picture.
     """
 
     model_name: str = Field(description="Name or folder.")
@@ -78,24 +83,28 @@ class LocalLLM(CustomLLM):
         revision: str | None = None,
         context_window: int | None = None,
         max_tokens: int = 1024,
-        max_image_tokens: int = 1280,
+        max_image_tokens: int | None = None,
         **kwargs: Any,
     ) -> None:
         if max_tokens < 1:
             raise ConfigError(f"max_tokens={max_tokens}: give at least 1.")
         folder = find_checkpoint(model, revision)
+        placement = place(device, dtype)
         kind = read_json(folder / "config.json").get("model_type")
-        loaded_class = NATIVE[kind][0] if kind in NATIVE else AutoModelForImageTextToText
+        prepare: Prepare
         if kind in NATIVE:
             tokenizer = load_tokenizer(folder)
-            rule = read_picture_rule(folder).with_tokens(None, max_image_tokens)
-            prepare: Prepare = _QwenInputs(tokenizer, _template(folder, tokenizer), rule)
-        else:
-            prepare = _ProcessorInputs(folder)
-            tokenizer = prepare.processor.tokenizer
-        loaded = load_exact(loaded_class, folder, place(device, dtype))
-        if kind in NATIVE:
+            most = _MOST_IMAGE_TOKENS if max_image_tokens is None else max_image_tokens
+            rule = read_picture_rule(folder).with_tokens(None, most)
+            prepare = _QwenInputs(tokenizer, _template(folder, tokenizer), rule)
+            loaded = load_exact(NATIVE[kind][0], folder, placement)
             use_matmul_patch_embed(loaded.model.visual)
+        elif max_image_tokens is not None:
+            raise ConfigError(f"max_image_tokens is for the Qwen-VL families, not for {kind}.")
+        else:
+            processor = load_processor(folder, str(model))
+            tokenizer, prepare = processor.tokenizer, partial(_processed, processor)
+            loaded = load_exact(AutoModelForImageTextToText, folder, placement)
         window = context_window or _window(loaded)
         super().__init__(
             model_name=str(model),
@@ -125,7 +134,7 @@ class LocalLLM(CustomLLM):
     @llm_chat_callback()
     def chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
         """Answer a conversation. ``max_tokens`` may be given for one call."""
-        return list(self._replies(messages, **kwargs))[-1]
+        return self._whole(messages, **kwargs)
 
     @llm_chat_callback()
     def stream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseGen:
@@ -135,7 +144,7 @@ class LocalLLM(CustomLLM):
     @llm_chat_callback()
     async def achat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
         """``chat`` that leaves the event loop free."""
-        return (await asyncio.to_thread(list, self._replies(messages, **kwargs)))[-1]
+        return await asyncio.to_thread(self._whole, messages, **kwargs)
 
     @llm_chat_callback()
     async def astream_chat(
@@ -157,7 +166,7 @@ class LocalLLM(CustomLLM):
     @llm_completion_callback()
     def complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
         """Answer a prompt, as the one message of a conversation."""
-        reply = list(self._replies([ChatMessage(content=prompt)], **kwargs))[-1]
+        reply = self._whole([ChatMessage(content=prompt)], **kwargs)
         return CompletionResponse(text=reply.message.content or "")
 
     @llm_completion_callback()
@@ -167,6 +176,9 @@ class LocalLLM(CustomLLM):
         """``complete`` word by word."""
         for reply in self._replies([ChatMessage(content=prompt)], **kwargs):
             yield CompletionResponse(text=reply.message.content or "", delta=reply.delta)
+
+    def _whole(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
+        return list(self._replies(messages, **kwargs))[-1]
 
     def _replies(
         self,
@@ -246,32 +258,10 @@ class _QwenInputs:
         return inputs
 
 
-class _ProcessorInputs:
+def _processed(processor: Any, turns: list[dict[str, Any]], pictures: list[Image.Image]) -> Inputs:
     """Inputs by a checkpoint's own processor."""
-
-    def __init__(self, folder: Path) -> None:
-        try:
-            self.processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
-            raise ModelError(
-                f"{folder}: its processor cannot be loaded ({error}). Serve the model with vLLM "
-                "or the like, and use its address."
-            ) from error
-        if getattr(self.processor, "chat_template", None) is None:
-            raise ModelError(f"{folder}: it has no chat template, so it cannot be asked.")
-
-    def __call__(self, turns: list[dict[str, Any]], pictures: list[Image.Image]) -> Inputs:
-        prompt = str(
-            self.processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
-        )
-        bos = self.processor.tokenizer.bos_token
-        inputs = self.processor(
-            text=[prompt],
-            **({"images": [pictures]} if pictures else {}),
-            return_tensors="pt",
-            add_special_tokens=not (bos and prompt.startswith(bos)),
-        )
-        return dict(inputs)
+    prompt = processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+    return dict(process(processor, [str(prompt)], [pictures]))
 
 
 class _Run(StoppingCriteria):  # type: ignore[misc]

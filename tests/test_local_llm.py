@@ -11,7 +11,7 @@ from fakes import FakeEmbedder
 from llama_index.core.base.llms.types import AudioBlock, ChatMessage, ImageBlock, TextBlock
 from PIL import Image
 from tiny import save_qwen2_vl
-from tiny_chat import save_llava
+from tiny_chat import save_llava, turn_inputs
 from transformers import Qwen2VLForConditionalGeneration
 from transformers.models.auto import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
@@ -112,18 +112,13 @@ def test_other_models_answer_through_their_processor(tmp_path):
     llm = LocalLLM(folder, device="cpu", dtype="float32", max_tokens=6, context_window=2000)
     processor = AutoProcessor.from_pretrained(folder)
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
-    parts = [{"type": "image", "image": PICTURES[0]}, {"type": "text", "text": "what?"}]
-    inputs = processor.apply_chat_template(
-        [{"role": "user", "content": parts}],
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-    )
+    inputs = turn_inputs(processor, [PICTURES[0], "what?"])
     ids = inputs.pop("input_ids")[0].tolist()
     expected = greedy(model, processor.tokenizer, ids, 6, pixel_values=inputs["pixel_values"])
     asked = ChatMessage(role="user", blocks=[png(PICTURES[0]), TextBlock(text="what?")])
     assert llm.chat([asked]).message.content == expected
+    with pytest.raises(ConfigError, match="Qwen-VL"):
+        LocalLLM(folder, max_image_tokens=100)
 
 
 def test_streams_and_async_say_the_same(llm):

@@ -38,6 +38,23 @@ VISION = {
 }
 
 
+def turn_inputs(processor, parts):
+    """A model's inputs for one turn of the user, texts and pictures in order."""
+    content = [
+        {"type": "text", "text": part}
+        if isinstance(part, str)
+        else {"type": "image", "image": part}
+        for part in parts
+    ]
+    return processor.apply_chat_template(
+        [{"role": "user", "content": content}],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+    )
+
+
 def save_llava(folder: Path, *, words=("True", "False")) -> Path:
     """A random LLaVA; ``words`` are one token each to its tokenizer."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from transformers.models.auto import AutoModelForImageTextToText, AutoProcessor
 
 from mmrag.content import Content, load_image
@@ -123,15 +124,7 @@ class ChatScorer:
 
     def _process(self, texts: Sequence[str], pairs: Sequence[Pair]) -> Any:
         pictures = [[load_image(source) for source in _images(pair)] for pair in pairs]
-        bos = self.processor.tokenizer.bos_token
-        return self.processor(
-            text=list(texts),
-            **({"images": pictures} if any(pictures) else {}),
-            return_tensors="pt",
-            padding=True,
-            padding_side="right",
-            add_special_tokens=not (bos and texts[0].startswith(bos)),
-        )
+        return process(self.processor, texts, pictures)
 
     def _run(self, texts: Sequence[str], pairs: Sequence[Pair]) -> NDArray[np.float32]:
         """Logits of one batch, halved as often as memory asks for."""
@@ -158,12 +151,41 @@ class ChatScorer:
         return np.asarray(values, dtype=np.float32)
 
 
+def process(processor: Any, texts: Sequence[str], pictures: Sequence[Sequence[Image.Image]]) -> Any:
+    """A model's inputs from prompts, each with its pictures in order, padded on the right."""
+    bos = processor.tokenizer.bos_token
+    return processor(
+        text=list(texts),
+        **({"images": pictures} if any(pictures) else {}),
+        return_tensors="pt",
+        padding=True,
+        padding_side="right",
+        add_special_tokens=not (bos and texts[0].startswith(bos)),
+    )
+
+
 def _images(pair: Pair) -> list[Any]:
     return [source for side in pair if side for source in side.images]
 
 
 def _places(content: Content | None) -> list[None]:
     return [None] * len(content.images) if content else []
+
+
+def load_processor(folder: Path, name: str) -> Any:
+    """The processor of a checkpoint. Raises ModelError if it cannot be used, or cannot chat."""
+    try:
+        processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
+        raise ModelError(
+            f"{name}: its processor cannot be loaded ({error}). Serve the model with vLLM or the "
+            "like and give base_url."
+        ) from error
+    if getattr(processor, "chat_template", None) is None or not hasattr(processor, "tokenizer"):
+        raise ModelError(
+            f"{name}: it has no processor with a chat template, so it cannot be asked."
+        )
+    return processor
 
 
 def load_chat_scorer(
@@ -180,17 +202,7 @@ def load_chat_scorer(
     Raises: ModelError if either is missing or cannot be used here, or the weights do not load
         exactly.
     """
-    try:
-        processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
-        raise ModelError(
-            f"{name}: its processor cannot be loaded ({error}). Serve the model with vLLM or the "
-            "like and give base_url."
-        ) from error
-    if getattr(processor, "chat_template", None) is None or not hasattr(processor, "tokenizer"):
-        raise ModelError(
-            f"{name}: it has no processor with a chat template, so it cannot be asked."
-        )
+    processor = load_processor(folder, name)
     model = load_exact(AutoModelForImageTextToText, folder, placement)
     return ChatScorer(
         model,

@@ -65,8 +65,9 @@ class Crops:
         self.rng = random.Random(seed)
         self.kept: list[Crop] = []
 
-    def batch(self, n: int) -> list[Crop]:
-        """``n`` crops: half of them new, once there are some to look at again."""
+    def batch(self) -> list[Crop]:
+        """``config.crops`` crops: half of them new, once there are some to look at again."""
+        n = self.config.crops
         new = [self.draw() for _ in range(n // 2 if len(self.kept) >= 8 * n else n)]
         again = self.rng.sample(self.kept, n - len(new))
         self.kept = (self.kept + new)[-_KEPT:]

@@ -29,8 +29,8 @@ from rank_bm25 import BM25Okapi
 
 from mmrag.embedders import load_embedder
 from mmrag.embedders.base import Embedder
-from mmrag.errors import MMRagError
 from mmrag.reading import ReadOptions, find_files, read_file
+from recipes.console import ends_cleanly
 from recipes.evaluate import Metrics, average, metrics_of, table
 from recipes.nano.build import plain_tokenizer
 from recipes.nano.distil import piece_bags
@@ -177,10 +177,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--pages", nargs="*", metavar="FOLDER", help="render pages in these fonts")
     parser.add_argument("--pictures", type=Path, help="folder of pictures named by their titles")
     given = parser.parse_args(arguments)
-    try:
-        embedder = load_embedder(given.model)
-    except MMRagError as error:
-        raise SystemExit(f"error: {error}") from error
+    with ends_cleanly():
+        _measure(given)
+
+
+def _measure(given: argparse.Namespace) -> None:
+    embedder = load_embedder(given.model)
     scorers: dict[str, Scorer] = {given.model: neural(embedder), "BM25": bm25}
     if given.work:
         scorers["MiniLM"] = minilm(given.work / "all-MiniLM-L6-v2")

@@ -26,8 +26,8 @@ from mmrag.embedders.qwen_images import to_patches
 from mmrag.errors import ContentError
 from recipes.nano.crops import WHOLE
 from recipes.nano.distil import piece_bags
+from recipes.nano.glyphs import TOKEN
 
-TOKEN = 28  # pixels: side of a visual token
 LARGEST = 8  # tokens: longer side of a picture
 _SMALLEST = 4
 _PER_TITLE = 3  # pictures of one title that are used

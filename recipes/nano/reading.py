@@ -137,19 +137,16 @@ def train_reader(
         reader.load_state_dict(state["reader"])
         optimizer.load_state_dict(state["optimizer"])
         step, spent = state["step"], state["spent"]
-    first, total = 60 * config.minutes, 60 * config.minutes
-    if pictures:
-        total += 60 * config.picture_minutes
+    first = 60 * config.minutes
+    total = first + (60 * config.picture_minutes if pictures else 0.0)
     began = time.monotonic() - spent
     while (spent := time.monotonic() - began) < total:
+        rate = _rate(step, spent / first)
+        loss, metrics = read_loss(reader, crops.batch(), min(1.0, spent / first))
         if pictures and spent >= first:
             rate = _PICTURE_RATE * _rate(step, (spent - first) / (total - first))
-            loss, metrics = read_loss(reader, crops.batch(config.crops), 1.0)
             titled, more = picture_loss(reader, pictures, config.pictures)
             loss, metrics = loss + _PICTURE_WEIGHT * titled, metrics | more
-        else:
-            rate = _rate(step, spent / first)
-            loss, metrics = read_loss(reader, crops.batch(config.crops), spent / first)
         for group in optimizer.param_groups:
             group["lr"] = config.learning_rate * rate
         optimizer.zero_grad()

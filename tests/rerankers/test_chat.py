@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_chat import save_llava
+from tiny_chat import save_llava, turn_inputs
 from transformers.models.auto import AutoModelForImageTextToText, AutoProcessor
 
 from mmrag.content import Content
@@ -40,20 +40,7 @@ def independent(folder, parts):
     """The difference of two logits, by the template with everything in it."""
     processor = AutoProcessor.from_pretrained(folder)
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
-    content = [
-        {"type": "text", "text": part}
-        if isinstance(part, str)
-        else {"type": "image", "image": part}
-        for part in parts
-    ]
-    inputs = processor.apply_chat_template(
-        [{"role": "user", "content": content}],
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-    )
-    last = model(**inputs).logits[0, -1]
+    last = model(**turn_inputs(processor, parts)).logits[0, -1]
     yes, no = processor.tokenizer.convert_tokens_to_ids(["True", "False"])
     return float(last[yes] - last[no])
 
