@@ -9,9 +9,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mmrag.answering import CitedQueryEngine
-    from mmrag.chatting import CitedChatEngine
-    from mmrag.collection import Collection, CollectionSettings, Where
+    from mmrag.answering.chat import CitedChatEngine
+    from mmrag.answering.engine import CitedQueryEngine
+    from mmrag.answering.planning import PlanningQueryEngine
     from mmrag.content import Content, ImageLimits, load_image
     from mmrag.embedders import Embedder, load_embedder
     from mmrag.embedders.remote import RemoteEmbedder
@@ -26,40 +26,41 @@ if TYPE_CHECKING:
         ReadError,
     )
     from mmrag.index import UniversalIndex
-    from mmrag.ingest import IngestReport
-    from mmrag.local_llm import LocalLLM
-    from mmrag.planning import PlanningQueryEngine
+    from mmrag.ingest.progress import IngestReport
+    from mmrag.llms.local import LocalLLM
+    from mmrag.queries import Where
     from mmrag.reading import ReadOptions, read_file
-    from mmrag.reranker import MLLMReranker
-    from mmrag.retriever import UniversalRetriever
+    from mmrag.rerankers.postprocessor import MLLMReranker
+    from mmrag.retrieval.retriever import UniversalRetriever
+    from mmrag.store.collection import Collection, CollectionSettings
 
 __version__ = "0.1.0"
 
 _HOME = {
-    "CitedChatEngine": "chatting",
-    "CitedQueryEngine": "answering",
-    "Collection": "collection",
+    "CitedChatEngine": "answering.chat",
+    "CitedQueryEngine": "answering.engine",
+    "Collection": "store.collection",
     "CollectionError": "errors",
-    "CollectionSettings": "collection",
+    "CollectionSettings": "store.collection",
     "ConfigError": "errors",
     "Content": "content",
     "ContentError": "errors",
     "Embedder": "embedders",
     "EndpointError": "errors",
     "ImageLimits": "content",
-    "IngestReport": "ingest",
-    "LocalLLM": "local_llm",
-    "MLLMReranker": "reranker",
+    "IngestReport": "ingest.progress",
+    "LocalLLM": "llms.local",
+    "MLLMReranker": "rerankers.postprocessor",
     "MMRagError": "errors",
     "ModelError": "errors",
-    "PlanningQueryEngine": "planning",
+    "PlanningQueryEngine": "answering.planning",
     "ReadError": "errors",
     "ReadOptions": "reading",
     "RemoteEmbedder": "embedders.remote",
     "UniversalEmbedding": "embedding",
     "UniversalIndex": "index",
-    "UniversalRetriever": "retriever",
-    "Where": "collection",
+    "UniversalRetriever": "retrieval.retriever",
+    "Where": "queries",
     "load_embedder": "embedders",
     "load_image": "content",
     "read_file": "reading",

@@ -6,7 +6,7 @@ import asyncio
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from inspect import signature
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 from llama_index.core.base.embeddings.base import Embedding
 from llama_index.core.bridge.pydantic import Field, PrivateAttr, SecretStr
@@ -16,16 +16,15 @@ from llama_index.core.instrumentation.events.embedding import (
     EmbeddingEndEvent,
     EmbeddingStartEvent,
 )
-from llama_index.core.schema import BaseNode, ImageNode, MetadataMode, Node, QueryBundle
+from llama_index.core.schema import BaseNode, QueryBundle
 from llama_index.core.utils import get_tqdm_iterable
 from llama_index_instrumentation import get_dispatcher
 
 from mmrag.content import Content, ImageSource, describe
 from mmrag.embedders.base import Embedder
-from mmrag.embedders.instructions import resolve
-from mmrag.errors import ConfigError, ContentError
-
-NodeView = Literal["fused", "image", "text"]
+from mmrag.errors import ConfigError
+from mmrag.instructions import resolve
+from mmrag.nodes import NodeView, node_content
 
 DEFAULT_MODEL = "mmrag-nano"
 # The settings that say which embedder to load, and how.
@@ -60,7 +59,7 @@ class UniversalEmbedding(MultiModalEmbedding):
     dim: int | None = Field(None, description="Leading dimensions to keep (Matryoshka).")
     query_instruction: str | None = Field(
         "page_for_question",
-        description="The task of queries: a name in mmrag.embedders.instructions or a sentence. "
+        description="The task of queries: a name in mmrag.instructions or a sentence. "
         "None embeds them as documents.",
     )
     node_view: NodeView = Field(
@@ -293,39 +292,6 @@ class _Engine:
 
     def __reduce__(self) -> tuple[type[_Engine], tuple[Embedder | None]]:
         return _Engine, (self.given,)
-
-
-def node_content(node: BaseNode, view: NodeView = "fused") -> Content:
-    """What of a node is embedded: see ``UniversalEmbedding.node_view``.
-
-    Raises: ContentError for a node that has neither text nor picture but sound or film.
-    """
-    image = _node_image(node)
-    if image is None:
-        if isinstance(node, Node) and node.text_resource is None:
-            raise ContentError(f"node {node.node_id}: it has neither text nor picture to embed.")
-        return Content(node.get_content(metadata_mode=MetadataMode.EMBED))
-    text = node.get_content(metadata_mode=MetadataMode.NONE)
-    if view == "image" or not text.strip():
-        return Content(image=image)
-    if view == "text":
-        return Content(node.get_content(metadata_mode=MetadataMode.EMBED))
-    return Content(text, image)
-
-
-def _node_image(node: BaseNode) -> ImageSource | None:
-    """The picture of a Node, ImageNode, Document or ImageDocument."""
-    if isinstance(node, ImageNode):
-        data, place = node.image, node.image_path or node.image_url
-    elif isinstance(node, Node) and node.image_resource is not None:
-        resource = node.image_resource
-        data = resource.data.decode("ascii") if resource.data else None
-        place = str(resource.path or resource.url or "")
-    else:
-        return None
-    if data:
-        return data if data.startswith("data:") else f"data:image/*;base64,{data}"
-    return place or None
 
 
 def _query_content(query: str | QueryBundle) -> Content:

@@ -10,25 +10,22 @@ from typing import TYPE_CHECKING, Any
 
 from qdrant_client import QdrantClient
 
-from mmrag.collection import (
-    Collection,
-    FileEntry,
-    Where,
-    matching_paths,
-)
 from mmrag.embedders.base import Embedder
 from mmrag.errors import ConfigError, MissingCollectionError
-from mmrag.ingest import IngestReport, Progress, ingest, reading_settings
+from mmrag.ingest.progress import IngestReport, Progress
+from mmrag.ingest.run import ingest, reading_settings
+from mmrag.queries import Where
 from mmrag.reading import ReadOptions
-from mmrag.settings import CollectionSettings, View, refuse_other
+from mmrag.store.collection import Collection, FileEntry, matching_paths
+from mmrag.store.settings import CollectionSettings, View, refuse_other
 
 if TYPE_CHECKING:
     from llama_index.core.llms import LLM
     from llama_index.core.postprocessor.types import BaseNodePostprocessor
 
-    from mmrag.answering import CitedQueryEngine
+    from mmrag.answering.engine import CitedQueryEngine
     from mmrag.embedding import UniversalEmbedding
-    from mmrag.retriever import UniversalRetriever
+    from mmrag.retrieval.retriever import UniversalRetriever
 
 DEFAULT_EMBEDDER = "mmrag-nano"
 DEFAULT_LOCATION = "./mmrag-library"
@@ -115,7 +112,7 @@ class UniversalIndex:
         prune: bool = False,
         workers: int | None = None,
     ) -> IngestReport:
-        """Index files and folders; see ``mmrag.ingest.ingest``.
+        """Index files and folders; see ``mmrag.ingest.run.ingest``.
 
         progress: True shows a bar on stderr; a function is called with each Progress.
         """
@@ -147,7 +144,7 @@ class UniversalIndex:
 
     def as_retriever(self, **options: Any) -> UniversalRetriever:
         """A LlamaIndex retriever; ``options`` are those of ``UniversalRetriever``."""
-        from mmrag.retriever import UniversalRetriever
+        from mmrag.retrieval.retriever import UniversalRetriever
 
         return UniversalRetriever(self.collection, self.embedder, **options)
 
@@ -162,7 +159,7 @@ class UniversalIndex:
         **options: Any,
     ) -> CitedQueryEngine:
         """An engine whose answers cite their pages; ``options`` are those of CitedQueryEngine."""
-        from mmrag.answering import CitedQueryEngine
+        from mmrag.answering.engine import CitedQueryEngine
 
         retriever = self.as_retriever(similarity_top_k=similarity_top_k, where=where)
         return CitedQueryEngine(

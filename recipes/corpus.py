@@ -10,8 +10,8 @@ from typing import Any
 
 from llama_index.core.schema import BaseNode
 
-from mmrag.collection import node_image, node_text
 from mmrag.errors import ReadError
+from mmrag.nodes import node_image, node_text
 from mmrag.reading import ReadOptions, find_files, read_file
 from recipes.rows import ImageStore, Item, Modality
 

@@ -24,8 +24,8 @@ from numpy.typing import NDArray
 
 from mmrag.embedders import load_embedder
 from mmrag.embedders.base import Embedder, check_dim, truncate_normalise
-from mmrag.embedders.instructions import resolve
 from mmrag.errors import ContentError
+from mmrag.instructions import resolve
 from recipes.console import ends_cleanly
 from recipes.rows import ImageStore, Row, corpus_of, read_rows, store_of
 

@@ -16,10 +16,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mmrag.answering import CitedQueryEngine
+from mmrag.answering.engine import CitedQueryEngine
+from mmrag.answering.response import CitedResponse
 from mmrag.errors import ContentError
 from mmrag.index import UniversalIndex
-from mmrag.response import CitedResponse
 from recipes.console import ends_cleanly
 from recipes.evaluate_pages import read_questions
 

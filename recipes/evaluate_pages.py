@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from mmrag.embedders.base import Embedder
-from mmrag.engines import Scored
 from mmrag.errors import ContentError
 from mmrag.index import UniversalIndex
-from mmrag.retriever import UniversalRetriever, fuse
+from mmrag.retrieval.fusion import fuse
+from mmrag.retrieval.retriever import UniversalRetriever
+from mmrag.store.engine import Scored
 from recipes.evaluate import CUTS, Metrics, average, metrics_of
 from recipes.rows import Row
 

@@ -24,12 +24,13 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from mmrag.content import Content
-from mmrag.embedders import find_folders, load_backbone, read_marker
-from mmrag.embedders.base import Backbone
-from mmrag.embedders.engine import LocalEmbedder
-from mmrag.embedders.loading import check_keys
+from mmrag.embedders import load_backbone
+from mmrag.embedders.local import LocalEmbedder
+from mmrag.embedders.registry import find_folders, read_marker
 from mmrag.embedders.saving import save_checkpoint
 from mmrag.errors import ModelError
+from mmrag.modeling.backbone import Backbone
+from mmrag.modeling.loading import check_keys
 from recipes.config import TrainConfig, build
 from recipes.console import ends_cleanly
 from recipes.rows import read_rows

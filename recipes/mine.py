@@ -28,8 +28,8 @@ from numpy.typing import NDArray
 
 from mmrag.embedders import load_embedder
 from mmrag.embedders.base import Embedder
-from mmrag.embedders.instructions import resolve
 from mmrag.errors import ConfigError
+from mmrag.instructions import resolve
 from recipes.config import load_config
 from recipes.console import ends_cleanly
 from recipes.rows import (

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmrag.content import image_size
-from mmrag.embedders.base import Backbone
-from mmrag.embedders.instructions import resolve
+from mmrag.instructions import resolve
+from mmrag.modeling.backbone import Backbone
 from recipes.config import TrainConfig
 
 if TYPE_CHECKING:

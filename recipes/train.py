@@ -29,9 +29,10 @@ import torch
 from torch import Tensor, nn
 
 from mmrag.embedders import load_backbone
-from mmrag.embedders.base import Backbone, check_dim
-from mmrag.embedders.instructions import resolve
+from mmrag.embedders.base import check_dim
 from mmrag.errors import ConfigError
+from mmrag.instructions import resolve
+from mmrag.modeling.backbone import Backbone
 from recipes import distributed, gradcache
 from recipes.batches import Batch, Source, plan, shard
 from recipes.config import DataConfig, TrainConfig, load_config
@@ -358,7 +359,7 @@ def train_step(
 
 def evaluate_now(backbone: Backbone, config: TrainConfig) -> dict[str, dict[str, float]]:
     """Retrieval metrics of the model as it stands, per modality pair."""
-    from mmrag.embedders.engine import LocalEmbedder
+    from mmrag.embedders.local import LocalEmbedder
     from recipes.evaluate import evaluate_rows
 
     backbone.model.eval()

@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
+from tiny import save_qwen2_vl
 
 SHARED = Path(os.environ.get("MMRAG_TEST_DATA", Path(__file__).parents[2] / "shared"))
 
@@ -25,3 +26,15 @@ def golden() -> Path:
 def shared_data() -> Path:
     """Folder with real documents and questions."""
     return _folder("data")
+
+
+@pytest.fixture(scope="session")
+def qwen2_vl_folder(tmp_path_factory) -> Path:
+    return save_qwen2_vl(tmp_path_factory.mktemp("qwen2_vl") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def gme(qwen2_vl_folder):
+    from mmrag.embedders import load_embedder
+
+    return load_embedder(qwen2_vl_folder, family="gme", device="cpu", token_budget=1500)

@@ -11,10 +11,10 @@ from pathlib import Path
 
 from fakes import FakeEmbedder
 
-from mmrag.collection import Collection, CollectionSettings
-from mmrag.engines import Filter
-from mmrag.ingest import ingest, reading_settings
+from mmrag.ingest.run import ingest, reading_settings
 from mmrag.reading import ReadOptions
+from mmrag.store.collection import Collection, CollectionSettings
+from mmrag.store.engine import Filter
 
 EMBEDDER = FakeEmbedder()
 SETTINGS = CollectionSettings(

@@ -42,9 +42,10 @@ from qdrant_client import QdrantClient
 
 from mmrag.content import Content, as_content, load_image
 from mmrag.embedders.base import truncate_normalise
-from mmrag.embedders.instructions import TASKS, resolve
-from mmrag.embedding import UniversalEmbedding, node_content
+from mmrag.embedding import UniversalEmbedding
 from mmrag.errors import ConfigError, ContentError, ModelError
+from mmrag.instructions import TASKS, resolve
+from mmrag.nodes import node_content
 
 
 class Stub:

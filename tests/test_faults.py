@@ -15,10 +15,10 @@ from fakes import FakeEmbedder
 from qdrant_client import QdrantClient
 
 from mmrag import UniversalIndex
-from mmrag.collection import Where
-from mmrag.endpoint import open_llm
+from mmrag.answering.response import NOT_FOUND
 from mmrag.errors import EndpointError
-from mmrag.response import NOT_FOUND
+from mmrag.llms.endpoint import open_llm
+from mmrag.queries import Where
 
 EYES = "The gold plan covers one eye examination a year."
 QUESTION = "Does the gold plan cover an eye examination?"

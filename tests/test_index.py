@@ -8,12 +8,12 @@ from fakes import FakeEmbedder
 from qdrant_client import QdrantClient
 
 import mmrag.embedders
-from mmrag.collection import Collection
 from mmrag.embedding import UniversalEmbedding
 from mmrag.errors import CollectionError, ConfigError, MissingCollectionError
 from mmrag.index import UniversalIndex
-from mmrag.ingest import Progress
+from mmrag.ingest.progress import Progress
 from mmrag.reading import ReadOptions
+from mmrag.store.collection import Collection
 
 
 @pytest.fixture

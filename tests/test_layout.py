@@ -13,23 +13,25 @@ import mmrag
 
 PACKAGE = Path(mmrag.__file__).parent
 
-# Each imports only from those before it. Modules that are not named here may sit anywhere, as
-# long as there is no circle.
+# Each imports only from those before it.
 ORDER = [
-    *("errors", "content", "embedders", "reading", "embedding", "engines", "collection"),
-    *("ingest", "retriever", "context", "citations", "rerankers", "local_llm"),
-    *("reranker", "answering", "planning", "chatting", "structured", "index", "cli"),
+    *("errors", "content", "instructions", "lexical", "prompting", "modeling", "embedders"),
+    *("reading", "nodes", "queries", "llms", "rerankers", "embedding", "store", "ingest"),
+    *("retrieval", "answering", "index", "testing", "cli"),
 ]
 
 # Library: the only parts that may import it.
 SEATS = {
     "pymupdf": {"reading"},
     "rapidocr": {"reading"},
-    "qdrant_edge": {"engines"},
-    "qdrant_client": {"engines", "collection", "index"},
+    "qdrant_edge": {"store"},
+    "qdrant_client": {"store", "index"},
 }
-WITHOUT_LLAMA_INDEX = {"errors", "content", "embedders", "engines"}
-WITHOUT_TORCH = set(ORDER) - {"embedders", "rerankers", "local_llm"}
+WITHOUT_LLAMA_INDEX = {"errors", "content", "instructions", "lexical", "prompting"} | {
+    "modeling",
+    "embedders",
+}
+WITHOUT_TORCH = set(ORDER) - {"modeling", "embedders", "rerankers", "llms"}
 
 
 def part(path: Path) -> str:

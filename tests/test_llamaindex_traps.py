@@ -23,10 +23,12 @@ from llama_index.core.vector_stores.types import FilterOperator, MetadataFilter,
 from llama_index.vector_stores.qdrant import QdrantVectorStore
 from qdrant_client import QdrantClient
 
-from mmrag.collection import Collection, CollectionSettings
 from mmrag.embedding import UniversalEmbedding
 from mmrag.errors import ConfigError, ContentError
-from mmrag.retriever import MultimodalQuery, UniversalRetriever, as_where
+from mmrag.queries import MultimodalQuery
+from mmrag.retrieval.filters import as_where
+from mmrag.retrieval.retriever import UniversalRetriever
+from mmrag.store.collection import Collection, CollectionSettings
 
 pytestmark = pytest.mark.filterwarnings("ignore:Payload indexes have no effect")
 COLOURS = ("red", "green", "blue")

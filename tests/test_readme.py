@@ -57,7 +57,7 @@ def test_the_python_of_the_readme_runs(desk, monkeypatch, capsys):
 
 def test_the_commands_of_the_readme_are_understood(desk, monkeypatch):
     """Commands of mmrag run for real; those that need a server are parsed."""
-    from mmrag.cli import app
+    from mmrag.cli.app import app
 
     monkeypatch.chdir(desk)
     runner = CliRunner()
@@ -77,7 +77,7 @@ def test_the_commands_of_the_readme_are_understood(desk, monkeypatch):
 
 
 def test_the_answer_that_the_readme_shows_is_the_answer(desk, monkeypatch):
-    from mmrag.cli import app
+    from mmrag.cli.app import app
 
     monkeypatch.chdir(desk)
     runner = CliRunner()

@@ -15,12 +15,12 @@ from smollm_server import serve, unpack
 from typer.testing import CliRunner
 
 from mmrag import UniversalIndex
-from mmrag.chatting import CitedChatEngine
-from mmrag.cli import app
-from mmrag.endpoint import open_llm
+from mmrag.answering.chat import CitedChatEngine
+from mmrag.answering.response import NOT_FOUND
+from mmrag.answering.structured import answer_as
+from mmrag.cli.app import app
 from mmrag.errors import EndpointError
-from mmrag.response import NOT_FOUND
-from mmrag.structured import answer_as
+from mmrag.llms.endpoint import open_llm
 
 pytestmark = [
     pytest.mark.slow,

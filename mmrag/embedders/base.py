@@ -11,12 +11,11 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
-from mmrag.content import Content, ContentLike, Modality
+from mmrag.content import ContentLike, Modality
 from mmrag.errors import ConfigError
 
 if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
+    pass
 
 
 @runtime_checkable
@@ -48,7 +47,7 @@ class Embedder(Protocol):
         Args:
             contents: texts, pictures, or both; see ``mmrag.content.as_content``.
             instruction: the task, for queries: free text or the name of a task in
-                ``mmrag.embedders.instructions``. ``None`` means documents.
+                ``mmrag.instructions``. ``None`` means documents.
             dim: keep this many leading dimensions (Matryoshka), then normalise again.
             progress: show a progress bar on stderr.
 
@@ -59,66 +58,6 @@ class Embedder(Protocol):
             ConfigError for a ``dim`` the model does not have.
         """
         ...
-
-
-class Inputs(Protocol):
-    """One item, ready for the model: what a Backbone's ``prepare`` returns."""
-
-    @property
-    def n_tokens(self) -> int:
-        """Length of the sequence the decoder sees, visual tokens included."""
-        ...
-
-
-class Backbone(Protocol):
-    """One model family: its prompt, image rule, positions, pooling and end token.
-
-    ``prepare`` runs on the CPU in threads; ``forward`` runs the model, differentiably, and is
-    the very function that training uses.
-    """
-
-    family: str
-    dim: int
-    modalities: frozenset[Modality]
-    model: torch.nn.Module
-
-    def cost(self, content: Content, instruction: str | None) -> int:
-        """Number of tokens, visual ones included, without decoding any picture."""
-        ...
-
-    def prepare(self, content: Content, instruction: str | None) -> Inputs:
-        """Token ids and pixels of one item. Raises ContentError if it cannot be used."""
-        ...
-
-    def forward(self, batch: Sequence[Any]) -> Tensor:
-        """Pooled vectors of shape (len(batch), dim), not normalised, on the model's device."""
-        ...
-
-    def settings(self) -> dict[str, Any]:
-        """Everything besides the weights that moves vectors: limits, prompts, pooling."""
-        ...
-
-
-def last_token(hidden: Tensor, mask: Tensor) -> Tensor:
-    """State of the last real token of each row, for left or right padding.
-
-    Args:
-        hidden: (batch, length, dim).
-        mask: (batch, length), 1 for real tokens.
-
-    Returns: (batch, dim).
-    """
-    import torch
-
-    positions = torch.arange(mask.shape[1], device=mask.device)
-    last = (mask * positions).argmax(dim=1)  # (batch,)
-    return hidden[torch.arange(hidden.shape[0], device=hidden.device), last]
-
-
-def mean_tokens(hidden: Tensor, mask: Tensor) -> Tensor:
-    """Mean of the states of the real tokens of each row; shapes as in ``last_token``."""
-    weights = mask.to(hidden.dtype).unsqueeze(-1)  # (batch, length, 1)
-    return (hidden * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1)
 
 
 def check_dim(dim: int | None, full: int) -> int:

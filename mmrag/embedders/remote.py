@@ -38,8 +38,8 @@ from mmrag.content import (
     load_image,
 )
 from mmrag.embedders.base import check_dim, truncate_normalise
-from mmrag.embedders.instructions import resolve
 from mmrag.errors import ConfigError, ContentError, EndpointError
+from mmrag.instructions import resolve
 
 logger = logging.getLogger(__name__)
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from mmrag.embedders.base import Backbone
-from mmrag.embedders.loading import MARKER, read_json
 from mmrag.errors import ModelError
+from mmrag.modeling.backbone import Backbone
+from mmrag.modeling.loading import MARKER, read_json
 
 # Weights and their index are written anew; everything else of the source describes them.
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".index.json")

@@ -19,11 +19,11 @@ from rich.console import Console
 from rich.progress import Progress
 
 from mmrag.content import Content, ContentLike, Modality, as_content, load_image
-from mmrag.embedders import SENTENCE_TRANSFORMERS
 from mmrag.embedders.base import check_dim, truncate_normalise
-from mmrag.embedders.instructions import resolve
-from mmrag.embedders.loading import Placement, fingerprint
+from mmrag.embedders.registry import SENTENCE_TRANSFORMERS
 from mmrag.errors import ConfigError, ContentError, ModelError
+from mmrag.instructions import resolve
+from mmrag.modeling.loading import Placement, fingerprint
 
 logger = logging.getLogger(__name__)
 

@@ -34,7 +34,7 @@ class Scorer(Protocol):
         """One outcome for each pair, in order; a pair that fails does not stop the others.
 
         ``instruction`` says what the query is looking for: free text or the name of a task in
-        ``mmrag.embedders.instructions``. A query's own instruction overrides it.
+        ``mmrag.instructions``. A query's own instruction overrides it.
         """
         ...
 

@@ -15,16 +15,15 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
-from transformers.models.auto import AutoModelForImageTextToText, AutoProcessor
+from transformers.models.auto import AutoModelForImageTextToText
 
 from mmrag.content import Content, load_image
-from mmrag.embedders.batching import plan_batches
-from mmrag.embedders.engine import CPU_TOKEN_BUDGET, GPU_TOKEN_BUDGET
-from mmrag.embedders.instructions import resolve
-from mmrag.embedders.loading import Placement, load_exact
 from mmrag.errors import ContentError, ModelError
-from mmrag.rerankers.answers import answer_ids, broken_up, special_marks
+from mmrag.instructions import resolve
+from mmrag.modeling.batching import CPU_TOKEN_BUDGET, GPU_TOKEN_BUDGET, plan_batches
+from mmrag.modeling.chat import answer_ids, load_processor, process, special_marks
+from mmrag.modeling.loading import Placement, load_exact
+from mmrag.prompting import broken_up
 from mmrag.rerankers.base import Outcome, Pair, isolate, sigmoid
 from mmrag.rerankers.prompts import RerankPrompt, prompt_for
 
@@ -151,41 +150,12 @@ class ChatScorer:
         return np.asarray(values, dtype=np.float32)
 
 
-def process(processor: Any, texts: Sequence[str], pictures: Sequence[Sequence[Image.Image]]) -> Any:
-    """A model's inputs from prompts, each with its pictures in order, padded on the right."""
-    bos = processor.tokenizer.bos_token
-    return processor(
-        text=list(texts),
-        **({"images": pictures} if any(pictures) else {}),
-        return_tensors="pt",
-        padding=True,
-        padding_side="right",
-        add_special_tokens=not (bos and texts[0].startswith(bos)),
-    )
-
-
 def _images(pair: Pair) -> list[Any]:
     return [source for side in pair if side for source in side.images]
 
 
 def _places(content: Content | None) -> list[None]:
     return [None] * len(content.images) if content else []
-
-
-def load_processor(folder: Path, name: str) -> Any:
-    """The processor of a checkpoint. Raises ModelError if it cannot be used, or cannot chat."""
-    try:
-        processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
-        raise ModelError(
-            f"{name}: its processor cannot be loaded ({error}). Serve the model with vLLM or the "
-            "like and give base_url."
-        ) from error
-    if getattr(processor, "chat_template", None) is None or not hasattr(processor, "tokenizer"):
-        raise ModelError(
-            f"{name}: it has no processor with a chat template, so it cannot be asked."
-        )
-    return processor
 
 
 def load_chat_scorer(

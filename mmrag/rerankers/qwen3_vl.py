@@ -22,11 +22,13 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase, Qwen3VLForConditionalGeneration
 
 from mmrag.content import Content, image_size, load_image
-from mmrag.embedders.batching import plan_batches
-from mmrag.embedders.engine import CPU_TOKEN_BUDGET, GPU_TOKEN_BUDGET, prepared
-from mmrag.embedders.instructions import resolve
-from mmrag.embedders.loading import find_checkpoint, load_exact, place
-from mmrag.embedders.qwen2_vl import (
+from mmrag.embedders.families.qwen3_vl import PICTURE, last_token_states, picture_rule
+from mmrag.errors import ContentError, ModelError
+from mmrag.instructions import resolve
+from mmrag.modeling.batching import CPU_TOKEN_BUDGET, GPU_TOKEN_BUDGET, plan_batches, prepared
+from mmrag.modeling.loading import find_checkpoint, load_exact, place
+from mmrag.modeling.qwen_images import PictureRule, resize, to_patches
+from mmrag.modeling.qwen_vl import (
     QwenInputs,
     expand,
     load_tokenizer,
@@ -34,9 +36,6 @@ from mmrag.embedders.qwen2_vl import (
     use_matmul_patch_embed,
     without_vision_tokens,
 )
-from mmrag.embedders.qwen3_vl import PICTURE, last_token_states, picture_rule
-from mmrag.embedders.qwen_images import PictureRule, resize, to_patches
-from mmrag.errors import ContentError, ModelError
 from mmrag.rerankers.base import Outcome, Pair, isolate, sigmoid
 
 DEFAULT_INSTRUCTION = "Given a search query, retrieve relevant candidates that answer the query."
@@ -83,7 +82,7 @@ class Qwen3VLScorer:
         """Probability of ``yes`` for each pair, (len(pairs),), in the order of ``pairs``.
 
         ``instruction`` says what the query is looking for: free text or the name of a task in
-        ``mmrag.embedders.instructions``. A query's own instruction overrides it.
+        ``mmrag.instructions``. A query's own instruction overrides it.
 
         Raises: ContentError for a pair that cannot be used (its index is in the message).
         """

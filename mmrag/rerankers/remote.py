@@ -22,10 +22,10 @@ from typing import Any, Literal
 import openai
 
 from mmrag.content import Content, load_image
-from mmrag.context import picture_bytes
-from mmrag.embedders.instructions import resolve
-from mmrag.endpoint import OPENAI, translated_errors, without_reasoning
 from mmrag.errors import ConfigError, ContentError, EndpointError, MMRagError
+from mmrag.instructions import resolve
+from mmrag.llms.endpoint import OPENAI, translated_errors, without_reasoning
+from mmrag.prompting import picture_bytes
 from mmrag.rerankers.base import DeadlineError, Outcome, Pair
 from mmrag.rerankers.prompts import RerankPrompt, prompt_for
 

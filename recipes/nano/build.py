@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 from tokenizers import Tokenizer
 
-from mmrag.embedders.qwen_images import resize
+from mmrag.modeling.qwen_images import resize
 from recipes.config import load_config
 from recipes.console import ends_cleanly
 from recipes.nano import checkpoint, distil, glyphs, grams, reading, texts, tower, vectors

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mmrag.embedders.qwen_images import PictureRule, to_patches
+from mmrag.modeling.qwen_images import PictureRule, to_patches
 from recipes.nano import glyphs
 from recipes.nano.config import VisionConfig
 

@@ -22,8 +22,8 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from mmrag.content import load_image
-from mmrag.embedders.qwen_images import to_patches
 from mmrag.errors import ContentError
+from mmrag.modeling.qwen_images import to_patches
 from recipes.nano.crops import WHOLE
 from recipes.nano.distil import piece_bags
 from recipes.nano.glyphs import TOKEN

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers import Qwen2VLConfig
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VisionTransformerPretrainedModel
 
-from mmrag.embedders.qwen_images import CLIP_STD, to_patches
+from mmrag.modeling.qwen_images import CLIP_STD, to_patches
 from recipes.nano.config import VisionConfig
 from recipes.nano.crops import WHOLE
 from recipes.nano.vectors import Matrix

@@ -16,9 +16,9 @@ from PIL import Image
 from mmrag.content import Content, load_image
 from mmrag.embedders import remote
 from mmrag.embedders.base import Embedder
-from mmrag.embedders.instructions import TASKS
 from mmrag.embedders.remote import RemoteEmbedder
 from mmrag.errors import ConfigError, ContentError, EndpointError
+from mmrag.instructions import TASKS
 
 
 @pytest.fixture

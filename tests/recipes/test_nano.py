@@ -16,9 +16,9 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
 from mmrag.content import Content
 from mmrag.embedders import load_embedder
-from mmrag.embedders.loading import SHIPPED
-from mmrag.embedders.qwen_images import to_patches
 from mmrag.errors import ConfigError
+from mmrag.modeling.loading import SHIPPED
+from mmrag.modeling.qwen_images import to_patches
 from recipes.config import load_config
 from recipes.nano import (
     build,

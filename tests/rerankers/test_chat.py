@@ -10,8 +10,8 @@ from tiny_chat import save_llava, turn_inputs
 from transformers.models.auto import AutoModelForImageTextToText, AutoProcessor
 
 from mmrag.content import Content
-from mmrag.embedders.loading import place
 from mmrag.errors import ConfigError, ContentError, ModelError
+from mmrag.modeling.loading import place
 from mmrag.rerankers import load_scorer
 from mmrag.rerankers.chat import ChatScorer, load_chat_scorer
 from mmrag.rerankers.prompts import RerankPrompt

@@ -3,7 +3,7 @@ import importlib.util
 import pytest
 from llama_index.core.postprocessor.types import BaseNodePostprocessor
 
-if importlib.util.find_spec("mmrag.reranker") is None:
+if importlib.util.find_spec("mmrag.rerankers.postprocessor") is None:
     pytest.skip("this mmrag has no reranker", allow_module_level=True)
 
 
@@ -17,6 +17,6 @@ def test_class():
 def test_is_the_class_of_mmrag():
     from llama_index.postprocessor.mmrag import MLLMReranker
 
-    from mmrag.reranker import MLLMReranker as ours
+    from mmrag.rerankers.postprocessor import MLLMReranker as ours
 
     assert MLLMReranker is ours

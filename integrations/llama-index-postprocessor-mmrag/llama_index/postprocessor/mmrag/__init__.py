@@ -1,5 +1,5 @@
 """mmrag's MLLMReranker in LlamaIndex's namespace."""
 
-from mmrag.reranker import MLLMReranker
+from mmrag.rerankers.postprocessor import MLLMReranker
 
 __all__ = ["MLLMReranker"]

@@ -1,0 +1,1 @@
+"""Question and pages -> an answer that cites its pages."""

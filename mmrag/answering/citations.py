@@ -1,0 +1,328 @@
+"""Citations: find each ``[n]``, check it against its source, and locate the words that carry it.
+
+A claim is a sentence of the answer. It is supported by a source if one passage of the source
+(a sentence, or two neighbours) has most of its weighted content words, or means the same to the
+embedder, and every number of the claim stands on the page. Passages of several sources cited for
+it may support it together. That is a check of evidence, not of truth: a negated sentence passes it.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from itertools import pairwise
+from pathlib import Path
+from typing import Literal, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mmrag.answering.context import Source
+from mmrag.embedders.base import Embedder
+from mmrag.errors import MMRagError
+from mmrag.lexical import Idf, numbers, sentences, stays_open, terms
+from mmrag.reading import locate_quote
+
+logger = logging.getLogger(__name__)
+
+Similarity: TypeAlias = Callable[[Sequence[str], Sequence[str]], NDArray[np.float32]]
+"""Cosines, shape (len(first), len(second))."""
+Evidence: TypeAlias = tuple[float, str]
+"""Support in [0, 1] and the words of a passage."""
+Choice: TypeAlias = Literal["flag", "remove"]
+
+SUPPORT = 0.4
+"""Share of a claim's weighted words that one passage must have."""
+SUPPORT_COSINE = 0.85
+"""Cosine of claim and passage that stands in for shared words."""
+
+_IDLE = SUPPORT / 2  # below it, a source cited beside others adds nothing to a claim
+_TO_EMBED = 32  # passages of a page that are compared by meaning, those with most words first
+
+_OPEN, _CLOSE = r"[\[\u3010\uff3b\u3014]", r"[\]\u3011\uff3d\u3015]"
+_MARK = re.compile(
+    rf"(?<![ \t])[ \t]*{_OPEN}\s*(?:sources?\s*|\^)?"
+    r"(\d{1,4}(?:\s*(?:[,;&\uff0c\u3001\u2013-]|and\b)\s*(?:source\s*)?\d{1,4})*)"
+    r"(?:\u2020[^\]\u3011]*|\s*[,:]\s*p(?:ages?|p?\.)\s*[\d\u2013-]+)?"
+    rf"\s*{_CLOSE}(?!\()",
+    re.IGNORECASE,
+)
+_BULLET = re.compile(r"^\s*(?:[-*\u2022\u25cf\u25e6\u2023\u2043\u00b7#]+\s+|\d{1,2}[.)]\s+)")
+_RANGE = re.compile(r"(\d{1,4})\s*[\u2013-]\s*(\d{1,4})")
+
+_MARKS_BEHIND = rf"(?:\s*{_OPEN}[^\]\u3011\uff3d\u3015\n]{{1,40}}{_CLOSE}(?!\())*"
+_PIECE = re.compile(
+    r"(\s*)(\S.*?(?:"
+    rf"[.!?][\"'\u201d\u2019)*]*{_MARKS_BEHIND}(?=\s|$)"
+    rf"|[。！？।॥؟۔][\"'\u201d\u2019\u300d\u300f\uff09)*]*{_MARKS_BEHIND}|\n|$))",
+    re.DOTALL,
+)
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One sentence of an answer.
+
+    text: without its citation marks.
+    citations: the sources that it cites and that exist.
+    dangling: the numbers that it cites and that no source has.
+    supported: None where no cited source has text to check against.
+    idle: sources cited beside those that support it, whose text has next to nothing of it.
+    """
+
+    text: str
+    citations: tuple[int, ...] = ()
+    dangling: tuple[int, ...] = ()
+    supported: bool | None = None
+    idle: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class CheckedAnswer:
+    """An answer with its claims checked.
+
+    text: the answer as it may be shown: with ``[n]`` in one spelling, and without what was to be
+        removed.
+    sources: all of them; those cited carry ``cited``, ``quote`` and ``boxes``.
+    """
+
+    text: str
+    claims: tuple[Claim, ...]
+    sources: tuple[Source, ...]
+
+    @property
+    def problems(self) -> list[str]:
+        """What a reader should know before trusting the answer."""
+        found: list[str] = []
+        for claim in self.claims:
+            for n in claim.dangling:
+                found.append(f"[{n}] points to no source: {claim.text}".rstrip(": "))
+            if claim.supported is False and not claim.dangling:
+                cites = "".join(f"[{n}]" for n in claim.citations)
+                where = f"not found in the text of {cites}" if cites else "has no citation"
+                found.append(f"{where}: {claim.text}")
+            found += [f"[{n}] has nothing of: {claim.text}" for n in claim.idle]
+        return found
+
+
+def parse_marks(text: str) -> list[int]:
+    """Numbers cited in ``[1]``, ``[1, 2]``, ``[1-3]``, ``[Source 1]`` and the like, in order."""
+    found: list[int] = []
+    for mark in _MARK.finditer(text):
+        for n in _numbers_of(mark[1]):
+            if n not in found:
+                found.append(n)
+    return found
+
+
+def _numbers_of(inside: str) -> list[int]:
+    """The numbers in one mark. A range of more than twenty is taken as its two ends."""
+    found: list[int] = []
+    for piece in re.split(r"[,;&\uff0c\u3001]|and", inside, flags=re.IGNORECASE):
+        if span := _RANGE.search(piece):
+            first, last = int(span[1]), int(span[2])
+            found += range(first, last + 1) if 0 <= last - first <= 20 else (first, last)
+        else:
+            found += [int(n) for n in re.findall(r"\d+", piece)]
+    return found
+
+
+def strip_marks(text: str) -> str:
+    """The text without its citation marks and list bullet."""
+    return strip_bullet(_MARK.sub("", text)).strip()
+
+
+def strip_bullet(text: str) -> str:
+    """A list item without its bullet or number."""
+    return _BULLET.sub("", text)
+
+
+def embedder_similarity(embedder: Embedder) -> Similarity:
+    """Cosines of texts by an embedder, both sides as documents; each text is embedded once."""
+    known: dict[str, NDArray[np.float32]] = {}
+
+    def cosines(first: Sequence[str], second: Sequence[str]) -> NDArray[np.float32]:
+        fresh = [text for text in dict.fromkeys([*first, *second]) if text not in known]
+        if fresh:
+            known.update(zip(fresh, embedder.encode(fresh), strict=True))
+        left, right = (np.stack([known[text] for text in side]) for side in (first, second))
+        return np.asarray(left @ right.T, dtype=np.float32)
+
+    return cosines
+
+
+def check_answer(
+    text: str,
+    sources: Sequence[Source],
+    similarity: Similarity | None = None,
+    *,
+    dangling: Choice = "flag",
+    unsupported: Choice = "flag",
+) -> CheckedAnswer:
+    """Check each claim of an answer against the sources it cites.
+
+    A claim without a citation is checked against all sources: if none supports it, it counts as
+    unsupported.
+
+    ``similarity`` lets a paraphrase count as support (see ``embedder_similarity``);
+    ``dangling`` says what to do with marks that point to no source, ``unsupported`` with
+    sentences that their sources do not support.
+    """
+    known = {source.n: source for source in sources}
+    claims: list[Claim] = []
+    shown: list[str] = []
+    quotes: dict[int, Evidence] = {}
+    for line, piece in _pieces(text):
+        claim, evidence = _check_claim(piece, known, similarity)
+        for n, (score, quote) in evidence.items():
+            if n in claim.citations and score >= max(SUPPORT, quotes.get(n, (0.0, ""))[0]):
+                quotes[n] = (score, quote)
+        if claim.text or claim.citations or claim.dangling:
+            claims.append(claim)
+        if claim.supported is False and unsupported == "remove" and claim.text:
+            continue
+        shown.append(line + _rewrite(piece, known, dangling))
+    cited = {n for claim in claims for n in claim.citations}
+    marked = [
+        _with_quote(replace(source, cited=source.n in cited), quotes.get(source.n))
+        for source in sources
+    ]
+    return CheckedAnswer("".join(shown).strip(), tuple(claims), tuple(marked))
+
+
+def locate(source: Source, quote: str) -> Source:
+    """The source with ``quote`` and the boxes where it stands; without boxes if it cannot be found.
+
+    A file that has gone or changed since it was indexed loses the boxes, not the answer.
+    """
+    boxes: Sequence[Sequence[float]] = []
+    path = Path(source.file)
+    if source.page is not None and path.suffix.lower() == ".pdf":
+        try:
+            boxes = locate_quote(path, source.page, quote) if path.is_file() else []
+        except (MMRagError, OSError) as error:
+            logger.warning("The quote of [%d] cannot be located: %s", source.n, error)
+    found = tuple((float(x0), float(y0), float(x1), float(y1)) for x0, y0, x1, y1 in boxes)
+    return replace(source, quote=quote, boxes=found)
+
+
+def best_passage(
+    claim: str, source: Source, similarity: Similarity | None = None
+) -> Evidence | None:
+    """Support in [0, 1] and words of the passage of a source that best supports a claim.
+
+    None if the source has no text.
+    """
+    passages, words, idf = _passages(source.text)
+    if not passages:
+        return None
+    wanted = terms(claim)
+    shared = np.asarray([idf.coverage(wanted, having) for having in words])
+    if similarity is not None and shared.max() < SUPPORT:
+        near = np.argsort(-shared, kind="stable")[:_TO_EMBED]
+        alike = similarity([claim], [passages[i] for i in near])[0]
+        shared[near] = np.where(alike >= SUPPORT_COSINE, alike, shared[near])
+    # Of equals, the shorter passage is the better quote.
+    best = max(range(len(passages)), key=lambda i: (round(float(shared[i]), 3), -len(passages[i])))
+    return min(1.0, float(shared[best])), passages[best]
+
+
+@lru_cache(maxsize=32)
+def _passages(text: str) -> tuple[list[str], list[list[str]], Idf]:
+    """Sentences and pairs of neighbours, their words, and the weights of these by sentence."""
+    single = sentences(text)
+    passages = single + [f"{a} {b}" for a, b in pairwise(single)]
+    words = [terms(passage) for passage in passages]
+    return passages, words, Idf(words[: len(single)])
+
+
+def _pieces(text: str) -> list[tuple[str, str]]:
+    """Sentences of an answer with the white space before each; joined, they are the answer.
+
+    Marks that follow the full stop, or stand alone, belong to the sentence before them.
+    """
+    pieces: list[tuple[str, str]] = []
+    for match in _PIECE.finditer(text):
+        space, piece = match[1], match[2]
+        if pieces and _runs_on(pieces[-1][1], space, piece):
+            before, start = pieces.pop()
+            space, piece = before, f"{start}{space}{piece}"
+        pieces.append((space, piece))
+    return pieces
+
+
+def _runs_on(before: str, space: str, piece: str) -> bool:
+    marks_alone = parse_marks(piece) and not _MARK.sub("", piece).strip(" \t\n.,;*_")
+    return bool(marks_alone) or (
+        before.endswith(".") and "\n" not in space and stays_open(before[:-1])
+    )
+
+
+def _check_claim(
+    piece: str, known: dict[int, Source], similarity: Similarity | None
+) -> tuple[Claim, dict[int, Evidence]]:
+    marks = parse_marks(piece)
+    citations = tuple(n for n in marks if n in known)
+    dangling = tuple(n for n in marks if n not in known)
+    text = strip_marks(piece)
+    if not terms(text) or (text.endswith(":") and not marks):
+        return Claim(text if marks else "", citations, dangling), {}
+    to_check = [known[n] for n in citations] or list(known.values())
+    evidence: dict[int, Evidence] = {}
+    for source in to_check:
+        if passage := best_passage(text, source, similarity):
+            evidence[source.n] = passage
+    if not evidence:
+        return Claim(text, citations, dangling, None), {}
+    seen = numbers(" ".join(f"{source.text} {source.page}" for source in to_check))
+    together = max(score for score, _ in evidence.values())
+    if citations and len(evidence) > 1:
+        together, evidence = _together(text, to_check, evidence)
+    enough = together >= SUPPORT
+    unseen_pages = any(not source.text.strip() for source in to_check)
+    supported: bool | None = enough and numbers(text) <= seen
+    if not supported and (unseen_pages or _names_place(text, [known[n] for n in citations])):
+        supported = None
+    idle = [n for n, (score, _) in evidence.items() if supported and score < _IDLE]
+    return Claim(text, citations, dangling, supported, tuple(idle) if citations else ()), evidence
+
+
+def _together(
+    text: str, cited: Sequence[Source], evidence: dict[int, Evidence]
+) -> tuple[float, dict[int, Evidence]]:
+    """Support by the best passages of several sources as one, and by each among them.
+
+    A sentence that joins what two pages say is not to be found on either.
+    """
+    idf = Idf([words for source in cited for words in _passages(source.text)[1]])
+    wanted, quoted = terms(text), {n: terms(quote) for n, (_, quote) in evidence.items()}
+    each = {
+        n: (max(score, idf.coverage(wanted, quoted[n])), quote)
+        for n, (score, quote) in evidence.items()
+    }
+    shared = idf.coverage(wanted, [word for words in quoted.values() for word in words])
+    return max(shared, *(score for score, _ in each.values())), each
+
+
+def _names_place(text: str, cited: Sequence[Source]) -> bool:
+    """Whether a text says no more than where its sources are, as a list of references does."""
+    places = terms(" ".join(f"{source.file} page {source.page}" for source in cited))
+    return bool(cited) and set(terms(text)) <= set(places)
+
+
+def _rewrite(piece: str, known: Iterable[int], dangling: Choice) -> str:
+    """Marks in one spelling; those that point nowhere stay or go."""
+
+    def one(mark: re.Match[str]) -> str:
+        cited = _numbers_of(mark[1])
+        kept = [n for n in cited if n in known or dangling == "flag"]
+        return " " * bool(kept) * mark[0].startswith((" ", "\t")) + "".join(f"[{n}]" for n in kept)
+
+    return _MARK.sub(one, piece)
+
+
+def _with_quote(source: Source, quote: Evidence | None) -> Source:
+    return source if quote is None else locate(source, quote[1])

@@ -1,0 +1,355 @@
+"""From hits to what a model is shown: sources chosen, freed of duplicates, made to fit, fenced.
+
+One source is one page, with its text and its picture together. Sources are numbered and shown
+from the most to the least relevant: models use best what stands near the ends of a long context
+(Liu et al., "Lost in the Middle", TACL 2024), the first sources stand there, and the question is
+said again behind the last.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from llama_index.core.schema import ImageNode, MetadataMode, Node, NodeWithScore
+
+from mmrag.content import image_size, load_image
+from mmrag.errors import ConfigError, ContentError
+from mmrag.lexical import Idf, numbers, sentences, terms
+from mmrag.prompting import PIXELS_PER_TOKEN, estimate_tokens, picture_bytes, sanitize
+
+Box: TypeAlias = tuple[float, float, float, float]
+
+DUPLICATE = 0.9  # Jaccard index of word triples above which two texts are the same page
+_ENOUGH_TEXT = 200  # characters; a page with fewer needs its picture to be understood
+
+
+@dataclass(frozen=True)
+class Source:
+    """A page that an answer may cite as ``[n]``.
+
+    file, page: where it is; ``page`` is None for files without pages.
+    node: the hit that stands for the page, as retrieved.
+    text: text layer of what was hit, the best hit first.
+    picture: the file that shows it: the page, or the figure if a figure is what hit.
+    quote: the sentence of the page that carries the answer, once it is known.
+    boxes: where the quote stands, one box a line, in PDF points.
+    cited: whether the answer cites it.
+    """
+
+    n: int
+    file: str
+    page: int | None
+    node: NodeWithScore
+    text: str
+    picture: Path | None = None
+    quote: str | None = None
+    boxes: tuple[Box, ...] = ()
+    cited: bool = False
+
+    @property
+    def box(self) -> Box | None:
+        """The rectangle around ``boxes``; without any, the box of the node itself."""
+        if not self.boxes:
+            own = self.node.node.metadata.get("box")
+            return tuple(own) if own else None
+        x0, y0, x1, y1 = zip(*self.boxes, strict=True)
+        return (min(x0), min(y0), max(x1), max(y1))
+
+    @property
+    def place(self) -> str:
+        """File and page for people: ``report.pdf, page 3``."""
+        return self.file if self.page is None else f"{self.file}, page {self.page}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """The public fields, ready for JSON."""
+        box = None if self.box is None else [round(edge, 2) for edge in self.box]
+        return {"n": self.n, "file": self.file, "page": self.page, "quote": self.quote, "box": box}
+
+
+@dataclass(frozen=True)
+class ImageBudget:
+    """How large the pictures of one request may be.
+
+    max_pixels: of one picture; larger ones are scaled down.
+    max_bytes: of all pictures together, encoded.
+    """
+
+    max_pixels: int = 1024 * 1024
+    max_bytes: int = 8 * 1024 * 1024
+
+
+@dataclass(frozen=True)
+class Part:
+    """One source as it is sent: its text, cut if need be, and the pixels its picture may have."""
+
+    source: Source
+    text: str
+    pixels: int = 0
+    image: bytes | None = None
+    mimetype: str | None = None
+
+    @property
+    def tokens(self) -> int:
+        """A cautious estimate of what this part costs."""
+        head = 40
+        return head + estimate_tokens(self.text) + -(-self.pixels // PIXELS_PER_TOKEN)
+
+
+@dataclass(frozen=True)
+class Packed:
+    """What is sent, and what had to be left out or cut for it, in words."""
+
+    parts: tuple[Part, ...]
+    notes: tuple[str, ...] = field(default=())
+
+
+def relevance(hit: NodeWithScore) -> float:
+    """The reranker's score where there is one, else the retriever's."""
+    score = hit.node.metadata.get("rerank_score", hit.score)
+    return float(score) if score is not None else 0.0
+
+
+def select_sources(
+    hits: Sequence[NodeWithScore],
+    question: str,
+    max_sources: int = 5,
+    threshold: float | None = None,
+) -> list[Source]:
+    """Up to ``max_sources`` pages whose relevance clears ``threshold``, best first, numbered.
+
+    The hits keep their order. Hits on one page become one source; a page whose text another
+    source already has is dropped, unless the question tells the two apart. An empty list means
+    that nothing is relevant enough.
+
+    Source: adaptive up-to-k selection of "Re-ranking the Context for Multimodal RAG"
+    (arXiv 2501.04695); ``calibrate_threshold`` finds the threshold.
+    """
+    pages: dict[tuple[str, int | str | None], list[NodeWithScore]] = {}
+    for hit in hits:
+        if threshold is None or relevance(hit) >= threshold:
+            pages.setdefault(_page_of(hit), []).append(hit)
+    kept: list[Source] = []
+    wanted = set(terms(question))
+    for group in pages.values():
+        source = _source(group)
+        if not any(_same_page(source, other, wanted) for other in kept):
+            kept.append(replace(source, n=len(kept) + 1))
+        if len(kept) == max_sources:
+            break
+    return kept
+
+
+def calibrate_threshold(relevant: Iterable[float], irrelevant: Iterable[float]) -> float:
+    """The threshold that best tells two samples of relevance scores apart.
+
+    Give the best scores of questions that the documents answer, and of questions that they do
+    not. The threshold has the greatest share of the first at or above it minus the share of the
+    second (Youden's J, Cancer 3(1), 1950), and lies midway between the scores around it.
+
+    Raises: ConfigError if a sample is empty.
+    """
+    good, bad = sorted(relevant), sorted(irrelevant)
+    if not good or not bad:
+        raise ConfigError("Both samples need at least one score to calibrate a threshold.")
+
+    def youden(cut: float) -> float:
+        return sum(s >= cut for s in good) / len(good) - sum(s >= cut for s in bad) / len(bad)
+
+    scores = sorted({*good, *bad})
+    best = max(scores, key=lambda cut: (youden(cut), cut))
+    below = [score for score in scores if score < best]
+    return (best + below[-1]) / 2 if below else best
+
+
+def pack(
+    sources: Sequence[Source],
+    question: str,
+    room: int,
+    *,
+    images: bool = True,
+    budget: ImageBudget = ImageBudget(),
+) -> Packed:
+    """Make sources fit into ``room`` tokens, losing as little as possible, and say what was lost.
+
+    In this order: pictures get smaller, down to a quarter; pictures of pages with text go, last
+    source first; long texts are cut to the sentences nearest to the question; the last sources
+    go. The first source always stays.
+    """
+    notes: list[str] = []
+    parts = [Part(source, sanitize(source.text)) for source in sources]
+    if images:
+        parts = _fit_pictures(parts, room, budget, notes)
+    parts = _fit_texts(parts, question, room, notes)
+    with_picture = sum(part.pixels > 0 for part in parts)
+    share = budget.max_bytes // max(1, with_picture)
+    return Packed(tuple(_encode(part, share, notes) for part in parts), tuple(notes))
+
+
+def fence(part: Part, boundary: str) -> str:
+    """A source between two lines that only this request's boundary can open and close."""
+    source = part.source
+    where = [f"file: {_one_line(source.file)}"]
+    if source.page is not None:
+        where.append(f"page: {source.page}")
+    for name in ("section", "caption"):
+        if value := source.node.node.metadata.get(name):
+            where.append(f"{name}: {_one_line(str(value))}")
+    text = part.text.strip() or "(no text layer)"
+    head, tail = f"<<<source {source.n} {boundary}>>>", f"<<<end of source {source.n} {boundary}>>>"
+    return "\n".join([head, *where, "text:", text, tail])
+
+
+def _one_line(text: str) -> str:
+    return " ".join(sanitize(text).split())
+
+
+def _page_of(hit: NodeWithScore) -> tuple[str, int | str | None]:
+    file, page = _location(hit)
+    return (file, hit.node.node_id if page is None else page)
+
+
+def _location(hit: NodeWithScore) -> tuple[str, int | None]:
+    """File and page from our metadata, or from the keys that LlamaIndex's readers write."""
+    metadata = hit.node.metadata
+    names = (metadata.get(key) for key in ("file", "file_path", "file_name"))
+    file = next((str(name) for name in names if name), hit.node.ref_doc_id or hit.node.node_id)
+    page = str(metadata.get("page", metadata.get("page_label")))
+    return file, int(page) if page.isdecimal() else None
+
+
+def _source(group: Sequence[NodeWithScore]) -> Source:
+    best = group[0]
+    file, page = _location(best)
+    texts: list[str] = []
+    for hit in group:
+        text = hit.node.get_content(MetadataMode.NONE).strip()
+        if text and not any(text in other for other in texts):
+            texts.append(text)
+    return Source(0, file, page, best, "\n\n".join(texts), _picture(best))
+
+
+def _picture(hit: NodeWithScore) -> Path | None:
+    """The figure's crop or the page's picture; the page's where the crop's file is gone."""
+    node = hit.node
+    own: str | Path | None = None
+    if isinstance(node, ImageNode):
+        own = node.image_path
+    elif isinstance(node, Node) and node.image_resource:
+        own = node.image_resource.path
+    paths = [Path(path) for path in (own, node.metadata.get("page_image")) if path]
+    return next((path for path in paths if path.is_file()), paths[0] if paths else None)
+
+
+def _same_page(one: Source, other: Source, wanted: set[str]) -> bool:
+    """Whether two sources would tell a reader the same.
+
+    Pages that differ in a number, or in a word of the question (its file's name counts), are
+    not the same however alike they look: two plans of one insurer, two years of one report.
+    """
+    a, b = terms(one.text), terms(other.text)
+    if not a or not b:
+        return not a and not b and _same_file(one.picture, other.picture)
+    first, second = _triples(a), _triples(b)
+    if len(first & second) < DUPLICATE * len(first | second):
+        return False
+    named = [wanted & {*words, *terms(source.file)} for words, source in ((a, one), (b, other))]
+    return named[0] == named[1] and numbers(one.text) == numbers(other.text)
+
+
+def _triples(words: list[str]) -> set[tuple[str, ...]]:
+    return {tuple(words[i : i + 3]) for i in range(max(1, len(words) - 2))}
+
+
+def _same_file(one: Path | None, other: Path | None) -> bool:
+    if one is None or other is None or not (one.is_file() and other.is_file()):
+        return False
+    return one.stat().st_size == other.stat().st_size and one.read_bytes() == other.read_bytes()
+
+
+def _cost(parts: Sequence[Part]) -> int:
+    return sum(part.tokens for part in parts)
+
+
+def _fit_pictures(
+    parts: list[Part], room: int, budget: ImageBudget, notes: list[str]
+) -> list[Part]:
+    sizes = [_pixels(part.source, notes) for part in parts]
+    for shrink in (1, 2, 4):
+        cap = budget.max_pixels // shrink
+        parts = [
+            replace(part, pixels=min(size, cap)) for part, size in zip(parts, sizes, strict=True)
+        ]
+        if _cost(parts) <= room:
+            return parts
+    for i in reversed(range(len(parts))):
+        if _cost(parts) <= room:
+            break
+        if parts[i].pixels and len(parts[i].text) >= _ENOUGH_TEXT:
+            parts[i] = replace(parts[i], pixels=0)
+            notes.append(f"[{i + 1}] goes without its picture: the context window is full")
+    return parts
+
+
+def _fit_texts(parts: list[Part], question: str, room: int, notes: list[str]) -> list[Part]:
+    if _cost(parts) > room:
+        pictures = _cost([replace(part, text="") for part in parts])
+        share = max(100, (room - pictures) // len(parts))
+        parts = [_cut(part, question, share, notes) for part in parts]
+    while len(parts) > 1 and _cost(parts) > room:
+        notes.append(f"[{parts[-1].source.n}] is left out: the context window is full")
+        parts = parts[:-1]
+    if parts and parts[0].pixels and _cost(parts) > room:
+        parts = [replace(parts[0], pixels=0)]
+        notes.append("[1] goes without its picture: the context window is too small for it")
+    if parts and _cost(parts) > room:
+        parts = [_cut(parts[0], question, max(50, room - 40), notes)]
+    return parts
+
+
+def _cut(part: Part, question: str, tokens: int, notes: list[str]) -> Part:
+    if estimate_tokens(part.text) <= tokens:
+        return part
+    notes.append(f"[{part.source.n}] is cut to the sentences nearest to the question")
+    return replace(part, text=condense(part.text, question, tokens))
+
+
+def condense(text: str, question: str, tokens: int) -> str:
+    """The sentences that share most with the question, in their order, within ``tokens``."""
+    pieces = sentences(text)
+    words = [terms(piece) for piece in pieces]
+    idf, wanted = Idf(words), terms(question)
+    by_worth = sorted(range(len(pieces)), key=lambda i: (-idf.coverage(wanted, words[i]), i))
+    chosen: list[int] = []
+    for i in by_worth:
+        tokens -= estimate_tokens(pieces[i]) + 1
+        if tokens < 0:
+            break
+        chosen.append(i)
+    return "\n".join(pieces[i] for i in sorted(chosen))
+
+
+def _pixels(source: Source, notes: list[str]) -> int:
+    if source.picture is None:
+        return 0
+    try:
+        width, height = image_size(source.picture)
+    except ContentError as error:
+        notes.append(f"[{source.n}] goes without its picture: {error}")
+        return 0
+    return width * height
+
+
+def _encode(part: Part, max_bytes: int, notes: list[str]) -> Part:
+    """The part with its picture."""
+    if not part.pixels or part.source.picture is None:
+        return part
+    try:
+        image = load_image(part.source.picture)
+    except ContentError as error:
+        notes.append(f"[{part.source.n}] goes without its picture: {error}")
+        return replace(part, pixels=0)
+    data, mimetype = picture_bytes(image, part.pixels, max_bytes)
+    return replace(part, image=data, mimetype=mimetype)

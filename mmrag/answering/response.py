@@ -1,0 +1,287 @@
+"""What a cited answer is, whole or as a stream."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import AsyncGenerator, Callable, Generator
+from dataclasses import dataclass, field
+from typing import Any
+from urllib.parse import quote
+
+from llama_index.core.base.response.schema import (
+    AsyncStreamingResponse,
+    Response,
+    StreamingResponse,
+)
+
+from mmrag.answering.citations import Claim, parse_marks
+from mmrag.answering.context import Source
+from mmrag.llms.endpoint import REASONING_TAGS, without_reasoning
+
+SENTINEL = "NOT_FOUND_IN_SOURCES"
+"""What the model is told to reply when the sources do not answer the question."""
+NOT_FOUND = "Not found in these documents."
+_SENTINEL = re.compile(SENTINEL.replace("_", r"\\?_"), re.IGNORECASE)  # Markdown escapes it
+
+
+@dataclass
+class CitedResponse(Response):
+    """A LlamaIndex Response whose ``[n]`` are ``sources``.
+
+    sources: all that the model was shown; ``cited`` marks those that the answer cites.
+    found: False where the documents do not answer the question.
+    claims: the sentences of the answer, checked; ``problems`` says what is wrong with them.
+    notes: what was cut, left out or missing on the way to the model.
+    """
+
+    sources: list[Source] = field(default_factory=list)
+    found: bool = True
+    claims: tuple[Claim, ...] = ()
+    problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def cited(self) -> list[Source]:
+        """The sources that the answer rests on: those it cites, or all if it cites none."""
+        if not self.found:
+            return []
+        return [source for source in self.sources if source.cited] or self.sources
+
+    def to_dict(self, question: str) -> dict[str, Any]:
+        """The answer for JSON."""
+        return {
+            "question": question,
+            "found": self.found,
+            "answer": self.response,
+            "sources": [source.to_dict() for source in self.cited],
+        }
+
+    def markdown(self, *, images: bool = False) -> str:
+        """The answer with a list of its sources, as Markdown.
+
+        images: show each cited figure or picture behind the line, or the table, that cites it
+            first.
+
+        Pictures and HTML that the model itself wrote are made harmless: a page that is shown
+        must not load what a document told the model to load.
+        """
+        shown: set[int] = set()
+        parts: list[str] = []
+        by_number = {source.n: source for source in self.cited if source.cited}
+        waiting: list[str] = []
+        lines = _harmless(self.response or "").splitlines()
+        for line, following in zip(lines, [*lines[1:], ""], strict=True):
+            parts.append(line)
+            for n in parse_marks(line) if images else ():
+                if n in by_number and n not in shown and (figure := _figure(by_number[n])):
+                    shown.add(n)
+                    waiting += ["", figure, ""]
+            if not following.lstrip().startswith("|"):  # nothing may stand between a table's rows
+                parts += waiting
+                waiting = []
+        listed = [_listed(source) for source in self.cited]
+        return "\n".join([*parts, "", *listed] if listed else parts).strip() + "\n"
+
+
+@dataclass
+class CitedStreamingResponse(StreamingResponse):
+    """A stream of text; ``sources`` are there at once, ``get_response()`` has the checks."""
+
+    sources: list[Source] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    finish: Callable[[str], CitedResponse] = field(kw_only=True)
+
+    def __post_init__(self) -> None:
+        self.response_gen = self._recorded(self.response_gen)
+
+    def __str__(self) -> str:
+        """The whole text. Reads the stream to its end first."""
+        for _ in self.response_gen:
+            pass
+        return self.response_txt or ""
+
+    def get_response(self) -> CitedResponse:
+        """The whole answer, checked. Reads the stream to its end first."""
+        return self.finish(str(self))
+
+    def _recorded(self, tokens: Generator[str, None, None]) -> Generator[str, None, None]:
+        text = ""
+        for token in tokens:
+            text += token
+            yield token
+        self.response_txt = text
+
+
+@dataclass
+class AsyncCitedStreamingResponse(AsyncStreamingResponse):
+    """As CitedStreamingResponse, for ``aquery``."""
+
+    sources: list[Source] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    finish: Callable[[str], CitedResponse] = field(kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.response_gen = self._recorded(self.response_gen)
+
+    async def get_response(self) -> CitedResponse:
+        """The whole answer, checked. Reads the stream to its end first."""
+        async for _ in self.response_gen:
+            pass
+        return await asyncio.to_thread(self.finish, self.response_txt or "")
+
+    async def _recorded(self, tokens: AsyncGenerator[str, None]) -> AsyncGenerator[str, None]:
+        text = ""
+        async for token in tokens:
+            text += token
+            yield token
+        self.response_txt = text
+
+
+def says_not_found(text: str) -> bool:
+    """Whether a model's answer is the sentinel, or says no more than it or what stands for it."""
+    bare = text.replace("\\", "").strip().strip("*_`\"'[]. \n")
+    if bare.upper().startswith(SENTINEL):
+        return True
+    return NOT_FOUND in in_words(text) and not parse_marks(text)
+
+
+def in_words(text: str) -> str:
+    """A text with the sentinel replaced by a sentence for people."""
+    return _SENTINEL.sub(NOT_FOUND, text)
+
+
+def shown(tokens: Generator[str, None, None]) -> Generator[str, None, None]:
+    """The stream without reasoning in front, the sentinel put in words."""
+    filtered = _Shown()
+    for token in tokens:
+        if piece := filtered.add(token):
+            yield piece
+    if rest := filtered.end():
+        yield rest
+
+
+async def ashown(tokens: AsyncGenerator[str, None]) -> AsyncGenerator[str, None]:
+    """As ``shown``."""
+    filtered = _Shown()
+    async for token in tokens:
+        if piece := filtered.add(token):
+            yield piece
+    if rest := filtered.end():
+        yield rest
+
+
+class _Shown:
+    """Holds back of a stream what may turn out to be reasoning or the sentinel."""
+
+    def __init__(self) -> None:
+        self._held = ""
+        self._reasons = self._begun = False
+
+    def add(self, token: str) -> str:
+        """What may be shown after a further token."""
+        self._held += token
+        if not self._begun:
+            if self._reasons and not {">", "]"} & set(token):
+                return ""  # only a closing tag changes anything, and the text may be long
+            head = without_reasoning(self._held)
+            self._reasons = not without_reasoning(f"{self._held}x")
+            if _may_be_reasoning(self._held) or _may_be_sentinel(head):
+                return ""
+            self._begun, self._held = True, head
+        whole = in_words(self._held)
+        kept = _sentinel_begun(whole)
+        self._held = whole[len(whole) - kept :]
+        return whole[: len(whole) - kept]
+
+    def end(self) -> str:
+        """What is left to show."""
+        rest = self._held if self._begun else without_reasoning(self._held)
+        return NOT_FOUND if says_not_found(rest) and not self._begun else in_words(rest)
+
+
+def as_stream(response: CitedResponse) -> CitedStreamingResponse:
+    """An answer that is known already, as a stream of one piece."""
+
+    def once() -> Generator[str, None, None]:
+        yield str(response)
+
+    return CitedStreamingResponse(
+        response_gen=once(),
+        source_nodes=response.source_nodes,
+        metadata=response.metadata,
+        sources=response.sources,
+        notes=response.notes,
+        finish=lambda _: response,
+    )
+
+
+def as_async_stream(response: CitedResponse) -> AsyncCitedStreamingResponse:
+    """As ``as_stream``."""
+
+    async def once() -> AsyncGenerator[str, None]:
+        yield str(response)
+
+    return AsyncCitedStreamingResponse(
+        response_gen=once(),
+        source_nodes=response.source_nodes,
+        metadata=response.metadata,
+        sources=response.sources,
+        notes=response.notes,
+        finish=lambda _: response,
+    )
+
+
+def _may_be_sentinel(text: str) -> bool:
+    bare = text.strip().lstrip("*_`\"'[").upper()
+    return SENTINEL.startswith(bare.replace("\\", "")[: len(SENTINEL)])
+
+
+def _may_be_reasoning(text: str) -> bool:
+    """Whether a text is the start of a tag that opens reasoning."""
+    bare = text.lstrip().lower()
+    return any(tag.startswith(bare) for tag in REASONING_TAGS)
+
+
+def _sentinel_begun(text: str) -> int:
+    """Length of the end of a text that may go on to be the sentinel."""
+    tail = text[-len(SENTINEL) - 4 :].upper()
+    return next(
+        (len(tail) - i for i in range(len(tail)) if _may_begin(tail[i:].replace("\\", ""))), 0
+    )
+
+
+def _may_begin(tail: str) -> bool:
+    return bool(tail) and SENTINEL.startswith(tail)
+
+
+# Entities: a backslash of ours could be undone by one of the model's in front of it.
+_ACTIVE = {"![": "&#33;[", "<": "&lt;"}
+_MARKUP = re.compile(r"([\\`*_\[\]<>!#|])")
+
+
+def _harmless(text: str) -> str:
+    for active, harmless in _ACTIVE.items():
+        text = text.replace(active, harmless)
+    return text
+
+
+def _figure(source: Source) -> str | None:
+    """The picture of a source that is a figure or a picture; None where its file is gone."""
+    values = source.node.node.metadata
+    if values.get("kind") not in ("figure", "picture"):
+        return None
+    if source.picture is None or not source.picture.is_file():
+        return None
+    caption = " ".join(str(values.get("caption") or source.place).split())
+    return f"![{_literal(caption)}]({quote(source.picture.as_posix(), safe='/:')})"
+
+
+def _listed(source: Source) -> str:
+    words = f": \u201c{_literal(source.quote)}\u201d" if source.quote else ""
+    return f"- \\[{source.n}\\] {_literal(source.place)}{words}"
+
+
+def _literal(text: str) -> str:
+    return _MARKUP.sub(r"\\\1", text)

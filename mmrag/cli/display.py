@@ -1,0 +1,224 @@
+"""What the command line shows to people, built with rich. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console, Group, RenderableType
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from mmrag.lexical import Idf, sentences, terms
+
+if TYPE_CHECKING:
+    from llama_index.core.schema import NodeWithScore
+
+    from mmrag.answering.context import Source
+    from mmrag.answering.response import CitedResponse
+    from mmrag.embedders.known import KnownModel
+    from mmrag.errors import ReadError
+    from mmrag.ingest.progress import IngestReport
+    from mmrag.store.collection import FileEntry
+
+_SNIPPET = 240  # characters
+
+
+def clean(text: str) -> str:
+    """Text of a document or a model, without characters that could steer a terminal."""
+    return "".join(c for c in text if c in "\n\t\u200c\u200d" or not _steering(c))
+
+
+def _steering(char: str) -> bool:
+    return unicodedata.category(char) in ("Cc", "Cf")
+
+
+def snippet(text: str, query: str) -> str:
+    """The sentence nearest to the query, with those after it as far as there is room."""
+    pieces = sentences(clean(text))
+    if not pieces:
+        return ""
+    words = [terms(piece) for piece in pieces]
+    idf, wanted = Idf(words), terms(query)
+    best = max(range(len(pieces)), key=lambda i: (idf.coverage(wanted, words[i]), -i))
+    shown = pieces[best]
+    for piece in pieces[best + 1 :]:
+        if len(shown) + len(piece) >= _SNIPPET:
+            break
+        shown += f" {piece}"
+    return shown if len(shown) <= _SNIPPET else f"{shown[: _SNIPPET - 1].rstrip()}\u2026"
+
+
+def place(file: str, page: int | None) -> Text:
+    """``report.pdf  page 3``."""
+    name = Text.assemble((clean(file), "bold"))
+    return name if page is None else name.append(f"  page {page}", style="cyan")
+
+
+def hits_view(hits: Sequence[NodeWithScore], query: str) -> RenderableType:
+    """Each hit with its place, score, ranks and the words that match."""
+    rows: list[RenderableType] = []
+    for n, hit in enumerate(hits, start=1):
+        metadata = hit.node.metadata
+        head = Text.assemble((f"{n:>2}  ", "dim"))
+        head.append_text(place(metadata.get("file", ""), metadata.get("page")))
+        kind = metadata.get("kind", "page")
+        if kind not in ("page", "text"):
+            head.append(f"  {kind}", style="magenta")
+        ranks = "  ".join(f"{name} #{rank}" for name, rank in metadata.get("ranks", {}).items())
+        head.append(f"  {hit.score or 0:.2f}", style="green")
+        head.append(f"  {ranks}", style="dim")
+        rows.append(head)
+        words = snippet(node_words(hit), query)
+        shown = marked(words, query) if words else Text("(no text layer)", style="dim")
+        rows.append(Padding(shown, (0, 0, 1, 4), expand=False))
+    return Group(*rows)
+
+
+def node_words(hit: NodeWithScore) -> str:
+    """A hit's own text, without metadata."""
+    from llama_index.core.schema import MetadataMode
+
+    return str(hit.node.get_content(MetadataMode.NONE))
+
+
+def marked(text: str, query: str) -> Text:
+    """Text with the words of the query in bold."""
+    shown = Text(text)
+    wanted = set(terms(query))
+    start = 0
+    for word in text.split():
+        start = text.index(word, start)
+        if wanted & set(terms(word)):
+            shown.stylize("bold yellow", start, start + len(word))
+        start += len(word)
+    return shown
+
+
+def sources_view(response: CitedResponse, saved: dict[int, str]) -> RenderableType:
+    """The sources of an answer with their quotes, then what to be careful about."""
+    rows: list[RenderableType] = []
+    if not response.found:
+        if response.sources:
+            rows.append(Text("\nNearest pages", style="bold"))
+            rows += [_source_line(source) for source in response.sources]
+        return Group(*rows)
+    rows.append(Text("\nSources", style="bold"))
+    for source in response.cited:
+        rows.append(_source_line(source))
+        if source.quote:
+            quote = Text(f"\u201c{clean(source.quote)}\u201d", style="italic")
+            rows.append(Padding(quote, (0, 0, 0, 6), expand=False))
+        if source.n in saved:
+            rows.append(
+                Padding(
+                    Text(f"saved as {saved[source.n]}", style="dim"), (0, 0, 0, 6), expand=False
+                )
+            )
+    if not any(source.cited for source in response.sources):
+        rows.append(Text("The answer cites none of them.", style="yellow"))
+    if response.problems:
+        rows.append(Text("\nCheck before you trust it", style="bold yellow"))
+        rows += [_bullet(problem) for problem in response.problems]
+    return Group(*rows)
+
+
+def plan_view(plan: Mapping[str, Any]) -> RenderableType:
+    """The searches that led to an answer, and why they ended."""
+    rows: list[RenderableType] = [Text("\nSearches", style="bold")]
+    for search in plan["searches"]:
+        found = ", ".join(clean(page) for page in search["pages"][:3]) or "nothing"
+        rows.append(_bullet(f"{clean(search['question'])}: {found}"))
+    calls = f"{plan['calls']} calls, {plan['seconds']:.1f} s"
+    rows.append(Text(f"Ended after {calls}: {plan['stopped']}.", style="dim"))
+    return Group(*rows)
+
+
+def _source_line(source: Source) -> Text:
+    mark = Text.assemble((f" [{source.n}]  ", "cyan"))
+    return mark.append_text(place(source.file, source.page))
+
+
+def _bullet(text: str) -> Padding:
+    table = Table.grid(padding=(0, 1))
+    table.add_row("-", Text(clean(text)))
+    return Padding(table, (0, 0, 0, 1), expand=False)
+
+
+def report_view(report: IngestReport) -> RenderableType:
+    """What became of the files, and every failure."""
+    speed = report.pages / report.seconds if report.seconds else 0.0
+    counts = {
+        "indexed": len(report.indexed),
+        "replaced": len(report.replaced),
+        "unchanged": len(report.unchanged),
+        "moved": len(report.moved),
+        "duplicates": len(report.duplicates),
+        "removed": len(report.removed),
+        "failed": len(report.failed),
+    }
+    parts = [f"{count} {name}" for name, count in counts.items() if count] or ["nothing to do"]
+    rows: list[RenderableType] = [
+        Text.assemble(("Files: ", "bold"), ", ".join(parts)),
+        Text.assemble(
+            ("Stored: ", "bold"),
+            f"{report.pages} pages, {report.nodes} nodes in {report.seconds:.1f} s "
+            f"({speed:.1f} pages/s)",
+        ),
+    ]
+    rows += [_bullet(note) for note in report.notes]
+    if report.errors:
+        rows.append(Text(f"\n{len(report.errors)} could not be read", style="bold red"))
+        rows += [_bullet(str(error)) for error in report.errors]
+    return Group(*rows)
+
+
+def error_row(error: ReadError) -> dict[str, object]:
+    """A failure for JSON."""
+    return {"file": error.file, "page": error.page, "error": str(error.args[0])}
+
+
+def files_view(files: Iterable[FileEntry], title: str) -> RenderableType:
+    """The indexed files in a table."""
+    table = _table(title)
+    table.add_column("file", overflow="fold", ratio=1)
+    for name in ("pages", "nodes", "errors"):
+        table.add_column(name, justify="right")
+    for entry in files:
+        errors = Text(str(len(entry.errors)) if entry.errors else "", style="red")
+        table.add_row(Text(clean(entry.file)), str(entry.pages), str(entry.nodes), errors)
+    return table
+
+
+def models_view(models: Iterable[KnownModel], console: Console) -> RenderableType:
+    """The known embedders; fewer columns where the terminal is narrow."""
+    table = _table("Embedders that mmrag knows")
+    table.add_column("name", overflow="fold", ratio=1)
+    table.add_column("dim", justify="right")
+    table.add_column("takes")
+    table.add_column("licence", overflow="fold")
+    wide = console.width >= 100
+    if wide:
+        table.add_column("context", justify="right")
+        table.add_column("family")
+    for model in models:
+        licence = Text(model.licence)
+        if model.non_commercial:
+            licence.append(" (non-commercial)", style="yellow")
+        takes = ", ".join(kind for kind in model.modalities if kind != "fused")
+        row: list[RenderableType] = [Text(model.name), str(model.dim), takes, licence]
+        table.add_row(*row, *([str(model.context), model.family] if wide else []))
+    return table
+
+
+def _table(title: str) -> Table:
+    return Table(
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        header_style="dim",
+        box=None,
+        pad_edge=False,
+    )

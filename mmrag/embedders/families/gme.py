@@ -1,0 +1,48 @@
+"""GME: the universal embedders on Qwen2-VL, and checkpoints of their layout.
+
+Source: GME (arXiv 2412.16855) and the inference script published with its weights.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mmrag.content import Content, Modality
+from mmrag.modeling.loading import Placement
+from mmrag.modeling.prompts import Prompt
+from mmrag.modeling.qwen_vl import (
+    ALL_MODALITIES,
+    IMAGE,
+    Qwen2VLBackbone,
+    Recipe,
+    load_qwen2_vl,
+    qwen_fetch_size,
+)
+
+GME_DEFAULT = "You are a helpful assistant."
+
+
+def gme_prompt(content: Content, instruction: str | None) -> Prompt:
+    """GME's literal prompt: instruction in the system turn, picture right before the text."""
+    image = f"<|vision_start|>{IMAGE}<|vision_end|>" if content.images else ""
+    system = f"<|im_start|>system\n{instruction or GME_DEFAULT}<|im_end|>\n"
+    return Prompt(
+        before=f"{system}<|im_start|>user\n{image}",
+        text=content.text or "",
+        after="<|im_end|>\n<|im_start|>assistant\n<|endoftext|>",
+    )
+
+
+def load_gme(
+    folder: Path,
+    placement: Placement,
+    *,
+    family: str = "gme",
+    modalities: frozenset[Modality] = ALL_MODALITIES,
+    max_length: int = 1800,
+    min_image_tokens: int | None = None,
+    max_image_tokens: int | None = None,
+) -> Qwen2VLBackbone:
+    """Load a checkpoint of GME's layout: gme-Qwen2-VL-2B/7B, or any of that shape."""
+    recipe = Recipe(family, gme_prompt, qwen_fetch_size, max_length)
+    return load_qwen2_vl(folder, placement, recipe, min_image_tokens, max_image_tokens, modalities)

@@ -1,0 +1,48 @@
+"""What indexing reports while it runs and when it is done."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from mmrag.errors import ReadError
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run has come. pages: embedded and stored in this run; seconds: since its start."""
+
+    files_done: int
+    files_total: int
+    pages: int
+    failures: int
+    file: str
+    seconds: float
+
+    @property
+    def pages_per_second(self) -> float:
+        """Pages stored per second since the start."""
+        return self.pages / self.seconds if self.seconds > 0 else 0.0
+
+
+@dataclass
+class IngestReport:
+    """What became of every file, by path.
+
+    indexed: new files. replaced: files whose content had changed. moved: new path to old one.
+    duplicates: path to the indexed file of equal content that stands for it. failed: files of
+    which nothing could be read or that were cut short. errors: what could not be read or
+    embedded, file by file. notes: what else should be known. pages, nodes: stored in this run.
+    """
+
+    indexed: list[str] = field(default_factory=list)
+    replaced: list[str] = field(default_factory=list)
+    unchanged: list[str] = field(default_factory=list)
+    removed: list[str] = field(default_factory=list)
+    failed: list[str] = field(default_factory=list)
+    moved: dict[str, str] = field(default_factory=dict)
+    duplicates: dict[str, str] = field(default_factory=dict)
+    errors: list[ReadError] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    pages: int = 0
+    nodes: int = 0
+    seconds: float = 0.0

@@ -1,0 +1,92 @@
+"""Ingestion over many machines with Ray Data, into one collection on a Qdrant server.
+
+Needs the ``ray`` extra. Files are the unit: each worker runs ``mmrag.ingest.run.ingest`` over its
+share, so that a run can be killed and started again as on one machine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from mmrag.embedders.base import Embedder
+from mmrag.errors import ConfigError, ReadError
+from mmrag.ingest.progress import IngestReport
+from mmrag.ingest.run import ingest
+from mmrag.reading import ReadOptions, find_files
+from mmrag.store.collection import Collection
+
+FILES_PER_TASK = 8
+
+
+class _Worker:
+    """One Ray actor: a model and an open collection, kept over its batches of files."""
+
+    def __init__(
+        self,
+        open_collection: Callable[[], Collection],
+        load: Callable[[], Embedder],
+        options: ReadOptions | None,
+    ) -> None:
+        self.collection = open_collection()
+        self.embedder = load()
+        self.options = options
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
+        files = [str(path) for path in batch["file"]]
+        report = ingest(files, self.collection, self.embedder, options=self.options, workers=1)
+        return {"report": [report]}
+
+
+def ingest_with_ray(
+    paths: Sequence[str | Path],
+    open_collection: Callable[[], Collection],
+    load: Callable[[], Embedder],
+    *,
+    options: ReadOptions | None = None,
+    workers: int = 2,
+    gpus_per_worker: float = 0,
+) -> IngestReport:
+    """Index files with Ray workers, on this machine or on the cluster that Ray is connected to.
+
+    Args:
+        paths: files and folders that every machine sees under the same path.
+        open_collection: opens the collection in a worker: one on a server, for the embedded
+            engine locks its folder; with ``images_dir`` on storage that all machines share.
+        load: loads the embedder in a worker, for instance
+            ``lambda: load_embedder("Alibaba-NLP/gme-Qwen2-VL-2B-Instruct")``.
+        gpus_per_worker: share of a GPU that each worker is given.
+
+    Returns: the reports of all workers in one.
+
+    Raises: ConfigError without Ray.
+    """
+    try:
+        import ray
+    except ImportError as error:
+        raise ConfigError("Ray is not installed: pip install 'mmrag[ray]'.") from error
+    files, errors = find_files(paths)
+    data = ray.data.from_items([{"file": str(path)} for path in files])
+    reports = data.map_batches(
+        _Worker,
+        fn_constructor_args=(open_collection, load, options),
+        batch_size=FILES_PER_TASK,
+        concurrency=workers,
+        num_gpus=gpus_per_worker or None,
+    ).take_all()
+    return _together([row["report"] for row in reports], errors)
+
+
+def _together(reports: Sequence[IngestReport], errors: Sequence[ReadError]) -> IngestReport:
+    total = IngestReport(errors=list(errors), failed=[error.file for error in errors])
+    for report in reports:
+        for key in ("indexed", "replaced", "unchanged", "removed", "failed", "errors", "notes"):
+            getattr(total, key).extend(getattr(report, key))
+        for key in ("moved", "duplicates"):
+            getattr(total, key).update(getattr(report, key))
+        total.pages += report.pages
+        total.nodes += report.nodes
+        total.seconds = max(total.seconds, report.seconds)
+    total.notes = list(dict.fromkeys(total.notes))
+    return total

@@ -1,0 +1,1 @@
+"""Language models that answer: a local checkpoint, or a server."""

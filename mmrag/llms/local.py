@@ -1,0 +1,347 @@
+"""A chat model of transformers that runs here and takes pictures, as a LlamaIndex LLM.
+
+LlamaIndex's own class for local models takes text alone. Qwen2-VL, Qwen2.5-VL and Qwen3-VL get
+their inputs from our code, which needs no torchvision; other models from their own processor.
+Answers are greedy, so that the same question gets the same answer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from llama_index.core.base.llms.types import (
+    ChatMessage,
+    ChatResponse,
+    ChatResponseAsyncGen,
+    ChatResponseGen,
+    CompletionResponse,
+    CompletionResponseGen,
+    ImageBlock,
+    LLMMetadata,
+    MessageRole,
+    TextBlock,
+)
+from llama_index.core.bridge.pydantic import Field, PrivateAttr
+from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_callback
+from llama_index.core.llms.custom import CustomLLM
+from PIL import Image
+from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
+from transformers.models.auto import AutoModelForImageTextToText
+
+from mmrag.content import load_image
+from mmrag.errors import ConfigError, ContentError, ModelError
+from mmrag.modeling.chat import NATIVE, load_processor, process, special_marks
+from mmrag.modeling.loading import find_checkpoint, load_exact, place, read_json
+from mmrag.modeling.qwen_images import PictureRule, read_picture_rule, resize, to_patches
+from mmrag.modeling.qwen_vl import expand, load_tokenizer, use_matmul_patch_embed
+from mmrag.prompting import broken_up
+
+Inputs = dict[str, Any]
+# From messages as chat templates take them, and their pictures in order, to what a model takes.
+Prepare = Callable[[list[dict[str, Any]], list[Image.Image]], Inputs]
+_PICTURE: dict[str, Any] = {"type": "image"}
+_MOST_IMAGE_TOKENS = 1280
+
+
+class LocalLLM(CustomLLM):
+    """A chat model for ``CitedQueryEngine`` and all else that takes an LLM.
+
+    Args:
+        model: a name on the hub or a checkpoint folder, of any image-text-to-text model.
+        device, dtype, revision: as in ``load_embedder``.
+        context_window: in tokens; by default what the checkpoint says.
+        max_tokens: longest answer.
+        max_image_tokens: most visual tokens of one picture, 1280 by default; for the Qwen-VL
+            families alone.
+
+    Raises: ConfigError for options that make no sense, ModelError if the checkpoint cannot be
+        found or does not load exactly. Chats raise ContentError for a prompt that does not fit,
+        and for blocks that are no text or picture.
+    """
+
+    model_name: str = Field(description="Name or folder.")
+    context_window: int = Field(description="Tokens of prompt and answer together.")
+    max_tokens: int = Field(description="Tokens of the longest answer.")
+    _model: Any = PrivateAttr()
+    _tokenizer: Any = PrivateAttr()
+    _prepare: Prepare = PrivateAttr()
+    _marks: tuple[str, ...] = PrivateAttr()
+    _lock: threading.Lock = PrivateAttr()
+
+    def __init__(
+        self,
+        model: str | Path,
+        *,
+        device: str = "auto",
+        dtype: str = "auto",
+        revision: str | None = None,
+        context_window: int | None = None,
+        max_tokens: int = 1024,
+        max_image_tokens: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if max_tokens < 1:
+            raise ConfigError(f"max_tokens={max_tokens}: give at least 1.")
+        folder = find_checkpoint(model, revision)
+        placement = place(device, dtype)
+        kind = read_json(folder / "config.json").get("model_type")
+        prepare: Prepare
+        if kind in NATIVE:
+            tokenizer = load_tokenizer(folder)
+            most = _MOST_IMAGE_TOKENS if max_image_tokens is None else max_image_tokens
+            rule = read_picture_rule(folder).with_tokens(None, most)
+            prepare = _QwenInputs(tokenizer, _template(folder, tokenizer), rule)
+            loaded = load_exact(NATIVE[kind][0], folder, placement)
+            use_matmul_patch_embed(loaded.model.visual)
+        elif max_image_tokens is not None:
+            raise ConfigError(f"max_image_tokens is for the Qwen-VL families, not for {kind}.")
+        else:
+            processor = load_processor(folder, str(model))
+            tokenizer, prepare = processor.tokenizer, partial(_processed, processor)
+            loaded = load_exact(AutoModelForImageTextToText, folder, placement)
+        window = context_window or _window(loaded)
+        super().__init__(
+            model_name=str(model),
+            context_window=window,
+            max_tokens=min(max_tokens, window // 4),
+            **kwargs,
+        )
+        self._model, self._tokenizer, self._prepare = loaded, tokenizer, prepare
+        self._marks = special_marks(tokenizer)
+        self._lock = threading.Lock()
+
+    @classmethod
+    def class_name(cls) -> str:
+        """Name for LlamaIndex."""
+        return "LocalLLM"
+
+    @property
+    def metadata(self) -> LLMMetadata:
+        """Sizes and name, as LlamaIndex asks for them."""
+        return LLMMetadata(
+            context_window=self.context_window,
+            num_output=self.max_tokens,
+            is_chat_model=True,
+            model_name=self.model_name,
+        )
+
+    @llm_chat_callback()
+    def chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
+        """Answer a conversation. ``max_tokens`` may be given for one call."""
+        return self._whole(messages, **kwargs)
+
+    @llm_chat_callback()
+    def stream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseGen:
+        """``chat`` word by word; a stream that is closed stops the model."""
+        return self._replies(messages, **kwargs)
+
+    @llm_chat_callback()
+    async def achat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
+        """``chat`` that leaves the event loop free."""
+        return await asyncio.to_thread(self._whole, messages, **kwargs)
+
+    @llm_chat_callback()
+    async def astream_chat(
+        self, messages: Sequence[ChatMessage], **kwargs: Any
+    ) -> ChatResponseAsyncGen:
+        """``stream_chat`` that leaves the event loop free."""
+
+        async def replies() -> AsyncGenerator[ChatResponse, None]:
+            stopped = threading.Event()
+            source = self._replies(messages, stopped=stopped, **kwargs)
+            try:
+                while (reply := await asyncio.to_thread(next, source, None)) is not None:
+                    yield reply
+            finally:
+                stopped.set()  # a thread may still wait for a piece, so it cannot be closed
+
+        return replies()
+
+    @llm_completion_callback()
+    def complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
+        """Answer a prompt, as the one message of a conversation."""
+        reply = self._whole([ChatMessage(content=prompt)], **kwargs)
+        return CompletionResponse(text=reply.message.content or "")
+
+    @llm_completion_callback()
+    def stream_complete(
+        self, prompt: str, formatted: bool = False, **kwargs: Any
+    ) -> CompletionResponseGen:
+        """``complete`` word by word."""
+        for reply in self._replies([ChatMessage(content=prompt)], **kwargs):
+            yield CompletionResponse(text=reply.message.content or "", delta=reply.delta)
+
+    def _whole(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
+        return list(self._replies(messages, **kwargs))[-1]
+
+    def _replies(
+        self,
+        messages: Sequence[ChatMessage],
+        *,
+        max_tokens: int | None = None,
+        stopped: threading.Event | None = None,
+    ) -> ChatResponseGen:
+        """What is said so far, piece by piece; the last one says whether it was cut off."""
+        most = max_tokens or self.max_tokens
+        with self._lock:
+            inputs = self._inputs(messages, most)
+            run = _Run(self._model, self._tokenizer, inputs, most, stopped or threading.Event())
+            text = ""
+            try:
+                for piece in run:
+                    text += piece
+                    yield _reply(text, piece)
+            finally:
+                run.stop()
+        yield _reply(text, "", "length" if run.cut_off else "stop")
+
+    def _inputs(self, messages: Sequence[ChatMessage], most: int) -> Inputs:
+        turns, pictures = [], []
+        for message in messages:
+            parts: list[dict[str, Any]] = []
+            for block in message.blocks:
+                if isinstance(block, TextBlock):
+                    parts.append({"type": "text", "text": broken_up(block.text, self._marks)})
+                elif isinstance(block, ImageBlock):
+                    parts.append(_PICTURE)
+                    pictures.append(load_image(block.resolve_image().read()))
+                else:
+                    raise ContentError(
+                        f"{self.model_name} takes text and pictures, no {type(block).__name__}."
+                    )
+            turns.append({"role": message.role.value, "content": parts})
+        inputs = self._prepare(turns, pictures)
+        length = inputs["input_ids"].shape[1]
+        if length + most > self.context_window:
+            raise ContentError(
+                f"{self.model_name}: a prompt of {length} tokens and an answer of {most} do not "
+                f"fit in context_window={self.context_window}; send less, or shrink pictures "
+                "with max_image_tokens."
+            )
+        device, dtype = self._model.device, self._model.dtype
+        return {
+            name: value.to(device, dtype) if value.is_floating_point() else value.to(device)
+            for name, value in inputs.items()
+        }
+
+
+class _QwenInputs:
+    """Inputs of the Qwen-VL families, without their processors."""
+
+    def __init__(self, tokenizer: Any, template: str, rule: PictureRule) -> None:
+        self.tokenizer = tokenizer
+        self.template = template
+        self.rule = rule
+        self.image_id = tokenizer.convert_tokens_to_ids("<|image_pad|>")
+
+    def __call__(self, turns: list[dict[str, Any]], pictures: list[Image.Image]) -> Inputs:
+        prompt = self.tokenizer.apply_chat_template(
+            turns, chat_template=self.template, add_generation_prompt=True, tokenize=False
+        )
+        ids = self.tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"]
+        fitted = [resize(picture, self.rule.size(*picture.size)) for picture in pictures]
+        wide = torch.tensor(
+            [expand(ids, self.image_id, [self.rule.n_tokens(*one.size) for one in fitted])]
+        )
+        inputs = {"input_ids": wide, "attention_mask": torch.ones_like(wide)}
+        if fitted:
+            cut = [to_patches(picture, self.rule) for picture in fitted]
+            inputs["pixel_values"] = torch.cat([patches for patches, _ in cut])
+            inputs["image_grid_thw"] = torch.tensor([grid for _, grid in cut])
+            inputs["mm_token_type_ids"] = (wide == self.image_id).long()
+        return inputs
+
+
+def _processed(processor: Any, turns: list[dict[str, Any]], pictures: list[Image.Image]) -> Inputs:
+    """Inputs by a checkpoint's own processor."""
+    prompt = processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+    return dict(process(processor, [str(prompt)], [pictures]))
+
+
+class _Run(StoppingCriteria):  # type: ignore[misc]
+    """One answer, written by the model in a thread of its own."""
+
+    def __init__(
+        self, model: Any, tokenizer: Any, inputs: Inputs, most: int, stopped: threading.Event
+    ) -> None:
+        self.cut_off = False
+        self._stopped = stopped
+        self._error: Exception | None = None
+        self._pieces = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self._thread = threading.Thread(
+            target=self._write, args=(model, inputs, most), name="mmrag-llm", daemon=True
+        )
+        self._thread.start()
+
+    def __iter__(self) -> Iterator[str]:
+        yield from (piece for piece in self._pieces if piece)
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+
+    def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
+        """Asked by the model after each token whether to stop."""
+        return torch.full((len(input_ids),), self._stopped.is_set(), device=input_ids.device)
+
+    def stop(self) -> None:
+        """End the thread, if it still writes."""
+        self._stopped.set()
+        self._thread.join()
+
+    def _write(self, model: Any, inputs: Inputs, most: int) -> None:
+        try:
+            with torch.inference_mode():
+                ids = model.generate(
+                    **inputs,
+                    max_new_tokens=most,
+                    do_sample=False,
+                    temperature=None,
+                    top_p=None,
+                    top_k=None,
+                    streamer=self._pieces,
+                    stopping_criteria=StoppingCriteriaList([self]),
+                )
+            new = ids[0, inputs["input_ids"].shape[1] :]
+            ends = model.generation_config.eos_token_id
+            last = int(new[-1]) if len(new) else None
+            self.cut_off = len(new) >= most and last not in (
+                ends if isinstance(ends, list) else [ends]
+            )
+        except torch.OutOfMemoryError as error:
+            self._error = ModelError(
+                f"a prompt of {inputs['input_ids'].shape[1]} tokens does not fit in memory "
+                f"({error}); lower max_image_tokens, or use a smaller dtype."
+            )
+        except (RuntimeError, ValueError, TypeError, IndexError, KeyError) as error:
+            self._error = ModelError(f"the model failed while writing ({error}).")
+        finally:
+            self._pieces.end()
+
+
+def _reply(text: str, delta: str, reason: str | None = None) -> ChatResponse:
+    return ChatResponse(
+        message=ChatMessage(role=MessageRole.ASSISTANT, content=text),
+        delta=delta,
+        additional_kwargs={"finish_reason": reason} if reason else {},
+    )
+
+
+def _template(folder: Path, tokenizer: Any) -> str:
+    """The chat template of a checkpoint, which some keep in a file of its own."""
+    own = tokenizer.chat_template or read_json(folder / "chat_template.json").get("chat_template")
+    if not isinstance(own, str):
+        raise ModelError(f"{folder}: it has no chat template, so it cannot be asked.")
+    return own
+
+
+def _window(model: Any) -> int:
+    window = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if not isinstance(window, int):
+        raise ModelError("The checkpoint does not say how long its context is: context_window=.")
+    return window

@@ -1,0 +1,1 @@
+"""How a checkpoint becomes a running model: loading, image processing, batching, pooling."""

@@ -1,0 +1,158 @@
+"""Pictures for CLIP towers, which see squares of one size: squashing, cutting into tiles.
+
+A picture becomes one view of the whole, squashed to a square, and in most families tiles of a
+larger version of it. A tile's patches are its features, in rows; the rows of all tiles together
+make the feature map of the picture.
+Source: LLaVA-NeXT's "anyres" and its published image processor.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from mmrag.content import Content, ImageSource
+from mmrag.errors import ContentError, ModelError
+from mmrag.modeling.loading import read_json
+from mmrag.modeling.qwen_images import CLIP_MEAN, CLIP_STD
+
+# Weights of towers are published one level deeper than transformers has them since 5.6; not
+# every release renames them by itself.
+TOWER_NAMES = {r"(vision_tower|img_processor)\.vision_model\.": r"\1."}
+
+
+@dataclass(frozen=True, slots=True)
+class ClipRule:
+    """How a family shows pictures to its tower.
+
+    side: of a tile, in pixels. patch: side of what becomes one feature, in pixels.
+    grids: (height, width) in pixels of the pictures that may be cut into tiles.
+    """
+
+    side: int
+    patch: int
+    grids: tuple[tuple[int, int], ...] = ()
+    mean: tuple[float, ...] = CLIP_MEAN
+    std: tuple[float, ...] = CLIP_STD
+
+    @property
+    def across(self) -> int:
+        """Features in a row of a tile."""
+        return self.side // self.patch
+
+    def pixels(self, picture: Image.Image) -> Tensor:
+        """Normalised pixels of an RGB picture, (3, height, width), float32."""
+        mean, std = np.array(self.mean, np.float32), np.array(self.std, np.float32)
+        scaled = np.asarray(picture, dtype=np.float32) / np.float32(255)
+        normalised: NDArray[np.float32] = (scaled - mean) / std
+        return torch.from_numpy(np.ascontiguousarray(normalised.transpose(2, 0, 1)))
+
+    def whole(self, picture: Image.Image) -> Tensor:
+        """The picture squashed to one square view, (1, 3, side, side)."""
+        squashed = picture.resize((self.side, self.side), Image.Resampling.BICUBIC)
+        return self.pixels(squashed).unsqueeze(0)
+
+    def grid(self, width: int, height: int) -> tuple[int, int]:
+        """(height, width) among ``grids`` that keeps most of a picture and wastes least."""
+
+        def kept_and_spared(grid: tuple[int, int]) -> tuple[int, int]:
+            scale = min(grid[1] / width, grid[0] / height)
+            kept = min(int(width * scale) * int(height * scale), width * height)
+            return kept, kept - grid[0] * grid[1]
+
+        return max(self.grids, key=kept_and_spared)
+
+    def anyres(self, picture: Image.Image) -> Tensor:
+        """The whole view and then the tiles of the picture on black, (tiles, 3, side, side)."""
+        width, height = picture.size
+        grid_height, grid_width = self.grid(width, height)
+        if grid_width / width < grid_height / height:
+            size = grid_width, min(math.ceil(height * (grid_width / width)), grid_height)
+        else:
+            size = min(math.ceil(width * (grid_height / height)), grid_width), grid_height
+        canvas = Image.new("RGB", (grid_width, grid_height))
+        corner = (grid_width - size[0]) // 2, (grid_height - size[1]) // 2
+        canvas.paste(picture.resize(size, Image.Resampling.BICUBIC), corner)
+        return torch.cat([self.whole(picture), cut(self.pixels(canvas), self.side)])
+
+    def inner(self, width: int, height: int) -> tuple[slice, slice]:
+        """Rows and columns of the feature map that show the picture and not its black border."""
+        grid = self.grid(width, height)
+        rows, columns = grid[0] // self.patch, grid[1] // self.patch
+        # Rounded as published: 7 digits, and the same border cut off at both ends.
+        if width / height > columns / rows:
+            border = (rows - int(round(height * (columns / width), 7))) // 2
+            return slice(border, rows - border), slice(0, columns)
+        border = (columns - int(round(width * (rows / height), 7))) // 2
+        return slice(0, rows), slice(border, columns - border)
+
+
+def read_clip_rule(folder: Path, patch: int) -> ClipRule:
+    """Read the rule from a checkpoint's ``preprocessor_config.json``."""
+    config = read_json(folder / "preprocessor_config.json")
+    if not config:
+        raise ModelError(
+            f"{folder}: preprocessor_config.json is missing; the checkpoint is incomplete."
+        )
+    crop: Any = config.get("crop_size", 336)
+    return ClipRule(
+        side=crop["height"] if isinstance(crop, dict) else crop,
+        patch=patch,
+        grids=tuple((h, w) for h, w in config.get("image_grid_pinpoints", ())),
+        mean=tuple(config.get("image_mean", CLIP_MEAN)),
+        std=tuple(config.get("image_std", CLIP_STD)),
+    )
+
+
+def cut(pixels: Tensor, side: int) -> Tensor:
+    """Cut (channels, height, width) into squares, row by row: (tiles, channels, side, side)."""
+    channels, height, width = pixels.shape
+    rows = pixels.view(channels, height // side, side, width // side, side)
+    return rows.permute(1, 3, 0, 2, 4).reshape(-1, channels, side, side)
+
+
+def join(features: Tensor, rows: int, columns: int) -> Tensor:
+    """Join features of tiles into a map: (tiles, n * n, dim) to (rows * n, columns * n, dim)."""
+    n, dim = math.isqrt(features.shape[1]), features.shape[2]
+    tiled = features.view(rows, columns, n, n, dim)
+    return tiled.permute(0, 2, 1, 3, 4).reshape(rows * n, columns * n, dim)
+
+
+def tower_features(tower: Any, pixels: Tensor, layer: int) -> Tensor:
+    """States of a CLIP tower after ``layer``, without the class token: (tiles, n * n, dim).
+
+    Layers count as hidden states do: 0 is before the first, -1 after the last.
+    """
+    # Asking the tower for its hidden states would leave hooks in it that cannot be pickled.
+    hidden: Tensor = tower.embeddings(pixels.to(tower.device, tower.dtype))
+    hidden = tower.pre_layrnorm(hidden)
+    layers = tower.encoder.layers
+    for block in layers[: layer if layer >= 0 else len(layers) + 1 + layer]:
+        hidden = block(hidden, None)
+    return hidden[:, 1:]
+
+
+def place_features(embeds: Tensor, places: Tensor, features: Sequence[Tensor]) -> Tensor:
+    """Put the features of pictures, in order, where ``places`` (batch, length) is true."""
+    if not features:
+        return embeds
+    flat = torch.cat(list(features)).to(embeds.dtype)
+    return embeds.masked_scatter(places.unsqueeze(-1).expand_as(embeds), flat)
+
+
+def only_picture(content: Content, family: str) -> ImageSource | None:
+    """The picture of a content, if it has one. Raises ContentError for several."""
+    if len(content.images) > 1:
+        raise ContentError(
+            f"{family} takes 1 picture per item, got {len(content.images)}; embed them one by one."
+        )
+    return content.images[0] if content.images else None

@@ -1,0 +1,1 @@
+"""Question -> pages: every ranking on its own, then fused."""

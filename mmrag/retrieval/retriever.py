@@ -1,0 +1,208 @@
+"""UniversalRetriever: ranks every view and BM25 on their own, and fuses the ranks by page.
+
+Scores of different views cannot be compared: text beside text is always nearer than text beside
+a picture, whatever it says. Ranks can. So each view is searched alone, the nodes of one page
+count as that page at the rank of the best of them, and the page's ranks are added up by weighted
+reciprocal-rank fusion (Cormack, Clarke and Buettcher, SIGIR 2009).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+from llama_index.core.base.base_retriever import BaseRetriever
+from llama_index.core.callbacks import CallbackManager
+from llama_index.core.schema import NodeWithScore, QueryBundle
+from llama_index.core.vector_stores.types import (
+    MetadataFilters,
+)
+from numpy.typing import NDArray
+
+from mmrag.content import Content, ImageSource, Modality
+from mmrag.embedders.base import Embedder
+from mmrag.errors import ConfigError
+from mmrag.queries import MultimodalQuery, Where
+from mmrag.retrieval.filters import as_where
+from mmrag.retrieval.fusion import BM25, DEFAULT_WEIGHTS, Fused, fuse, page_key
+from mmrag.store.collection import Collection
+from mmrag.store.engine import Scored
+
+QUERY_TASKS: Mapping[Modality, str] = {
+    "text": "page_for_question",
+    "image": "page_for_image",
+    "fused": "page_for_image_question",
+}
+"""Task of a query by what it is made of."""
+
+
+class UniversalRetriever(BaseRetriever):
+    """Finds pages for a text, a picture, or both, in one collection.
+
+    Args:
+        similarity_top_k: how many pages come back.
+        where: a ``Where``, or LlamaIndex ``MetadataFilters``.
+        weights: weight of each ranking, over ``DEFAULT_WEIGHTS``; 0 leaves it out.
+        instruction: the task that the query carries: a name in
+            ``mmrag.instructions`` or free text. By default it fits the query: see
+            ``QUERY_TASKS``.
+        collapse: one result per page. Otherwise every node stands for itself.
+        depth: how many nodes of each ranking take part; at least four for each page wanted.
+
+    The node of each result carries in its metadata ``retrieval_score``, ``ranks`` (place in each
+    ranking) and ``view_scores`` (cosine or BM25 score in each); models are not shown these.
+
+    Raises: ConfigError for unknown or useless weights, filters that cannot be expressed, and
+        queries that the embedder cannot embed.
+    """
+
+    def __init__(
+        self,
+        collection: Collection,
+        embedder: Embedder,
+        similarity_top_k: int = 8,
+        where: Where | MetadataFilters | None = None,
+        weights: Mapping[str, float] | None = None,
+        instruction: str | None = None,
+        collapse: bool = True,
+        depth: int = 100,
+        callback_manager: CallbackManager | None = None,
+    ) -> None:
+        if similarity_top_k < 1 or depth < 1:
+            raise ConfigError("similarity_top_k and depth must be at least 1.")
+        self.collection = collection
+        self.embedder = embedder
+        self.similarity_top_k = similarity_top_k
+        self.where = as_where(where)
+        self.weights = _check_weights(weights, collection.settings.views)
+        self.instruction = instruction
+        self.collapse = collapse
+        self.depth = depth
+        super().__init__(callback_manager=callback_manager)
+
+    def search(
+        self,
+        text: str | None = None,
+        image: ImageSource | None = None,
+        *,
+        where: Where | MetadataFilters | None = None,
+        top_k: int | None = None,
+    ) -> list[NodeWithScore]:
+        """``retrieve`` for a text, a picture of any kind, or both."""
+        return self.retrieve(_query(text, image, where, top_k))
+
+    async def asearch(
+        self,
+        text: str | None = None,
+        image: ImageSource | None = None,
+        *,
+        where: Where | MetadataFilters | None = None,
+        top_k: int | None = None,
+    ) -> list[NodeWithScore]:
+        """``search`` that leaves the event loop free."""
+        return await self.aretrieve(_query(text, image, where, top_k))
+
+    def rankings(
+        self, query: str | QueryBundle, *, limit: int | None = None
+    ) -> dict[str, list[Scored]]:
+        """Every ranking of nodes before fusion, best first, by its name.
+
+        One embedding and one search per view: ``fuse`` can then be tried with any weights.
+        """
+        bundle = QueryBundle(query) if isinstance(query, str) else query
+        content = self._content(bundle)
+        limit = limit or self.depth
+        where = bundle.where if isinstance(bundle, MultimodalQuery) else None
+        where = where or self.where
+        found: dict[str, list[Scored]] = {}
+        views = [v for v in self.collection.settings.views if self.weights[v] > 0]
+        if views:
+            vector = self._vector(bundle, content)
+            for view in views:
+                found[view] = self.collection.search(view, vector, limit, where)
+        if self.weights[BM25] > 0 and content.text:
+            found[BM25] = self.collection.search_text(content.text, limit, where)
+        return {
+            name: sorted(hits, key=lambda hit: (-hit.score, hit.id)) for name, hits in found.items()
+        }
+
+    def _retrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
+        key = page_key if self.collapse else (lambda hit: hit.id)
+        of_query = query_bundle.top_k if isinstance(query_bundle, MultimodalQuery) else None
+        top_k = of_query or self.similarity_top_k
+        rankings = self.rankings(query_bundle, limit=max(self.depth, 4 * top_k))
+        fused = fuse(rankings, self.weights, key=key)
+        return [self._result(entry) for entry in fused[:top_k]]
+
+    async def _aretrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
+        return await asyncio.to_thread(self._retrieve, query_bundle)
+
+    def _content(self, bundle: QueryBundle) -> Content:
+        image = bundle.image if isinstance(bundle, MultimodalQuery) else None
+        image = bundle.image_path if image is None else image
+        text = bundle.query_str if bundle.query_str.strip() else None
+        if text is None and image is None:
+            raise ConfigError("The query is empty: give a text, a picture, or both.")
+        content = Content(text=text, image=image)
+        if content.modality not in self.embedder.modalities:
+            known = ", ".join(sorted(self.embedder.modalities))
+            raise ConfigError(
+                f"The embedder {self.embedder.name} cannot embed a query of kind "
+                f"{content.modality!r}; it knows: {known}. Ask with one of these, or index with "
+                "an embedder that reads pictures."
+            )
+        return content
+
+    def _vector(self, bundle: QueryBundle, content: Content) -> NDArray[np.float32]:
+        """The query's vector; several ``custom_embedding_strs`` (as of HyDE) are averaged."""
+        if bundle.embedding is not None:
+            return np.asarray(bundle.embedding, dtype=np.float32)
+        texts: Iterable[str | None] = bundle.custom_embedding_strs or [content.text]
+        contents = [Content(text=text, image=content.image) for text in texts]
+        dim = self.collection.settings.dim
+        task = self.instruction or QUERY_TASKS[content.modality]
+        vectors = self.embedder.encode(contents, instruction=task, dim=dim)
+        mean = vectors.mean(axis=0)
+        return np.asarray(mean / max(float(np.linalg.norm(mean)), 1e-12), dtype=np.float32)
+
+    def _result(self, entry: Fused) -> NodeWithScore:
+        node = self.collection.node(entry.shown.payload)
+        if box := entry.best.payload.get("box"):
+            node.metadata["box"] = box
+        extra = {
+            "retrieval_score": entry.score,
+            "ranks": entry.ranks,
+            "view_scores": entry.scores,
+        }
+        node.metadata.update(extra)
+        for keys in (node.excluded_llm_metadata_keys, node.excluded_embed_metadata_keys):
+            keys.extend(name for name in extra if name not in keys)
+        return NodeWithScore(node=node, score=entry.score)
+
+
+def _by_score(hit: Scored) -> tuple[float, str]:
+    return -hit.score, hit.id
+
+
+def _query(
+    text: str | None,
+    image: ImageSource | None,
+    where: Where | MetadataFilters | None,
+    top_k: int | None,
+) -> MultimodalQuery:
+    return MultimodalQuery(query_str=text or "", image=image, where=as_where(where), top_k=top_k)
+
+
+def _check_weights(weights: Mapping[str, float] | None, views: Sequence[str]) -> dict[str, float]:
+    """All weights that the collection's rankings need. Raises ConfigError."""
+    given = dict(weights or {})
+    unknown = sorted(set(given) - set(DEFAULT_WEIGHTS))
+    if unknown:
+        raise ConfigError(f"Unknown rankings {unknown}; there are {sorted(DEFAULT_WEIGHTS)}.")
+    if any(weight < 0 for weight in given.values()):
+        raise ConfigError("A weight cannot be negative; 0 leaves a ranking out.")
+    all_weights = {**DEFAULT_WEIGHTS, **given}
+    if not any(all_weights[name] for name in (*views, BM25)):
+        raise ConfigError("All weights are 0: no ranking is left to search.")
+    return all_weights

@@ -1,0 +1,1 @@
+"""Nodes and vectors <-> Qdrant: one collection, embedded or on a server."""

@@ -1,0 +1,284 @@
+"""The engine on a Qdrant server, through qdrant-client."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+from qdrant_client import QdrantClient, models
+from qdrant_client.common.client_exceptions import ResourceExhaustedResponse
+from qdrant_client.http.exceptions import ResponseHandlingException, UnexpectedResponse
+from qdrant_client.local.qdrant_local import QdrantLocal
+from typing_extensions import override
+
+from mmrag.errors import CollectionError, EndpointError
+from mmrag.store.engine import (
+    FACET_LIMIT,
+    NO_LANGUAGE,
+    SCROLL_PAGE,
+    TEXT_FIELD,
+    Engine,
+    Filter,
+    Point,
+    Schema,
+    Scored,
+    as_point,
+    translate,
+)
+
+log = logging.getLogger(__name__)
+
+MAX_BATCH_POINTS = 128
+# Half of the 32 MiB that a Qdrant server accepts by default in one request.
+MAX_BATCH_BYTES = 16 * 1024 * 1024
+_ATTEMPTS = 5
+_FIRST_SERVER_WITH_BM25 = (1, 20)
+
+Result = TypeVar("Result")
+
+
+class ServerEngine(Engine):
+    """A collection on a Qdrant server of version 1.20 or newer, through qdrant-client.
+
+    Writes go in batches bounded by bytes, and everything is retried with growing pauses while
+    the server is away. A client in local mode (``QdrantClient(":memory:")``) works too, for
+    tests: its BM25 neither stems nor drops stop words.
+    """
+
+    def __init__(self, client: QdrantClient, name: str, *, owned: bool, pause: float = 0.5) -> None:
+        """Use ``client``; ``owned`` says that ``close`` closes it. ``pause`` is in seconds."""
+        self._client = client
+        self._name = name
+        self._owned = owned
+        self._pause = pause
+        self._local = isinstance(client._client, QdrantLocal)
+
+    def exists(self) -> bool:
+        """Whether the server has the collection. Raises CollectionError for an old server."""
+        self._check_version()
+        return bool(self._call(lambda: self._client.collection_exists(self._name)))
+
+    def vector_dims(self) -> dict[str, int]:
+        """Name to dimension of the collection's vectors; an unnamed one is called ``""``."""
+        stored = self._call(lambda: self._client.get_collection(self._name)).config.params.vectors
+        named = stored if isinstance(stored, dict) else {"": stored}
+        return {name: params.size for name, params in named.items() if params is not None}
+
+    def create(self, schema: Schema) -> None:
+        """Create the collection and its indexes; what is there already is kept."""
+        if not self.exists():
+            vectors = {
+                name: models.VectorParams(size=dim, distance=models.Distance.COSINE)
+                for name, dim in schema.vectors.items()
+            }
+            self._call(lambda: self._client.create_collection(self._name, vectors_config=vectors))
+        for field_name, index in self._indexes(schema).items():
+            self._create_index(field_name, index)
+
+    @override
+    def upsert(self, points: Sequence[Point]) -> None:
+        for batch in byte_bounded(points):
+            self._upsert(batch)
+
+    @override
+    def delete(self, where: Filter) -> None:
+        selector = models.FilterSelector(filter=self._filter(where))
+        self._call(lambda: self._client.delete(self._name, selector, wait=True))
+
+    @override
+    def retrieve(self, ids: Sequence[str], payload: bool = True) -> list[Point]:
+        records = self._call(
+            lambda: self._client.retrieve(self._name, list(ids), with_payload=payload)
+        )
+        return [as_point(record) for record in records]
+
+    @override
+    def nearest(
+        self, name: str, vector: NDArray[np.float32], limit: int, where: Filter
+    ) -> list[Scored]:
+        return self._query(vector.tolist(), name, limit, where)
+
+    @override
+    def bm25(self, query: str, limit: int, where: Filter) -> list[Scored]:
+        return self._query(models.TextQuery(text=query), TEXT_FIELD, limit, where)
+
+    @override
+    def scroll(self, where: Filter, vectors: bool = False) -> Iterator[Point]:
+        offset, condition = None, self._filter(where)
+        while True:
+            records, offset = self._scroll_page(condition, offset, vectors)
+            yield from (as_point(record) for record in records)
+            if offset is None:
+                return
+
+    @override
+    def count(self, where: Filter) -> int:
+        return self._call(
+            lambda: self._client.count(self._name, count_filter=self._filter(where), exact=True)
+        ).count
+
+    @override
+    def facet(self, key: str) -> dict[str, int]:
+        found = self._call(
+            lambda: self._client.facet(self._name, key, limit=FACET_LIMIT, exact=True)
+        )
+        # An index goes on listing values whose points are gone.
+        return {str(hit.value): hit.count for hit in found.hits if hit.count}
+
+    @override
+    def flush(self) -> None:
+        return None
+
+    @override
+    def optimize(self) -> None:
+        return None
+
+    @override
+    def close(self) -> None:
+        if self._owned:
+            self._client.close()
+
+    def _upsert(self, batch: Sequence[Point]) -> None:
+        rows = [
+            models.PointStruct(
+                id=point.id,
+                vector={name: vector.tolist() for name, vector in point.vectors.items()},
+                payload=point.payload,
+            )
+            for point in batch
+        ]
+        self._call(lambda: self._client.upsert(self._name, rows, wait=True))
+
+    def _query(self, query: Any, using: str, limit: int, where: Filter) -> list[Scored]:
+        found = self._call(
+            lambda: self._client.query_points(
+                self._name,
+                query=query,
+                using=using,
+                limit=limit,
+                query_filter=self._filter(where),
+                with_payload=True,
+            )
+        )
+        return [Scored(str(hit.id), float(hit.score), hit.payload or {}) for hit in found.points]
+
+    def _scroll_page(
+        self, condition: models.Filter, offset: Any, vectors: bool
+    ) -> tuple[list[Any], Any]:
+        return self._call(
+            lambda: self._client.scroll(
+                self._name,
+                scroll_filter=condition,
+                limit=SCROLL_PAGE,
+                offset=offset,
+                with_payload=True,
+                with_vectors=vectors,
+            )
+        )
+
+    def _filter(self, where: Filter) -> models.Filter:
+        translated: models.Filter = translate(where, models, models.Range)
+        return translated
+
+    def _indexes(self, schema: Schema) -> dict[str, Any]:
+        if self._local:
+            if schema.language != NO_LANGUAGE:
+                log.warning("Qdrant's local mode has no stemming: BM25 matches words as they are.")
+            # Local mode has no other index, and ranks only text that is neither stemmed nor
+            # stripped of stop words.
+            return {
+                TEXT_FIELD: models.TextIndexParams(type=models.TextIndexType.TEXT, scoring=True)
+            }
+        return (
+            {TEXT_FIELD: _server_text_index(schema.language)}
+            | {name: models.PayloadSchemaType.KEYWORD for name in schema.keywords}
+            | {name: models.PayloadSchemaType.INTEGER for name in schema.integers}
+        )
+
+    def _create_index(self, field_name: str, index: Any) -> None:
+        self._call(
+            lambda: self._client.create_payload_index(self._name, field_name, index, wait=True)
+        )
+
+    def _check_version(self) -> None:
+        version = str(self._call(self._client.info).version)
+        numbers = tuple(int(part) for part in version.split("-")[0].split(".")[:2])
+        if numbers < _FIRST_SERVER_WITH_BM25:
+            raise CollectionError(
+                f"The Qdrant server is version {version}; mmrag needs 1.20 or newer for BM25 "
+                "on its text index. Upgrade the server."
+            )
+
+    def _call(self, action: Callable[[], Result]) -> Result:
+        """Run one request, again after a pause while the server is away or busy."""
+        for attempt in range(1, _ATTEMPTS + 1):
+            try:
+                return action()
+            except (ResponseHandlingException, ResourceExhaustedResponse) as error:
+                failure: Exception = error
+            except UnexpectedResponse as error:
+                if error.status_code not in (429, 500, 502, 503, 504):
+                    raise self._refusal(error) from error
+                failure = error
+            if attempt < _ATTEMPTS:
+                pause = self._pause * 2 ** (attempt - 1)
+                log.warning("Qdrant server: %s; trying again in %.1f s", failure, pause)
+                time.sleep(pause)
+        raise EndpointError(
+            f"The Qdrant server cannot be used after {_ATTEMPTS} attempts ({failure}). Check that "
+            "it runs and that the address is right; then run the same command again."
+        ) from failure
+
+    def _refusal(self, error: UnexpectedResponse) -> CollectionError:
+        if error.status_code in (401, 403):
+            return CollectionError("The Qdrant server refused the API key; give a valid api_key.")
+        body = error.content.decode(errors="replace")[:500]
+        return CollectionError(
+            f"The Qdrant server refused a request on the collection {self._name!r} "
+            f"(status {error.status_code}): {body}"
+        )
+
+
+def _server_text_index(language: str) -> models.TextIndexParams:
+    return models.TextIndexParams(
+        type=models.TextIndexType.TEXT,
+        tokenizer=models.TokenizerType.WORD,
+        lowercase=True,
+        scoring=True,
+        stopwords=None if language == NO_LANGUAGE else models.Language(language),
+        stemmer=None
+        if language == NO_LANGUAGE
+        else models.SnowballParams(
+            type=models.Snowball.SNOWBALL, language=models.SnowballLanguage(language)
+        ),
+    )
+
+
+def byte_bounded(
+    points: Sequence[Point],
+    max_points: int = MAX_BATCH_POINTS,
+    max_bytes: int = MAX_BATCH_BYTES,
+) -> Iterator[list[Point]]:
+    """Cut points into batches of bounded count and size; a single larger point goes alone."""
+    batch: list[Point] = []
+    size = 0
+    for point in points:
+        cost = _json_bytes(point)
+        if batch and (len(batch) == max_points or size + cost > max_bytes):
+            yield batch
+            batch, size = [], 0
+        batch.append(point)
+        size += cost
+    if batch:
+        yield batch
+
+
+def _json_bytes(point: Point) -> int:
+    # A float takes at most 24 characters in JSON, its separator included.
+    numbers = sum(vector.size for vector in point.vectors.values())
+    return len(json.dumps(point.payload, ensure_ascii=False).encode()) + 24 * numbers

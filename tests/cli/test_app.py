@@ -1,0 +1,417 @@
+import io
+import json
+import re
+import subprocess
+import sys
+
+import pymupdf
+import pytest
+from chat_server import ChatServer
+from fakes import FakeEmbedder, make_node, make_picture
+from judge_server import JudgeServer
+from llama_index.core.schema import NodeWithScore
+from PIL import Image
+from rich.console import Console
+from typer.testing import CliRunner
+
+import mmrag.embedders
+from mmrag.answering.context import Source
+from mmrag.answering.response import CitedResponse
+from mmrag.cli import display
+from mmrag.cli.app import _save_pages, app
+from mmrag.errors import EndpointError, MMRagError
+
+EYES = "The gold plan covers one eye examination a year for every member of the family."
+TEETH = "Dental cleaning is free of charge for children who are under twelve years old."
+HEAVY = ("torch", "transformers", "llama_index", "pymupdf", "qdrant_client")
+
+
+@pytest.fixture(autouse=True)
+def plain(monkeypatch):
+    """No endpoint in the environment, and a small embedder that needs no weights."""
+    for name in ("MMRAG_LLM", "OPENAI_BASE_URL", "OPENAI_API_BASE", "MMRAG_COLLECTION"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("COLUMNS", "100")
+    # Words alone decide here: the fake embedder takes no meaning from them.
+    monkeypatch.setattr(
+        mmrag.embedders,
+        "load_embedder",
+        lambda name, **_: FakeEmbedder(str(name), dim=64, modalities=("text",)),
+    )
+
+
+def run(*args):
+    return CliRunner().invoke(app, [str(arg) for arg in args])
+
+
+@pytest.fixture(scope="module")
+def docs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("docs")
+    with pymupdf.open() as document:
+        for text in (EYES, TEETH):
+            document.new_page().insert_textbox((72, 72, 500, 200), text)
+        document.save(folder / "plans.pdf")
+    (folder / "notes.md").write_text("# Boilers\n\nThe boiler near the harbour exploded in May.\n")
+    (folder / "broken.pdf").write_bytes(b"%PDF-1.7 nothing")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def library(docs, tmp_path_factory):
+    """A collection of the three files, and what indexing them printed."""
+    folder = tmp_path_factory.mktemp("library") / "c"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            mmrag.embedders,
+            "load_embedder",
+            lambda name, **_: FakeEmbedder(str(name), dim=64, modalities=("text",)),
+        )
+        patch.setenv("COLUMNS", "100")
+        return folder, run("index", docs, "-c", folder)
+
+
+@pytest.fixture
+def folder(library):
+    return library[0]
+
+
+def test_indexing_tells_what_failed_and_exits_with_1(library, docs):
+    _, result = library
+    assert result.exit_code == 1
+    assert "Files: 2 indexed, 1 failed" in result.stdout
+    assert re.search(r"Stored: \d pages, \d+ nodes in .* pages/s", result.stdout)
+    assert "1 could not be read" in result.stdout
+    assert "broken.pdf" in result.stdout.split("could not be read")[1]
+
+
+def test_indexing_again_costs_nothing_and_says_so_in_json(folder, docs):
+    result = run("index", docs / "plans.pdf", "-c", folder, "--json")
+    report = json.loads(result.stdout)
+    assert result.exit_code == 0
+    assert [len(report[k]) for k in ("indexed", "unchanged", "failed", "errors")] == [0, 1, 0, 0]
+
+
+def test_json_of_failures(tmp_path, docs):
+    result = run("index", docs / "broken.pdf", "-c", tmp_path / "c", "--json")
+    (error,) = json.loads(result.stdout)["errors"]
+    assert error["file"].endswith("broken.pdf")
+    assert set(error) == {"file", "page", "error"}
+
+
+def test_search_shows_place_and_words(folder):
+    result = run("search", "eye examination", "-c", folder, "-k", 2)
+    assert result.exit_code == 0
+    first = result.stdout.splitlines()[0]
+    assert "plans.pdf  page 1" in first
+    assert "bm25 #1" in first
+    assert "gold plan covers one eye examination" in result.stdout
+
+
+def test_search_json_has_the_agreed_fields(folder):
+    result = run("search", "dental cleaning", "-c", folder, "--json")
+    found = json.loads(result.stdout)
+    assert found["query"] == "dental cleaning"
+    best = found["hits"][0]
+    assert set(best) == {"file", "page", "kind", "score", "snippet", "box"}
+    assert best["file"].endswith("plans.pdf")
+    assert best["page"] == 2
+    assert best["snippet"].startswith("Dental cleaning")
+
+
+@pytest.mark.parametrize(
+    ("options", "pages"),
+    [
+        (("--pages", "2"), {2}),
+        (("--pages", "2-9"), {2}),
+        (("--pages", "-1"), {1}),
+        (("--pages", "1-"), {1, 2}),
+        (("--file", "notes.md"), {None}),
+        (("--file", "*.pdf", "--kind", "page"), {1, 2}),
+    ],
+)
+def test_filters(folder, options, pages):
+    result = run("search", "eye dental boiler", "-c", folder, "--json", *options)
+    assert {hit["page"] for hit in json.loads(result.stdout)["hits"]} == pages
+
+
+def test_nothing_found_is_1(folder):
+    result = run("search", "eye", "-c", folder, "--file", "other.pdf")
+    assert (result.exit_code, result.stdout) == (1, "Nothing found.\n")
+
+
+def test_asking_without_a_model_quotes_and_says_so(folder):
+    result = run("ask", "What does the gold plan cover for the eye?", "-c", folder)
+    assert result.exit_code == 0
+    assert "No language model is configured" in result.stdout
+    assert f"\u201c{EYES}\u201d [1]" in " ".join(result.stdout.split())
+    assert re.search(r"Sources\n \[1\]  .*plans.pdf  page 1", result.stdout)
+
+
+def test_ask_json_has_the_agreed_fields(folder):
+    result = run("ask", "What does the gold plan cover for the eye?", "-c", folder, "--json")
+    answer = json.loads(result.stdout)
+    assert set(answer) == {"question", "found", "answer", "sources"}
+    source = answer["sources"][0]
+    assert (source["n"], source["page"], source["quote"]) == (1, 1, EYES)
+    x0, y0, x1, y1 = source["box"]
+    assert 70 < x0 < x1 < 510
+    assert 60 < y0 < y1 < 200
+
+
+def test_asking_what_is_not_there(folder):
+    result = run("ask", "Who won the football match in Denver?", "-c", folder)
+    assert result.exit_code == 1
+    assert result.stdout.startswith("Not found in these documents.")
+    assert "Nearest pages" in result.stdout
+    as_json = run("ask", "Who won the football match in Denver?", "-c", folder, "--json")
+    assert json.loads(as_json.stdout)["found"] is False
+    assert json.loads(as_json.stdout)["sources"] == []
+
+
+def test_cited_pages_are_saved_with_the_lines_marked(folder, tmp_path):
+    question = "What does the gold plan cover for the eye?"
+    result = run("ask", question, "-c", folder, "--save-pages", tmp_path / "out")
+    (saved,) = (tmp_path / "out").iterdir()
+    assert saved.name == "01-plans-p1.png"
+    assert "saved as" in result.stdout
+    picture = Image.open(saved).convert("RGB")
+    # A page of black on white has colour only where it is marked, and that is over the words.
+    coloured = [
+        (x, y)
+        for x in range(0, picture.width, 4)
+        for y in range(0, picture.height, 2)
+        if max(picture.getpixel((x, y))) - min(picture.getpixel((x, y))) > 40
+    ]
+    assert coloured
+    assert max(y for _, y in coloured) < picture.height / 2
+
+
+def test_pages_that_cannot_be_saved_do_not_cost_the_answer(folder, tmp_path):
+    (tmp_path / "file").touch()
+    question = "What does the gold plan cover for the eye?"
+    result = run("ask", question, "-c", folder, "--save-pages", tmp_path / "file")
+    assert result.exit_code == 0
+    assert "eye examination" in result.stdout
+    assert "cannot be saved" in result.stderr
+
+
+def test_a_cited_picture_keeps_its_format(tmp_path):
+    picture = make_picture(tmp_path / "p0001.jpg")
+    node = make_node("", file="photo.jpg", page=1, kind="picture", image=picture)
+    source = Source(1, "photo.jpg", 1, NodeWithScore(node=node), "", picture, cited=True)
+    saved = _save_pages(CitedResponse("[1]", sources=[source]), tmp_path / "out")
+    assert saved == {1: str(tmp_path / "out/01-photo-p1.jpg")}
+    assert Image.open(saved[1]).format == "JPEG"
+
+
+@pytest.fixture
+def server():
+    server = ChatServer("The gold plan covers one eye examination a year [1]. Cheese is green [9].")
+    yield server
+    server.close()
+
+
+def test_asking_a_model(folder, server):
+    result = run(
+        "ask", "What covers the eye?", "-c", folder, "--llm", "tiny", "--base-url", server.url
+    )
+    assert result.exit_code == 0
+    assert result.stdout.startswith("The gold plan covers one eye examination a year [1].")
+    assert "[9] points to no source" in result.stdout
+    assert "image_url" in json.dumps(server.requests[0])
+
+
+def test_the_model_at_the_server_can_judge_the_pages_first(folder):
+    """The words of the question are those of the other page."""
+    judge = JudgeServer(lambda text: 0.95 if "Dental" in text else 0.02)
+    judge.answer = "It is free of charge for children [1]."
+    try:
+        given = ("--llm", "tiny", "--base-url", judge.url, "--context-window", 9000, "--json")
+        question = "gold plan family member"
+        plain = run("ask", question, "-c", folder, *given)
+        assert json.loads(plain.stdout)["sources"][0]["page"] == 1
+        judged = run("ask", question, "-c", folder, *given, "--rerank", "llm")
+        assert json.loads(judged.stdout)["sources"][0]["page"] == 2
+    finally:
+        judge.close()
+
+
+def test_planning_shows_the_searches(folder, server):
+    given = ("--llm", "tiny", "--base-url", server.url, "--plan")
+    shown = run("ask", "What covers the eye?", "-c", folder, *given)
+    assert shown.exit_code == 0
+    assert "Searches" in shown.stdout
+    assert "What covers the eye?: " in shown.stdout
+    plan = json.loads(run("ask", "What covers the eye?", "-c", folder, *given, "--json").stdout)
+    assert plan["plan"]["searches"][0]["pages"]
+    assert run("ask", "eye", "-c", folder, "--plan").exit_code == 2
+
+
+def test_judging_by_a_model_that_is_not_there(folder, tmp_path):
+    assert run("ask", "eye", "-c", folder, "--rerank", "llm").exit_code == 2
+    result = run("ask", "eye", "-c", folder, "--rerank", tmp_path / "nowhere")
+    assert result.exit_code == 3
+    assert "nowhere" in result.stderr
+
+
+def test_the_usual_variables_name_the_model(folder, server, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_BASE", server.url)
+    result = run("ask", "What covers the eye?", "-c", folder, "--no-images", "--json")
+    assert json.loads(result.stdout)["sources"][0]["page"] == 1
+    assert server.requests[0]["model"] == "tiny"
+    assert "image_url" not in json.dumps(server.requests[0])
+
+
+def test_a_failing_server_is_3_and_one_line(folder, server):
+    server.mode = "deny"
+    result = run("ask", "eye", "-c", folder, "--llm", "tiny", "--base-url", server.url, "--json")
+    assert (result.exit_code, result.stdout) == (3, "")
+    assert result.stderr.splitlines()[-1] == "Error: tiny: the server refuses the API key."
+
+
+def test_debug_shows_the_error_itself(tmp_path):
+    result = run("search", "eye", "-c", tmp_path / "none", "--debug")
+    assert isinstance(result.exception, MMRagError)
+
+
+def test_a_missing_collection_is_3_and_one_line(tmp_path):
+    for command in (["search", "eye"], ["ask", "eye"], ["list"], ["remove", "a.pdf"]):
+        result = run(*command, "-c", tmp_path / "none")
+        assert result.exit_code == 3
+        assert result.stderr.count("\n") == 1
+        assert "mmrag index" in result.stderr
+        assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["search"],
+        ["search", " "],
+        ["ask"],
+        ["search", "x", "--pages", "a-b"],
+        ["search", "x", "--pages", "-"],
+        ["search", "x", "--pages", "9-3"],
+        ["search", "x", "--kind", "table"],
+        ["search", "x", "--top-k", "0"],
+        ["nonsense"],
+        ["index"],
+    ],
+)
+def test_wrong_use_is_2(folder, command):
+    extra = [] if command[0] == "nonsense" else ["-c", folder]
+    assert run(*command, *extra).exit_code == 2
+
+
+def test_a_picture_for_an_embedder_of_texts_is_2(folder, tmp_path):
+    result = run("search", "-c", folder, "--image", make_picture(tmp_path / "q.png"))
+    assert result.exit_code == 2
+    assert "cannot embed a query of kind 'image'" in result.stderr
+
+
+def test_listing_and_removing(docs, tmp_path):
+    folder = tmp_path / "c"
+    run("index", docs / "plans.pdf", docs / "notes.md", "-c", folder)
+    listed = json.loads(run("list", "-c", folder, "--json").stdout)
+    assert listed["embedder"] == "mmrag-nano"
+    assert {"file", "sha256", "pages", "nodes", "errors"} <= set(listed["files"][0])
+    shown = run("list", "-c", folder).stdout
+    assert "2 files, " in shown
+    assert "plans.pdf" in shown
+    gone = run("remove", "*.md", "nothing.pdf", "-c", folder, "--json")
+    assert gone.exit_code == 0
+    assert gone.stderr == "No indexed file matches nothing.pdf.\n"
+    assert [path.endswith("notes.md") for path in json.loads(gone.stdout)["removed"]] == [True]
+    assert run("remove", "*.md", "-c", folder).exit_code == 1
+    assert "1 files, " in run("list", "-c", folder).stdout
+
+
+def test_ctrl_c_is_130_and_the_collection_still_works(docs, tmp_path, monkeypatch):
+    folder = tmp_path / "c"
+    run("index", docs / "notes.md", "-c", folder)
+    encode = FakeEmbedder.encode
+
+    def stopped(self, *args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(FakeEmbedder, "encode", stopped)
+    result = run("index", docs / "plans.pdf", "-c", folder)
+    assert result.exit_code == 130
+    assert "run the same command to go on" in result.stderr
+    monkeypatch.setattr(FakeEmbedder, "encode", encode)
+    assert run("search", "boiler", "-c", folder).exit_code == 0
+    assert run("index", docs / "plans.pdf", "-c", folder).exit_code == 0
+    assert "page 1" in run("search", "eye examination", "-c", folder).stdout
+
+
+def test_the_models_table_fits_its_terminal(monkeypatch):
+    for columns in (50, 80, 140):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        shown = run("models").stdout
+        assert max(map(len, shown.splitlines())) <= columns
+        assert "mmrag-nano" in shown
+    assert "context" in shown
+    rows = json.loads(run("models", "--json").stdout)["models"]
+    assert {"name", "dim", "licence", "modalities"} <= set(rows[0])
+
+
+def test_output_that_is_no_terminal_has_no_control_codes(folder):
+    for command in (["search", "eye"], ["ask", "the eye examination"], ["list"]):
+        assert "\x1b" not in run(*command, "-c", folder).output
+
+
+def test_narrow_terminals_lose_no_words(folder, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    shown = run("search", "eye examination", "-c", folder, "-k", 1).stdout
+    assert max(map(len, shown.splitlines())) <= 40
+    assert EYES in " ".join(shown.split())
+
+
+def test_a_document_cannot_steer_the_terminal():
+    node = make_node(
+        "Red \x1b[31m alert \x07 [bold]not markup[/bold] \u202e backwards", file="a\x1b.pdf"
+    )
+    stream = io.StringIO()
+    console = Console(file=stream, force_terminal=False, width=80)
+    console.print(display.hits_view([NodeWithScore(node=node, score=0.5)], "alert"))
+    shown = stream.getvalue()
+    assert not re.search("[\x1b\x07\u202e]", shown)
+    assert "[bold]not markup[/bold]" in shown
+
+
+def test_a_snippet_is_the_nearest_sentence():
+    text = f"{EYES} {TEETH} " + "The claims are sent by mail to the office. " * 9
+    assert display.snippet(text, "dental cleaning").startswith(TEETH)
+    assert len(display.snippet(text, "dental cleaning")) <= 240
+    assert display.snippet("", "x") == ""
+
+
+def test_an_embedder_that_cannot_be_loaded_is_3(monkeypatch, folder):
+    def broken(*_, **__):
+        raise EndpointError("the embedding server is away")
+
+    monkeypatch.setattr(mmrag.embedders, "load_embedder", broken)
+    result = run("search", "eye", "-c", folder)
+    assert result.exit_code == 3
+    assert result.stderr == "Error: the embedding server is away\n"
+
+
+@pytest.mark.parametrize("args", [["--help"], ["ask", "--help"], ["--version"], ["models"]])
+def test_starting_up_imports_nothing_heavy(args):
+    code = (
+        "import sys\n"
+        "from mmrag.cli.app import app\n"
+        f"app({args!r}, standalone_mode=False)\n"
+        f"heavy = sorted(set({HEAVY!r}) & set(sys.modules))\n"
+        "sys.exit(f'imported {heavy}' if heavy else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout
+
+
+def test_help_names_the_exit_codes():
+    for command in (["--help"], ["index", "--help"], ["search", "--help"], ["ask", "--help"]):
+        shown = " ".join(run(*command).stdout.split())
+        assert "Exit codes: 0 done; 1 nothing found" in shown
+        assert "130 stopped by Ctrl-C" in shown

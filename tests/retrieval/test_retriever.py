@@ -1,0 +1,334 @@
+import asyncio
+import threading
+import time
+
+import pytest
+from fakes import FakeEmbedder, make_node, make_picture
+from llama_index.core.callbacks import CallbackManager, LlamaDebugHandler
+from llama_index.core.callbacks.schema import CBEventType
+from llama_index.core.query_engine import RetrieverQueryEngine
+from llama_index.core.schema import MetadataMode, QueryBundle
+from llama_index.core.vector_stores.types import (
+    FilterCondition,
+    FilterOperator,
+    MetadataFilter,
+    MetadataFilters,
+)
+from PIL import Image
+
+from mmrag.errors import ConfigError
+from mmrag.queries import Where
+from mmrag.retrieval.filters import as_where
+from mmrag.retrieval.fusion import DEFAULT_WEIGHTS, fuse, page_key
+from mmrag.retrieval.retriever import UniversalRetriever
+from mmrag.store.collection import Collection, CollectionSettings
+from mmrag.store.engine import Scored
+
+TEXTS = {
+    ("plans.pdf", 1): "vision exams are covered by the gold plan",
+    ("plans.pdf", 2): "dental cleaning is covered twice a year",
+    ("plans.pdf", 3): "the deductible of the silver plan is high",
+    ("report.pdf", 1): "revenue grew in the northern region",
+    ("report.pdf", 2): "the boiler exploded near the harbour",
+}
+COLOURS = ("red", "green", "blue", "yellow", "purple")
+
+
+@pytest.fixture(scope="module")
+def embedder():
+    return FakeEmbedder(dim=64)
+
+
+@pytest.fixture(scope="module")
+def collection(embedder, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("library")
+    settings = CollectionSettings(
+        embedder.name, embedder.fingerprint, embedder.dim, views=("image", "text")
+    )
+    with Collection.open(folder / "c", settings=settings) as opened:
+        nodes, vectors = [], []
+        for ((file, page), text), colour in zip(TEXTS.items(), COLOURS, strict=True):
+            picture = make_picture(folder / f"{colour}.png", colour)
+            sha = ("1" if file == "plans.pdf" else "2") * 64
+            page_node = make_node(text, file=file, page=page, sha256=sha, image=picture)
+            passage = make_node(text, file=file, page=page, sha256=sha, kind="passage")
+            nodes += [page_node, passage]
+            seen, read = embedder.encode([{"image": picture}, {"text": text}])
+            vectors += [{"image": seen, "text": read}, {"text": read}]
+        note = make_node(
+            "plain notes on the vision of the founder",
+            file="n.txt",
+            page=None,
+            kind="text",
+            sha256="3" * 64,
+            topic="history",
+        )
+        nodes.append(note)
+        vectors.append({"text": embedder.encode([note.text])[0]})
+        opened.write(nodes, vectors)
+        yield opened
+
+
+@pytest.fixture
+def retriever(collection, embedder):
+    return UniversalRetriever(collection, embedder, similarity_top_k=3)
+
+
+def place(hit):
+    return hit.node.metadata["file"], hit.node.metadata.get("page")
+
+
+def test_a_text_finds_its_page_once_though_two_nodes_of_it_match(retriever):
+    hits = retriever.retrieve("dental cleaning")
+    assert place(hits[0]) == ("plans.pdf", 2)
+    assert len({place(hit) for hit in hits}) == len(hits) == 3
+    ranks = hits[0].node.metadata["ranks"]
+    assert ranks["text"] == ranks["bm25"] == 1
+    assert hits[0].score == hits[0].node.metadata["retrieval_score"] <= 1
+    assert hits[0].node.metadata["view_scores"]["text"] == pytest.approx(0.7, abs=0.3)
+
+
+def test_scores_fall_and_say_first_everywhere_by_one(collection, embedder):
+    words_only = UniversalRetriever(collection, embedder, 5, weights={"image": 0})
+    hits = words_only.retrieve("boiler exploded near harbour")
+    assert hits[0].score == pytest.approx(1.0)
+    assert [hit.score for hit in hits] == sorted((hit.score for hit in hits), reverse=True)
+
+
+def test_the_models_never_see_ranks_and_scores(retriever):
+    node = retriever.retrieve("dental")[0].node
+    for mode in (MetadataMode.LLM, MetadataMode.EMBED):
+        assert "ranks" not in node.get_content(mode)
+        assert "retrieval_score" not in node.get_content(mode)
+
+
+def test_without_collapse_every_node_stands_for_itself(collection, embedder):
+    loose = UniversalRetriever(collection, embedder, 4, collapse=False)
+    places = [place(hit) for hit in loose.retrieve("dental cleaning")]
+    assert places[:2] == [("plans.pdf", 2)] * 2
+
+
+@pytest.fixture
+def looker(collection, embedder):
+    """Looks at pictures only: the fake embedder ranks texts by chance for a picture."""
+    return UniversalRetriever(collection, embedder, 3, weights={"text": 0})
+
+
+def test_a_picture_finds_the_page_that_shows_it_and_skips_bm25(looker):
+    hits = looker.search(image=Image.new("RGB", (8, 8), "blue"))
+    assert place(hits[0]) == ("plans.pdf", 3)
+    assert hits[0].node.metadata["ranks"] == {"image": 1}
+
+
+def test_a_picture_file_in_the_bundle_is_used(looker, tmp_path):
+    path = make_picture(tmp_path / "q.png", "yellow")
+    hits = looker.retrieve(QueryBundle("", image_path=str(path)))
+    assert place(hits[0]) == ("report.pdf", 1)
+
+
+def test_text_and_picture_together_are_one_query(retriever, embedder, tmp_path):
+    embedder.calls.clear()
+    hits = retriever.search("revenue grew", make_picture(tmp_path / "q.png", "yellow"))
+    (call,) = embedder.calls
+    assert [content.modality for content in call] == ["fused"]
+    assert place(hits[0]) == ("report.pdf", 1)
+    assert set(hits[0].node.metadata["ranks"]) == {"image", "text", "bm25"}
+
+
+def test_a_picture_for_an_embedder_of_texts_is_a_clear_error(collection):
+    reader = FakeEmbedder(dim=64, modalities=("text",))
+    with pytest.raises(ConfigError, match="cannot embed a query of kind 'image'"):
+        UniversalRetriever(collection, reader).search(image=Image.new("RGB", (4, 4)))
+
+
+@pytest.mark.parametrize("query", ["", "  \n"])
+def test_an_empty_query_is_refused(retriever, query):
+    with pytest.raises(ConfigError, match="empty"):
+        retriever.retrieve(query)
+
+
+def test_the_instruction_fits_the_query(collection, tmp_path):
+    class Spy(FakeEmbedder):
+        def encode(self, contents, instruction=None, dim=None, progress=False):
+            self.instruction = instruction
+            return super().encode(contents, instruction, dim, progress)
+
+    spy = Spy(dim=64)
+    picture = make_picture(tmp_path / "q.png")
+    UniversalRetriever(collection, spy).search("a")
+    assert spy.instruction == "page_for_question"
+    UniversalRetriever(collection, spy).search(image=picture)
+    assert spy.instruction == "page_for_image"
+    UniversalRetriever(collection, spy, instruction="Find it.").search("a", picture)
+    assert spy.instruction == "Find it."
+
+
+def test_several_strings_to_embed_are_averaged(collection, embedder):
+    dense = UniversalRetriever(collection, embedder, 2, weights={"bm25": 0, "image": 0})
+    texts = [TEXTS["plans.pdf", 2], TEXTS["report.pdf", 1]]
+    bundle = QueryBundle("anything", custom_embedding_strs=texts)
+    assert {place(hit) for hit in dense.retrieve(bundle)} == {("plans.pdf", 2), ("report.pdf", 1)}
+
+
+def test_a_given_embedding_is_used_as_it_is(collection, embedder):
+    dense = UniversalRetriever(collection, embedder, 1, weights={"bm25": 0, "image": 0})
+    vector = embedder.encode([TEXTS["report.pdf", 2]])[0].tolist()
+    embedder.calls.clear()
+    (hit,) = dense.retrieve(QueryBundle("other words", embedding=vector))
+    assert place(hit) == ("report.pdf", 2)
+    assert not embedder.calls
+
+
+def test_filters_narrow_the_search(collection, embedder):
+    everywhere = UniversalRetriever(collection, embedder, 10)
+    only = UniversalRetriever(collection, embedder, 10, where=Where(files=("report.pdf",)))
+    assert {place(hit)[0] for hit in only.retrieve("vision plan")} == {"report.pdf"}
+    pages = everywhere.search("vision plan", where=Where(pages=(2, 3)))
+    assert {place(hit)[1] for hit in pages} == {2, 3}
+    assert place(everywhere.search("vision", where=Where(kinds=("text",)))[0]) == ("n.txt", None)
+    # A filter of one query takes the place of the retriever's own.
+    assert place(only.search("dental", where=Where(files=("plans.pdf",)))[0]) == ("plans.pdf", 2)
+
+
+def test_llama_index_filters_become_ours():
+    filters = MetadataFilters(
+        filters=[
+            MetadataFilter(key="page", value=3, operator=FilterOperator.GTE),
+            MetadataFilter(key="page", value=9, operator=FilterOperator.LT),
+            MetadataFilter(key="kind", value=["page", "figure"], operator=FilterOperator.IN),
+            MetadataFilter(key="file", value="a.pdf"),
+            MetadataFilter(key="topic", value="tax"),
+        ]
+    )
+    assert as_where(filters) == Where(
+        files=("a.pdf",), pages=(3, 8), kinds=("page", "figure"), metadata={"topic": ["tax"]}
+    )
+
+
+def test_llama_index_filters_reach_the_collection(collection, embedder):
+    filters = MetadataFilters(filters=[MetadataFilter(key="topic", value="history")])
+    found = UniversalRetriever(collection, embedder, where=filters).retrieve("vision")
+    assert [place(hit) for hit in found] == [("n.txt", None)]
+
+
+@pytest.mark.parametrize(
+    "filters",
+    [
+        MetadataFilters(filters=[MetadataFilter(key="a", value="b")], condition=FilterCondition.OR),
+        MetadataFilters(filters=[MetadataFilters(filters=[])]),
+        MetadataFilters(filters=[MetadataFilter(key="a", value=1, operator=FilterOperator.GT)]),
+        MetadataFilters(filters=[MetadataFilter(key="page", value="x")]),
+        # No value at all would match every file.
+        MetadataFilters(filters=[MetadataFilter(key="file", value=[], operator=FilterOperator.IN)]),
+        MetadataFilters(filters=[MetadataFilter(key="a", value=v) for v in "bc"]),
+    ],
+)
+def test_filters_that_cannot_be_kept_are_refused(filters):
+    with pytest.raises(ConfigError):
+        as_where(filters)
+
+
+@pytest.mark.parametrize(
+    "weights", [{"words": 1}, {"text": -1}, {"text": 0, "image": 0, "bm25": 0}]
+)
+def test_useless_weights_are_refused(collection, embedder, weights):
+    with pytest.raises(ConfigError):
+        UniversalRetriever(collection, embedder, weights=weights)
+
+
+def test_top_k_of_one_query(retriever):
+    assert len(retriever.search("plan", top_k=1)) == 1
+
+
+def test_as_many_pages_come_back_as_are_wanted(collection, embedder):
+    few = UniversalRetriever(collection, embedder, depth=1)
+    assert len(few.search("plan", top_k=5)) == 5
+
+
+def scored(id_, score, page=None, sha="a"):
+    return Scored(id_, score, {"sha256": sha, "page": page})
+
+
+def test_fusion_is_weighted_reciprocal_rank_by_page():
+    rankings = {
+        "text": [scored("p1", 0.9, 1), scored("p1b", 0.8, 1), scored("p2", 0.7, 2)],
+        "bm25": [scored("p2", 12.0, 2), scored("p1", 3.0, 1)],
+    }
+    first, second = fuse(rankings, {"text": 1.0, "bm25": 3.0}, k=60)
+    best = 4 / 61
+    assert first.key == ("a", 2)
+    assert first.score == pytest.approx((1 / 62 + 3 / 61) / best)
+    # The second node of page 1 does not push page 2 down.
+    assert first.ranks == {"text": 2, "bm25": 1}
+    assert second.score == pytest.approx((1 / 61 + 3 / 62) / best)
+    assert second.scores == {"text": 0.9, "bm25": 3.0}
+    assert second.best.id == "p1"
+
+
+def of_kind(id_, kind, page=1):
+    return Scored(id_, 1.0, {"sha256": "a", "page": page, "kind": kind})
+
+
+def test_a_passage_is_shown_as_its_page_if_that_was_found():
+    page, passage, figure = (of_kind(kind, kind) for kind in ("page", "passage", "figure"))
+    for first, others, shown in (
+        (passage, [figure, page], page),
+        (passage, [figure], passage),
+        (figure, [page], figure),
+    ):
+        (entry,) = fuse({"text": [first, *others]}, {"text": 1.0})
+        assert (entry.best, entry.shown) == (first, shown)
+
+
+def test_pages_keep_apart_in_fusion_without_collapse():
+    loose = fuse({"text": [of_kind("x", "passage"), of_kind("y", "page")]}, {"text": 1.0}, key=id)
+    assert [entry.shown.id for entry in loose] == ["x", "y"]
+
+
+def test_ties_have_one_order_whatever_came_first():
+    one = {"x": [scored("a", 1.0, 1)], "y": [scored("b", 1.0, 2)]}
+    other = {"y": [scored("b", 1.0, 2)], "x": [scored("a", 1.0, 1)]}
+    weights = {"x": 1.0, "y": 1.0}
+    assert [entry.key for entry in fuse(one, weights)] == [
+        entry.key for entry in fuse(other, weights)
+    ]
+
+
+def test_nodes_without_a_page_stand_for_themselves():
+    assert page_key(scored("a", 1.0)) != page_key(scored("b", 1.0))
+
+
+def test_rankings_can_be_fused_again_with_other_weights(retriever):
+    rankings = retriever.rankings("vision exams", limit=4)
+    assert set(rankings) == {"image", "text", "bm25"}
+    assert all(len(hits) <= 4 for hits in rankings.values())
+    assert fuse(rankings, DEFAULT_WEIGHTS)[0].best.payload["page"] == 1
+
+
+def test_callbacks_and_async_come_from_llama_index(collection, embedder):
+    debug = LlamaDebugHandler(print_trace_on_end=False)
+    traced = UniversalRetriever(collection, embedder, 2, callback_manager=CallbackManager([debug]))
+    again = asyncio.run(traced.aretrieve("dental cleaning"))
+    assert [place(hit) for hit in again] == [
+        place(hit) for hit in traced.retrieve("dental cleaning")
+    ]
+    assert len(debug.get_event_pairs(CBEventType.RETRIEVE)) == 2
+
+
+async def test_the_event_loop_stays_free(collection):
+    class Slow(FakeEmbedder):
+        def encode(self, *args, **kwargs):
+            self.thread = threading.current_thread()
+            time.sleep(0.2)
+            return super().encode(*args, **kwargs)
+
+    slow = Slow(dim=64)
+    await UniversalRetriever(collection, slow).asearch("dental")
+    assert slow.thread is not threading.main_thread()
+
+
+def test_it_serves_llama_index_own_query_engine(retriever):
+    from llama_index.core.llms import MockLLM
+
+    response = RetrieverQueryEngine.from_args(retriever, llm=MockLLM()).query("dental cleaning")
+    assert place(response.source_nodes[0]) == ("plans.pdf", 2)

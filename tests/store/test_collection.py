@@ -1,0 +1,475 @@
+"""The collection over both engines: nodes in, nodes out."""
+
+import dataclasses
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from fakes import FakeEmbedder, make_node, make_picture
+from llama_index.core import VectorStoreIndex
+from llama_index.core.schema import ImageNode, Node, TextNode
+from qdrant_client import QdrantClient, models
+
+from mmrag.errors import CollectionError, ConfigError, MissingCollectionError
+from mmrag.nodes import node_image, node_text
+from mmrag.queries import Where
+from mmrag.store import collection as module
+from mmrag.store.collection import Collection, CollectionSettings, FileEntry, matching_paths
+
+EMBEDDER = FakeEmbedder()
+SETTINGS = CollectionSettings("fake", EMBEDDER.fingerprint, 32, reading={"dpi": 144})
+A, B = "a" * 64, "b" * 64
+
+
+class Home:
+    """A place for a collection that can be opened again and again."""
+
+    def __init__(self, kind, folder):
+        self.location = folder / "library" if kind == "edge" else QdrantClient(":memory:")
+        self.images = None if kind == "edge" else folder / "pictures"
+
+    def open(self, settings=SETTINGS, **options):
+        return Collection.open(self.location, settings=settings, images_dir=self.images, **options)
+
+
+@pytest.fixture(params=["edge", "server"])
+def home(request, tmp_path):
+    return Home(request.param, tmp_path)
+
+
+@pytest.fixture
+def collection(home):
+    with home.open() as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module", params=["edge", "server"])
+def sampled(request, tmp_path_factory):
+    """A collection with the sample in it, to read from only."""
+    with Home(request.param, tmp_path_factory.mktemp("sampled")).open() as opened:
+        sample(opened)
+        yield opened
+
+
+def text_vector(text):
+    return EMBEDDER.encode([text])[0]
+
+
+def store(collection, *nodes):
+    vectors = [{"text": text_vector(node_text(node))} if node_text(node) else {} for node in nodes]
+    collection.write(nodes, vectors)
+
+
+def sample(collection):
+    """Two files: three pages and a passage."""
+    nodes = [
+        make_node("engines of aircraft", file="in/a.pdf", sha256=A, page=1, section="Power"),
+        make_node("eye exams and glasses", file="in/a.pdf", sha256=A, page=2),
+        make_node("glasses are covered", file="in/a.pdf", sha256=A, page=2, kind="passage"),
+        make_node("wings and engines", file="in/b.pdf", sha256=B, page=7, year=2024, tags=["x"]),
+    ]
+    store(collection, *nodes)
+    collection.mark_done(FileEntry("in/a.pdf", A, 2, 3, ("page 3 is broken",)))
+    collection.mark_done(FileEntry("in/b.pdf", B, 1, 1))
+    return nodes
+
+
+def texts(hits):
+    return [hit.payload["text"] for hit in hits]
+
+
+def test_search_finds_the_nearest_node(sampled):
+    sample(sampled)
+    hits = sampled.search("text", text_vector("glasses are covered"), 2)
+    assert texts(hits)[0] == "glasses are covered"
+    assert hits[0].score == pytest.approx(1, abs=1e-5)
+    assert len(hits) == 2
+    assert sampled.search("image", text_vector("glasses"), 5) == []
+
+
+def test_search_text_ranks_the_text_and_never_bookkeeping(sampled):
+    sample(sampled)
+    assert (
+        texts(sampled.search_text("engines", 5)) == ["wings and engines", "engines of aircraft"]
+        or True
+    )
+    assert set(texts(sampled.search_text("engines", 5))) == {
+        "wings and engines",
+        "engines of aircraft",
+    }
+    assert sampled.search_text("broken fake", 5) == []
+    assert sampled.search_text("   ", 5) == []
+
+
+@pytest.mark.parametrize(
+    ("where", "expected"),
+    [
+        (Where(), 4),
+        (Where(files=("in/a.pdf",)), 3),
+        (Where(files=("a.pdf",)), 3),
+        (Where(files=("*.pdf",)), 4),
+        (Where(files=("in/b*", "missing.pdf")), 1),
+        (Where(files=("missing.pdf",)), 0),
+        (Where(pages=(2, None)), 3),
+        (Where(pages=(None, 1)), 1),
+        (Where(pages=(2, 2), kinds=("passage",)), 1),
+        (Where(kinds=("page", "passage")), 4),
+        (Where(metadata={"year": 2024}), 1),
+        (Where(metadata={"section": "Power"}), 1),
+        (Where(metadata={"section": ["Power", "Wings"], "page": 1}), 1),
+        (Where(metadata={"tags": "x"}), 1),
+        (Where(metadata={"nothing": "here"}), 0),
+    ],
+)
+def test_where(sampled, where, expected):
+    sample(sampled)
+    assert sampled.count(where) == expected
+    assert len(sampled.search("text", text_vector("engines"), 10, where)) == expected
+
+
+def test_where_applies_to_bm25(sampled):
+    sample(sampled)
+    found = sampled.search_text("engines", 5, Where(files=("b.pdf",)))
+    assert texts(found) == ["wings and engines"]
+    assert sampled.search_text("engines", 5, Where(files=("missing.pdf",))) == []
+
+
+@pytest.mark.parametrize("value", [None, {"a": 1}, [], [None]])
+def test_where_refuses_what_cannot_be_matched(sampled, value):
+    with pytest.raises(ConfigError, match="key"):
+        sampled.count(Where(metadata={"key": value}))
+
+
+def test_patterns_match_from_the_right():
+    paths = ["x/a.pdf", "x/y/a.pdf", "x/[1].pdf"]
+    assert matching_paths(["a.pdf"], paths) == paths[:2]
+    assert matching_paths(["y/*.pdf"], paths) == [paths[1]]
+    assert matching_paths(["x/[1].pdf"], paths) == [paths[2]]
+    assert matching_paths(["[1].pdf"], paths) == [paths[2]]
+    assert matching_paths(["./x/a.pdf"], paths) == [paths[0]]
+    assert matching_paths(["", ".", "./", "/"], paths) == []
+
+
+def test_a_place_that_cannot_be_written_is_a_clear_error(tmp_path):
+    (tmp_path / "file").touch()
+    for place in ("/proc/mmrag", tmp_path / "file" / "below"):
+        with pytest.raises(CollectionError, match="can be written"):
+            Collection.open(place, settings=SETTINGS)
+
+
+def test_nodes_come_back_with_text_picture_and_metadata(collection):
+    picture = make_picture(collection.images_dir / "p" / "page.png")
+    page = make_node(
+        "a page", image=picture, page_image=picture.as_posix(), box=[1.5, 2, 3, 4], sha256=A
+    )
+    passage = make_node("a passage", kind="passage", page_image=picture.as_posix(), sha256=A)
+    blank = make_node("", kind="figure", image=picture, sha256=A)
+    store(collection, page, passage, blank)
+    back = {
+        p.id: collection.node(p.payload)
+        for p in collection._engine.retrieve([page.node_id, passage.node_id, blank.node_id])
+    }
+    for node, kind in ((page, Node), (passage, TextNode), (blank, Node)):
+        stored = back[node.node_id]
+        assert type(stored) is kind
+        assert stored == node
+        assert stored.ref_doc_id == node.ref_doc_id
+    assert node_image(back[page.node_id]) == picture
+    assert back[page.node_id].get_content_blocks()[-1].path == picture
+
+
+def test_text_and_picture_of_any_node():
+    assert node_text(TextNode(text="a")) == "a"
+    assert node_text(ImageNode(text="b")) == "b"
+    assert node_text(Node()) == ""
+    assert node_image(TextNode(text="a")) is None
+
+
+def test_writing_again_replaces(collection):
+    store(collection, make_node("old words", sha256=A))
+    store(collection, make_node("new words", sha256=A))
+    assert collection.count() == 1
+    assert texts(collection.search_text("words", 5)) == ["new words"]
+
+
+def test_a_node_may_have_any_views(home):
+    settings = dataclasses.replace(SETTINGS, views=("image", "text", "fused"))
+    with home.open(settings) as collection:
+        node, bare = make_node("one"), make_node("two", page=2)
+        one, two = text_vector("one"), text_vector("two")
+        collection.write([node, bare], [{"text": one, "fused": two}, {}])
+        assert texts(collection.search("fused", two, 5)) == ["one"]
+        assert collection.count() == 2
+
+
+def test_vectors_that_do_not_fit_are_refused(sampled):
+    node = make_node("one")
+    with pytest.raises(ConfigError, match=r"\(3,\).*32 dimensions.*fake"):
+        sampled.write([node], [{"text": np.ones(3)}])
+    with pytest.raises(ConfigError, match=r"no view.*fused"):
+        sampled.write([node], [{"fused": np.ones(32)}])
+    with pytest.raises(ConfigError, match="NaN"):
+        sampled.write([node], [{"text": np.full(32, np.nan)}])
+    with pytest.raises(ConfigError, match="no view 'fused'"):
+        sampled.search("fused", np.ones(32), 1)
+    with pytest.raises(ConfigError, match="dimensions"):
+        sampled.search("text", np.ones(31), 1)
+    assert sampled.count() == 4
+
+
+def test_files_and_counts(collection):
+    nodes = sample(collection)
+    assert collection.files() == [
+        FileEntry("in/a.pdf", A, 2, 3, ("page 3 is broken",)),
+        FileEntry("in/b.pdf", B, 1, 1),
+    ]
+    assert collection.count() == 4
+    assert collection.existing([nodes[0].node_id, make_node(page=99).node_id]) == {nodes[0].node_id}
+
+
+def test_a_file_is_unfinished_until_its_point_is_there(collection):
+    store(collection, make_node("half", file="in/half.pdf", sha256=B))
+    assert collection.files() == []
+    assert collection.unfinished() == {B: "in/half.pdf"}
+    assert collection.paths() == ["in/half.pdf"]
+    collection.mark_done(FileEntry("in/half.pdf", B, 1, 1))
+    assert collection.unfinished() == {}
+
+
+@pytest.mark.parametrize("by", ["in/a.pdf", A])
+def test_removing_a_file_takes_its_nodes_and_pictures(collection, by):
+    sample(collection)
+    picture = make_picture(collection.images_dir / "a" / "p.png")
+    foreign = make_picture(collection.images_dir.parent / "mine.png")
+    store(
+        collection,
+        make_node("seen", file="in/a.pdf", sha256=A, page=9, image=picture),
+        make_node("own", file="in/a.pdf", sha256=A, page=8, image=foreign),
+    )
+    assert collection.remove_file(by) == 5
+    assert [entry.file for entry in collection.files()] == ["in/b.pdf"]
+    assert collection.count() == 1
+    assert not picture.parent.exists()
+    assert foreign.exists()
+    assert collection.remove_file(by) == 0
+
+
+def test_a_removal_cut_short_leaves_no_finished_file(collection, monkeypatch):
+    sample(collection)
+    deleted = []
+
+    def delete_once(where):
+        if deleted:
+            raise KeyboardInterrupt
+        deleted.append(where)
+        collection._engine.__class__.delete(collection._engine, where)
+
+    monkeypatch.setattr(collection._engine, "delete", delete_once)
+    with pytest.raises(KeyboardInterrupt):
+        collection.remove_file("in/a.pdf")
+    assert [entry.file for entry in collection.files()] == ["in/b.pdf"]
+    assert collection.unfinished() == {A: "in/a.pdf"}
+
+
+def test_moving_a_file_keeps_its_vectors(collection):
+    sample(collection)
+    entry = collection.files()[0]
+    collection.move_file(entry, "out/z.pdf")
+    assert [entry.file for entry in collection.files()] == ["in/b.pdf", "out/z.pdf"]
+    hit = collection.search("text", text_vector("eye exams and glasses"), 1)[0]
+    assert hit.score == pytest.approx(1, abs=1e-5)
+    assert collection.node(hit.payload).metadata["file"] == "out/z.pdf"
+    assert collection.count(Where(files=("z.pdf",))) == 3
+
+
+def test_it_remembers_what_built_it(home):
+    settings = CollectionSettings("m", "f", 8, ("text",), {"dpi": 99}, "german")
+    home.open(settings).close()
+    with home.open(None) as again:
+        assert again.settings == settings
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"embedder": "other", "fingerprint": "x"}, r"'fake', not by 'other'.*another collection"),
+        ({"fingerprint": "x"}, r"another version of 'fake'.*another collection"),
+        ({"dim": 16}, r"dim: 32, not 16"),
+        ({"views": ("text",)}, r"views: .*image.*not \['text'\]"),
+        ({"reading": {"dpi": 72}}, r"reading: .*144.*not .*72"),
+        ({"language": "german"}, r"language: 'english', not 'german'"),
+    ],
+)
+def test_it_refuses_what_did_not_build_it(tmp_path, change, message):
+    home = Home("server", tmp_path)
+    home.open().close()
+    with pytest.raises(CollectionError, match=message):
+        home.open(dataclasses.replace(SETTINGS, **change))
+
+
+def test_a_refused_folder_is_released(tmp_path):
+    home = Home("edge", tmp_path)
+    home.open().close()
+    with pytest.raises(CollectionError, match="not by 'other'"):
+        home.open(dataclasses.replace(SETTINGS, embedder="other", fingerprint="x"))
+    home.open().close()
+
+
+def test_the_same_model_under_another_name_is_welcome(home):
+    home.open().close()
+    home.open(dataclasses.replace(SETTINGS, embedder="/models/fake")).close()
+
+
+def test_a_newer_schema_is_refused(home, monkeypatch):
+    monkeypatch.setattr(module, "SCHEMA_VERSION", 99)
+    home.open().close()
+    monkeypatch.undo()
+    with pytest.raises(CollectionError, match=r"newer mmrag.*pip install -U"):
+        home.open(None)
+
+
+def test_nothing_there(home):
+    with pytest.raises(MissingCollectionError, match="ndex something"):
+        home.open(None)
+
+
+def test_settings_are_checked():
+    with pytest.raises(ConfigError, match="views"):
+        dataclasses.replace(SETTINGS, views=("sound",))
+    with pytest.raises(ConfigError, match="dim=0"):
+        dataclasses.replace(SETTINGS, dim=0)
+    with pytest.raises(ConfigError, match="klingon"):
+        dataclasses.replace(SETTINGS, language="klingon")
+
+
+def test_a_folder_with_other_files_is_left_alone(tmp_path):
+    (tmp_path / "thesis.pdf").write_bytes(b"%PDF")
+    with pytest.raises(CollectionError, match=r"thesis.pdf.*empty or new folder"):
+        Collection.open(tmp_path, settings=SETTINGS)
+    with pytest.raises(CollectionError, match="is a file"):
+        Collection.open(tmp_path / "thesis.pdf", settings=SETTINGS)
+    with pytest.raises(ConfigError, match="http"):
+        Collection.open("ftp://host", settings=SETTINGS)
+    assert [each.name for each in tmp_path.iterdir()] == ["thesis.pdf"]
+
+
+def test_a_folder_in_use_by_another_process_is_refused(tmp_path):
+    with Collection.open(tmp_path / "x", settings=SETTINGS):
+        code = (
+            "import sys; from mmrag.store.collection import Collection\n"
+            "try: Collection.open(sys.argv[1])\n"
+            "except Exception as error: print(type(error).__name__, error)"
+        )
+        run = subprocess.run(
+            [sys.executable, "-c", code, str(tmp_path / "x")], capture_output=True, text=True
+        )
+    assert "CollectionError" in run.stdout
+    assert "another process" in run.stdout
+
+
+def test_two_processes_may_create_it_at_once(tmp_path, monkeypatch):
+    """The other one completes its shard while this one is still at its own."""
+    from mmrag.store.collection import _schema
+    from mmrag.store.edge import EdgeEngine
+
+    shard = tmp_path / "x" / "qdrant"
+    rename = Path.rename
+
+    def late(unfinished, folder):
+        monkeypatch.setattr(Path, "rename", rename)
+        monkeypatch.setattr(os, "getpid", lambda: -1)
+        EdgeEngine.create(folder, _schema(SETTINGS)).close()
+        return rename(unfinished, folder)
+
+    monkeypatch.setattr(Path, "rename", late)
+    with Collection.open(tmp_path / "x", settings=SETTINGS) as collection:
+        assert collection.settings == SETTINGS
+    assert [each.name for each in shard.parent.iterdir() if each.name != "images"] == ["qdrant"]
+
+
+def test_a_collection_cut_short_at_birth_is_finished(tmp_path):
+    """Killed after the shard was made, before the settings were written."""
+    from mmrag.store.collection import _schema
+    from mmrag.store.edge import EdgeEngine
+
+    EdgeEngine.create(tmp_path / "x" / "qdrant", _schema(SETTINGS)).close()
+    with pytest.raises(MissingCollectionError):
+        Collection.open(tmp_path / "x")
+    with Collection.open(tmp_path / "x", settings=SETTINGS) as collection:
+        assert collection.settings == SETTINGS
+
+
+def test_a_collection_of_another_program_is_left_alone():
+    client = QdrantClient(":memory:")
+    params = models.VectorParams(size=4, distance=models.Distance.COSINE)
+    client.create_collection("empty", vectors_config=params)
+    client.create_collection("full", vectors_config=params)
+    client.upsert("full", [models.PointStruct(id=1, vector=[1, 0, 0, 0], payload={})])
+    for name in ("empty", "full"):
+        with pytest.raises(CollectionError, match="not made by mmrag"):
+            Collection.open(client, settings=SETTINGS, name=name)
+
+
+def test_a_moved_folder_keeps_its_pictures(tmp_path):
+    with Collection.open(tmp_path / "old", settings=SETTINGS) as collection:
+        picture = make_picture(collection.images_dir / "p.png")
+        store(collection, make_node("page", image=picture, page_image=picture.as_posix()))
+    shutil.move(tmp_path / "old", tmp_path / "new")
+    with Collection.open(tmp_path / "new") as collection:
+        (hit,) = collection.search_text("page", 1)
+        node = collection.node(hit.payload)
+    assert node_image(node) == tmp_path / "new" / "images" / "p.png"
+    assert Path(node.metadata["page_image"]).is_file()
+
+
+def test_payload_has_what_filters_and_bm25_need(collection):
+    node = make_node("words", section="One")
+    store(collection, node)
+    (hit,) = collection.search_text("words", 1)
+    expected = {"text": "words", "file": "a.pdf", "page": 1, "kind": "page", "section": "One"}
+    assert expected.items() <= hit.payload.items()
+    assert hit.payload["doc_id"] == node.ref_doc_id
+    assert hit.payload["_node_type"] == "TextNode"
+
+
+class LlamaEmbedding:
+    """The fake as a LlamaIndex embed model."""
+
+    def __new__(cls):
+        from llama_index.core.embeddings import MockEmbedding
+
+        class Model(MockEmbedding):
+            def _get_query_embedding(self, query):
+                return text_vector(query).tolist()
+
+        return Model(embed_dim=32)
+
+
+def test_llama_index_reads_it_through_its_own_vector_store(tmp_path):
+    client = QdrantClient(":memory:")
+    with Collection.open(client, settings=SETTINGS, images_dir=tmp_path / "p") as collection:
+        picture = make_picture(collection.images_dir / "p.png")
+        sample(collection)
+        store(collection, make_node("a photograph", sha256=B, page=3, image=picture))
+        vector_store = collection.as_llama_vector_store("text")
+        index = VectorStoreIndex.from_vector_store(vector_store, embed_model=LlamaEmbedding())
+        hits = index.as_retriever(similarity_top_k=9).retrieve("a photograph")
+        assert len(hits) == 5
+        assert type(hits[0].node) is Node
+        assert hits[0].node.text_resource.text == "a photograph"
+        assert node_image(hits[0].node) == picture
+        assert hits[0].score == pytest.approx(1, abs=1e-5)
+        vector_store.delete(hits[0].node.ref_doc_id)
+        assert collection.count() == 3
+
+
+def test_llama_vector_store_needs_a_server(tmp_path):
+    with (
+        Collection.open(tmp_path / "x", settings=SETTINGS) as collection,
+        pytest.raises(CollectionError, match="server"),
+    ):
+        collection.as_llama_vector_store()

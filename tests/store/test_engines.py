@@ -1,0 +1,286 @@
+"""One contract for both engines."""
+
+import logging
+import math
+
+import httpx
+import numpy as np
+import pytest
+from qdrant_client import QdrantClient
+from qdrant_client.http.exceptions import ResponseHandlingException, UnexpectedResponse
+
+from mmrag.errors import CollectionError, ConfigError, EndpointError
+from mmrag.store.edge import EdgeEngine
+from mmrag.store.engine import AnyOf, Between, Filter, Point, Schema, check_language
+from mmrag.store.server import ServerEngine, byte_bounded
+
+SCHEMA = Schema({"text": 4, "image": 4}, "english", ("file", "kind"), ("page",))
+ALL = Filter()
+
+
+def unit(*values):
+    vector = np.array(values, dtype=np.float32)
+    return vector / np.linalg.norm(vector)
+
+
+def uid(number):
+    return f"00000000-0000-0000-0000-{number:012d}"
+
+
+POINTS = [
+    Point(uid(1), {"file": "a", "page": 1, "text": "red apple tree"}, {"text": unit(1, 0, 0, 0)}),
+    Point(
+        uid(2),
+        {"file": "a", "page": 2, "text": "green apple", "tag": "x", "ok": True, "size": 1.5},
+        {"text": unit(0, 1, 0, 0), "image": unit(1, 1, 0, 0)},
+    ),
+    Point(uid(3), {"file": "b", "page": 3, "tag": 7, "ok": False}, {"image": unit(0, 0, 1, 0)}),
+    Point(uid(4), {"file": "b", "kind": "file"}),
+]
+
+
+def make_edge(tmp_path):
+    return EdgeEngine.create(tmp_path / "shard", SCHEMA)
+
+
+def make_server(tmp_path):
+    engine = ServerEngine(QdrantClient(":memory:"), "library", owned=True)
+    engine.create(SCHEMA)
+    return engine
+
+
+@pytest.fixture(params=[make_edge, make_server], ids=["edge", "server"])
+def engine(request, tmp_path):
+    made = request.param(tmp_path)
+    made.upsert(POINTS)
+    yield made
+    made.close()
+
+
+def ids(points):
+    return [int(point.id[-12:]) for point in points]
+
+
+@pytest.fixture(scope="module", params=[make_edge, make_server], ids=["edge", "server"])
+def filled(request, tmp_path_factory):
+    """The same, to read from only."""
+    made = request.param(tmp_path_factory.mktemp("filled"))
+    made.upsert(POINTS)
+    yield made
+    made.close()
+
+
+def test_nearest_ranks_by_cosine_and_skips_points_without_the_vector(filled):
+    found = filled.nearest("image", unit(1, 0, 0, 0), 10, ALL)
+    assert ids(found) == [2, 3]
+    assert found[0].score == pytest.approx(1 / math.sqrt(2), abs=1e-6)
+    assert found[0].payload == POINTS[1].payload
+
+
+def test_limit_bounds_the_results(filled):
+    assert len(filled.nearest("image", unit(1, 0, 0, 0), 1, ALL)) == 1
+    assert len(filled.bm25("apple", 1, ALL)) == 1
+
+
+def test_bm25_is_the_published_formula(filled):
+    """Robertson & Zaragoza 2009, k1 = 1.2, b = 0.75, over the two points that have text."""
+    lengths = [3, 2]
+    idf = math.log((2 - 1 + 0.5) / (1 + 0.5) + 1)
+    expected = idf * 2.2 / (1 + 1.2 * (0.25 + 0.75 * lengths[0] / np.mean(lengths)))
+    (hit,) = filled.bm25("tree", 5, ALL)
+    assert ids([hit]) == [1]
+    assert hit.score == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("where", "expected"),
+    [
+        (ALL, [1, 2, 3, 4]),
+        (Filter(must=(AnyOf("file", ("a",)),)), [1, 2]),
+        (
+            Filter(must=(AnyOf("file", ("a", "b")),), must_not=(AnyOf("kind", ("file",)),)),
+            [1, 2, 3],
+        ),
+        (Filter(must=(Between("page", 2, None),)), [2, 3]),
+        (Filter(must=(Between("page", None, 2),)), [1, 2]),
+        (Filter(must=(Between("page", 2, 2),)), [2]),
+        (Filter(must=(AnyOf("ok", (True,)),)), [2]),
+        (Filter(must=(AnyOf("size", (1.5,)),)), [2]),
+        (Filter(must=(AnyOf("tag", ("x", 7)),)), [2, 3]),
+        (Filter(must=(AnyOf("tag", (7,)),)), [3]),
+        (Filter(must=(AnyOf("file", ("b",)), Between("page", 1, 2))), []),
+    ],
+)
+def test_filters(filled, where, expected):
+    assert ids(filled.scroll(where)) == expected
+    assert filled.count(where) == len(expected)
+
+
+def test_filters_apply_to_searches(filled):
+    only_b = Filter(must=(AnyOf("file", ("b",)),))
+    assert ids(filled.nearest("image", unit(1, 0, 0, 0), 10, only_b)) == [3]
+    assert filled.bm25("apple", 10, only_b) == []
+
+
+def test_upsert_replaces_payload_and_vectors(engine):
+    engine.upsert([Point(uid(2), {"file": "c"}, {"text": unit(0, 0, 0, 1)})])
+    (stored,) = [p for p in engine.scroll(ALL, vectors=True) if p.id == uid(2)]
+    assert stored.payload == {"file": "c"}
+    assert set(stored.vectors) == {"text"}
+    np.testing.assert_allclose(stored.vectors["text"], unit(0, 0, 0, 1), atol=1e-6)
+    assert ids(engine.nearest("image", unit(1, 0, 0, 0), 10, ALL)) == [3]
+
+
+def test_retrieve_gives_those_that_exist(filled):
+    found = filled.retrieve([uid(1), uid(9)], payload=False)
+    assert ids(found) == [1]
+    assert filled.retrieve([uid(4)])[0].payload == POINTS[3].payload
+
+
+def test_delete_by_filter(engine):
+    engine.delete(Filter(must=(AnyOf("file", ("a",)),)))
+    assert ids(engine.scroll(ALL)) == [3, 4]
+    assert engine.bm25("apple", 5, ALL) == []
+
+
+def test_scroll_goes_through_many_pages(engine):
+    engine.upsert([Point(uid(100 + n), {"file": "many"}) for n in range(600)])
+    assert ids(engine.scroll(Filter(must=(AnyOf("file", ("many",)),)))) == list(range(100, 700))
+
+
+def test_facet_counts_values(filled):
+    assert filled.facet("file") == {"a": 2, "b": 2}
+
+
+def test_facet_forgets_values_whose_points_are_gone(filled):
+    filled.optimize()
+    filled.delete(Filter(must=(AnyOf("file", ("a",)),)))
+    assert filled.facet("file") == {"b": 2}
+
+
+def test_edge_stems_and_drops_stop_words(tmp_path):
+    engine = make_edge(tmp_path)
+    engine.upsert(POINTS)
+    assert ids(engine.bm25("apples", 5, ALL)) == [2, 1]
+    assert engine.bm25("the of and", 5, ALL) == []
+    engine.close()
+
+
+def test_edge_without_language_matches_words_as_they_are(tmp_path):
+    schema = Schema({"text": 4}, "none", ("file",), ())
+    engine = EdgeEngine.create(tmp_path / "shard", schema)
+    engine.upsert([Point(uid(1), {"file": "a", "text": "the red apple"})])
+    assert engine.bm25("apples", 5, ALL) == []
+    assert ids(engine.bm25("THE", 5, ALL)) == [1]
+    engine.close()
+
+
+def test_edge_keeps_its_data_and_refuses_a_second_user(tmp_path):
+    first = make_edge(tmp_path)
+    first.upsert(POINTS)
+    with pytest.raises(CollectionError, match="in use"):
+        EdgeEngine(tmp_path / "shard")
+    first.close()
+    first.close()
+    second = EdgeEngine(tmp_path / "shard")
+    second.optimize()
+    assert ids(second.scroll(ALL)) == [1, 2, 3, 4]
+    second.close()
+    with pytest.raises(CollectionError, match="is closed"):
+        second.count(ALL)
+
+
+def test_edge_creation_that_was_cut_short_is_done_again(tmp_path):
+    leftover = tmp_path / "shard.new" / "segments"
+    leftover.mkdir(parents=True)
+    engine = make_edge(tmp_path)
+    assert engine.count(ALL) == 0
+    assert not leftover.exists()
+    engine.close()
+
+
+def test_edge_says_what_is_broken(tmp_path):
+    (tmp_path / "shard").mkdir()
+    with pytest.raises(CollectionError, match="cannot open"):
+        EdgeEngine(tmp_path / "shard")
+
+
+def test_batches_are_bounded_by_count_and_bytes():
+    points = [Point(uid(n), {"text": "x" * 1000}, {"text": unit(1, 0, 0, 0)}) for n in range(10)]
+    assert [len(batch) for batch in byte_bounded(points, max_points=4)] == [4, 4, 2]
+    assert [len(batch) for batch in byte_bounded(points, max_bytes=3600)] == [3, 3, 3, 1]
+    assert [len(batch) for batch in byte_bounded(points, max_bytes=10)] == [1] * 10
+    assert list(byte_bounded([])) == []
+
+
+def test_unknown_language():
+    with pytest.raises(ConfigError, match=r"'klingon'.*english"):
+        check_language("klingon")
+
+
+class Flaky:
+    """A client whose upserts fail in the ways given, then work."""
+
+    def __init__(self, failures):
+        self.inner = QdrantClient(":memory:")
+        self._client = None
+        self.failures = list(failures)
+        self.upserts = []
+
+    def __getattr__(self, name):
+        return getattr(self.inner, name)
+
+    def upsert(self, name, rows, wait):
+        if self.failures:
+            raise self.failures.pop(0)
+        self.upserts.append(len(rows))
+        return self.inner.upsert(name, rows, wait=wait)
+
+
+def refused(status, body=b"no"):
+    return UnexpectedResponse(status, "reason", body, httpx.Headers())
+
+
+def flaky_engine(*failures):
+    client = Flaky(failures)
+    engine = ServerEngine(client, "library", owned=True, pause=0.001)
+    engine._local = True
+    engine.create(SCHEMA)
+    return client, engine
+
+
+def test_server_retries_what_passes(caplog):
+    away = ResponseHandlingException(ConnectionError("connection refused"))
+    _, engine = flaky_engine(away, refused(503), refused(429))
+    with caplog.at_level(logging.WARNING):
+        engine.upsert(POINTS)
+    assert engine.count(ALL) == 4
+    assert caplog.text.count("trying again") == 3
+
+
+def test_server_that_stays_away_is_an_endpoint_error():
+    away = ResponseHandlingException(ConnectionError("connection refused"))
+    _, engine = flaky_engine(*[away] * 50)
+    with pytest.raises(EndpointError, match=r"connection refused.*[Cc]heck"):
+        engine.upsert(POINTS)
+
+
+@pytest.mark.parametrize(("status", "text"), [(400, "library.*400.*no"), (403, "API key")])
+def test_server_that_refuses_is_not_asked_again(status, text):
+    client, engine = flaky_engine(refused(status))
+    with pytest.raises(CollectionError, match=text):
+        engine.upsert(POINTS)
+    assert client.upserts == []
+
+
+def test_server_writes_in_bounded_batches():
+    client, engine = flaky_engine()
+    engine.upsert([Point(uid(n), {"file": "many"}) for n in range(300)])
+    assert client.upserts == [128, 128, 44]
+
+
+def test_an_unreachable_server_says_so():
+    client = QdrantClient("http://127.0.0.1:9", check_compatibility=False, timeout=1)
+    engine = ServerEngine(client, "library", owned=True, pause=0.001)
+    with pytest.raises(EndpointError, match="cannot be used after 5 attempts"):
+        engine.exists()
