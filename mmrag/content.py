@@ -1,6 +1,6 @@
-"""What an embedder takes: a text, a picture, or both; and safe loading of pictures.
+"""What an embedder takes: a text, an image, or both; and safe loading of images.
 
-Pictures come as PIL images, paths, bytes, BytesIO, data URLs or numpy arrays. They are checked
+Images come as PIL images, paths, bytes, BytesIO, data URLs or numpy arrays. They are checked
 against limits on bytes and pixels *before* they are decoded, turned upright by their EXIF
 orientation, laid on white where they are transparent, and returned as RGB.
 """
@@ -55,7 +55,7 @@ _SIXTEEN_BIT_MODES = ("I;16", "I;16B", "I;16L", "I;16N", "I", "F")
 
 @dataclass(frozen=True, slots=True)
 class ImageLimits:
-    """Upper bounds that a picture must keep, checked before it is decoded.
+    """Upper bounds that an image must keep, checked before it is decoded.
 
     max_bytes: size of the encoded file, in bytes.
     max_pixels: width times height, in pixels.
@@ -70,9 +70,9 @@ DEFAULT_LIMITS = ImageLimits()
 
 @dataclass(frozen=True, slots=True)
 class Content:
-    """One thing to embed: a text, one or more pictures, or both.
+    """One thing to embed: a text, one or more images, or both.
 
-    ``image`` may be a sequence of pictures for families that take several; the others refuse
+    ``image`` may be a sequence of images for families that take several; the others refuse
     more than one. ``instruction`` overrides the one given to ``Embedder.encode`` for this item.
     An empty text is a text; ``None`` means that there is none.
     """
@@ -89,7 +89,7 @@ class Content:
 
     @property
     def images(self) -> tuple[ImageSource, ...]:
-        """The pictures, in order; empty for a text."""
+        """The images, in order; empty for a text."""
         if self.image is None:
             return ()
         if isinstance(self.image, (list, tuple)):
@@ -110,7 +110,7 @@ ContentLike: TypeAlias = Content | ImageSource | Mapping[str, Any]
 def as_content(value: ContentLike) -> Content:
     """Turn a plain value into a Content.
 
-    A ``str`` is a text, a path object, bytes, PIL image or array is a picture, and a mapping
+    A ``str`` is a text, a path object, bytes, PIL image or array is an image, and a mapping
     has the keys ``text``, ``image`` and ``instruction``, any of which may be left out.
 
     Raises: ContentError for anything else.
@@ -128,7 +128,7 @@ def as_content(value: ContentLike) -> Content:
         case Image.Image() | bytes() | bytearray() | io.BytesIO() | np.ndarray() | os.PathLike():
             return Content(image=value)
     raise ContentError(
-        f"Cannot embed a {type(value).__name__}: give a str, a picture (path object, bytes, PIL "
+        f"Cannot embed a {type(value).__name__}: give a str, an image (path object, bytes, PIL "
         "image, array), a mapping with text and image, or a Content."
     )
 
@@ -140,22 +140,22 @@ def load_image(
     loader: UrlLoader | None = None,
     on_white: bool = True,
 ) -> Image.Image:
-    """Load a picture as upright RGB, transparent parts on white.
+    """Load an image as upright RGB, transparent parts on white.
 
     With ``on_white=False`` they show the colour that is stored under them instead.
 
     A ``str`` is a path, a data URL, or a web address; web addresses are followed only by the
     ``loader`` given (it returns the bytes). Of an animated file the first frame is taken.
-    16-bit pictures are scaled to 8 bits, floats in [0, 1] are taken as fractions of white.
+    16-bit images are scaled to 8 bits, floats in [0, 1] are taken as fractions of white.
 
     Raises: ContentError if the source is missing, broken, of no known format, or too large.
     """
     name = describe(source)
-    with _decoding(name), _open(source, limits, loader) as picture:
-        _check_pixels(picture.size, name, limits)
-        picture.load()
-        turn = _TURNS.get(_orientation(picture.getexif()))
-        return _to_rgb(picture if turn is None else picture.transpose(turn), on_white)
+    with _decoding(name), _open(source, limits, loader) as image:
+        _check_pixels(image.size, name, limits)
+        image.load()
+        turn = _TURNS.get(_orientation(image.getexif()))
+        return _to_rgb(image if turn is None else image.transpose(turn), on_white)
 
 
 def image_size(
@@ -171,39 +171,39 @@ def image_size(
     Raises: ContentError as ``load_image`` does, except for damage beyond the header.
     """
     name = describe(source)
-    with _decoding(name), _open(source, limits, loader) as picture:
-        _check_pixels(picture.size, name, limits)
-        width, height = picture.size
-        # PngImageFile.getexif would decode the whole picture to look behind its pixels.
-        orientation = _orientation(Image.Image.getexif(picture))
+    with _decoding(name), _open(source, limits, loader) as image:
+        _check_pixels(image.size, name, limits)
+        width, height = image.size
+        # PngImageFile.getexif would decode the whole image to look behind its pixels.
+        orientation = _orientation(Image.Image.getexif(image))
     # Pillow states the size of a TIFF as it will be once turned.
-    turned = orientation in (5, 6, 7, 8) and picture.format != "TIFF"
+    turned = orientation in (5, 6, 7, 8) and image.format != "TIFF"
     return (height, width) if turned else (width, height)
 
 
 def describe(source: ImageSource) -> str:
-    """A short name of a picture for messages."""
+    """A short name of an image for messages."""
     match source:
         case str() if _is_data_url(source):
-            return "picture from a data URL"
+            return "image from a data URL"
         case str() | os.PathLike():
             name = os.fspath(source)
             return name if len(name) <= 300 else f"{name[:300]}..."
         case Image.Image():
-            return getattr(source, "filename", "") or f"picture of {source.width}x{source.height}"
+            return getattr(source, "filename", "") or f"image of {source.width}x{source.height}"
         case np.ndarray():
             return f"array of shape {source.shape}"
-    return "picture from bytes"
+    return "image from bytes"
 
 
 @contextmanager
 def _decoding(name: str) -> Iterator[None]:
-    """Turn what Pillow raises for a broken picture into a ContentError."""
+    """Turn what Pillow raises for a broken image into a ContentError."""
     try:
         yield
     except _BROKEN as error:
         raise ContentError(
-            f"{name}: the picture is broken and cannot be decoded ({error})."
+            f"{name}: the image is broken and cannot be decoded ({error})."
         ) from error
 
 
@@ -211,14 +211,14 @@ def _decoding(name: str) -> Iterator[None]:
 def _open(
     source: ImageSource, limits: ImageLimits, loader: UrlLoader | None
 ) -> Iterator[Image.Image]:
-    """Open a picture lazily, header only; a picture of the caller stays open."""
+    """Open an image lazily, header only; an image of the caller stays open."""
     if isinstance(source, Image.Image):
         yield source
     elif isinstance(source, np.ndarray):
         yield _from_array(source, limits)
     else:
-        with _open_file(source, limits, loader) as picture:
-            yield picture
+        with _open_file(source, limits, loader) as image:
+            yield image
 
 
 def _open_file(
@@ -241,7 +241,7 @@ def _open_file(
             return Image.open(raw if isinstance(raw, Path) else io.BytesIO(raw), formats=FORMATS)
     except UnidentifiedImageError as error:
         raise ContentError(
-            f"{name}: not a picture, or in none of the formats {', '.join(FORMATS)}."
+            f"{name}: not an image, or in none of the formats {', '.join(FORMATS)}."
         ) from error
     except Image.DecompressionBombError as error:
         raise ContentError(
@@ -261,7 +261,7 @@ def _raw(
     if isinstance(source, io.BytesIO):
         return source.getvalue()
     if not isinstance(source, (str, os.PathLike)):
-        raise ContentError(f"A picture cannot be made from a {type(source).__name__}.")
+        raise ContentError(f"An image cannot be made from a {type(source).__name__}.")
     text = os.fspath(source)
     if _is_data_url(text):
         return _from_data_url(text, limits)
@@ -273,7 +273,7 @@ def _raw(
     except OSError:  # a name too long for the file system
         found = False
     if not found:
-        raise ContentError(f"{describe(text)}: there is no such picture file.")
+        raise ContentError(f"{describe(text)}: there is no such image file.")
     return path
 
 
@@ -296,7 +296,7 @@ def _from_data_url(url: str, limits: ImageLimits) -> bytes:
 def _from_loader(url: str, loader: UrlLoader | None) -> bytes:
     if loader is None:
         raise ContentError(
-            f"{describe(url)}: web addresses are not followed; download the picture, or pass a "
+            f"{describe(url)}: web addresses are not followed; download the image, or pass a "
             "`loader` that returns its bytes."
         )
     try:
@@ -316,7 +316,7 @@ def _from_array(array: NDArray[Any], limits: ImageLimits) -> Image.Image:
     if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (3, 4)):
         raise ContentError(f"{name}: an array must be (h, w), (h, w, 1), (h, w, 3) or (h, w, 4).")
     if 0 in array.shape:
-        raise ContentError(f"{name}: the picture is empty.")
+        raise ContentError(f"{name}: the image is empty.")
     _check_pixels((array.shape[1], array.shape[0]), name, limits)
     return Image.fromarray(np.ascontiguousarray(_to_uint8(array, name)))
 
@@ -330,7 +330,7 @@ def _to_uint8(array: NDArray[Any], name: str) -> NDArray[np.uint8]:
         return np.round(array / 257).astype(np.uint8)
     if np.issubdtype(array.dtype, np.floating):
         if not np.isfinite(array).all() or array.min() < 0 or array.max() > 1:
-            raise ContentError(f"{name}: a float picture must be finite and within [0, 1].")
+            raise ContentError(f"{name}: a float image must be finite and within [0, 1].")
         return np.round(array * 255).astype(np.uint8)
     raise ContentError(f"{name}: pixels of type {array.dtype} are not supported; use uint8.")
 
@@ -338,7 +338,7 @@ def _to_uint8(array: NDArray[Any], name: str) -> NDArray[np.uint8]:
 def _check_pixels(size: tuple[int, int], name: str, limits: ImageLimits) -> None:
     width, height = size
     if width < 1 or height < 1:
-        raise ContentError(f"{name}: the picture is empty ({width}x{height}).")
+        raise ContentError(f"{name}: the image is empty ({width}x{height}).")
     if width * height > limits.max_pixels:
         raise ContentError(
             f"{name}: {width}x{height} is {width * height:,} pixels, over the limit of "
@@ -351,25 +351,25 @@ def _orientation(exif: Image.Exif) -> int:
     return value if isinstance(value, int) else 1
 
 
-def _to_rgb(picture: Image.Image, on_white: bool) -> Image.Image:
-    if picture.mode in _SIXTEEN_BIT_MODES:
-        return _from_deep(picture).convert("RGB")
-    if on_white and picture.has_transparency_data:
-        layer = picture.convert("RGBA")
+def _to_rgb(image: Image.Image, on_white: bool) -> Image.Image:
+    if image.mode in _SIXTEEN_BIT_MODES:
+        return _from_deep(image).convert("RGB")
+    if on_white and image.has_transparency_data:
+        layer = image.convert("RGBA")
         white = Image.new("RGBA", layer.size, (255, 255, 255, 255))
         return Image.alpha_composite(white, layer).convert("RGB")
-    return picture.convert("RGB")  # a copy where it is RGB already
+    return image.convert("RGB")  # a copy where it is RGB already
 
 
-def _from_deep(picture: Image.Image) -> Image.Image:
-    """Scale 16-bit and float grey pictures to 8 bits; Pillow's own convert clips them at 255."""
-    values = np.nan_to_num(np.asarray(picture, dtype=np.float64))
-    if picture.mode == "F":
+def _from_deep(image: Image.Image) -> Image.Image:
+    """Scale 16-bit and float grey images to 8 bits; Pillow's own convert clips them at 255."""
+    values = np.nan_to_num(np.asarray(image, dtype=np.float64))
+    if image.mode == "F":
         top = 1.0 if values.max(initial=0.0) <= 1.0 else 255.0
     else:
-        top = 255.0 if picture.mode == "I" and values.max(initial=0.0) <= 255 else 65535.0
+        top = 255.0 if image.mode == "I" and values.max(initial=0.0) <= 255 else 65535.0
     scaled = np.clip(values / top, 0, 1) * 255
-    transparent = picture.info.get("transparency")  # one grey value, where a PNG declares it
+    transparent = image.info.get("transparency")  # one grey value, where a PNG declares it
     if isinstance(transparent, int):
         scaled[values == transparent] = 255
     return Image.fromarray(np.round(scaled).astype(np.uint8))

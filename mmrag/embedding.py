@@ -1,4 +1,4 @@
-"""The embedder as LlamaIndex's embed model: texts, pictures, both, and nodes of any kind."""
+"""The embedder as LlamaIndex's embed model: texts, images, both, and nodes of any kind."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class UniversalEmbedding(MultiModalEmbedding):
     )
     node_view: NodeView = Field(
         "fused",
-        description="How a node with both text and picture is embedded: fused, image or text. A "
+        description="How a node with both text and image is embedded: fused, image or text. A "
         "node with one of them is embedded by the one it has.",
     )
     base_url: str | None = Field(
@@ -152,7 +152,7 @@ class UniversalEmbedding(MultiModalEmbedding):
     ) -> list[Embedding]:
         """Embed contents of any mix, ``embed_batch_size`` a call, with LlamaIndex's events.
 
-        The events carry texts and the names of pictures, never their bytes.
+        The events carry texts and the names of images, never their bytes.
         """
         size, payload = self.embed_batch_size, self.to_payload()
         starts = range(0, len(contents), size)
@@ -180,7 +180,7 @@ class UniversalEmbedding(MultiModalEmbedding):
         return rows
 
     def get_query_embedding(self, query: str | QueryBundle) -> Embedding:
-        """Embed a question in words, a picture, or both (a QueryBundle with ``image_path``)."""
+        """Embed a question in words, an image, or both (a QueryBundle with ``image_path``)."""
         return self.embed_contents([_query_content(query)], self.query_instruction)[0]
 
     async def aget_query_embedding(self, query: str | QueryBundle) -> Embedding:
@@ -188,7 +188,7 @@ class UniversalEmbedding(MultiModalEmbedding):
         return await asyncio.to_thread(self.get_query_embedding, query)
 
     def get_query_image_embedding(self, image: ImageSource, text: str | None = None) -> Embedding:
-        """Embed a picture, and words about it, as a query: with the instruction."""
+        """Embed an image, and words about it, as a query: with the instruction."""
         return self.embed_contents([Content(text, image)], self.query_instruction)[0]
 
     async def aget_query_image_embedding(
@@ -198,7 +198,7 @@ class UniversalEmbedding(MultiModalEmbedding):
         return await asyncio.to_thread(self.get_query_image_embedding, image, text)
 
     def get_fused_embedding(self, text: str, image: ImageSource) -> Embedding:
-        """Embed a text and a picture as one document."""
+        """Embed a text and an image as one document."""
         return self.embed_contents([Content(text, image)])[0]
 
     async def aget_fused_embedding(self, text: str, image: ImageSource) -> Embedding:
@@ -206,7 +206,7 @@ class UniversalEmbedding(MultiModalEmbedding):
         return await asyncio.to_thread(self.get_fused_embedding, text, image)
 
     def get_image_embedding(self, img_file_path: ImageSource) -> Embedding:
-        """Embed a picture: a path, bytes, BytesIO, PIL image, data URL or array."""
+        """Embed an image: a path, bytes, BytesIO, PIL image, data URL or array."""
         return self.embed_contents([Content(image=img_file_path)])[0]
 
     async def aget_image_embedding(self, img_file_path: ImageSource) -> Embedding:
@@ -216,7 +216,7 @@ class UniversalEmbedding(MultiModalEmbedding):
     def get_image_embedding_batch(
         self, img_file_paths: Sequence[ImageSource], show_progress: bool = False
     ) -> list[Embedding]:
-        """Embed pictures in batches."""
+        """Embed images in batches."""
         contents = [Content(image=image) for image in img_file_paths]
         return self.embed_contents(contents, show_progress=show_progress)
 
@@ -229,12 +229,12 @@ class UniversalEmbedding(MultiModalEmbedding):
         )
 
     def __call__(self, nodes: Sequence[BaseNode], **kwargs: Any) -> Sequence[BaseNode]:
-        """Set ``embedding`` of each node, by its text, its picture, or both.
+        """Set ``embedding`` of each node, by its text, its image, or both.
 
         Texts are embedded with their metadata as LlamaIndex does (``MetadataMode.EMBED``);
-        pictures, with or without text, without it.
+        images, with or without text, without it.
 
-        Raises: ContentError for a node whose picture cannot be used.
+        Raises: ContentError for a node whose image cannot be used.
         """
         contents = [node_content(node, self.node_view) for node in nodes]
         vectors = self.embed_contents(contents, show_progress=bool(kwargs.get("show_progress")))

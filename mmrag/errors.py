@@ -1,7 +1,7 @@
 """Every error that mmrag raises on purpose.
 
 ``MMRagError``
-  ├── ``ContentError``      a text or picture that cannot be used
+  ├── ``ContentError``      a text or image that cannot be used
   ├── ``ReadError``         a file or page that cannot be read
   ├── ``ModelError``        a checkpoint or adapter that cannot be loaded exactly
   ├── ``CollectionError``   a collection that is locked, broken, or built otherwise
@@ -22,7 +22,7 @@ class MMRagError(Exception):
 
 
 class ContentError(MMRagError):
-    """A text or picture that cannot be embedded: broken, too large, or of an unknown type."""
+    """A text or image that cannot be embedded: broken, too large, or of an unknown type."""
 
 
 class ReadError(MMRagError):

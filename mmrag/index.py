@@ -43,9 +43,9 @@ class UniversalIndex:
             default: the one that built the collection, else ``mmrag-nano``.
         name: of the collection on a server.
         api_key: of the server.
-        images_dir: where page pictures are kept, if not in the folder.
+        images_dir: where page images are kept, if not in the folder.
         reading: how files are read.
-        views: which vectors nodes get; default: picture and text, as far as the embedder can.
+        views: which vectors nodes get; default: image and text, as far as the embedder can.
         dim: length of the stored vectors, for embedders that can be cut (Matryoshka).
         language: stemming and stop words of BM25; default: english; ``"none"`` for neither.
 

@@ -20,7 +20,7 @@ def node_text(node: BaseNode) -> str:
 
 
 def node_image(node: BaseNode) -> Path | None:
-    """The node's own picture, if it has one."""
+    """The node's own image, if it has one."""
     resource = node.image_resource if isinstance(node, Node) else None
     return Path(resource.path) if resource and resource.path else None
 
@@ -31,12 +31,12 @@ NodeView = Literal["fused", "image", "text"]
 def node_content(node: BaseNode, view: NodeView = "fused") -> Content:
     """What of a node is embedded: see ``UniversalEmbedding.node_view``.
 
-    Raises: ContentError for a node that has neither text nor picture but sound or film.
+    Raises: ContentError for a node that has neither text nor image but sound or film.
     """
     image = _node_image(node)
     if image is None:
         if isinstance(node, Node) and node.text_resource is None:
-            raise ContentError(f"node {node.node_id}: it has neither text nor picture to embed.")
+            raise ContentError(f"node {node.node_id}: it has neither text nor image to embed.")
         return Content(node.get_content(metadata_mode=MetadataMode.EMBED))
     text = node.get_content(metadata_mode=MetadataMode.NONE)
     if view == "image" or not text.strip():
@@ -47,7 +47,7 @@ def node_content(node: BaseNode, view: NodeView = "fused") -> Content:
 
 
 def _node_image(node: BaseNode) -> ImageSource | None:
-    """The picture of a Node, ImageNode, Document or ImageDocument."""
+    """The image of a Node, ImageNode, Document or ImageDocument."""
     if isinstance(node, ImageNode):
         data, place = node.image, node.image_path or node.image_url
     elif isinstance(node, Node) and node.image_resource is not None:

@@ -69,8 +69,8 @@ def new_boundary(texts: Iterable[str]) -> str:
     return boundary
 
 
-def picture_bytes(image: Image.Image, max_pixels: int, max_bytes: int) -> tuple[bytes, str]:
-    """A picture scaled and encoded, with its type: PNG where that is small enough, else JPEG."""
+def image_bytes(image: Image.Image, max_pixels: int, max_bytes: int) -> tuple[bytes, str]:
+    """An image scaled and encoded, with its type: PNG where that is small enough, else JPEG."""
     image = _scaled(image, max_pixels)
     data = _saved(image, "PNG")
     if len(data) <= max_bytes:

@@ -30,7 +30,7 @@ class Where:
 
 @dataclass
 class MultimodalQuery(QueryBundle):
-    """A QueryBundle whose picture may be anything that ``mmrag.content`` loads.
+    """A QueryBundle whose image may be anything that ``mmrag.content`` loads.
 
     image: takes the place of ``image_path``.
     where: takes the place of the retriever's own filter for this query.
@@ -43,10 +43,10 @@ class MultimodalQuery(QueryBundle):
 
 
 def query_content(bundle: QueryBundle) -> Content:
-    """Text and picture of a query. Raises ConfigError if it has neither."""
+    """Text and image of a query. Raises ConfigError if it has neither."""
     image = getattr(bundle, "image", None)
     image = bundle.image_path if image is None else image
     text = bundle.query_str if bundle.query_str.strip() else None
     if text is None and not image:
-        raise ConfigError("The query is empty: give a text, a picture, or both.")
+        raise ConfigError("The query is empty: give a text, an image, or both.")
     return Content(text, image or None)

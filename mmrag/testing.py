@@ -27,7 +27,7 @@ def check_embedder(embedder: Embedder, *, least_cosine: float = LEAST_COSINE) ->
     """Run the whole contract on an embedder; meant for tiny checkpoints in float32.
 
     Checked: shape, dtype and norm; one item alone against the same item in any batch; order;
-    mixed modalities; empty and over-long texts; tiny, large, extremely long and grey pictures;
+    mixed modalities; empty and over-long texts; tiny, large, extremely long and grey images;
     determinism; pickling; the Matryoshka prefix property; refusal of impossible dimensions.
 
     ``least_cosine`` is what a vector alone and in a batch must share; lower it below float32.
@@ -57,7 +57,7 @@ def check_embedder(embedder: Embedder, *, least_cosine: float = LEAST_COSINE) ->
 def awkward_contents(embedder: Embedder) -> list[Content]:
     """Inputs that tell a right implementation from a nearly right one, of its modalities."""
     texts = ["a", "", "   spaces   ", "Ünïcödé — 北京 🚗\ttabs\nlines", "word " * 90, _LONG_TEXT]
-    pictures = {
+    images = {
         "page": _page(380, 500),
         "tiny": Image.new("RGB", (3, 2), "red"),
         "large": _page(1500, 1100),
@@ -70,23 +70,23 @@ def awkward_contents(embedder: Embedder) -> list[Content]:
     if "text" in embedder.modalities:
         contents += [Content(text) for text in texts]
     if "image" in embedder.modalities:
-        contents += [Content(image=picture) for picture in pictures.values()]
+        contents += [Content(image=image) for image in images.values()]
     if "fused" in embedder.modalities:
         contents += [
-            Content("the second line of this page", pictures["page"]),
-            Content("at night", pictures["grey"], "Find the same place with this change."),
+            Content("the second line of this page", images["page"]),
+            Content("at night", images["grey"], "Find the same place with this change."),
         ]
     return contents
 
 
 def _page(width: int, height: int) -> Image.Image:
-    """A white picture with black bars like lines of print, different at every size."""
-    picture = Image.new("RGB", (width, height), "white")
-    draw = ImageDraw.Draw(picture)
+    """A white image with black bars like lines of print, different at every size."""
+    image = Image.new("RGB", (width, height), "white")
+    draw = ImageDraw.Draw(image)
     for number, top in enumerate(range(4, height - 6, 14)):
         right = width - 4 - (number * 37 + width) % max(1, width // 2)
         draw.rectangle((4, top, max(5, right), top + 6), fill=(number * 9 % 90, 0, 40))
-    return picture
+    return image
 
 
 def _cosines(a: NDArray[np.float32], b: NDArray[np.float32]) -> NDArray[np.float64]:

@@ -37,14 +37,14 @@ class Converted:
 
 
 @dataclass(frozen=True)
-class Pictures:
-    """Where a data set's pictures come from and where they go."""
+class Images:
+    """Where a data set's images come from and where they go."""
 
     folder: Path
     store: ImageStore
 
     def item(self, text: str | None, image: str | None) -> Item:
-        """Make an item; placeholders are taken out of the text, the picture into the store."""
+        """Make an item; placeholders are taken out of the text, the image into the store."""
         plain = _PLACEHOLDER.sub("", text or "").strip()
         if not plain and not image:
             raise ContentError("an item has neither text nor picture")
@@ -54,11 +54,11 @@ class Pictures:
     def _path(self, image: str) -> Path:
         path = self.folder / image
         if not path.is_file():
-            raise ContentError(f"there is no picture {path}")
+            raise ContentError(f"there is no image {path}")
         return path
 
 
-def from_mmeb(records: Sequence[Mapping[str, Any]], pictures: Pictures, task: str) -> Converted:
+def from_mmeb(records: Sequence[Mapping[str, Any]], images: Images, task: str) -> Converted:
     """VLM2Vec's MMEB training rows: ``qry``, ``qry_image_path``, ``pos_text``, ... .
 
     The instruction is part of ``qry`` there and stays in the query's text.
@@ -67,12 +67,12 @@ def from_mmeb(records: Sequence[Mapping[str, Any]], pictures: Pictures, task: st
     def convert(number: int, record: Mapping[str, Any]) -> Row:
         negatives = []
         if record.get("neg_text") or record.get("neg_image_path"):
-            negatives = [pictures.item(record.get("neg_text"), record.get("neg_image_path"))]
+            negatives = [images.item(record.get("neg_text"), record.get("neg_image_path"))]
         return Row(
             id=str(record.get("id", f"{task}-{number}")),
             task=task,
-            query=pictures.item(record["qry"], record.get("qry_image_path")),
-            positives=[pictures.item(record.get("pos_text"), record.get("pos_image_path"))],
+            query=images.item(record["qry"], record.get("qry_image_path")),
+            positives=[images.item(record.get("pos_text"), record.get("pos_image_path"))],
             negatives=negatives,
             source=task,
         )
@@ -83,7 +83,7 @@ def from_mmeb(records: Sequence[Mapping[str, Any]], pictures: Pictures, task: st
 def from_mbeir(
     records: Sequence[Mapping[str, Any]],
     pool: Sequence[Mapping[str, Any]],
-    pictures: Pictures,
+    images: Images,
     task: str,
 ) -> Converted:
     """M-BEIR's queries (``qid``, ``query_txt``, ``pos_cand_list``, ...) with their pool."""
@@ -92,14 +92,14 @@ def from_mbeir(
     def document(did: str) -> Item:
         if did not in candidates:
             raise ContentError(f"candidate {did} is not in the pool")
-        return pictures.item(candidates[did].get("txt"), candidates[did].get("img_path"))
+        return images.item(candidates[did].get("txt"), candidates[did].get("img_path"))
 
     def convert(number: int, record: Mapping[str, Any]) -> Row:
         return Row(
             id=str(record["qid"]),
             task=task,
             instruction=record.get("instruction"),
-            query=pictures.item(record.get("query_txt"), record.get("query_img_path")),
+            query=images.item(record.get("query_txt"), record.get("query_img_path")),
             positives=[document(did) for did in record["pos_cand_list"]],
             negatives=[document(did) for did in record.get("neg_cand_list") or []],
             source=task,
@@ -108,7 +108,7 @@ def from_mbeir(
     return _each(records, convert)
 
 
-def from_swift(records: Sequence[Mapping[str, Any]], pictures: Pictures, task: str) -> Converted:
+def from_swift(records: Sequence[Mapping[str, Any]], pictures: Images, task: str) -> Converted:
     """ms-swift's rows: ``messages`` with ``images``, ``positive_messages``, ``negative_messages``.
 
     A system message of the query is its instruction.
@@ -117,7 +117,7 @@ def from_swift(records: Sequence[Mapping[str, Any]], pictures: Pictures, task: s
     def side(messages: Sequence[Mapping[str, str]], images: Sequence[str]) -> Item:
         text = "\n".join(m["content"] for m in messages if m["role"] != "system")
         if len(images) > 1:
-            raise ContentError(f"{len(images)} pictures in one item; rows hold one")
+            raise ContentError(f"{len(images)} images in one item; rows hold one")
         return pictures.item(text, images[0] if images else None)
 
     def sides(record: Mapping[str, Any], kind: str) -> list[Item]:
@@ -143,7 +143,7 @@ def from_swift(records: Sequence[Mapping[str, Any]], pictures: Pictures, task: s
 def from_pdfs(
     questions: Sequence[Mapping[str, Any]], pdfs: Path, store: ImageStore, items: str, licence: str
 ) -> Converted:
-    """Questions about pages of PDFs; a page becomes its picture, its text, or both.
+    """Questions about pages of PDFs; a page becomes its image, its text, or both.
 
     Only the files that are asked about are read.
     """
@@ -247,18 +247,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _convert(given: argparse.Namespace) -> Converted:
     records = read_records(given.records)
-    pictures = Pictures(given.images, store_of(given.out))
+    images = Images(given.images, store_of(given.out))
     task = given.task or given.records.stem
     match given.kind:
         case "mmeb":
-            return from_mmeb(records, pictures, task)
+            return from_mmeb(records, images, task)
         case "mbeir":
             if given.pool is None:
                 raise ContentError("mbeir needs --pool, the file of candidates.")
-            return from_mbeir(records, read_records(given.pool), pictures, task)
+            return from_mbeir(records, read_records(given.pool), images, task)
         case "swift":
-            return from_swift(records, pictures, task)
-    return from_pdfs(records, given.pdfs, pictures.store, given.items, given.licence)
+            return from_swift(records, images, task)
+    return from_pdfs(records, given.pdfs, images.store, given.items, given.licence)
 
 
 if __name__ == "__main__":

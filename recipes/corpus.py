@@ -59,7 +59,7 @@ class Document:
 def read_corpus(
     paths: Sequence[str | Path], store: ImageStore, options: ReadOptions | None = None
 ) -> tuple[list[Document], list[str]]:
-    """Read files into documents; their pictures go into the store.
+    """Read files into documents; their images go into the store.
 
     Returns: the documents, and a message for each file or page that could not be read, and for
         each file that has the bytes of another one.
@@ -80,12 +80,12 @@ def read_corpus(
 
 def _document(node: BaseNode, store: ImageStore) -> Document:
     metadata: dict[str, Any] = node.metadata
-    picture = node_image(node)
+    image = node_image(node)
     return Document(
         id=node.node_id,
         kind=metadata["kind"],
         text=node_text(node),
-        image=store.add(picture) if picture else None,
+        image=store.add(image) if image else None,
         section=metadata.get("section") or "",
         file=metadata["file"],
         page=metadata.get("page"),

@@ -1,7 +1,7 @@
 """The few collective operations that training needs; all of them do nothing on one process.
 
 The model is not wrapped. Each process adds up the gradients of its own rows and
-``average_gradients`` runs once per step, so that a process whose batch has no picture still
+``average_gradients`` runs once per step, so that a process whose batch has no image still
 takes part for every weight, and GradCache needs no special case.
 
 Scale: each process computes the mean loss of its own queries against the documents of all,

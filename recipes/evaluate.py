@@ -91,7 +91,7 @@ def evaluate_rows(
 ) -> dict[str, Metrics]:
     """Rank the corpus of all rows for each query. Returns metrics per modality pair and ``all``.
 
-    The corpus is one: a text question competes against every text, picture and page.
+    The corpus is one: a text question competes against every text, image and page.
     """
     corpus = corpus_of(rows)
     kept = check_dim(dim, embedder.dim)

@@ -3,7 +3,7 @@
 Questions are JSON lines: ``{"question": ..., "pages": [{"file": ..., "page": 7}], "kind": ...}``;
 pages count from 1, files are named without their folder, and any of the pages is right. Rows
 that name their page (``recipes.rows``) are read too: their queries are the questions, less those
-that ask with a picture.
+that ask with an image.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def read_questions(path: Path) -> list[dict[str, Any]]:
             raise ContentError(f"{path}:{number}: a question and its pages are needed.")
         questions.append(question)
     if pictured:
-        logger.warning("%s: %d rows ask with a picture and were left out.", path, pictured)
+        logger.warning("%s: %d rows ask with an image and were left out.", path, pictured)
     if not questions:
         raise ContentError(f"{path}: there is no question in words.")
     return questions

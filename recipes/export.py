@@ -87,11 +87,11 @@ def merge_adapters(model: torch.nn.Module) -> None:
 def probe_contents(modalities: frozenset[Any]) -> list[Content]:
     """Contents that tell two checkpoints apart, of the modalities given."""
     down, right = np.mgrid[:84, :112].astype(np.uint8)
-    picture = Image.fromarray(np.stack([2 * down, 2 * right, 255 - down - right], axis=-1))
+    image = Image.fromarray(np.stack([2 * down, 2 * right, 255 - down - right], axis=-1))
     contents = {
         "text": [Content("Which plan covers eye exams?"), Content("A table of revenue by year.")],
-        "image": [Content(image=picture)],
-        "fused": [Content("a picture of shades", picture)],
+        "image": [Content(image=image)],
+        "fused": [Content("an image of shades", image)],
     }
     return [c for modality in sorted(modalities) for c in contents[modality]]
 

@@ -51,7 +51,7 @@ def _describe(dataset: Dataset, backbone: Backbone) -> str:
         size = ""
         if item.image:
             width, height = image_size(dataset.store.path(item.image))
-            size = f", picture {width}x{height}"
+            size = f", image {width}x{height}"
         lines.append(f"    {name}: {shown}{size}, {inputs.n_tokens} tokens")
     return "\n".join(lines)
 

@@ -1,4 +1,4 @@
-"""The one row format of all recipes: JSON lines, pictures by id in a store beside them.
+"""The one row format of all recipes: JSON lines, images by id in a store beside them.
 
 A row asks ``query`` and knows what answers it::
 
@@ -32,7 +32,7 @@ _PLACE = re.compile(r"\S.*?#\d+")  # a.pdf#3
 
 
 class Item(BaseModel):
-    """One side of a pair: a text, the id of a picture in the store, or both."""
+    """One side of a pair: a text, the id of an image in the store, or both."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -110,17 +110,17 @@ class ImageStore:
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
 
-    def add(self, picture: Image.Image | Path | bytes) -> str:
-        """Store a picture unless it is there already. Returns its id.
+    def add(self, image: Image.Image | Path | bytes) -> str:
+        """Store an image unless it is there already. Returns its id.
 
         Raises: ContentError if it cannot be decoded.
         """
-        if isinstance(picture, Image.Image):
+        if isinstance(image, Image.Image):
             buffer = io.BytesIO()
-            picture.convert("RGB").save(buffer, "PNG")
+            image.convert("RGB").save(buffer, "PNG")
             raw = buffer.getvalue()
         else:
-            raw = picture if isinstance(picture, bytes) else picture.read_bytes()
+            raw = image if isinstance(image, bytes) else image.read_bytes()
             load_image(raw)
         name = hashlib.sha256(raw).hexdigest()[:24]
         target = self.folder / name
@@ -132,18 +132,18 @@ class ImageStore:
         return name
 
     def path(self, image_id: str) -> Path:
-        """File of a picture. Raises ContentError if there is none of that id."""
+        """File of an image. Raises ContentError if there is none of that id."""
         path = self.folder / image_id
         if Path(image_id).name != image_id or not path.is_file():
-            raise ContentError(f"{self.folder}: there is no picture with id {image_id!r}.")
+            raise ContentError(f"{self.folder}: there is no image with id {image_id!r}.")
         return path
 
     def content(self, item: Item) -> Content:
-        """Turn an item into what an embedder takes; the picture as a path."""
+        """Turn an item into what an embedder takes; the image as a path."""
         return Content(item.text, self.path(item.image) if item.image else None)
 
     def copy_from(self, other: ImageStore, image_id: str) -> None:
-        """Take over a picture of another store under its id."""
+        """Take over an image of another store under its id."""
         target = self.folder / image_id
         if not target.exists():
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -166,7 +166,7 @@ def read_rows(path: str | Path) -> list[Row]:
 
 
 def check_rows(path: str | Path, store: ImageStore | None = None) -> tuple[list[Row], list[str]]:
-    """Read a file of rows; with a store, also look for each picture.
+    """Read a file of rows; with a store, also look for each image.
 
     Returns: the good rows, and one message per bad line: what is wrong and where.
 
@@ -184,7 +184,7 @@ def check_rows(path: str | Path, store: ImageStore | None = None) -> tuple[list[
         if row.id in seen:
             problems.append(f"{path}:{number}: id {row.id!r} stands in line {seen[row.id]} already")
             continue
-        missing = _missing_picture(row, store)
+        missing = _missing_image(row, store)
         if missing:
             problems.append(f"{path}:{number}: {missing}")
             continue
@@ -214,7 +214,7 @@ def _first_problem(error: ValidationError) -> str:
     return f"{where}: {problem['msg'].removeprefix('Value error, ')}{more}"
 
 
-def _missing_picture(row: Row, store: ImageStore | None) -> str | None:
+def _missing_image(row: Row, store: ImageStore | None) -> str | None:
     if store is None:
         return None
     for item in (row.query, *row.positives, *row.negatives):
@@ -247,6 +247,6 @@ def corpus_of(rows: Sequence[Row]) -> list[Item]:
 
 
 def images_of(rows: Iterable[Row]) -> set[str]:
-    """Ids of all pictures of the rows."""
+    """Ids of all images of the rows."""
     items = (item for row in rows for item in (row.query, *row.positives, *row.negatives))
     return {item.image for item in items if item.image is not None}

@@ -5,9 +5,9 @@
     python -m recipes.synthesize papers/ --out data/mine --local-llm FOLDER rows=500
 
 1. Passages, pages and figures are chosen so that all modality pairs come up equally often.
-2. A query is written for each (Doc2Query with examples), from text, from the picture, or both.
-3. For queries with a picture, the thing asked about is named, the query rewritten ("this
-   plant"), and a picture found among the files' own figures, or made by an image endpoint.
+2. A query is written for each (Doc2Query with examples), from text, from the image, or both.
+3. For queries with an image, the thing asked about is named, the query rewritten ("this
+   plant"), and an image found among the files' own figures, or made by an image endpoint.
 4. A row is kept if its query finds its document again among all documents.
 5. With ``dev=0.2``, the rows of a fifth of the pages go to ``dev.jsonl``, for choosing settings.
 
@@ -153,7 +153,7 @@ class Drawer:
         self.client = openai.OpenAI(base_url=base_url, api_key=api_key, max_retries=4)
 
     def draw(self, caption: str) -> bytes:
-        """Make one picture. Raises EndpointError."""
+        """Make one image. Raises EndpointError."""
         try:
             reply = self.client.images.generate(
                 model=self.model, prompt=caption, response_format="b64_json", n=1
@@ -161,11 +161,11 @@ class Drawer:
         except openai.OpenAIError as error:
             raise EndpointError(f"{self.model}: {error}") from error
         if not reply.data or not reply.data[0].b64_json:
-            raise EndpointError(f"{self.model}: the server sent no picture.")
+            raise EndpointError(f"{self.model}: the server sent no image.")
         try:
             return base64.b64decode(reply.data[0].b64_json)
         except ValueError as error:
-            raise EndpointError(f"{self.model}: the picture is no base64 ({error}).") from error
+            raise EndpointError(f"{self.model}: the image is no base64 ({error}).") from error
 
 
 class Figures:
@@ -179,9 +179,9 @@ class Figures:
         for figure in self.figures:
             self.by_page.setdefault((figure.file, figure.page), []).append(figure)
         self.embedder = embedder
-        self.reads_pictures = "image" in embedder.modalities
+        self.reads_images = "image" in embedder.modalities
         contents: list[Any] = []
-        if self.reads_pictures:
+        if self.reads_images:
             contents = [store.path(str(figure.image)) for figure in self.figures]
         else:
             # Without eyes, captions stand for the figures.
@@ -214,7 +214,7 @@ def plan_jobs(
     """Choose documents and pairs: each pair as often as the others, as far as there are any.
 
     Args:
-        drawn: pictures of entities are made, so that no figure is needed for them.
+        drawn: images of entities are made, so that no figure is needed for them.
     """
     unknown = sorted(set(config.pairs) - set(PAIRS))
     if unknown:
@@ -244,7 +244,7 @@ def plan_jobs(
 
 
 def _most(pair: str, config: SynthesizeConfig) -> int:
-    """How often a document serves for a pair. A picture alone asks only once."""
+    """How often a document serves for a pair. An image alone asks only once."""
     return 1 if pair.startswith("image") else config.queries
 
 
@@ -278,9 +278,9 @@ def make_row(
             return "no query could be written"
         query, without, answer = Item(text=draft.query), draft.sentence, draft.answer
         if job.query_modality == "fused":
-            query = _with_picture(draft.query, document, writer, figures, store, config, drawer)
+            query = _with_image(draft.query, document, writer, figures, store, config, drawer)
     if query is None:
-        return "no picture for the query"
+        return "no image for the query"
     positive = document.item(job.document_modality, without)
     if positive.modality != job.document_modality or positive.text == "":
         return "the document has nothing beside the query"
@@ -296,7 +296,7 @@ def make_row(
     )
 
 
-def _with_picture(
+def _with_image(
     query: str,
     document: Document,
     writer: Writer,
@@ -328,7 +328,7 @@ def run_jobs(
     A job that fails for the server's sake is not kept, so that the next run tries it again.
     """
     path = out / "generated.jsonl"
-    made_by = writer.identity + (f", pictures by {drawer.model}" if drawer else "")
+    made_by = writer.identity + (f", images by {drawer.model}" if drawer else "")
     done = _done(path, made_by)
     lock = threading.Lock()
 

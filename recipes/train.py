@@ -5,7 +5,7 @@
     python -m recipes.train recipes/configs/adapt.toml lr=5e-5 lora.r=16
     torchrun --nproc_per_node 8 -m recipes.train recipes/configs/adapt.toml
 
-Run the same command again to resume. Prompts, pictures and pooling are those of inference: the
+Run the same command again to resume. Prompts, images and pooling are those of inference: the
 same ``Backbone.prepare`` and ``Backbone.forward``.
 """
 
@@ -46,7 +46,7 @@ logger = logging.getLogger("mmrag.train")
 
 @dataclass(frozen=True)
 class Dataset:
-    """Rows of one data set with their pictures and settings."""
+    """Rows of one data set with their images and settings."""
 
     config: DataConfig
     rows: list[Row]
@@ -80,7 +80,7 @@ class StepInputs:
 
 
 def load_datasets(config: TrainConfig, backbone: Backbone) -> list[Dataset]:
-    """Read all data sets and the cost of each row in tokens; pictures are not decoded."""
+    """Read all data sets and the cost of each row in tokens; images are not decoded."""
     if not config.data:
         raise ConfigError("data: at least one data set is needed.")
     return [_load_dataset(data, config, backbone) for data in config.data]

@@ -1,6 +1,6 @@
 """Who writes the queries: a language model behind a server, a local one, or nobody.
 
-A writer turns a document into a draft query, and a query into one that is asked with a picture.
+A writer turns a document into a draft query, and a query into one that is asked with an image.
 ``ExtractiveWriter`` has no model: its queries are headings, captions and sentences of the
 documents themselves, which teach less than questions do.
 """
@@ -45,7 +45,7 @@ class Draft:
 
 @dataclass(frozen=True)
 class Entity:
-    """What a picture could show instead of naming it. query: rewritten, as in "this plant"."""
+    """What an image could show instead of naming it. query: rewritten, as in "this plant"."""
 
     name: str
     query: str
@@ -69,7 +69,7 @@ class Writer(Protocol):
         ...
 
     def entity(self, query: str) -> Entity | None:
-        """Find what a picture could stand for in a query; None if nothing."""
+        """Find what an image could stand for in a query; None if nothing."""
         ...
 
     def usage(self) -> dict[str, float]:
@@ -78,11 +78,11 @@ class Writer(Protocol):
 
 
 class Model(Protocol):
-    """A language model that answers a prompt with pictures."""
+    """A language model that answers a prompt with images."""
 
     name: str
 
-    def ask(self, prompt: str, pictures: Sequence[Path]) -> tuple[str, int, int]:
+    def ask(self, prompt: str, images: Sequence[Path]) -> tuple[str, int, int]:
         """Answer, prompt tokens, completion tokens. Raises EndpointError."""
         ...
 
@@ -109,14 +109,14 @@ class EndpointModel:
         except openai.OpenAIError as error:
             raise ConfigError(f"{name}: {error}") from error
 
-    def ask(self, prompt: str, pictures: Sequence[Path]) -> tuple[str, int, int]:
+    def ask(self, prompt: str, images: Sequence[Path]) -> tuple[str, int, int]:
         """See ``Model.ask``."""
         parts: list[Any] = [{"type": "text", "text": prompt}]
-        parts += [{"type": "image_url", "image_url": {"url": data_url(p)}} for p in pictures]
+        parts += [{"type": "image_url", "image_url": {"url": data_url(p)}} for p in images]
         try:
             reply = self.client.chat.completions.create(
                 model=self.name,
-                messages=[{"role": "user", "content": parts if pictures else prompt}],
+                messages=[{"role": "user", "content": parts if images else prompt}],
                 max_tokens=self.max_tokens,
             )
         except openai.OpenAIError as error:
@@ -143,10 +143,10 @@ class LocalModel:
         except (OSError, ValueError) as error:
             raise ModelError(f"{name}: transformers cannot load it ({error}).") from error
 
-    def ask(self, prompt: str, pictures: Sequence[Path]) -> tuple[str, int, int]:
+    def ask(self, prompt: str, images: Sequence[Path]) -> tuple[str, int, int]:
         """See ``Model.ask``."""
         parts: list[dict[str, Any]] = [
-            {"type": "image", "image": load_image(path)} for path in pictures
+            {"type": "image", "image": load_image(path)} for path in images
         ]
         messages = [{"role": "user", "content": [*parts, {"type": "text", "text": prompt}]}]
         with self._lock:
@@ -182,10 +182,10 @@ class ModelWriter:
         )
         if turn:
             prompt += _AGAIN.format(turn + 1)
-        pictures = []
+        images = []
         if modality != "text" and document.image:
-            pictures = [self.store.path(document.image)]
-        reply = self._ask(prompt, pictures)
+            images = [self.store.path(document.image)]
+        reply = self._ask(prompt, images)
         query = str(reply.get("query") or "").strip()
         return Draft(query, str(reply.get("answer") or "").strip()) if query else None
 
@@ -202,9 +202,9 @@ class ModelWriter:
         """See ``Writer.usage``."""
         return dict(self._usage)
 
-    def _ask(self, prompt: str, pictures: Sequence[Path]) -> Mapping[str, Any]:
+    def _ask(self, prompt: str, images: Sequence[Path]) -> Mapping[str, Any]:
         started = time.perf_counter()
-        answer, asked, given = self.model.ask(prompt, pictures)
+        answer, asked, given = self.model.ask(prompt, images)
         with self._lock:
             self._usage["requests"] += 1
             self._usage["prompt_tokens"] += asked
@@ -262,7 +262,7 @@ class ExtractiveWriter:
         return " ".join(sorted(drawn, key=drawn.__getitem__, reverse=True)[: chance.randint(3, 7)])
 
     def entity(self, query: str) -> Entity | None:
-        """The rarest word of the query stands for the picture."""
+        """The rarest word of the query stands for the image."""
         words = [w for w in query.split() if terms(w) and w.isalpha() and len(w) > 3]
         if len(words) < 3:
             return None
@@ -291,13 +291,13 @@ def find_json(answer: str) -> Mapping[str, Any]:
 
 
 def data_url(path: Path, side: int = 1280) -> str:
-    """A picture as a data URL, scaled down to ``side`` pixels at most."""
+    """An image as a data URL, scaled down to ``side`` pixels at most."""
     import io
 
-    picture = load_image(path)
-    picture.thumbnail((side, side))
+    image = load_image(path)
+    image.thumbnail((side, side))
     buffer = io.BytesIO()
-    picture.save(buffer, "JPEG", quality=85)
+    image.save(buffer, "JPEG", quality=85)
     return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 

@@ -12,7 +12,7 @@ DIM = 8
 
 
 def vector_of(text: str) -> list[float]:
-    """The stand-in model: any text, or any prompt with a picture, to a vector of length 3."""
+    """The stand-in model: any text, or any prompt with an image, to a vector of length 3."""
     seed = zlib.crc32(text.encode())
     vector = np.random.default_rng(seed).normal(size=DIM)
     return (3 * vector / np.linalg.norm(vector)).tolist()

@@ -21,7 +21,7 @@ from mmrag.reading.nodes import node_id
 
 
 class FakeEmbedder:
-    """A deterministic Embedder: texts by their words, pictures by their pixels.
+    """A deterministic Embedder: texts by their words, images by their pixels.
 
     Texts that share words are near each other. The vector of an item depends on that item only.
     ``encoded`` counts the items; ``calls`` holds the contents of each call. A text that contains
@@ -107,7 +107,7 @@ def make_node(
     )
 
 
-def make_picture(path: Path, colour="red", size=(8, 8)) -> Path:
+def make_image(path: Path, colour="red", size=(8, 8)) -> Path:
     """A small PNG of one colour."""
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", size, colour).save(path)

@@ -45,7 +45,7 @@ def run_and_kill(location: Path, paths: list[Path], seconds: float) -> bool:
 
 
 def content(location: Path):
-    """Every point of a collection, and its pictures."""
+    """Every point of a collection, and its images."""
     with Collection.open(location) as collection:
         points = {
             point.id: (
@@ -73,12 +73,12 @@ def check(folder: Path, paths: list[Path], kills: int, seed: int) -> int:
     moments = [0.8 * undisturbed * part / sum(parts) for part in parts]
     killed = [run_and_kill(folder / "killed", paths, moment) for moment in moments]
     run(folder / "killed", paths)
-    expected_points, expected_pictures = content(folder / "undisturbed")
-    points, pictures = content(folder / "killed")
+    expected_points, expected_images = content(folder / "undisturbed")
+    points, images = content(folder / "killed")
     assert points.keys() == expected_points.keys()
     for point, expected in expected_points.items():
         assert points[point] == expected, point
-    assert pictures == expected_pictures
+    assert images == expected_images
     return sum(killed)
 
 

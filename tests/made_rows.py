@@ -13,7 +13,7 @@ def make_rows(folder: Path, count: int, negatives: int = 1, kind: str = "mixed")
     store = ImageStore(folder / "images")
     chance = np.random.default_rng(len(str(folder)) + count)
 
-    def picture() -> str:
+    def image() -> str:
         height, width = 28 * chance.integers(2, 5), 28 * chance.integers(2, 5)
         return store.add(Image.fromarray(chance.integers(0, 255, (height, width, 3), np.uint8)))
 
@@ -23,11 +23,11 @@ def make_rows(folder: Path, count: int, negatives: int = 1, kind: str = "mixed")
         words = " ".join(chance.choice(["page", "find", "answer", "user", "the"], 1 + n % 7))
         positive = [
             Item(text=f"document {n} {words}"),
-            Item(image=picture()) if turn else Item(text="-"),
-            Item(text=f"both {n}", image=picture()) if turn else Item(text="-"),
+            Item(image=image()) if turn else Item(text="-"),
+            Item(text=f"both {n}", image=image()) if turn else Item(text="-"),
             Item(text=f"answer {n}"),
         ][turn]
-        query = Item(text=f"{words} {n}?", image=picture() if turn == 3 else None)
+        query = Item(text=f"{words} {n}?", image=image() if turn == 3 else None)
         others = [Item(text=f"no {n} {k}") for k in range(negatives)]
         rows.append(
             Row(

@@ -20,8 +20,8 @@ def read_weights(folder: Path) -> Weights:
     return {name: tensor.float() for part in parts for name, tensor in part.items()}
 
 
-def normalised(picture: Image.Image) -> Tensor:
-    pixels = torch.tensor(np.array(picture), dtype=torch.float32).permute(2, 0, 1)
+def normalised(image: Image.Image) -> Tensor:
+    pixels = torch.tensor(np.array(image), dtype=torch.float32).permute(2, 0, 1)
     return (pixels / 255 - MEAN) / STD
 
 

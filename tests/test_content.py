@@ -1,4 +1,4 @@
-"""Tests of contents and of loading pictures."""
+"""Tests of contents and of loading images."""
 
 import base64
 import io
@@ -31,9 +31,9 @@ RED, GREEN, BLUE, WHITE, BLACK = (
 )
 
 
-def encoded(picture: Image.Image, form: str = "PNG", **options) -> bytes:
+def encoded(image: Image.Image, form: str = "PNG", **options) -> bytes:
     buffer = io.BytesIO()
-    picture.save(buffer, form, **options)
+    image.save(buffer, form, **options)
     return buffer.getvalue()
 
 
@@ -77,12 +77,12 @@ def test_content_needs_a_text_or_an_image(wrong):
 
 
 def test_plain_values_become_contents():
-    picture = noise()
+    image = noise()
     assert as_content("a.png") == Content(text="a.png")
     assert as_content(Path("a.png")) == Content(image=Path("a.png"))
-    assert as_content(picture).image is picture
+    assert as_content(image).image is image
     assert as_content(b"raw").modality == "image"
-    assert as_content({"text": "a", "image": picture}).modality == "fused"
+    assert as_content({"text": "a", "image": image}).modality == "fused"
     assert as_content({"text": "a", "instruction": "i"}).instruction == "i"
     content = Content(text="a")
     assert as_content(content) is content
@@ -94,7 +94,7 @@ def test_anything_else_is_refused(wrong):
         as_content(wrong)
 
 
-# --- where a picture comes from ---------------------------------------------------------------
+# --- where an image comes from ---------------------------------------------------------------
 
 
 def sources(raw: bytes, folder: Path):
@@ -114,7 +114,7 @@ def sources(raw: bytes, folder: Path):
     }
 
 
-def test_every_source_gives_the_same_picture(tmp_path):
+def test_every_source_gives_the_same_image(tmp_path):
     truth = noise()
     for name, source in sources(encoded(truth), tmp_path).items():
         loaded = load_image(source)
@@ -129,11 +129,11 @@ def test_stream_is_read_from_its_start_and_twice():
     assert load_image(stream).size == load_image(stream).size == (40, 30)
 
 
-def test_picture_of_the_caller_stays_open_and_unchanged():
-    picture = Image.new("RGBA", (2, 2), (0, 0, 0, 0))
-    load_image(picture).putpixel((0, 0), RED)
-    assert picture.mode == "RGBA"
-    assert picture.getpixel((0, 0)) == (0, 0, 0, 0)
+def test_image_of_the_caller_stays_open_and_unchanged():
+    image = Image.new("RGBA", (2, 2), (0, 0, 0, 0))
+    load_image(image).putpixel((0, 0), RED)
+    assert image.mode == "RGBA"
+    assert image.getpixel((0, 0)) == (0, 0, 0, 0)
     rgb = Image.new("RGB", (2, 2))
     load_image(rgb).putpixel((0, 0), RED)
     assert rgb.getpixel((0, 0)) == BLACK
@@ -149,8 +149,8 @@ def test_missing_or_unknown_source_is_refused(source):
         assert len(str(error.value)) < 500
 
 
-def test_folder_is_no_picture(tmp_path):
-    with pytest.raises(ContentError, match="no such picture file"):
+def test_folder_is_no_image(tmp_path):
+    with pytest.raises(ContentError, match="no such image file"):
         load_image(tmp_path)
 
 
@@ -216,7 +216,7 @@ def test_loader_that_fails_or_returns_no_bytes_is_a_content_error():
 
 
 def two_by_three(turn: int, form: str) -> bytes:
-    """A picture whose upright form is 2x3 with a red, a green and a blue row; stored turned."""
+    """An image whose upright form is 2x3 with a red, a green and a blue row; stored turned."""
     upright = Image.new("RGB", (2, 3))
     upright.putdata([RED, RED, GREEN, GREEN, BLUE, BLUE])
     inverse = {
@@ -239,9 +239,9 @@ def two_by_three(turn: int, form: str) -> bytes:
 @pytest.mark.parametrize("turn", range(1, 9))
 def test_exif_orientation_is_applied(turn, form):
     raw = two_by_three(turn, form)
-    picture = load_image(raw)
-    assert picture.size == image_size(raw) == (2, 3)
-    assert [picture.getpixel((0, y)) for y in range(3)] == [RED, GREEN, BLUE]
+    image = load_image(raw)
+    assert image.size == image_size(raw) == (2, 3)
+    assert [image.getpixel((0, y)) for y in range(3)] == [RED, GREEN, BLUE]
 
 
 def test_jpeg_from_a_phone_is_turned_upright():
@@ -249,9 +249,9 @@ def test_jpeg_from_a_phone_is_turned_upright():
     stored.paste((0, 0, 255), (32, 0, 64, 32))
     exif = Image.Exif()
     exif[0x0112] = 6  # the camera was held upright: rotate by 90 degrees clockwise
-    picture = load_image(encoded(stored, "JPEG", exif=exif, quality=95))
-    assert picture.size == (32, 64)
-    top, bottom = picture.getpixel((16, 8)), picture.getpixel((16, 56))
+    image = load_image(encoded(stored, "JPEG", exif=exif, quality=95))
+    assert image.size == (32, 64)
+    top, bottom = image.getpixel((16, 8)), image.getpixel((16, 56))
     assert top[0] > 200 > 50 > top[2]
     assert bottom[2] > 200 > 50 > bottom[0]
 
@@ -279,10 +279,10 @@ def test_size_is_read_without_decoding(monkeypatch):
 
 
 def palette(**options) -> bytes:
-    picture = Image.new("P", (2, 1))
-    picture.putpalette([*RED, *GREEN])
-    picture.putpixel((1, 0), 1)
-    return encoded(picture, **options)
+    image = Image.new("P", (2, 1))
+    image.putpalette([*RED, *GREEN])
+    image.putpixel((1, 0), 1)
+    return encoded(image, **options)
 
 
 @pytest.mark.parametrize(
@@ -309,18 +309,18 @@ def palette(**options) -> bytes:
     ],
 )
 def test_modes_become_rgb_with_transparent_parts_on_white(source, expected):
-    picture = load_image(source)
-    assert picture.mode == "RGB"
-    assert [picture.getpixel((x, 0)) for x in range(2)] == expected
+    image = load_image(source)
+    assert image.mode == "RGB"
+    assert [image.getpixel((x, 0)) for x in range(2)] == expected
 
 
 def test_cmyk_jpeg_is_not_inverted():
-    picture = load_image(encoded(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "JPEG", quality=100))
-    red, green, blue = picture.getpixel((4, 4))
+    image = load_image(encoded(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "JPEG", quality=100))
+    red, green, blue = image.getpixel((4, 4))
     assert red > 240 and green < 15 and blue < 15
 
 
-# --- deep pictures ----------------------------------------------------------------------------
+# --- deep images ----------------------------------------------------------------------------
 
 
 def big_endian_tiff(values: list[int]) -> bytes:
@@ -353,7 +353,7 @@ def test_sixteen_bits_are_scaled_not_clipped(source):
     assert (grey == grey[:, :1]).all()
 
 
-def test_float_pictures_are_fractions_of_white():
+def test_float_images_are_fractions_of_white():
     values = np.array([[0, 0.5, 1, np.nan]], np.float32)
     raw = encoded(Image.fromarray(values), "TIFF")
     assert np.asarray(load_image(raw))[0, :, 0].tolist() == [0, 128, 255, 0]
@@ -396,9 +396,9 @@ def test_first_frame_of_an_animation_is_taken(form):
     ],
 )
 def test_kinds_of_arrays(array, expected):
-    picture = load_image(array)
-    assert picture.size == (3, 2)
-    assert picture.getpixel((2, 1)) == expected
+    image = load_image(array)
+    assert image.size == (3, 2)
+    assert image.getpixel((2, 1)) == expected
 
 
 @pytest.mark.parametrize(
@@ -415,7 +415,7 @@ def test_kinds_of_arrays(array, expected):
         np.full((2, 2), "a"),
     ],
 )
-def test_arrays_that_are_no_pictures_are_refused(array):
+def test_arrays_that_are_no_images_are_refused(array):
     with pytest.raises(ContentError, match="array of shape"):
         load_image(array)
 
@@ -440,9 +440,9 @@ def test_decompression_bombs_in_side_chunks_are_refused():
 
 
 def test_limit_on_pixels_counts_the_area_and_can_be_raised():
-    picture = noise()
-    assert load_image(picture, limits=ImageLimits(max_pixels=1200)).size == (40, 30)
-    for source in (picture, encoded(picture), np.asarray(picture)):
+    image = noise()
+    assert load_image(image, limits=ImageLimits(max_pixels=1200)).size == (40, 30)
+    for source in (image, encoded(image), np.asarray(image)):
         with pytest.raises(ContentError, match=r"40x30 is 1,200 pixels.*max_pixels"):
             load_image(source, limits=ImageLimits(max_pixels=1199))
 
@@ -461,7 +461,7 @@ def test_limit_on_bytes_holds_for_every_encoded_source(tmp_path):
 @pytest.mark.parametrize("form", ["PNG", "JPEG", "GIF", "WEBP", "TIFF", "BMP", "JPEG2000"])
 @pytest.mark.parametrize("share", [0, 0.01, 0.5, 0.9])
 @pytest.mark.filterwarnings("ignore:Truncated File Read")
-def test_truncated_picture_is_refused(form, share):
+def test_truncated_image_is_refused(form, share):
     raw = encoded(noise((64, 64)), form)
     with pytest.raises(ContentError):
         load_image(raw[: int(len(raw) * share)])
@@ -475,7 +475,7 @@ def test_eps_is_refused_because_it_starts_a_program():
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("form", ["PNG", "JPEG", "GIF", "WEBP", "TIFF", "AVIF", "ICO"])
-def test_damaged_pictures_raise_nothing_but_content_errors(form):
+def test_damaged_images_raise_nothing_but_content_errors(form):
     rng = random.Random(form)
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -498,5 +498,5 @@ def test_damaged_pictures_raise_nothing_but_content_errors(form):
 def test_named_pipe_is_not_waited_for(tmp_path):
     pipe = tmp_path / "pipe.png"
     os.mkfifo(pipe)
-    with pytest.raises(ContentError, match="no such picture file"):
+    with pytest.raises(ContentError, match="no such image file"):
         load_image(pipe)

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
-from fakes import FakeEmbedder, make_picture
+from fakes import FakeEmbedder, make_image
 from llama_index.core import Settings
 
 import mmrag
@@ -19,7 +19,7 @@ def test_code_in_the_llamaindex_page_runs(tmp_path, monkeypatch):
     monkeypatch.setattr("mmrag.embedders.load_embedder", lambda *_, **__: FakeEmbedder())
     monkeypatch.setattr(Settings, "_embed_model", None)
     for name in ("page.png", "figure.png", "photo.jpg"):
-        make_picture(tmp_path / name)
+        make_image(tmp_path / name)
     text = (ROOT / "docs" / "llamaindex.md").read_text(encoding="utf-8")
     blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     assert len(blocks) == 4

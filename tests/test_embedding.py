@@ -130,7 +130,7 @@ def test_query_instruction_is_a_task_a_sentence_or_none(stub, instruction):
     assert model.get_query_embedding("q") == direct("q", instruction)
 
 
-def test_every_kind_of_picture_is_embedded(model, red):
+def test_every_kind_of_image_is_embedded(model, red):
     raw = Path(red).read_bytes()
     truth = direct(Content(image=red))
     for image in (red, io.BytesIO(raw), raw, Image.open(red), np.asarray(Image.open(red))):
@@ -139,12 +139,12 @@ def test_every_kind_of_picture_is_embedded(model, red):
     assert model.get_image_embedding(url) == truth
 
 
-def test_a_path_is_a_picture_where_a_picture_is_asked_for_and_else_a_text(model, red):
+def test_a_path_is_an_image_where_an_image_is_asked_for_and_else_a_text(model, red):
     assert model.get_text_embedding(red) == direct(red)
     assert model.get_image_embedding(red) == direct(Content(image=red))
 
 
-def test_picture_and_text_together(model, red):
+def test_image_and_text_together(model, red):
     assert model.get_fused_embedding("a", red) == direct(Content("a", red))
     assert model.get_query_image_embedding(red) == direct(Content(image=red), "page_for_question")
     assert model.get_query_image_embedding(red, "a") == direct(
@@ -178,7 +178,7 @@ def test_aggregated_queries_use_the_instruction(model):
 # --- batches ----------------------------------------------------------------------------------
 
 
-def test_many_texts_and_pictures_are_one_call(model, stub, red, blue):
+def test_many_texts_and_images_are_one_call(model, stub, red, blue):
     assert model.get_text_embedding_batch(["a", "b", "c"]) == [direct(t) for t in "abc"]
     assert model.get_image_embedding_batch([red, blue]) == [
         direct(Content(image=red)),
@@ -203,7 +203,7 @@ def test_nothing_gives_nothing(model, stub):
     assert stub.calls == []
 
 
-def test_rate_limiter_is_asked_for_pictures_too(stub, red):
+def test_rate_limiter_is_asked_for_images_too(stub, red):
     class Counter(TokenBucketRateLimiter):
         count: int = 0
 
@@ -239,7 +239,7 @@ def test_text_nodes_are_embedded_with_their_metadata_as_llamaindex_does():
     assert "sha" not in content.text
 
 
-def test_pictures_are_embedded_without_metadata(red):
+def test_images_are_embedded_without_metadata(red):
     assert node_content(node_with("body", red)) == Content("body", red)
     assert node_content(node_with(None, red)) == Content(image=red)
     assert node_content(node_with("  \n", red)) == Content(image=red)
@@ -260,7 +260,7 @@ def test_view_is_chosen_for_nodes_that_have_both(stub, red, view, both, bare, te
     assert [content.modality for content, _ in stub.last] == [both, bare, text]
 
 
-def test_every_llamaindex_node_with_a_picture_is_seen_as_one(model, stub, red):
+def test_every_llamaindex_node_with_an_image_is_seen_as_one(model, stub, red):
     raw = Path(red).read_bytes()
     encoded = base64.b64encode(raw).decode()
     nodes = [
@@ -289,11 +289,11 @@ def test_other_nodes_are_texts(model, stub):
 
 
 def test_node_with_sound_alone_is_refused(model):
-    with pytest.raises(ContentError, match="neither text nor picture"):
+    with pytest.raises(ContentError, match="neither text nor image"):
         model([Node(audio_resource=MediaResource(data=b"abc"))])
 
 
-def test_node_whose_picture_is_missing_names_the_file(model):
+def test_node_whose_image_is_missing_names_the_file(model):
     with pytest.raises(ContentError, match=r"gone\.png"):
         model([Node(image_resource=MediaResource(path="gone.png"))])
 
@@ -378,7 +378,7 @@ def embedding_events(events):
     return [event for event in events if event.class_name().startswith("Embedding")]
 
 
-def test_pictures_emit_the_same_events_as_texts(stub, events, red):
+def test_images_emit_the_same_events_as_texts(stub, events, red):
     model = UniversalEmbedding(embedder=stub, embed_batch_size=1)
     for call in (
         lambda: model.get_text_embedding_batch(["a", "b"]),
@@ -394,7 +394,7 @@ def test_pictures_emit_the_same_events_as_texts(stub, events, red):
         assert ends == [getattr(vector, "embedding", vector) for vector in vectors]
 
 
-async def test_async_pictures_emit_events_within_the_callers_span(model, events, red):
+async def test_async_images_emit_events_within_the_callers_span(model, events, red):
     await model.aget_image_embedding(red)
     seen = embedding_events(events)
     assert len(seen) == 2
@@ -419,24 +419,24 @@ class Callbacks(BaseCallbackHandler):
         pass
 
 
-def test_callbacks_and_events_name_pictures_without_their_bytes(stub, events, red):
+def test_callbacks_and_events_name_images_without_their_bytes(stub, events, red):
     callbacks = Callbacks()
     model = UniversalEmbedding(embedder=stub, callback_manager=CallbackManager([callbacks]))
     raw = Path(red).read_bytes()
     url = "data:image/png;base64," + base64.b64encode(raw).decode()
-    pictures = [red, io.BytesIO(raw), raw, url, Image.open(io.BytesIO(raw))]
-    model.get_image_embedding_batch(pictures)
+    images = [red, io.BytesIO(raw), raw, url, Image.open(io.BytesIO(raw))]
+    model.get_image_embedding_batch(images)
     model.get_fused_embedding("a chart", red)
     (kind, payload), (_, fused) = callbacks.ends
     assert kind == "embedding"
     assert payload["chunks"] == [
         f"[{red}]",
-        "[picture from bytes]",
-        "[picture from bytes]",
-        "[picture from a data URL]",
-        "[picture of 4x4]",
+        "[image from bytes]",
+        "[image from bytes]",
+        "[image from a data URL]",
+        "[image of 4x4]",
     ]
-    assert len(payload["embeddings"]) == len(pictures)
+    assert len(payload["embeddings"]) == len(images)
     assert fused["chunks"] == [f"a chart [{red}]"]
     ends = [e for e in embedding_events(events) if e.class_name() == "EmbeddingEndEvent"]
     assert [e.chunks for e in ends] == [payload["chunks"], fused["chunks"]]
@@ -571,7 +571,7 @@ def vector_store():
     return QdrantVectorStore("nodes", client=QdrantClient(":memory:"))
 
 
-def test_settings_pipeline_and_index_find_texts_and_pictures(model, red, blue):
+def test_settings_pipeline_and_index_find_texts_and_images(model, red, blue):
     previous = Settings._embed_model
     Settings.embed_model = model
     try:

@@ -1,6 +1,6 @@
 """What goes wrong around an answer, and what the user gets: the table in docs/answering.md.
 
-Refused requests, garbage and cut streams are in test_answering.py, broken pictures in
+Refused requests, garbage and cut streams are in test_answering.py, broken images in
 test_context.py.
 """
 
@@ -103,7 +103,7 @@ def test_an_empty_answer(index, server, streaming):
         engine(index, server, streaming=streaming).query(QUESTION).get_response()
 
 
-def test_page_pictures_that_have_gone(index, server):
+def test_page_images_that_have_gone(index, server):
     images = index.collection.images_dir
     away = images.rename(images.with_name("away"))
     response = engine(index, server).query(QUESTION)

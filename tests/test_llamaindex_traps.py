@@ -1,4 +1,4 @@
-"""LlamaIndex's silent failures with pictures, and what mmrag does about each.
+"""LlamaIndex's silent failures with images, and what mmrag does about each.
 
 Most fail inside LlamaIndex, so what is tested is the way around them that docs/llamaindex.md
 gives. Rows are lettered as there. J at answer time is tested in test_context.py.
@@ -8,7 +8,7 @@ import asyncio
 
 import numpy as np
 import pytest
-from fakes import FakeEmbedder, make_node, make_picture
+from fakes import FakeEmbedder, make_image, make_node
 from llama_index.core import VectorStoreIndex
 from llama_index.core.ingestion import IngestionPipeline
 from llama_index.core.schema import (
@@ -45,14 +45,14 @@ def store():
 
 
 @pytest.fixture
-def pictures(tmp_path):
-    return [make_picture(tmp_path / f"{colour}.png", colour) for colour in COLOURS]
+def images(tmp_path):
+    return [make_image(tmp_path / f"{colour}.png", colour) for colour in COLOURS]
 
 
 @pytest.fixture
-def pages(pictures):
+def pages(images):
     """Three pages without a text layer, as a scan gives."""
-    return [make_node("", page=page, image=path) for page, path in enumerate(pictures, 1)]
+    return [make_node("", page=page, image=path) for page, path in enumerate(images, 1)]
 
 
 def stored_through_the_pipeline(model, store, nodes):
@@ -85,7 +85,7 @@ def test_a_mixed_nodes_are_all_found_in_the_session_that_stored_them(model, stor
     assert {hit.node.node_id for hit in found} == {node.node_id for node in nodes}
 
 
-def test_a_image_nodes_are_found_beside_others_once_the_index_is_opened_anew(model, store, pages):
+def test_an_image_nodes_are_found_beside_others_once_the_index_is_opened_anew(model, store, pages):
     nodes = [*pages, TextNode(text="words"), ImageNode(image_path=str(_path(pages[0])))]
     index = stored_through_the_pipeline(model, store, nodes)
     found = index.as_retriever(similarity_top_k=9).retrieve("words")
@@ -106,40 +106,40 @@ def test_b_a_collection_keeps_pages_without_text(model, pages, tmp_path):
         }
 
 
-def test_c_each_picture_gets_a_vector_of_its_own_in_a_pipeline(model, store, pages, pictures):
+def test_c_each_image_gets_a_vector_of_its_own_in_a_pipeline(model, store, pages, images):
     stored_through_the_pipeline(model, store, pages)
-    for node, picture in zip(pages, pictures, strict=True):
-        np.testing.assert_allclose(node.embedding, model.get_image_embedding(str(picture)))
+    for node, image in zip(pages, images, strict=True):
+        np.testing.assert_allclose(node.embedding, model.get_image_embedding(str(image)))
     assert len({tuple(node.embedding) for node in pages}) == 3
 
 
-def test_c_an_index_takes_the_vectors_that_the_model_has_set(model, store, pictures):
-    nodes = [make_node(f"page {n}", page=n, image=path) for n, path in enumerate(pictures, 1)]
+def test_c_an_index_takes_the_vectors_that_the_model_has_set(model, store, images):
+    nodes = [make_node(f"page {n}", page=n, image=path) for n, path in enumerate(images, 1)]
     index = VectorStoreIndex(model(nodes), storage_context=_storage(store), embed_model=model)
-    vector = model.get_fused_embedding("page 2", pictures[1])
+    vector = model.get_fused_embedding("page 2", images[1])
     (best, *_) = index.as_retriever().retrieve(QueryBundle("", embedding=vector))
     assert best.node.node_id == nodes[1].node_id
     assert best.score == pytest.approx(1)
 
 
-def test_d_pages_that_mmrag_reads_are_told_apart_by_the_cache(model, pictures):
+def test_d_pages_that_mmrag_reads_are_told_apart_by_the_cache(model, images):
     """Its key is text and metadata: mmrag's nodes carry hash, page and kind there."""
     pipeline = IngestionPipeline(transformations=[model])
-    for page, picture in enumerate(pictures, 1):
-        (node,) = pipeline.run(nodes=[make_node("", page=page, image=picture)])
-        assert _path(node) == picture
-        np.testing.assert_allclose(node.embedding, model.get_image_embedding(str(picture)))
+    for page, image in enumerate(images, 1):
+        (node,) = pipeline.run(nodes=[make_node("", page=page, image=image)])
+        assert _path(node) == image
+        np.testing.assert_allclose(node.embedding, model.get_image_embedding(str(image)))
 
 
-def test_d_bare_pictures_need_the_cache_off(model, pictures):
+def test_d_bare_images_need_the_cache_off(model, images):
     pipeline = IngestionPipeline(transformations=[model], disable_cache=True)
-    for picture in pictures:
-        node = Node(image_resource=MediaResource(path=picture))
+    for image in images:
+        node = Node(image_resource=MediaResource(path=image))
         (done,) = pipeline.run(nodes=[node])
-        np.testing.assert_allclose(done.embedding, model.get_image_embedding(str(picture)))
+        np.testing.assert_allclose(done.embedding, model.get_image_embedding(str(image)))
 
 
-def test_d_cache_does_not_outlive_the_weights(pictures):
+def test_d_cache_does_not_outlive_the_weights(images):
     """LlamaIndex keys the cache by settings; ours include the fingerprint of the weights."""
     first, second = (UniversalEmbedding(embedder=FakeEmbedder(version=v)) for v in "12")
     pipeline = IngestionPipeline(transformations=[first])
@@ -149,19 +149,19 @@ def test_d_cache_does_not_outlive_the_weights(pictures):
     assert second.embedder.encoded == 1
 
 
-def test_e_text_and_picture_survive_storage_in_the_nodes_that_mmrag_makes(model, store, pictures):
-    nodes = [make_node("both", page=1, image=pictures[0]), make_node("words", page=2)]
+def test_e_text_and_image_survive_storage_in_the_nodes_that_mmrag_makes(model, store, images):
+    nodes = [make_node("both", page=1, image=images[0]), make_node("words", page=2)]
     index = stored_through_the_pipeline(model, store, nodes)
     found = {hit.node.node_id: hit.node for hit in index.as_retriever().retrieve("both")}
     page, passage = (found[node.node_id] for node in nodes)
     assert type(page) is Node and type(passage) is TextNode
     assert page.text_resource.text == "both"
-    assert _path(page) == pictures[0]
+    assert _path(page) == images[0]
     assert page.metadata["page"] == 1
 
 
-def test_e_an_image_document_survives_as_a_node(model, store, pictures):
-    document = ImageDocument(image_path=str(pictures[0]), text="both", metadata={"page": 3})
+def test_e_an_image_document_survives_as_a_node(model, store, images):
+    document = ImageDocument(image_path=str(images[0]), text="both", metadata={"page": 3})
     node = Node(
         text_resource=document.text_resource,
         image_resource=document.image_resource,
@@ -169,11 +169,11 @@ def test_e_an_image_document_survives_as_a_node(model, store, pictures):
     )
     stored_through_the_pipeline(model, store, [node])
     (back,) = store.get_nodes()
-    assert _path(back) == pictures[0]
+    assert _path(back) == images[0]
     assert back.get_content() == "both"
 
 
-def test_f_pictures_are_kept_by_path_and_no_bytes_are_stored(model, store, pages, tmp_path):
+def test_f_images_are_kept_by_path_and_no_bytes_are_stored(model, store, pages, tmp_path):
     stored_through_the_pipeline(model, store, pages)
     with in_a_collection(tmp_path, model, pages) as collection:
         ours = [hit.payload for hit in collection.search("text", np.ones(32, np.float32), 9)]
@@ -183,23 +183,23 @@ def test_f_pictures_are_kept_by_path_and_no_bytes_are_stored(model, store, pages
         assert len(str(payload)) < 4000
 
 
-def test_f_pictures_held_as_bytes_are_embedded(model, pictures):
-    node = Node(image_resource=MediaResource(data=pictures[0].read_bytes()))
+def test_f_images_held_as_bytes_are_embedded(model, images):
+    node = Node(image_resource=MediaResource(data=images[0].read_bytes()))
     (done,) = model([node])
-    np.testing.assert_allclose(done.embedding, model.get_image_embedding(str(pictures[0])))
+    np.testing.assert_allclose(done.embedding, model.get_image_embedding(str(images[0])))
 
 
-def test_g_a_picture_alone_finds_its_page(model, store, pages, pictures, tmp_path):
-    """LlamaIndex's retriever embeds no picture: give the bundle its vector, or use ours."""
+def test_g_an_image_alone_finds_its_page(model, store, pages, images, tmp_path):
+    """LlamaIndex's retriever embeds no image: give the bundle its vector, or use ours."""
     index = stored_through_the_pipeline(model, store, pages)
-    bundle = QueryBundle("", image_path=str(pictures[2]))
+    bundle = QueryBundle("", image_path=str(images[2]))
     bundle.embedding = model.get_query_embedding(bundle)
     (best, *_) = index.as_retriever().retrieve(bundle)
     assert best.node.node_id == pages[2].node_id
 
     with in_a_collection(tmp_path, model, pages) as collection:
         retriever = UniversalRetriever(collection, model.embedder)
-        (best, *_) = retriever.retrieve(QueryBundle("", image_path=str(pictures[2])))
+        (best, *_) = retriever.retrieve(QueryBundle("", image_path=str(images[2])))
     assert best.node.node_id == pages[2].node_id
 
 
@@ -211,24 +211,24 @@ def test_h_node_ids_are_ones_that_qdrant_takes(model, store, tmp_path):
         assert len(collection.existing([node.node_id for node in nodes])) == 2
 
 
-def test_i_async_works_over_a_folder(model, pages, pictures, tmp_path):
+def test_i_async_works_over_a_folder(model, pages, images, tmp_path):
     with in_a_collection(tmp_path, model, pages, tmp_path / "library") as collection:
         retriever = UniversalRetriever(collection, model.embedder)
-        bundle = QueryBundle("", image_path=str(pictures[1]))
+        bundle = QueryBundle("", image_path=str(images[1]))
         hits = asyncio.run(retriever.aretrieve(bundle))
     assert hits[0].node.node_id == pages[1].node_id
 
 
-def test_j_a_missing_picture_is_named_when_it_is_embedded(model, pages, pictures):
-    pictures[1].unlink()
+def test_j_a_missing_image_is_named_when_it_is_embedded(model, pages, images):
+    images[1].unlink()
     with pytest.raises(ContentError, match=r"green\.png"):
         model(pages)
 
 
-def test_j_a_missing_picture_does_not_hinder_retrieval(model, pages, pictures, tmp_path):
+def test_j_a_missing_image_does_not_hinder_retrieval(model, pages, images, tmp_path):
     with in_a_collection(tmp_path, model, pages) as collection:
-        vector = model.get_image_embedding(str(pictures[0]))
-        pictures[0].unlink()
+        vector = model.get_image_embedding(str(images[0]))
+        images[0].unlink()
         retriever = UniversalRetriever(collection, model.embedder)
         (best, *_) = retriever.retrieve(QueryBundle("", embedding=vector, image_path="gone.png"))
     assert best.node.node_id == pages[0].node_id

@@ -39,7 +39,7 @@ VISION = {
 
 
 def turn_inputs(processor, parts):
-    """A model's inputs for one turn of the user, texts and pictures in order."""
+    """A model's inputs for one turn of the user, texts and images in order."""
     content = [
         {"type": "text", "text": part}
         if isinstance(part, str)
@@ -76,9 +76,9 @@ def save_llava(folder: Path, *, words=("True", "False")) -> Path:
         extra_special_tokens={"image_token": "<image>"},
     )
     side = {"height": 28, "width": 28}
-    pictures = CLIPImageProcessorPil(size=side, crop_size=side, do_center_crop=False)
+    images = CLIPImageProcessorPil(size=side, crop_size=side, do_center_crop=False)
     LlavaProcessor(
-        image_processor=pictures,
+        image_processor=images,
         tokenizer=wrapped,
         patch_size=14,
         vision_feature_select_strategy="full",

@@ -160,13 +160,13 @@ def save_llava(folder: Path, *, decoder: str = "mistral") -> Path:
     shapes = clip_shapes("vision_tower") | decoder_shapes("language_model.model")
     shapes |= projector_shapes() | {"language_model.lm_head.weight": vocabulary}
     save_weights(folder, shapes)
-    save_preprocessor(folder, **llava_pictures())
+    save_preprocessor(folder, **llava_images())
     text = {**DECODER, "model_type": decoder, "rope_theta": 1e6, "sliding_window": None}
     (folder / "config.json").write_text(json.dumps(llava_config(text)))
     return folder
 
 
-def llava_pictures() -> dict[str, object]:
+def llava_images() -> dict[str, object]:
     return {
         "image_processor_type": "LlavaNextImageProcessor",
         "aspect_ratio_setting": "anyres",
@@ -218,7 +218,7 @@ def save_mm_embed(folder: Path) -> Path:
     # Smaller than the vocabulary of the tokenizer, as published.
     shapes["language_model.embed_tokens.weight"] = (PIECES, d)
     save_weights(folder, shapes)
-    save_preprocessor(folder, **llava_pictures())
+    save_preprocessor(folder, **llava_images())
     text = {**DECODER, "model_type": "mistral", "rope_theta": 1e6}
     config = llava_config(text) | {
         "architectures": ["NVMMEmbedModel"],
@@ -251,12 +251,12 @@ def save_phi3v(folder: Path) -> Path:
     save_llama_tokenizer(folder, ["<|image|>", "<|endoftext|>"])
     d, merged = DECODER["hidden_size"], 4 * CLIP["hidden_size"]
     vocabulary = (DECODER["vocab_size"], d)
-    pictures = "model.vision_embed_tokens"
-    shapes = clip_shapes(f"{pictures}.img_processor") | decoder_shapes("model", fused=True)
-    shapes |= {f"{pictures}.glb_GN": (1, 1, merged), f"{pictures}.sub_GN": (1, 1, 1, merged)}
-    shapes |= linear(f"{pictures}.img_projection.0", (d, merged))
-    shapes |= linear(f"{pictures}.img_projection.2", (d, d))
-    shapes |= {"lm_head.weight": vocabulary, f"{pictures}.wte.weight": vocabulary}
+    images = "model.vision_embed_tokens"
+    shapes = clip_shapes(f"{images}.img_processor") | decoder_shapes("model", fused=True)
+    shapes |= {f"{images}.glb_GN": (1, 1, merged), f"{images}.sub_GN": (1, 1, 1, merged)}
+    shapes |= linear(f"{images}.img_projection.0", (d, merged))
+    shapes |= linear(f"{images}.img_projection.2", (d, d))
+    shapes |= {"lm_head.weight": vocabulary, f"{images}.wte.weight": vocabulary}
     save_weights(folder, shapes)
     save_preprocessor(folder, num_crops=4, num_img_tokens=144)
     config = {

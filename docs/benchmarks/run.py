@@ -48,7 +48,7 @@ def timed(work: Callable[[], object]) -> float:
 
 
 def mixed_contents(count: int) -> list[Content]:
-    """Texts from a line to a page, and pictures of pages, figures and icons."""
+    """Texts from a line to a page, and images of pages, figures and icons."""
     chance = np.random.default_rng(0)
     contents = []
     for number in range(count):
@@ -178,8 +178,8 @@ def rerank(folder: Path) -> None:
     add_words(chat, ("True", "False"))
     trained = save_qwen3_vl(folder / "Qwen3-VL-Reranker-2B", words=("yes", "no"))
     chance = np.random.default_rng(2)
-    picture = Image.fromarray(chance.integers(0, 255, (400, 400, 3), dtype=np.uint8))
-    query = Content("which page shows this?", picture)
+    image = Image.fromarray(chance.integers(0, 255, (400, 400, 3), dtype=np.uint8))
+    query = Content("which page shows this?", image)
     pairs = [(query, Content("word " * int(n))) for n in chance.integers(100, 300, 32)]
     print("| reranker | pairs/s batched | one by one | ratio | largest difference of scores |")
     print("|---" * 5 + "|")

@@ -186,7 +186,7 @@ class CitedChatEngine(BaseChatEngine):
 
     def _rewrite(self, message: str) -> str:
         history = self.memory.get(input=message)
-        if not history or not message.strip():  # a picture alone has no words to rewrite
+        if not history or not message.strip():  # an image alone has no words to rewrite
             return message
         asked = self.rewrite_prompt.format(history=_spoken(history), message=message)
         # The synchronous client, in a thread where need be: an async one is tied to one loop.

@@ -1,6 +1,6 @@
 """From hits to what a model is shown: sources chosen, freed of duplicates, made to fit, fenced.
 
-One source is one page, with its text and its picture together. Sources are numbered and shown
+One source is one page, with its text and its image together. Sources are numbered and shown
 from the most to the least relevant: models use best what stands near the ends of a long context
 (Liu et al., "Lost in the Middle", TACL 2024), the first sources stand there, and the question is
 said again behind the last.
@@ -18,12 +18,12 @@ from llama_index.core.schema import ImageNode, MetadataMode, Node, NodeWithScore
 from mmrag.content import image_size, load_image
 from mmrag.errors import ConfigError, ContentError
 from mmrag.lexical import Idf, numbers, sentences, terms
-from mmrag.prompting import PIXELS_PER_TOKEN, estimate_tokens, picture_bytes, sanitize
+from mmrag.prompting import PIXELS_PER_TOKEN, estimate_tokens, image_bytes, sanitize
 
 Box: TypeAlias = tuple[float, float, float, float]
 
 DUPLICATE = 0.9  # Jaccard index of word triples above which two texts are the same page
-_ENOUGH_TEXT = 200  # characters; a page with fewer needs its picture to be understood
+_ENOUGH_TEXT = 200  # characters; a page with fewer needs its image to be understood
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Source:
     file, page: where it is; ``page`` is None for files without pages.
     node: the hit that stands for the page, as retrieved.
     text: text layer of what was hit, the best hit first.
-    picture: the file that shows it: the page, or the figure if a figure is what hit.
+    image: the file that shows it: the page, or the figure if a figure is what hit.
     quote: the sentence of the page that carries the answer, once it is known.
     boxes: where the quote stands, one box a line, in PDF points.
     cited: whether the answer cites it.
@@ -44,7 +44,7 @@ class Source:
     page: int | None
     node: NodeWithScore
     text: str
-    picture: Path | None = None
+    image: Path | None = None
     quote: str | None = None
     boxes: tuple[Box, ...] = ()
     cited: bool = False
@@ -71,10 +71,10 @@ class Source:
 
 @dataclass(frozen=True)
 class ImageBudget:
-    """How large the pictures of one request may be.
+    """How large the images of one request may be.
 
-    max_pixels: of one picture; larger ones are scaled down.
-    max_bytes: of all pictures together, encoded.
+    max_pixels: of one image; larger ones are scaled down.
+    max_bytes: of all images together, encoded.
     """
 
     max_pixels: int = 1024 * 1024
@@ -83,7 +83,7 @@ class ImageBudget:
 
 @dataclass(frozen=True)
 class Part:
-    """One source as it is sent: its text, cut if need be, and the pixels its picture may have."""
+    """One source as it is sent: its text, cut if need be, and the pixels its image may have."""
 
     source: Source
     text: str
@@ -174,17 +174,17 @@ def pack(
 ) -> Packed:
     """Make sources fit into ``room`` tokens, losing as little as possible, and say what was lost.
 
-    In this order: pictures get smaller, down to a quarter; pictures of pages with text go, last
+    In this order: images get smaller, down to a quarter; images of pages with text go, last
     source first; long texts are cut to the sentences nearest to the question; the last sources
     go. The first source always stays.
     """
     notes: list[str] = []
     parts = [Part(source, sanitize(source.text)) for source in sources]
     if images:
-        parts = _fit_pictures(parts, room, budget, notes)
+        parts = _fit_images(parts, room, budget, notes)
     parts = _fit_texts(parts, question, room, notes)
-    with_picture = sum(part.pixels > 0 for part in parts)
-    share = budget.max_bytes // max(1, with_picture)
+    with_image = sum(part.pixels > 0 for part in parts)
+    share = budget.max_bytes // max(1, with_image)
     return Packed(tuple(_encode(part, share, notes) for part in parts), tuple(notes))
 
 
@@ -228,11 +228,11 @@ def _source(group: Sequence[NodeWithScore]) -> Source:
         text = hit.node.get_content(MetadataMode.NONE).strip()
         if text and not any(text in other for other in texts):
             texts.append(text)
-    return Source(0, file, page, best, "\n\n".join(texts), _picture(best))
+    return Source(0, file, page, best, "\n\n".join(texts), _image(best))
 
 
-def _picture(hit: NodeWithScore) -> Path | None:
-    """The figure's crop or the page's picture; the page's where the crop's file is gone."""
+def _image(hit: NodeWithScore) -> Path | None:
+    """The figure's crop or the page's image; the page's where the crop's file is gone."""
     node = hit.node
     own: str | Path | None = None
     if isinstance(node, ImageNode):
@@ -251,7 +251,7 @@ def _same_page(one: Source, other: Source, wanted: set[str]) -> bool:
     """
     a, b = terms(one.text), terms(other.text)
     if not a or not b:
-        return not a and not b and _same_file(one.picture, other.picture)
+        return not a and not b and _same_file(one.image, other.image)
     first, second = _triples(a), _triples(b)
     if len(first & second) < DUPLICATE * len(first | second):
         return False
@@ -273,9 +273,7 @@ def _cost(parts: Sequence[Part]) -> int:
     return sum(part.tokens for part in parts)
 
 
-def _fit_pictures(
-    parts: list[Part], room: int, budget: ImageBudget, notes: list[str]
-) -> list[Part]:
+def _fit_images(parts: list[Part], room: int, budget: ImageBudget, notes: list[str]) -> list[Part]:
     sizes = [_pixels(part.source, notes) for part in parts]
     for shrink in (1, 2, 4):
         cap = budget.max_pixels // shrink
@@ -289,21 +287,21 @@ def _fit_pictures(
             break
         if parts[i].pixels and len(parts[i].text) >= _ENOUGH_TEXT:
             parts[i] = replace(parts[i], pixels=0)
-            notes.append(f"[{i + 1}] goes without its picture: the context window is full")
+            notes.append(f"[{i + 1}] goes without its image: the context window is full")
     return parts
 
 
 def _fit_texts(parts: list[Part], question: str, room: int, notes: list[str]) -> list[Part]:
     if _cost(parts) > room:
-        pictures = _cost([replace(part, text="") for part in parts])
-        share = max(100, (room - pictures) // len(parts))
+        images = _cost([replace(part, text="") for part in parts])
+        share = max(100, (room - images) // len(parts))
         parts = [_cut(part, question, share, notes) for part in parts]
     while len(parts) > 1 and _cost(parts) > room:
         notes.append(f"[{parts[-1].source.n}] is left out: the context window is full")
         parts = parts[:-1]
     if parts and parts[0].pixels and _cost(parts) > room:
         parts = [replace(parts[0], pixels=0)]
-        notes.append("[1] goes without its picture: the context window is too small for it")
+        notes.append("[1] goes without its image: the context window is too small for it")
     if parts and _cost(parts) > room:
         parts = [_cut(parts[0], question, max(50, room - 40), notes)]
     return parts
@@ -332,24 +330,24 @@ def condense(text: str, question: str, tokens: int) -> str:
 
 
 def _pixels(source: Source, notes: list[str]) -> int:
-    if source.picture is None:
+    if source.image is None:
         return 0
     try:
-        width, height = image_size(source.picture)
+        width, height = image_size(source.image)
     except ContentError as error:
-        notes.append(f"[{source.n}] goes without its picture: {error}")
+        notes.append(f"[{source.n}] goes without its image: {error}")
         return 0
     return width * height
 
 
 def _encode(part: Part, max_bytes: int, notes: list[str]) -> Part:
-    """The part with its picture."""
-    if not part.pixels or part.source.picture is None:
+    """The part with its image."""
+    if not part.pixels or part.source.image is None:
         return part
     try:
-        image = load_image(part.source.picture)
+        image = load_image(part.source.image)
     except ContentError as error:
-        notes.append(f"[{part.source.n}] goes without its picture: {error}")
+        notes.append(f"[{part.source.n}] goes without its image: {error}")
         return replace(part, pixels=0)
-    data, mimetype = picture_bytes(image, part.pixels, max_bytes)
+    data, mimetype = image_bytes(image, part.pixels, max_bytes)
     return replace(part, image=data, mimetype=mimetype)

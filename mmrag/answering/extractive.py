@@ -44,7 +44,7 @@ def extract(
 ) -> CheckedAnswer | None:
     """The best sentences, each with its ``[n]``; None if no page has ``least_evidence``.
 
-    A question without content words (a picture alone, say) is answered by what the embedder
+    A question without content words (an image alone, say) is answered by what the embedder
     finds nearest.
     """
     candidates = [

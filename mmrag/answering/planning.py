@@ -56,20 +56,20 @@ KINDS: dict[Modality, tuple[str, ...]] = {
 
 PLAN_PROMPT = PromptTemplate(
     """\
-Plan a search in a library of documents: pages, figures and pictures.
+Plan a search in a library of documents: pages, figures and images.
 
 - If one search finds all that the question below asks for, return that question alone, as it is.
 - If it compares things or asks for several facts, return one question for each fact, at most \
 {most}. Each must make sense on its own.
 - If a fact is needed before another can be searched for, return the first and set "more" to true.
 - modality: where the answer stands, "text", "figure" (chart, table, diagram, photo) or "any".
-- picture: true if the search needs the picture that came with the question.
+- image: true if the search needs the image that came with the question.
 - Do not answer the question.
 
 Reply with JSON and nothing else:
-{{"questions": [{{"question": "...", "modality": "any", "picture": false}}], "more": false}}
+{{"questions": [{{"question": "...", "modality": "any", "image": false}}], "more": false}}
 
-The question{with_picture}: {question}"""
+The question{with_image}: {question}"""
 )
 JUDGE_PROMPT = PromptTemplate(
     """\
@@ -80,7 +80,7 @@ A source stands between the line <<<source N {boundary}>>> and the line <<<end o
 
 {sources}
 
-The question{with_picture}: {question}
+The question{with_image}: {question}
 Searched for so far:
 {asked}
 
@@ -89,7 +89,7 @@ return at most {most} questions that were not searched for yet and that make sen
 use what the sources say to be exact.
 
 Reply with JSON and nothing else:
-{{"enough": false, "questions": [{{"question": "...", "modality": "any", "picture": false}}]}}"""
+{{"enough": false, "questions": [{{"question": "...", "modality": "any", "image": false}}]}}"""
 )
 _EVIDENCE_TOKENS = 6000  # of what is shown to decide whether it suffices
 
@@ -98,12 +98,12 @@ class SubQuestion(BaseModel):
     """One search.
 
     modality: where its answer is likely to stand.
-    picture: whether it is made with the picture of the question.
+    image: whether it is made with the image of the question.
     """
 
     question: str = Field(min_length=1)
     modality: Modality = "any"
-    picture: bool = False
+    image: bool = False
 
     @field_validator("modality", mode="before")
     @classmethod
@@ -407,8 +407,8 @@ def sub_query(
     image = getattr(original, "image", None)
     return MultimodalQuery(
         query_str=question.question,
-        image_path=original.image_path if question.picture else None,
-        image=image if question.picture else None,
+        image_path=original.image_path if question.image else None,
+        image=image if question.image else None,
         where=where,
         top_k=getattr(original, "top_k", None),
     )
@@ -445,8 +445,8 @@ def _question(bundle: QueryBundle) -> dict[str, Any]:
     image = getattr(bundle, "image", None)
     pictured = image is not None or bundle.image_path
     return {
-        "question": bundle.query_str.strip() or "What do the documents say about this picture?",
-        "with_picture": " (a picture came with it)" if pictured else "",
+        "question": bundle.query_str.strip() or "What do the documents say about this image?",
+        "with_image": " (an image came with it)" if pictured else "",
     }
 
 

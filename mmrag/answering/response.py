@@ -60,10 +60,10 @@ class CitedResponse(Response):
     def markdown(self, *, images: bool = False) -> str:
         """The answer with a list of its sources, as Markdown.
 
-        images: show each cited figure or picture behind the line, or the table, that cites it
+        images: show each cited figure or image behind the line, or the table, that cites it
             first.
 
-        Pictures and HTML that the model itself wrote are made harmless: a page that is shown
+        Images and HTML that the model itself wrote are made harmless: a page that is shown
         must not load what a document told the model to load.
         """
         shown: set[int] = set()
@@ -268,14 +268,14 @@ def _harmless(text: str) -> str:
 
 
 def _figure(source: Source) -> str | None:
-    """The picture of a source that is a figure or a picture; None where its file is gone."""
+    """The image of a source that is a figure or an image; None where its file is gone."""
     values = source.node.node.metadata
     if values.get("kind") not in ("figure", "picture"):
         return None
-    if source.picture is None or not source.picture.is_file():
+    if source.image is None or not source.image.is_file():
         return None
     caption = " ".join(str(values.get("caption") or source.place).split())
-    return f"![{_literal(caption)}]({quote(source.picture.as_posix(), safe='/:')})"
+    return f"![{_literal(caption)}]({quote(source.image.as_posix(), safe='/:')})"
 
 
 def _listed(source: Source) -> str:

@@ -44,7 +44,7 @@ NOTHING, USAGE, FAILURE, STOPPED = 1, 2, 3, 130
 
 app = typer.Typer(
     name="mmrag",
-    help="Ask a folder of PDFs and pictures; every answer cites its pages.",
+    help="Ask a folder of PDFs and images; every answer cites its pages.",
     epilog=EXIT_CODES,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -76,7 +76,7 @@ JsonOption = Annotated[
 DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 ImageOption = Annotated[
     Path | None,
-    typer.Option("--image", "-i", metavar="PATH", help="A picture to ask with, or to ask about."),
+    typer.Option("--image", "-i", metavar="PATH", help="An image to ask with, or to ask about."),
 ]
 FileOption = Annotated[
     list[str] | None,
@@ -114,7 +114,7 @@ def _root(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
     ] = False,
 ) -> None:
-    """Ask a folder of PDFs and pictures; every answer cites its pages."""
+    """Ask a folder of PDFs and images; every answer cites its pages."""
 
 
 @app.command(epilog=EXIT_CODES)
@@ -131,7 +131,7 @@ def index(
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Index PDFs, pictures and text files; unchanged files cost nothing.
+    """Index PDFs, images and text files; unchanged files cost nothing.
 
     It may be stopped at any moment: what is finished is kept, and the same command goes on.
     """
@@ -163,7 +163,7 @@ def search(
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Find the pages nearest to a text, a picture, or both."""
+    """Find the pages nearest to a text, an image, or both."""
     with _errors(debug):
         _need_query(query, image)
         with _library(collection, embedder) as library:
@@ -210,7 +210,7 @@ def ask(
         typer.Option(min=512, help="Tokens the model takes. Default: the server is asked."),
     ] = None,
     no_images: Annotated[
-        bool, typer.Option("--no-images", help="Send text alone, to models that take no pictures.")
+        bool, typer.Option("--no-images", help="Send text alone, to models that take no images.")
     ] = False,
     top_k: Annotated[int, typer.Option("--top-k", "-k", min=1, help="Pages to consider.")] = 8,
     file: FileOption = None,
@@ -236,7 +236,7 @@ def ask(
         typer.Option(
             "--save-pages",
             metavar="DIR",
-            help="Write the cited pages as pictures, with the matching lines marked.",
+            help="Write the cited pages as images, with the matching lines marked.",
         ),
     ] = None,
     collection: CollectionOption = DEFAULT_COLLECTION,
@@ -485,9 +485,9 @@ def _save_pages(response: CitedResponse, folder: Path) -> dict[int, str]:
             if path.suffix.lower() == ".pdf" and source.page is not None:
                 boxes = source.boxes or ((source.box,) if source.box else ())
                 out = save_marked_page(path, source.page, boxes, Path(f"{out}.png"))
-            elif source.picture is not None:
-                out = Path(f"{out}{source.picture.suffix}")
-                shutil.copyfile(source.picture, out)
+            elif source.image is not None:
+                out = Path(f"{out}{source.image.suffix}")
+                shutil.copyfile(source.image, out)
             else:
                 continue
             saved[source.n] = str(out)

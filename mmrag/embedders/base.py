@@ -45,7 +45,7 @@ class Embedder(Protocol):
         """Embed ``contents`` in any mix of modalities.
 
         Args:
-            contents: texts, pictures, or both; see ``mmrag.content.as_content``.
+            contents: texts, images, or both; see ``mmrag.content.as_content``.
             instruction: the task, for queries: free text or the name of a task in
                 ``mmrag.instructions``. ``None`` means documents.
             dim: keep this many leading dimensions (Matryoshka), then normalise again.

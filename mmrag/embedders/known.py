@@ -10,7 +10,7 @@ class KnownModel:
     """One published checkpoint and what its card says.
 
     dim: length of the full vector. matryoshka_dims: shorter ones it was trained for.
-    context: tokens of the longest input. visual_tokens: most tokens of one picture.
+    context: tokens of the longest input. visual_tokens: most tokens of one image.
     base: the checkpoint a LoRA adapter sits on, if it is one.
     """
 

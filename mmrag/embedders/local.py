@@ -31,7 +31,7 @@ class LocalEmbedder:
     ``token_budget`` bounds a batch: its number of items times its longest sequence, in tokens,
     visual ones included. Safe to call from several threads: the model runs one batch at a time.
 
-    ``prefers_text`` says that text serves this model better than a picture of it: ingestion then
+    ``prefers_text`` says that text serves this model better than an image of it: ingestion then
     gives a node that has text no ``image`` view. It moves no vector and may be set at any time.
     """
 

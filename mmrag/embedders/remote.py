@@ -1,6 +1,6 @@
 """An embedder behind an OpenAI-compatible ``/v1/embeddings`` server, such as vLLM. No torch.
 
-Texts go as ``input``, many in a request. A picture goes as chat ``messages``, which is vLLM's
+Texts go as ``input``, many in a request. An image goes as chat ``messages``, which is vLLM's
 extension of the protocol and takes one item a request
 (https://docs.vllm.ai/en/stable/models/pooling_models/).
 """
@@ -70,7 +70,7 @@ class RemoteEmbedder:
         timeout: seconds for one request.
         deadline: seconds for one call of ``encode``, however many requests it makes.
         retries: how often a request is repeated after a busy, broken or absent answer.
-        limits: bounds on pictures. They are sent as PNG, upright, at full size.
+        limits: bounds on images. They are sent as PNG, upright, at full size.
 
     Raises: EndpointError if ``dim`` is not given and the server does not answer.
     """
@@ -195,7 +195,7 @@ class RemoteEmbedder:
         return Content(content.text, content.image, own or self.document_instruction)
 
     def _jobs(self, items: Sequence[Content]) -> Iterator[list[int]]:
-        """Indices of the items of each request: texts together, pictures alone."""
+        """Indices of the items of each request: texts together, images alone."""
         texts = [i for i, item in enumerate(items) if not self.chat and not item.images]
         for start in range(0, len(texts), self.batch_size):
             yield texts[start : start + self.batch_size]
@@ -218,7 +218,7 @@ class RemoteEmbedder:
         return vectors
 
     def _body(self, items: Sequence[Content]) -> dict[str, Any]:
-        """The JSON of one request: one item with pictures, or any number of texts."""
+        """The JSON of one request: one item with images, or any number of texts."""
         body = {"model": self.name, "encoding_format": "float", **self.extra_body}
         if self.chat or items[0].images:
             return {**body, "messages": self._messages(items[0])}
@@ -233,8 +233,8 @@ class RemoteEmbedder:
 
     def _messages(self, item: Content) -> list[dict[str, Any]]:
         parts: list[dict[str, Any]] = [
-            {"type": "image_url", "image_url": {"url": _data_url(picture, self.limits)}}
-            for picture in item.images
+            {"type": "image_url", "image_url": {"url": _data_url(image, self.limits)}}
+            for image in item.images
         ]
         text = self._text(item)
         if text or not parts:
@@ -354,9 +354,9 @@ def _shown(url: str) -> str:
     return f"{scheme}://{host.rpartition('@')[2]}{slash}{path.partition('?')[0]}"
 
 
-def _data_url(picture: ImageSource, limits: ImageLimits) -> str:
+def _data_url(image: ImageSource, limits: ImageLimits) -> str:
     buffer = io.BytesIO()
-    load_image(picture, limits=limits).save(buffer, "PNG", compress_level=1)
+    load_image(image, limits=limits).save(buffer, "PNG", compress_level=1)
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 

@@ -102,7 +102,7 @@ class SentenceTransformersEmbedder:
                 f"item {index}: {self.name} cannot embed {content.modality}, only {able}."
             )
         if len(content.images) > 1:
-            raise ContentError(f"item {index}: {self.name} takes one picture per item.")
+            raise ContentError(f"item {index}: {self.name} takes one image per item.")
         own = resolve(content.instruction) if content.instruction is not None else task
         return Content(content.text, content.image, own)
 
@@ -135,10 +135,10 @@ class SentenceTransformersEmbedder:
         if not item.images:
             return item.text
         try:
-            picture = load_image(item.images[0])
+            image = load_image(item.images[0])
         except ContentError as error:
             raise ContentError(f"item {index}: {error}") from error
-        return picture if item.text is None else {"image": picture, "text": item.text}
+        return image if item.text is None else {"image": image, "text": item.text}
 
     def _prompt(self, instruction: str) -> str | None:
         """What stands for the instruction; ``None`` is the model's own prompt for queries."""

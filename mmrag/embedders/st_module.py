@@ -19,9 +19,9 @@ from mmrag.embedders import load_backbone
 
 
 class UniversalModule(InputModule):  # type: ignore[misc]
-    """Prompt, pictures, model and pooling of a family in one module.
+    """Prompt, images, model and pooling of a family in one module.
 
-    Texts, pictures and ``{"text": ..., "image": ...}`` are taken; a prompt is the instruction.
+    Texts, images and ``{"text": ..., "image": ...}`` are taken; a prompt is the instruction.
     """
 
     def __init__(self, folder: str | Path) -> None:

@@ -377,7 +377,7 @@ class _Writer:
 
 
 def node_views(node: BaseNode, views: Sequence[View], embedder: Embedder) -> dict[View, Content]:
-    """What is embedded of a node: its picture, its text, or both, as far as it has them.
+    """What is embedded of a node: its image, its text, or both, as far as it has them.
 
     A node with text gets no ``image`` view from an embedder that prefers text.
     """

@@ -40,7 +40,7 @@ def open_llm(
     max_tokens: int = 1024,
     timeout: float = 120.0,
 ) -> OpenAILike:
-    """A chat LLM that takes pictures, for ``CitedQueryEngine``.
+    """A chat LLM that takes images, for ``CitedQueryEngine``.
 
     Args:
         model: its name at the server; without it, the only model that the server has.
@@ -163,7 +163,7 @@ def translated_errors(model: str) -> Iterator[None]:
     except openai.NotFoundError as error:
         raise EndpointError(f"{model}: the server has no such model or path: {error}") from error
     except openai.APIStatusError as error:
-        advice = " If it takes no pictures, ask without them." if error.status_code == 400 else ""
+        advice = " If it takes no images, ask without them." if error.status_code == 400 else ""
         raise EndpointError(f"{model}: the server refused ({error}).{advice}") from error
     except (openai.OpenAIError, httpx.HTTPError, *_UNREADABLE) as error:
         raise EndpointError(f"{model}: the answer broke off or is not valid ({error}).") from error

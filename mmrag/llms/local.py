@@ -1,4 +1,4 @@
-"""A chat model of transformers that runs here and takes pictures, as a LlamaIndex LLM.
+"""A chat model of transformers that runs here and takes images, as a LlamaIndex LLM.
 
 LlamaIndex's own class for local models takes text alone. Qwen2-VL, Qwen2.5-VL and Qwen3-VL get
 their inputs from our code, which needs no torchvision; other models from their own processor.
@@ -38,14 +38,14 @@ from mmrag.content import load_image
 from mmrag.errors import ConfigError, ContentError, ModelError
 from mmrag.modeling.chat import NATIVE, load_processor, process, special_marks
 from mmrag.modeling.loading import find_checkpoint, load_exact, place, read_json
-from mmrag.modeling.qwen_images import PictureRule, read_picture_rule, resize, to_patches
+from mmrag.modeling.qwen_images import ImageRule, read_image_rule, resize, to_patches
 from mmrag.modeling.qwen_vl import expand, load_tokenizer, use_matmul_patch_embed
 from mmrag.prompting import broken_up
 
 Inputs = dict[str, Any]
-# From messages as chat templates take them, and their pictures in order, to what a model takes.
+# From messages as chat templates take them, and their images in order, to what a model takes.
 Prepare = Callable[[list[dict[str, Any]], list[Image.Image]], Inputs]
-_PICTURE: dict[str, Any] = {"type": "image"}
+_IMAGE_BLOCK: dict[str, Any] = {"type": "image"}
 _MOST_IMAGE_TOKENS = 1280
 
 
@@ -57,12 +57,12 @@ class LocalLLM(CustomLLM):
         device, dtype, revision: as in ``load_embedder``.
         context_window: in tokens; by default what the checkpoint says.
         max_tokens: longest answer.
-        max_image_tokens: most visual tokens of one picture, 1280 by default; for the Qwen-VL
+        max_image_tokens: most visual tokens of one image, 1280 by default; for the Qwen-VL
             families alone.
 
     Raises: ConfigError for options that make no sense, ModelError if the checkpoint cannot be
         found or does not load exactly. Chats raise ContentError for a prompt that does not fit,
-        and for blocks that are no text or picture.
+        and for blocks that are no text or image.
     """
 
     model_name: str = Field(description="Name or folder.")
@@ -95,7 +95,7 @@ class LocalLLM(CustomLLM):
         if kind in NATIVE:
             tokenizer = load_tokenizer(folder)
             most = _MOST_IMAGE_TOKENS if max_image_tokens is None else max_image_tokens
-            rule = read_picture_rule(folder).with_tokens(None, most)
+            rule = read_image_rule(folder).with_tokens(None, most)
             prepare = _QwenInputs(tokenizer, _template(folder, tokenizer), rule)
             loaded = load_exact(NATIVE[kind][0], folder, placement)
             use_matmul_patch_embed(loaded.model.visual)
@@ -202,26 +202,26 @@ class LocalLLM(CustomLLM):
         yield _reply(text, "", "length" if run.cut_off else "stop")
 
     def _inputs(self, messages: Sequence[ChatMessage], most: int) -> Inputs:
-        turns, pictures = [], []
+        turns, images = [], []
         for message in messages:
             parts: list[dict[str, Any]] = []
             for block in message.blocks:
                 if isinstance(block, TextBlock):
                     parts.append({"type": "text", "text": broken_up(block.text, self._marks)})
                 elif isinstance(block, ImageBlock):
-                    parts.append(_PICTURE)
-                    pictures.append(load_image(block.resolve_image().read()))
+                    parts.append(_IMAGE_BLOCK)
+                    images.append(load_image(block.resolve_image().read()))
                 else:
                     raise ContentError(
-                        f"{self.model_name} takes text and pictures, no {type(block).__name__}."
+                        f"{self.model_name} takes text and images, no {type(block).__name__}."
                     )
             turns.append({"role": message.role.value, "content": parts})
-        inputs = self._prepare(turns, pictures)
+        inputs = self._prepare(turns, images)
         length = inputs["input_ids"].shape[1]
         if length + most > self.context_window:
             raise ContentError(
                 f"{self.model_name}: a prompt of {length} tokens and an answer of {most} do not "
-                f"fit in context_window={self.context_window}; send less, or shrink pictures "
+                f"fit in context_window={self.context_window}; send less, or shrink images "
                 "with max_image_tokens."
             )
         device, dtype = self._model.device, self._model.dtype
@@ -234,34 +234,34 @@ class LocalLLM(CustomLLM):
 class _QwenInputs:
     """Inputs of the Qwen-VL families, without their processors."""
 
-    def __init__(self, tokenizer: Any, template: str, rule: PictureRule) -> None:
+    def __init__(self, tokenizer: Any, template: str, rule: ImageRule) -> None:
         self.tokenizer = tokenizer
         self.template = template
         self.rule = rule
         self.image_id = tokenizer.convert_tokens_to_ids("<|image_pad|>")
 
-    def __call__(self, turns: list[dict[str, Any]], pictures: list[Image.Image]) -> Inputs:
+    def __call__(self, turns: list[dict[str, Any]], images: list[Image.Image]) -> Inputs:
         prompt = self.tokenizer.apply_chat_template(
             turns, chat_template=self.template, add_generation_prompt=True, tokenize=False
         )
         ids = self.tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"]
-        fitted = [resize(picture, self.rule.size(*picture.size)) for picture in pictures]
+        fitted = [resize(image, self.rule.size(*image.size)) for image in images]
         wide = torch.tensor(
             [expand(ids, self.image_id, [self.rule.n_tokens(*one.size) for one in fitted])]
         )
         inputs = {"input_ids": wide, "attention_mask": torch.ones_like(wide)}
         if fitted:
-            cut = [to_patches(picture, self.rule) for picture in fitted]
+            cut = [to_patches(image, self.rule) for image in fitted]
             inputs["pixel_values"] = torch.cat([patches for patches, _ in cut])
             inputs["image_grid_thw"] = torch.tensor([grid for _, grid in cut])
             inputs["mm_token_type_ids"] = (wide == self.image_id).long()
         return inputs
 
 
-def _processed(processor: Any, turns: list[dict[str, Any]], pictures: list[Image.Image]) -> Inputs:
+def _processed(processor: Any, turns: list[dict[str, Any]], images: list[Image.Image]) -> Inputs:
     """Inputs by a checkpoint's own processor."""
     prompt = processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
-    return dict(process(processor, [str(prompt)], [pictures]))
+    return dict(process(processor, [str(prompt)], [images]))
 
 
 class _Run(StoppingCriteria):  # type: ignore[misc]

@@ -33,7 +33,7 @@ class Backbone(Protocol):
     model: torch.nn.Module
 
     def cost(self, content: Content, instruction: str | None) -> int:
-        """Number of tokens, visual ones included, without decoding any picture."""
+        """Number of tokens, visual ones included, without decoding any image."""
         ...
 
     def prepare(self, content: Content, instruction: str | None) -> Inputs:

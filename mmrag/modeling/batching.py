@@ -65,7 +65,7 @@ def prepared(
 ) -> Iterator[tuple[list[int], list[T]]]:
     """Yield batches of indices with what ``prepare`` made of each, while threads go on ahead.
 
-    Only a few batches are ready at a time, for pictures take memory.
+    Only a few batches are ready at a time, for images take memory.
     """
     waiting: list[tuple[list[int], list[Future[T]]]] = []
     try:

@@ -18,12 +18,12 @@ from transformers.models.auto import AutoProcessor
 from mmrag.errors import ModelError
 
 
-def process(processor: Any, texts: Sequence[str], pictures: Sequence[Sequence[Image.Image]]) -> Any:
-    """A model's inputs from prompts, each with its pictures in order, padded on the right."""
+def process(processor: Any, texts: Sequence[str], images: Sequence[Sequence[Image.Image]]) -> Any:
+    """A model's inputs from prompts, each with its images in order, padded on the right."""
     bos = processor.tokenizer.bos_token
     return processor(
         text=list(texts),
-        **({"images": pictures} if any(pictures) else {}),
+        **({"images": images} if any(images) else {}),
         return_tensors="pt",
         padding=True,
         padding_side="right",

@@ -1,8 +1,8 @@
 """Pictures for CLIP towers, which see squares of one size: squashing, cutting into tiles.
 
-A picture becomes one view of the whole, squashed to a square, and in most families tiles of a
+An image becomes one view of the whole, squashed to a square, and in most families tiles of a
 larger version of it. A tile's patches are its features, in rows; the rows of all tiles together
-make the feature map of the picture.
+make the feature map of the image.
 Source: LLaVA-NeXT's "anyres" and its published image processor.
 """
 
@@ -32,10 +32,10 @@ TOWER_NAMES = {r"(vision_tower|img_processor)\.vision_model\.": r"\1."}
 
 @dataclass(frozen=True, slots=True)
 class ClipRule:
-    """How a family shows pictures to its tower.
+    """How a family shows images to its tower.
 
     side: of a tile, in pixels. patch: side of what becomes one feature, in pixels.
-    grids: (height, width) in pixels of the pictures that may be cut into tiles.
+    grids: (height, width) in pixels of the images that may be cut into tiles.
     """
 
     side: int
@@ -49,20 +49,20 @@ class ClipRule:
         """Features in a row of a tile."""
         return self.side // self.patch
 
-    def pixels(self, picture: Image.Image) -> Tensor:
-        """Normalised pixels of an RGB picture, (3, height, width), float32."""
+    def pixels(self, image: Image.Image) -> Tensor:
+        """Normalised pixels of an RGB image, (3, height, width), float32."""
         mean, std = np.array(self.mean, np.float32), np.array(self.std, np.float32)
-        scaled = np.asarray(picture, dtype=np.float32) / np.float32(255)
+        scaled = np.asarray(image, dtype=np.float32) / np.float32(255)
         normalised: NDArray[np.float32] = (scaled - mean) / std
         return torch.from_numpy(np.ascontiguousarray(normalised.transpose(2, 0, 1)))
 
-    def whole(self, picture: Image.Image) -> Tensor:
-        """The picture squashed to one square view, (1, 3, side, side)."""
-        squashed = picture.resize((self.side, self.side), Image.Resampling.BICUBIC)
+    def whole(self, image: Image.Image) -> Tensor:
+        """The image squashed to one square view, (1, 3, side, side)."""
+        squashed = image.resize((self.side, self.side), Image.Resampling.BICUBIC)
         return self.pixels(squashed).unsqueeze(0)
 
     def grid(self, width: int, height: int) -> tuple[int, int]:
-        """(height, width) among ``grids`` that keeps most of a picture and wastes least."""
+        """(height, width) among ``grids`` that keeps most of an image and wastes least."""
 
         def kept_and_spared(grid: tuple[int, int]) -> tuple[int, int]:
             scale = min(grid[1] / width, grid[0] / height)
@@ -71,9 +71,9 @@ class ClipRule:
 
         return max(self.grids, key=kept_and_spared)
 
-    def anyres(self, picture: Image.Image) -> Tensor:
-        """The whole view and then the tiles of the picture on black, (tiles, 3, side, side)."""
-        width, height = picture.size
+    def anyres(self, image: Image.Image) -> Tensor:
+        """The whole view and then the tiles of the image on black, (tiles, 3, side, side)."""
+        width, height = image.size
         grid_height, grid_width = self.grid(width, height)
         if grid_width / width < grid_height / height:
             size = grid_width, min(math.ceil(height * (grid_width / width)), grid_height)
@@ -81,11 +81,11 @@ class ClipRule:
             size = min(math.ceil(width * (grid_height / height)), grid_width), grid_height
         canvas = Image.new("RGB", (grid_width, grid_height))
         corner = (grid_width - size[0]) // 2, (grid_height - size[1]) // 2
-        canvas.paste(picture.resize(size, Image.Resampling.BICUBIC), corner)
-        return torch.cat([self.whole(picture), cut(self.pixels(canvas), self.side)])
+        canvas.paste(image.resize(size, Image.Resampling.BICUBIC), corner)
+        return torch.cat([self.whole(image), cut(self.pixels(canvas), self.side)])
 
     def inner(self, width: int, height: int) -> tuple[slice, slice]:
-        """Rows and columns of the feature map that show the picture and not its black border."""
+        """Rows and columns of the feature map that show the image and not its black border."""
         grid = self.grid(width, height)
         rows, columns = grid[0] // self.patch, grid[1] // self.patch
         # Rounded as published: 7 digits, and the same border cut off at both ends.
@@ -142,17 +142,17 @@ def tower_features(tower: Any, pixels: Tensor, layer: int) -> Tensor:
 
 
 def place_features(embeds: Tensor, places: Tensor, features: Sequence[Tensor]) -> Tensor:
-    """Put the features of pictures, in order, where ``places`` (batch, length) is true."""
+    """Put the features of images, in order, where ``places`` (batch, length) is true."""
     if not features:
         return embeds
     flat = torch.cat(list(features)).to(embeds.dtype)
     return embeds.masked_scatter(places.unsqueeze(-1).expand_as(embeds), flat)
 
 
-def only_picture(content: Content, family: str) -> ImageSource | None:
-    """The picture of a content, if it has one. Raises ContentError for several."""
+def only_image(content: Content, family: str) -> ImageSource | None:
+    """The image of a content, if it has one. Raises ContentError for several."""
     if len(content.images) > 1:
         raise ContentError(
-            f"{family} takes 1 picture per item, got {len(content.images)}; embed them one by one."
+            f"{family} takes 1 image per item, got {len(content.images)}; embed them one by one."
         )
     return content.images[0] if content.images else None

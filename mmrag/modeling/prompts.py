@@ -20,11 +20,11 @@ REPRESENT_WITH_TEXT = "Represent the given image with related text information:"
 def vlm2vec_prompt(
     content: Content, instruction: str | None, image_token: str, style: PromptStyle = "demo"
 ) -> Prompt:
-    """VLM2Vec's literal prompt (arXiv 2410.05160): picture, instruction, text, no chat template.
+    """VLM2Vec's literal prompt (arXiv 2410.05160): image, instruction, text, no chat template.
 
     The style ``demo`` is that of the published examples; ``mmeb`` that of the MMEB evaluation,
-    with a newline after the picture and one at the end, which is then the token pooled. A
-    picture without an instruction gets the one that MMEB gives to targets.
+    with a newline after the image and one at the end, which is then the token pooled. A
+    image without an instruction gets the one that MMEB gives to targets.
     """
     if style not in ("demo", "mmeb"):
         raise ConfigError(f"style={style!r} is not known: use demo or mmeb.")
@@ -65,14 +65,14 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, room: int) -> l
     text = [i for i, (start, stop) in enumerate(spans) if first <= start < stop <= end]
     if excess > len(text):
         raise ContentError(
-            "the picture and the instruction alone are over max_length; raise max_length."
+            "the image and the instruction alone are over max_length; raise max_length."
         )
     dropped = set(text[len(text) - excess :])
     return [token for i, token in enumerate(ids) if i not in dropped]
 
 
 def without_token(content: Content, token: str) -> Content:
-    """Break up a picture placeholder that stands in the text itself: it would pass for one."""
+    """Break up an image placeholder that stands in the text itself: it would pass for one."""
     if content.text is None or token not in content.text:
         return content
     broken = content.text.replace(token, f"{token[0]} {token[1:]}")

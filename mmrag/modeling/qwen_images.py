@@ -1,6 +1,6 @@
-"""The picture rule of the Qwen-VL families: sizes, pixels, patches.
+"""The image rule of the Qwen-VL families: sizes, pixels, patches.
 
-A picture is resized so that both sides are multiples of ``patch * merge`` pixels and its area
+An image is resized so that both sides are multiples of ``patch * merge`` pixels and its area
 keeps two bounds, then normalised and cut into patches, ``merge x merge`` neighbours together.
 Source: Qwen2-VL (arXiv 2409.12191, section 2.1) and its published image processor.
 """
@@ -26,8 +26,8 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 @dataclass(frozen=True, slots=True)
-class PictureRule:
-    """How a family turns a picture into patches; pixel bounds are areas, in pixels."""
+class ImageRule:
+    """How a family turns an image into patches; pixel bounds are areas, in pixels."""
 
     min_pixels: int
     max_pixels: int
@@ -42,8 +42,8 @@ class PictureRule:
         """Side of the square that becomes one visual token, in pixels."""
         return self.patch * self.merge
 
-    def with_tokens(self, least: int | None, most: int | None) -> PictureRule:
-        """Bound pictures by visual tokens instead; ``None`` leaves a bound as it is."""
+    def with_tokens(self, least: int | None, most: int | None) -> ImageRule:
+        """Bound images by visual tokens instead; ``None`` leaves a bound as it is."""
         area = self.factor**2
         return replace(
             self,
@@ -52,15 +52,15 @@ class PictureRule:
         )
 
     def size(self, width: int, height: int) -> tuple[int, int]:
-        """Width and height that a picture of this size is resized to."""
+        """Width and height that an image of this size is resized to."""
         return smart_resize(width, height, self.factor, self.min_pixels, self.max_pixels)
 
     def n_tokens(self, width: int, height: int) -> int:
-        """Visual tokens of a picture that already has a size given by ``size``."""
+        """Visual tokens of an image that already has a size given by ``size``."""
         return (width // self.factor) * (height // self.factor)
 
 
-def read_picture_rule(folder: Path) -> PictureRule:
+def read_image_rule(folder: Path) -> ImageRule:
     """Read the rule from a checkpoint's processor file, in any form it was published in."""
     # Newer checkpoints keep all their processors in one file.
     joint = read_json(folder / "processor_config.json").get("image_processor")
@@ -72,7 +72,7 @@ def read_picture_rule(folder: Path) -> PictureRule:
     size = config.get("size") or {}
     least = config.get("min_pixels") or size.get("shortest_edge") or 56 * 56
     most = config.get("max_pixels") or size.get("longest_edge") or 28 * 28 * 1280
-    return PictureRule(
+    return ImageRule(
         min_pixels=least,
         max_pixels=most,
         patch=config.get("patch_size", 14),
@@ -92,7 +92,7 @@ def smart_resize(
     """
     if max(width, height) > MAX_ASPECT * min(width, height):
         raise ContentError(
-            f"a picture of {width}x{height} is too long and thin: one side may be at most "
+            f"an image of {width}x{height} is too long and thin: one side may be at most "
             f"{MAX_ASPECT} times the other; crop it."
         )
     w = max(factor, round(width / factor) * factor)
@@ -108,24 +108,24 @@ def smart_resize(
     return w, h
 
 
-def resize(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
+def resize(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     """Resize with the bicubic filter, which all Qwen-VL reference code uses."""
-    return picture if picture.size == size else picture.resize(size, Image.Resampling.BICUBIC)
+    return image if image.size == size else image.resize(size, Image.Resampling.BICUBIC)
 
 
-def to_patches(picture: Image.Image, rule: PictureRule) -> tuple[Tensor, tuple[int, int, int]]:
-    """Cut an RGB picture, sized by ``rule.size``, into normalised patches.
+def to_patches(image: Image.Image, rule: ImageRule) -> tuple[Tensor, tuple[int, int, int]]:
+    """Cut an RGB image, sized by ``rule.size``, into normalised patches.
 
     Returns: patches of shape (rows * columns, 3 * temporal * patch * patch), float32, in the
         order of the merger; and the grid (1, rows, columns) in patches.
     """
     mean, std = np.array(rule.mean, np.float32), np.array(rule.std, np.float32)
-    scaled = np.asarray(picture, dtype=np.float32) / np.float32(255)
+    scaled = np.asarray(image, dtype=np.float32) / np.float32(255)
     pixels: NDArray[np.float32] = (scaled - mean) / std  # (height, width, 3)
-    rows, columns = picture.height // rule.patch, picture.width // rule.patch
+    rows, columns = image.height // rule.patch, image.width // rule.patch
     m, p = rule.merge, rule.patch
     blocks = pixels.reshape(rows // m, m, p, columns // m, m, p, 3)
     blocks = blocks.transpose(0, 3, 1, 4, 6, 2, 5)  # (R/m, C/m, m, m, 3, p, p)
-    # A still picture fills every frame of the temporal patch.
+    # A still image fills every frame of the temporal patch.
     frames = np.repeat(blocks[:, :, :, :, :, None], rule.temporal, axis=5)
     return torch.from_numpy(frames.reshape(rows * columns, -1)), (1, rows, columns)

@@ -1,9 +1,9 @@
 """Qwen2-VL embedders: GME and those that share its machinery.
 
-A family on this architecture is a ``Recipe``: the literal prompt, what happens to a picture
-before the common picture rule, positions and limits. Positions are plain and one-dimensional
+A family on this architecture is a ``Recipe``: the literal prompt, what happens to an image
+before the common image rule, positions and limits. Positions are plain and one-dimensional
 unless the recipe says otherwise, as in the reference code of GME and VLM2Vec, which never
-computes M-RoPE; with three-axis positions the vectors of pictures differ (cosine 0.98 and less).
+computes M-RoPE; with three-axis positions the vectors of images differ (cosine 0.98 and less).
 
 Source: GME (arXiv 2412.16855) and the inference script published with its weights.
 """
@@ -30,8 +30,8 @@ from mmrag.modeling.loading import Placement, load_exact
 from mmrag.modeling.pooling import last_token, mean_tokens
 from mmrag.modeling.prompts import Prompt
 from mmrag.modeling.qwen_images import (
-    PictureRule,
-    read_picture_rule,
+    ImageRule,
+    read_image_rule,
     resize,
     smart_resize,
     to_patches,
@@ -47,12 +47,12 @@ class Recipe:
     """What sets one Qwen2-VL family apart.
 
     render: the prompt of a content under an instruction (``None``: a document).
-    fit: the size a picture is brought to before the common rule, from its width and height.
+    fit: the size an image is brought to before the common rule, from its width and height.
     max_length: tokens, visual ones included; longer texts are cut.
-    max_images: pictures that one content may hold.
-    mrope: three-axis positions (time, row, column) inside pictures.
+    max_images: images that one content may hold.
+    mrope: three-axis positions (time, row, column) inside images.
     keep_end: cut a long text before the prompt's end, not together with it.
-    blank: size of the black picture that stands in where a content has none, if one must.
+    blank: size of the black image that stands in where a content has none, if one must.
     bidirectional: every token sees all others, and the mean of all is pooled.
     """
 
@@ -92,7 +92,7 @@ class Qwen2VLBackbone:
         self,
         model: nn.Module,
         tokenizer: PreTrainedTokenizerBase,
-        rule: PictureRule,
+        rule: ImageRule,
         recipe: Recipe,
         modalities: frozenset[Modality] = ALL_MODALITIES,
     ) -> None:
@@ -120,13 +120,13 @@ class Qwen2VLBackbone:
         }
 
     def cost(self, content: Content, instruction: str | None) -> int:
-        """Tokens of the item, without decoding its pictures."""
+        """Tokens of the item, without decoding its images."""
         return len(self._ids(content, instruction, self._sizes(content)))
 
     def prepare(self, content: Content, instruction: str | None) -> QwenInputs:
         """Ids and patches of the item."""
         ids = torch.tensor(self._ids(content, instruction, self._sizes(content)))
-        parts = [to_patches(self._picture(source), self.rule) for source in self._images(content)]
+        parts = [to_patches(self._image(source), self.rule) for source in self._images(content)]
         grids = torch.tensor([grid for _, grid in parts]).reshape(-1, 3)
         positions = None
         if self.recipe.mrope:
@@ -166,7 +166,7 @@ class Qwen2VLBackbone:
         return {"full_attention": both_ways}
 
     def image_features(self, batch: Sequence[QwenInputs]) -> Tensor | None:
-        """Visual tokens of all pictures of a batch in order, (tokens, dim); None without any."""
+        """Visual tokens of all images of a batch in order, (tokens, dim); None without any."""
         pixels = [item.pixels for item in batch if item.pixels is not None]
         grids = [item.grids for item in batch if item.grids is not None]
         if not pixels:
@@ -184,14 +184,14 @@ class Qwen2VLBackbone:
     def _sizes(self, content: Content) -> list[tuple[int, int]]:
         if len(content.images) > self.recipe.max_images:
             raise ContentError(
-                f"{self.family} takes {self.recipe.max_images} picture per item, got "
+                f"{self.family} takes {self.recipe.max_images} image per item, got "
                 f"{len(content.images)}; embed them one by one."
             )
         return [self.rule.size(*self.recipe.fit(*image_size(i))) for i in self._images(content)]
 
-    def _picture(self, source: Any) -> Image.Image:
-        picture = load_image(source)
-        fitted = resize(picture, self.recipe.fit(*picture.size))
+    def _image(self, source: Any) -> Image.Image:
+        image = load_image(source)
+        fitted = resize(image, self.recipe.fit(*image.size))
         return resize(fitted, self.rule.size(*fitted.size))
 
     def _ids(
@@ -212,7 +212,7 @@ class Qwen2VLBackbone:
         end = len(ids) - tail
         if end - excess < head:
             raise ContentError(
-                f"the picture and the instruction alone are over max_length="
+                f"the image and the instruction alone are over max_length="
                 f"{self.recipe.max_length} tokens; raise max_length or lower max_image_tokens."
             )
         return ids[: end - excess] + ids[end:]
@@ -234,12 +234,12 @@ def expand(ids: Sequence[int], image_id: int, counts: Sequence[int]) -> list[int
 def mrope_positions(ids: Sequence[int], image_id: int, grids: Iterable[Sequence[int]]) -> Tensor:
     """Three-axis positions: time, row, column (Qwen2-VL, arXiv 2409.12191, section 2.1).
 
-    A text token has one number on all axes. The tokens of a picture share one time and lie in
+    A text token has one number on all axes. The tokens of an image share one time and lie in
     a grid; what follows goes on after the largest number used.
 
     Args:
-        ids: of one item, pictures widened.
-        grids: rows and columns of each picture, in visual tokens.
+        ids: of one item, images widened.
+        grids: rows and columns of each image, in visual tokens.
 
     Returns: (3, len(ids)), int64.
     """
@@ -263,7 +263,7 @@ def pad_positions(batch: Sequence[QwenInputs], device: torch.device) -> Tensor:
 
 
 def without_vision_tokens(content: Content) -> Content:
-    """Break up placeholders that stand in the text itself: they would pass for pictures."""
+    """Break up placeholders that stand in the text itself: they would pass for images."""
     if content.text is None or ("<|v" not in content.text and IMAGE not in content.text):
         return content
     text = content.text
@@ -298,7 +298,7 @@ class _MatmulPatchEmbed:
 
 
 def as_it_is(width: int, height: int) -> tuple[int, int]:
-    """No resizing before the common picture rule."""
+    """No resizing before the common image rule."""
     return width, height
 
 
@@ -319,7 +319,7 @@ def load_qwen2_vl(
     """Load a checkpoint of this shape to run by ``recipe``; bounds of None are its own."""
     model = load_exact(model_class, folder, placement, unused=("lm_head.",))
     use_matmul_patch_embed(model.visual)
-    rule = read_picture_rule(folder).with_tokens(min_image_tokens, max_image_tokens)
+    rule = read_image_rule(folder).with_tokens(min_image_tokens, max_image_tokens)
     return Qwen2VLBackbone(model, load_tokenizer(folder), rule, recipe, modalities)
 
 

@@ -1,4 +1,4 @@
-"""Reading: PDF, picture and text files become LlamaIndex nodes, page by page.
+"""Reading: PDF, image and text files become LlamaIndex nodes, page by page.
 
 PyMuPDF is used here alone, in worker processes that a broken file may hang or crash.
 """

@@ -1,4 +1,4 @@
-"""Finding the figures of a PDF page: pictures and drawings with their captions.
+"""Finding the figures of a PDF page: images and drawings with their captions.
 
 Boxes are in points of the page as it is shown, also those of the words.
 """
@@ -38,7 +38,7 @@ class Found:
 
 @dataclass(frozen=True, slots=True)
 class _Art:
-    """One picture or drawn path. shape: what tells it from others of the same box."""
+    """One image or drawn path. shape: what tells it from others of the same box."""
 
     box: Box
     shape: str
@@ -149,15 +149,15 @@ def _is_figure(group: list[_Art], box: Box, bounds: Box, words: Sequence[Word]) 
     inside = [word.box for word in words if holds(box, word.box)]
     if sum(_area(b) for b in inside) > 0.3 * _area(box):
         return False
-    pictures = [art for art in group if art.raster]
-    if pictures and _area(union(art.box for art in pictures)) > 0.5 * _area(box):
+    images = [art for art in group if art.raster]
+    if images and _area(union(art.box for art in images)) > 0.5 * _area(box):
         return True
     solid = [a for a in group if a.filled and min(_sides(a.box)) > _THIN]
     if all(art.ruled for art in group):
         # Bars of a chart are empty; the shading of a table's cells has words on it.
         shaded = sum(any(holds(art.box, b) for b in inside) for art in solid)
         return len(solid) >= 2 and shaded * 2 < len(solid) and not _is_tiled(solid)
-    return len(group) >= 3 or bool(pictures)
+    return len(group) >= 3 or bool(images)
 
 
 def _is_tiled(arts: Sequence[_Art]) -> bool:

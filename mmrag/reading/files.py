@@ -36,14 +36,14 @@ _MAGIC: tuple[tuple[bytes, str, FileKind | None], ...] = (
 )
 
 
-PICTURES_MARK = ".mmrag"
-"""A file of this name says that a folder holds page pictures, which are not to be read again."""
+IMAGES_MARK = ".mmrag"
+"""A file of this name says that a folder holds page images, which are not to be read again."""
 
 
 def find_files(paths: Sequence[str | Path]) -> tuple[list[Path], list[ReadError]]:
     """Files to read under the paths given, sorted and each once, and what cannot be read.
 
-    Folders are searched to any depth; hidden entries, page pictures of collections and files of
+    Folders are searched to any depth; hidden entries, page images of collections and files of
     other kinds in them are passed over, but a file that is named itself and cannot be read is
     an error.
     """
@@ -98,7 +98,7 @@ def _in_folder(folder: Path, errors: list[ReadError]) -> list[Path]:
 
     files = []
     for root, folders, names in os.walk(folder, onerror=refuse):
-        if PICTURES_MARK in names:
+        if IMAGES_MARK in names:
             folders.clear()
             continue
         folders[:] = sorted(name for name in folders if not name.startswith("."))

@@ -1,4 +1,4 @@
-"""Finding a quote on a page, and marking boxes on its picture."""
+"""Finding a quote on a page, and marking boxes on its image."""
 
 from __future__ import annotations
 
@@ -78,9 +78,9 @@ def _same_line(one: Box, other: Box) -> bool:
 
 
 def mark_boxes(png: bytes, boxes: Sequence[Box], scale: float) -> bytes:
-    """The picture as PNG with boxes (in points, times ``scale`` in pixels) highlighted."""
-    picture = Image.open(io.BytesIO(png)).convert("RGB")
-    pen = Image.new("RGB", picture.size, (255, 255, 255))
+    """The image as PNG with boxes (in points, times ``scale`` in pixels) highlighted."""
+    image = Image.open(io.BytesIO(png)).convert("RGB")
+    pen = Image.new("RGB", image.size, (255, 255, 255))
     draw = ImageDraw.Draw(pen)
     frames = []
     for box in boxes:
@@ -88,7 +88,7 @@ def mark_boxes(png: bytes, boxes: Sequence[Box], scale: float) -> bytes:
         frame = (x0 - 2, y0 - 2, x1 + 2, y1 + 2)
         frames.append(frame)
         draw.rectangle(frame, fill=_MARK)
-    marked = ImageChops.multiply(picture, pen)
+    marked = ImageChops.multiply(image, pen)
     draw = ImageDraw.Draw(marked)
     for frame in frames:
         draw.rectangle(frame, outline=_FRAME, width=max(1, round(scale)))

@@ -24,7 +24,7 @@ _HIDDEN_KEYS = ["page_image", "sha256", "box", "text_layer"]
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A file that is being read. folder: where its pictures are kept."""
+    """A file that is being read. folder: where its images are kept."""
 
     path: Path
     sha256: str

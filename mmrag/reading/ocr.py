@@ -24,7 +24,7 @@ def require() -> None:
 
 
 def recognise(png: bytes, scale: float) -> list[Word]:
-    """The words on a picture. scale: pixels per point, for the boxes."""
+    """The words on an image. scale: pixels per point, for the boxes."""
     found = _engine()(png, return_word_box=True)
     if found.txts is None:
         return []

@@ -17,14 +17,14 @@ TextLayer: TypeAlias = Literal["pdf", "ocr", "none"]
 class ReadOptions:
     """How files are read.
 
-    dpi: resolution of page pictures, in pixels per inch.
-    max_page_pixels: bound on width times height of a page picture; larger pages are scaled down.
-    page_seconds: time that one step of a page (text, figures, picture) may take; recognition
+    dpi: resolution of page images, in pixels per inch.
+    max_page_pixels: bound on width times height of a page image; larger pages are scaled down.
+    page_seconds: time that one step of a page (text, figures, image) may take; recognition
         of its text gets five times as much.
     figures: find figures on PDF pages.
     passage_words: longest passage, in words; pages and texts longer than this are cut.
     passage_overlap: words that neighbouring passages share, at most.
-    ocr: recognise the text of pages and pictures that have none; needs the ``ocr`` extra.
+    ocr: recognise the text of pages and images that have none; needs the ``ocr`` extra.
     max_file_bytes: larger files are refused.
     """
 
@@ -63,7 +63,7 @@ class Passage:
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """A figure on a page. image: path of its picture; mark: equal for the same art elsewhere."""
+    """A figure on a page. image: path of its image; mark: equal for the same art elsewhere."""
 
     box: Box
     caption: str
@@ -74,7 +74,7 @@ class Figure:
 
 @dataclass(frozen=True, slots=True)
 class PageRecord:
-    """What was read from one PDF page; ``image`` is the path of its picture."""
+    """What was read from one PDF page; ``image`` is the path of its image."""
 
     page: int
     label: str

@@ -1,7 +1,7 @@
 """PDF files through PyMuPDF; this module alone imports it, and runs in the worker process.
 
 Every box that leaves this module is in points of the page as it is shown: rotated, cut to its
-crop box, from its top left corner. Times the scale of the picture these are its pixels.
+crop box, from its top left corner. Times the scale of the image these are its pixels.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def read_pages(
                 yield from _read_page(document, page, folder, options, outline, plain)
             except Exception as error:  # noqa: BLE001 - any engine error costs one page only
                 yield Problem(page, f"the page cannot be read ({_told(error)}); it is left out")
-            # Fonts and pictures of pages that are done would otherwise pile up.
+            # Fonts and images of pages that are done would otherwise pile up.
             pymupdf.TOOLS.store_shrink(50)
         if document.is_repaired:
             yield Problem(
@@ -173,16 +173,16 @@ def _is_garbled(words: Sequence[Word]) -> bool:
 
 def _is_scan(page: Any) -> bool:
     area = abs(page.rect.width * page.rect.height)
-    pictures = page.get_image_info()
+    images = page.get_image_info()
     return any(
         abs((pymupdf.Rect(p["bbox"]) * page.rotation_matrix & page.rect).get_area())
         > _SCANNED_SHARE * area
-        for p in pictures
+        for p in images
     )
 
 
 def _recognised(png: bytes, scale: float) -> list[Token]:
-    """The words of a page's picture in reading order, by OCR."""
+    """The words of a page's image in reading order, by OCR."""
     from mmrag.reading import ocr
 
     return layout.in_reading_order(ocr.recognise(png, scale))
@@ -191,7 +191,7 @@ def _recognised(png: bytes, scale: float) -> list[Token]:
 def _drawn(
     page: Any, image: Path, found: figures.Found, options: ReadOptions, outline: Outline
 ) -> Figure:
-    """A figure with its picture, which is named by its box and kept beside the page's."""
+    """A figure with its image, which is named by its box and kept beside the page's."""
     box = found.box
     name = "-".join(f"{value:.0f}" for value in box)
     crop = image.with_name(f"{image.stem}-{name}.png")
@@ -289,7 +289,7 @@ def mark(path: Path, page: int, boxes: Sequence[Box], out: Path) -> Iterator[Pat
 
 
 def recognise(image: Path) -> Iterator[str]:
-    """The text on a picture, by OCR."""
+    """The text on an image, by OCR."""
     yield layout.text_of(_recognised(image.read_bytes(), 1.0))
 
 

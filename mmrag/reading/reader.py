@@ -39,7 +39,7 @@ def read_file(
     on_error: OnError = raise_it,
     sha256: str | None = None,
 ) -> Iterator[ReadPage]:
-    """Read a file page by page; pictures go to ``images_dir/<first 16 of sha256>/``.
+    """Read a file page by page; images go to ``images_dir/<first 16 of sha256>/``.
 
     on_error: gets what cannot be read; reading goes on after it unless it raises, as the
     default does. A file gives pages, errors, or both, never nothing.
@@ -151,8 +151,8 @@ def _obituary(step: Step, error: client.WorkerDied, options: ReadOptions) -> str
     return f"{doing} crashed the PDF engine; {outcome}"
 
 
-def _read_picture(source: Source, options: ReadOptions, report: Report) -> Iterator[ReadPage]:
-    from mmrag.reading.pictures import read_frames
+def _read_image(source: Source, options: ReadOptions, report: Report) -> Iterator[ReadPage]:
+    from mmrag.reading.images import read_frames
 
     seconds = options.page_seconds * RECOGNITION_PATIENCE
     for frame in read_frames(source.path, source.folder, options):
@@ -187,7 +187,7 @@ def _read_text(source: Source, options: ReadOptions, report: Report) -> Iterator
         report(Problem(None, "the file holds no text, only white space"))
 
 
-_READERS = {"pdf": _read_pdf, "picture": _read_picture, "text": _read_text}
+_READERS = {"pdf": _read_pdf, "picture": _read_image, "text": _read_text}
 
 
 def locate_quote(path: str | Path, page: int, quote: str) -> list[Box]:

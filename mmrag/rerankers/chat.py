@@ -66,7 +66,7 @@ class ChatScorer:
         logits = np.zeros(len(pairs), dtype=np.float32)
         with self._lock, torch.inference_mode():
             fitted = [self._fit(place, pair, task) for place, pair in enumerate(pairs)]
-            # Not all processors take items with and without pictures together.
+            # Not all processors take items with and without images together.
             for seeing in (False, True):
                 places = [i for i, pair in enumerate(pairs) if bool(_images(pair)) == seeing]
                 costs = [fitted[place][1] for place in places]
@@ -88,7 +88,7 @@ class ChatScorer:
                 kept = len(ids) - (tokens - self.max_length)
                 if kept < 0:
                     raise ContentError(
-                        f"the pictures and the query alone are over max_length={self.max_length} "
+                        f"the images and the query alone are over max_length={self.max_length} "
                         "tokens; raise max_length."
                     )
                 text = self.processor.tokenizer.decode(ids[:kept])
@@ -122,8 +122,8 @@ class ChatScorer:
         )
 
     def _process(self, texts: Sequence[str], pairs: Sequence[Pair]) -> Any:
-        pictures = [[load_image(source) for source in _images(pair)] for pair in pairs]
-        return process(self.processor, texts, pictures)
+        images = [[load_image(source) for source in _images(pair)] for pair in pairs]
+        return process(self.processor, texts, images)
 
     def _run(self, texts: Sequence[str], pairs: Sequence[Pair]) -> NDArray[np.float32]:
         """Logits of one batch, halved as often as memory asks for."""

@@ -3,10 +3,10 @@
 The model is asked whether a document serves a query, and the score is the probability of the
 word for yes against that of the word for no, from the logits of its first answer token (MM-Embed,
 arXiv 2411.02571, zero-shot reranking). What all documents of a query have in common at the start
-of the prompt, its pictures included, goes through the model once and is shared by its key-value
+of the prompt, its images included, goes through the model once and is shared by its key-value
 cache; of the last layer only the last position is used, and of the head only two rows.
 
-Positions and pictures are those of the generative model, with M-RoPE.
+Positions and images are those of the generative model, with M-RoPE.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from mmrag.modeling.batching import CPU_TOKEN_BUDGET, GPU_TOKEN_BUDGET, pad, pla
 from mmrag.modeling.chat import NATIVE, answer_ids, special_marks
 from mmrag.modeling.loading import Placement, load_exact, read_json
 from mmrag.modeling.prompts import Prompt
-from mmrag.modeling.qwen_images import PictureRule, read_picture_rule, resize, to_patches
+from mmrag.modeling.qwen_images import ImageRule, read_image_rule, resize, to_patches
 from mmrag.modeling.qwen_vl import (
     IMAGE,
     QwenInputs,
@@ -49,7 +49,7 @@ from mmrag.prompting import broken_up
 from mmrag.rerankers.base import Outcome, Pair, isolate, sigmoid
 from mmrag.rerankers.prompts import RerankPrompt, prompt_for
 
-PICTURE = f"<|vision_start|>{IMAGE}<|vision_end|>"
+IMAGE_BLOCK = f"<|vision_start|>{IMAGE}<|vision_end|>"
 _ASSISTANT = "<|im_end|>\n<|im_start|>assistant\n"
 
 
@@ -76,7 +76,7 @@ class AnswerScorer:
         self,
         model: Any,
         tokenizer: PreTrainedTokenizerBase,
-        rule: PictureRule,
+        rule: ImageRule,
         *,
         name: str,
         prompt: RerankPrompt | None = None,
@@ -140,7 +140,7 @@ class AnswerScorer:
         return groups
 
     def _shared(self, ids: list[list[int]], query: Content | None) -> int:
-        """Length of the common start, which ends before the first picture of a document."""
+        """Length of the common start, which ends before the first image of a document."""
         start = min(_common_start(ids), min(map(len, ids)) - 1)
         own = sum(self.rule.n_tokens(*size) for size in self._sizes(query))
         seen = 0
@@ -151,7 +151,7 @@ class AnswerScorer:
         return start
 
     def _ids(self, place: int, pair: Pair, task: str | None) -> list[int]:
-        """Token ids, pictures widened; a long document loses words from its end."""
+        """Token ids, images widened; a long document loses words from its end."""
         query, document = pair
         own = resolve(query.instruction) if query else None
         prompt = self._render(query, document, own or task)
@@ -172,9 +172,9 @@ class AnswerScorer:
         system = self.system if prompt.system is None else prompt.system
         opening = f"<|im_start|>system\n{system}<|im_end|>\n" if system else ""
         asked = f"<|im_start|>user\nTask: {task}\n" if task else "<|im_start|>user\n"
-        pictures = PICTURE * len(document.images) if document else ""
+        images = IMAGE_BLOCK * len(document.images) if document else ""
         return Prompt(
-            before=f"{opening}{asked}{before}{self._side(query)}{between}{pictures}",
+            before=f"{opening}{asked}{before}{self._side(query)}{between}{images}",
             text=broken_up((document.text if document else None) or "", self._marks),
             after=f"{after}{_ASSISTANT}",
         )
@@ -182,13 +182,13 @@ class AnswerScorer:
     def _side(self, content: Content | None) -> str:
         if content is None:
             return ""
-        return PICTURE * len(content.images) + broken_up(content.text or "", self._marks)
+        return IMAGE_BLOCK * len(content.images) + broken_up(content.text or "", self._marks)
 
     def _cut(self, prompt: Prompt, ids: list[int], excess: int) -> list[int]:
         end = len(ids) - len(self._tokenize(prompt.after))
         if end - excess < len(self._tokenize(prompt.before)):
             raise ContentError(
-                f"the pictures and the query alone are over max_length={self.max_length} tokens; "
+                f"the images and the query alone are over max_length={self.max_length} tokens; "
                 "raise max_length or lower max_image_tokens."
             )
         return ids[: end - excess] + ids[end:]
@@ -200,7 +200,7 @@ class AnswerScorer:
         return [self.rule.size(*image_size(i)) for i in (content.images if content else ())]
 
     def _inputs(self, pairs: Sequence[Pair], group: _Group, index: int) -> QwenInputs:
-        """What a pair of a group does not share; the query's pictures are shared, or none is."""
+        """What a pair of a group does not share; the query's images are shared, or none is."""
         place, ids = group.places[index], group.ids[index]
         pair = pairs[place]
         sides = pair[1:] if group.shared else pair
@@ -212,12 +212,12 @@ class AnswerScorer:
     def _slice(
         self, pair: Pair, sides: Sequence[Content | None], ids: list[int], part: slice
     ) -> QwenInputs:
-        """Ids and positions of a part of a pair's prompt, with the pictures of ``sides``."""
+        """Ids and positions of a part of a pair's prompt, with the images of ``sides``."""
         sizes = [size for side in pair for size in self._sizes(side)]
         cells = [(h // self.rule.factor, w // self.rule.factor) for w, h in sizes]
         positions = mrope_positions(ids, self._image_id, cells)[:, part]
-        pictures = [load_image(source) for side in sides if side for source in side.images]
-        cut = [to_patches(resize(p, self.rule.size(*p.size)), self.rule) for p in pictures]
+        images = [load_image(source) for side in sides if side for source in side.images]
+        cut = [to_patches(resize(p, self.rule.size(*p.size)), self.rule) for p in images]
         if not cut:
             return QwenInputs(torch.tensor(ids[part]), positions=positions)
         pixels = torch.cat([patches for patches, _ in cut])
@@ -316,11 +316,11 @@ def _common_start(rows: list[list[int]]) -> int:
 
 
 def _identity(query: Content | None) -> Hashable:
-    """Equal for queries that are the same without looking into their pictures."""
+    """Equal for queries that are the same without looking into their images."""
     if query is None:
         return None
-    pictures = [i if isinstance(i, (str, Path)) else id(i) for i in query.images]
-    return (query.text, query.instruction, *pictures)
+    images = [i if isinstance(i, (str, Path)) else id(i) for i in query.images]
+    return (query.text, query.instruction, *images)
 
 
 def load_answer_scorer(
@@ -344,7 +344,7 @@ def load_answer_scorer(
     return AnswerScorer(
         model,
         load_tokenizer(folder),
-        read_picture_rule(folder).with_tokens(min_image_tokens, max_image_tokens),
+        read_image_rule(folder).with_tokens(min_image_tokens, max_image_tokens),
         name=name,
         prompt=prompt,
         system=system,

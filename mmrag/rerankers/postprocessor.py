@@ -30,13 +30,13 @@ logger = logging.getLogger(__name__)
 dispatcher = get_dispatcher(__name__)
 
 DEFAULT_MODEL = "Qwen/Qwen3-VL-Reranker-2B"
-_MOST_IMAGE_TOKENS = 1280  # a picture counts as no more than this against budget_tokens
+_MOST_IMAGE_TOKENS = 1280  # an image counts as no more than this against budget_tokens
 _KEYS = ("retrieval_score", "rerank_score", "final_score")
 _NOTES = ("rerank_error", "rerank_note", "rerank_skipped")
 
 
 class MLLMReranker(BaseNodePostprocessor):
-    """Orders hits by a model's judgement of each: pages, pictures, passages, of any query.
+    """Orders hits by a model's judgement of each: pages, images, passages, of any query.
 
     Args:
         model: a name on the hub or a folder: Qwen3-VL-Reranker, or a chat MLLM that is asked for
@@ -56,7 +56,7 @@ class MLLMReranker(BaseNodePostprocessor):
 
     Nodes come back with ``retrieval_score``, ``rerank_score`` (in [0, 1]) and ``final_score``
     (the node's score) in their metadata; ``rerank_error`` where judging failed,
-    ``rerank_skipped`` where the cascade stopped before, ``rerank_note`` where a picture was
+    ``rerank_skipped`` where the cascade stopped before, ``rerank_note`` where an image was
     missing. What was not judged keeps its place and takes the score of its neighbour.
 
     Raises: ModelError or ConfigError if the model cannot be had. Queries raise EndpointError
@@ -183,21 +183,21 @@ class MLLMReranker(BaseNodePostprocessor):
 def document_content(node: BaseNode) -> tuple[Content | ContentError, str | None]:
     """What of a node is judged, and what is missing from it.
 
-    A picture that cannot be read leaves the text; without text the error is returned. Chat
+    An image that cannot be read leaves the text; without text the error is returned. Chat
     markers in the text are made harmless.
     """
     text = sanitize(node.get_content(metadata_mode=MetadataMode.NONE))
     try:
-        picture = node_content(node, "image").image
-        if picture is not None:
-            image_size(picture)  # type: ignore[arg-type]  # a node has one picture at most
+        image = node_content(node, "image").image
+        if image is not None:
+            image_size(image)  # type: ignore[arg-type]  # a node has one image at most
     except ContentError as error:
         if not text.strip():
             return error, None
         return Content(text), f"judged by its text alone: {error}"
-    if picture is not None and not text.strip():
-        return Content(image=picture), None
-    return Content(text, picture), None
+    if image is not None and not text.strip():
+        return Content(image=image), None
+    return Content(text, image), None
 
 
 def _cost(content: Content | ContentError) -> int:
@@ -205,8 +205,8 @@ def _cost(content: Content | ContentError) -> int:
     if isinstance(content, ContentError):
         return 0
     tokens = estimate_tokens(content.text or "")
-    for picture in content.images:
-        width, height = image_size(picture)
+    for image in content.images:
+        width, height = image_size(image)
         tokens += min(-(-width * height // PIXELS_PER_TOKEN), _MOST_IMAGE_TOKENS)
     return tokens
 

@@ -20,7 +20,7 @@ _QUERY, _DOCUMENT = "{query}", "{document}"
 class RerankPrompt:
     """A user turn that asks for one of two words, and the words.
 
-    template: holds ``{query}`` and after it ``{document}``, once each. A picture stands before
+    template: holds ``{query}`` and after it ``{document}``, once each. An image stands before
         the text of its side. What comes before the document is computed once for all documents.
     answers: the word for yes and the word for no.
     system: the system turn; None leaves it to the model's own template.

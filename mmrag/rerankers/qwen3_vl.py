@@ -22,12 +22,12 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase, Qwen3VLForConditionalGeneration
 
 from mmrag.content import Content, image_size, load_image
-from mmrag.embedders.families.qwen3_vl import PICTURE, last_token_states, picture_rule
+from mmrag.embedders.families.qwen3_vl import IMAGE_BLOCK, image_rule, last_token_states
 from mmrag.errors import ContentError, ModelError
 from mmrag.instructions import resolve
 from mmrag.modeling.batching import CPU_TOKEN_BUDGET, GPU_TOKEN_BUDGET, plan_batches, prepared
 from mmrag.modeling.loading import find_checkpoint, load_exact, place
-from mmrag.modeling.qwen_images import PictureRule, resize, to_patches
+from mmrag.modeling.qwen_images import ImageRule, resize, to_patches
 from mmrag.modeling.qwen_vl import (
     QwenInputs,
     expand,
@@ -48,7 +48,7 @@ _TAIL_TOKENS = 5
 
 
 class Qwen3VLScorer:
-    """Scores pairs of query and document, each a text, pictures, or both.
+    """Scores pairs of query and document, each a text, images, or both.
 
     ``token_budget`` bounds a batch: its number of pairs times its longest sequence, in tokens,
     visual ones included. Safe to call from several threads: the model runs one batch at a time.
@@ -58,7 +58,7 @@ class Qwen3VLScorer:
         self,
         model: Any,
         tokenizer: PreTrainedTokenizerBase,
-        rule: PictureRule,
+        rule: ImageRule,
         *,
         name: str,
         max_length: int,
@@ -109,8 +109,8 @@ class Qwen3VLScorer:
     def prepare(self, pair: Pair, instruction: str | None) -> QwenInputs:
         """Ids, patches and positions of one pair."""
         ids = self._ids(pair, instruction)
-        pictures = [load_image(source) for side in pair if side for source in side.images]
-        parts = [to_patches(resize(p, self.rule.size(*p.size)), self.rule) for p in pictures]
+        images = [load_image(source) for side in pair if side for source in side.images]
+        parts = [to_patches(resize(p, self.rule.size(*p.size)), self.rule) for p in images]
         cells = [(rows // self.rule.merge, cols // self.rule.merge) for _, (_, rows, cols) in parts]
         positions = mrope_positions(ids, self._image_id, cells)
         if not parts:
@@ -140,7 +140,7 @@ class Qwen3VLScorer:
             raise ContentError(f"pair {index}: {error}") from error
 
     def _ids(self, pair: Pair, instruction: str | None) -> list[int]:
-        """Token ids, pictures widened, cut to ``max_length`` and the template's end."""
+        """Token ids, images widened, cut to ``max_length`` and the template's end."""
         prompt = rerank_prompt(*pair, instruction)
         ids = self.tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"]
         sizes = [self.rule.size(*image_size(i)) for side in pair if side for i in side.images]
@@ -155,7 +155,7 @@ class Qwen3VLScorer:
         room = self.max_length - sum(token in self._special for token in body)
         if room < 0:
             raise ContentError(
-                f"the pictures alone are over max_length={self.max_length} tokens; raise "
+                f"the images alone are over max_length={self.max_length} tokens; raise "
                 "max_length or lower max_image_tokens."
             )
         kept = []
@@ -193,7 +193,7 @@ def rerank_prompt(query: Content | None, document: Content | None, instruction: 
 def _side(content: Content | None) -> str:
     if content is None:
         return "NULL"
-    return PICTURE * len(content.images) + (without_vision_tokens(content).text or "")
+    return IMAGE_BLOCK * len(content.images) + (without_vision_tokens(content).text or "")
 
 
 def _token_id(tokenizer: PreTrainedTokenizerBase, token: str) -> int:
@@ -224,7 +224,7 @@ def load_qwen3_vl_scorer(
     return Qwen3VLScorer(
         model,
         load_tokenizer(folder),
-        picture_rule(folder, min_image_tokens, max_image_tokens),
+        image_rule(folder, min_image_tokens, max_image_tokens),
         name=str(name),
         max_length=max_length,
         token_budget=token_budget,

@@ -25,7 +25,7 @@ from mmrag.content import Content, load_image
 from mmrag.errors import ConfigError, ContentError, EndpointError, MMRagError
 from mmrag.instructions import resolve
 from mmrag.llms.endpoint import OPENAI, translated_errors, without_reasoning
-from mmrag.prompting import picture_bytes
+from mmrag.prompting import image_bytes
 from mmrag.rerankers.base import DeadlineError, Outcome, Pair
 from mmrag.rerankers.prompts import RerankPrompt, prompt_for
 
@@ -76,8 +76,8 @@ class RemoteScorer:
             or absent answer.
         deadline: seconds for one call of ``judge``; pairs that are not judged by then fail.
         max_tokens: of a grade; models that think before they answer need more.
-        images: False sends text alone, for models that take no pictures.
-        max_pixels, max_bytes: of one picture; larger ones are scaled down.
+        images: False sends text alone, for models that take no images.
+        max_pixels, max_bytes: of one image; larger ones are scaled down.
     """
 
     def __init__(
@@ -249,13 +249,13 @@ class RemoteScorer:
         return [{"role": "system", "content": prompt.system}, user]
 
     def _side(self, label: str, content: Content | None) -> list[dict[str, Any]]:
-        """The text before a side, its pictures, its text."""
-        pictures = [self._picture(source) for source in (content.images if content else ())]
+        """The text before a side, its images, its text."""
+        images = [self._image(source) for source in (content.images if content else ())]
         text = (content.text if content else None) or ""
-        return [{"type": "text", "text": label}, *pictures, {"type": "text", "text": text}]
+        return [{"type": "text", "text": label}, *images, {"type": "text", "text": text}]
 
-    def _picture(self, source: Any) -> dict[str, Any]:
-        data, mimetype = picture_bytes(load_image(source), self.max_pixels, self.max_bytes)
+    def _image(self, source: Any) -> dict[str, Any]:
+        data, mimetype = image_bytes(load_image(source), self.max_pixels, self.max_bytes)
         url = f"data:{mimetype};base64,{base64.b64encode(data).decode()}"
         return {"type": "image_url", "image_url": {"url": url}}
 
@@ -297,16 +297,16 @@ def _pause(error: openai.APIError, attempt: int) -> float | None:
 
 
 def _in_words(content: Content | None) -> Content | None:
-    """A side without its pictures. Raises ContentError if nothing is left."""
+    """A side without its images. Raises ContentError if nothing is left."""
     if content is None or not content.images:
         return content
     if content.text is None:
-        raise ContentError("There is only a picture to judge, and the model takes none.")
+        raise ContentError("There is only an image to judge, and the model takes none.")
     return Content(content.text, instruction=content.instruction)
 
 
 def _joined(parts: Sequence[dict[str, Any]]) -> Any:
-    """Neighbouring texts as one; a plain string where there are no pictures."""
+    """Neighbouring texts as one; a plain string where there are no images."""
     joined: list[dict[str, Any]] = []
     for part in parts:
         if part["type"] == "text" and joined and joined[-1]["type"] == "text":

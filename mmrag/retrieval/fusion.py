@@ -34,7 +34,7 @@ class Fused:
     scores: the raw score of its best node in each ranking: cosine, or BM25.
     best: the node of it that the rankings together place highest.
     shown: the node that stands for it: ``best``, or its page if that is a passage of a page
-        that was found too; the page has the passage's text, and the picture.
+        that was found too; the page has the passage's text, and the image.
     """
 
     key: Hashable

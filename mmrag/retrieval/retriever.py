@@ -1,7 +1,7 @@
 """UniversalRetriever: ranks every view and BM25 on their own, and fuses the ranks by page.
 
 Scores of different views cannot be compared: text beside text is always nearer than text beside
-a picture, whatever it says. Ranks can. So each view is searched alone, the nodes of one page
+an image, whatever it says. Ranks can. So each view is searched alone, the nodes of one page
 count as that page at the rank of the best of them, and the page's ranks are added up by weighted
 reciprocal-rank fusion (Cormack, Clarke and Buettcher, SIGIR 2009).
 """
@@ -38,7 +38,7 @@ QUERY_TASKS: Mapping[Modality, str] = {
 
 
 class UniversalRetriever(BaseRetriever):
-    """Finds pages for a text, a picture, or both, in one collection.
+    """Finds pages for a text, an image, or both, in one collection.
 
     Args:
         similarity_top_k: how many pages come back.
@@ -89,7 +89,7 @@ class UniversalRetriever(BaseRetriever):
         where: Where | MetadataFilters | None = None,
         top_k: int | None = None,
     ) -> list[NodeWithScore]:
-        """``retrieve`` for a text, a picture of any kind, or both."""
+        """``retrieve`` for a text, an image of any kind, or both."""
         return self.retrieve(_query(text, image, where, top_k))
 
     async def asearch(
@@ -143,14 +143,14 @@ class UniversalRetriever(BaseRetriever):
         image = bundle.image_path if image is None else image
         text = bundle.query_str if bundle.query_str.strip() else None
         if text is None and image is None:
-            raise ConfigError("The query is empty: give a text, a picture, or both.")
+            raise ConfigError("The query is empty: give a text, an image, or both.")
         content = Content(text=text, image=image)
         if content.modality not in self.embedder.modalities:
             known = ", ".join(sorted(self.embedder.modalities))
             raise ConfigError(
                 f"The embedder {self.embedder.name} cannot embed a query of kind "
                 f"{content.modality!r}; it knows: {known}. Ask with one of these, or index with "
-                "an embedder that reads pictures."
+                "an embedder that reads images."
             )
         return content
 

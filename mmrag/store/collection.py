@@ -25,7 +25,7 @@ from qdrant_client import AsyncQdrantClient, QdrantClient
 from mmrag.errors import CollectionError, ConfigError, MissingCollectionError
 from mmrag.nodes import node_image, node_text
 from mmrag.queries import Where
-from mmrag.reading.files import PICTURES_MARK
+from mmrag.reading.files import IMAGES_MARK
 from mmrag.store.edge import EdgeEngine
 from mmrag.store.engine import AnyOf, Between, Condition, Engine, Filter, Point, Schema, Scored
 from mmrag.store.server import ServerEngine
@@ -119,7 +119,7 @@ class Collection:
             settings: what it must have been built with; None takes what is there.
             name: of the collection on a server.
             api_key: for the server.
-            images_dir: where page pictures are kept; default: in the folder, or for a server
+            images_dir: where page images are kept; default: in the folder, or for a server
                 ``mmrag-images/<name>`` in the working directory.
 
         Raises: MissingCollectionError if it is not there; CollectionError if it is locked, built
@@ -181,7 +181,7 @@ class Collection:
         }
 
     def remove_file(self, sha256_or_path: str) -> int:
-        """Delete a file's points and page pictures; returns how many nodes went."""
+        """Delete a file's points and page images; returns how many nodes went."""
         by_path = self._remove(AnyOf("file", (sha256_or_path,)))
         return by_path + self._remove(AnyOf("sha256", (sha256_or_path,)))
 
@@ -301,16 +301,16 @@ class Collection:
     def _remove(self, of: AnyOf) -> int:
         """Delete the file's own point first: cut short, it leaves an unfinished file."""
         nodes = Filter(must=(of,), must_not=(_BOOKKEEPING,))
-        pictures: set[Path] = set()
+        images: set[Path] = set()
         removed = 0
         for point in self._engine.scroll(nodes):
             removed += 1
-            pictures |= self._place.own_pictures(point.payload)
+            images |= self._place.own_images(point.payload)
         self._engine.delete(Filter(must=(of, AnyOf("kind", ("file",)))))
         self._engine.delete(nodes)
-        for picture in pictures:
-            picture.unlink(missing_ok=True)
-        for folder in {picture.parent for picture in pictures} - {self.images_dir}:
+        for image in images:
+            image.unlink(missing_ok=True)
+        for folder in {image.parent for image in images} - {self.images_dir}:
             if folder.is_dir() and not any(folder.iterdir()):
                 folder.rmdir()
         return removed
@@ -408,7 +408,7 @@ class _Place:
         return AsyncQdrantClient(self.url, api_key=self.api_key, check_compatibility=False)
 
     def portable(self, path: Path) -> Path:
-        """How a picture's path is stored: relative to the folder, so that the folder can move."""
+        """How an image's path is stored: relative to the folder, so that the folder can move."""
         absolute = path.absolute()
         if self.folder is not None and absolute.is_relative_to(self.folder):
             return absolute.relative_to(self.folder)
@@ -419,14 +419,14 @@ class _Place:
         return path if self.folder is None else self.folder / path
 
     def make_images_dir(self) -> None:
-        """Make the folder of pictures, marked so that indexing passes it over."""
+        """Make the folder of images, marked so that indexing passes it over."""
         self.images_dir.mkdir(parents=True, exist_ok=True)
-        mark = self.images_dir / PICTURES_MARK
+        mark = self.images_dir / IMAGES_MARK
         if not mark.exists():
             mark.touch()
 
-    def own_pictures(self, payload: Mapping[str, Any]) -> set[Path]:
-        """The pictures of a node that lie in ``images_dir``."""
+    def own_images(self, payload: Mapping[str, Any]) -> set[Path]:
+        """The images of a node that lie in ``images_dir``."""
         node = metadata_dict_to_node(dict(payload))
         paths = [node_image(node), node.metadata.get("page_image")]
         absolute = {self.absolute(Path(path)) for path in paths if path}
@@ -526,7 +526,7 @@ def _values(key: str, value: Any) -> tuple[str | int | float | bool, ...]:
 
 
 def _with_image_paths(node: BaseNode, change: Callable[[Path], Path]) -> BaseNode:
-    """Change the picture paths of ``node`` in place: its own, and that of its page."""
+    """Change the image paths of ``node`` in place: its own, and that of its page."""
     image = node_image(node)
     if isinstance(node, Node) and node.image_resource and image:
         node.image_resource = node.image_resource.model_copy(update={"path": change(image)})

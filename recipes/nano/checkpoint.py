@@ -252,7 +252,7 @@ def save_checkpoint(
     save_file(half, folder / "model.safetensors", metadata={"format": "pt"})
     tokenizer.save(str(folder / "tokenizer.json"), pretty=False)
     _write(folder / "config.json", config)
-    _write(folder / "preprocessor_config.json", picture_rule(settings))
+    _write(folder / "preprocessor_config.json", image_rule(settings))
     _write(folder / "mmrag.json", settings)
     _write(
         folder / "tokenizer_config.json",
@@ -267,7 +267,7 @@ def save_checkpoint(
     )
 
 
-def picture_rule(settings: dict[str, Any]) -> dict[str, Any]:
+def image_rule(settings: dict[str, Any]) -> dict[str, Any]:
     """``preprocessor_config.json`` as GME publishes it, with the bounds of ``settings``."""
     least = 28 * 28 * int(settings["min_image_tokens"])
     most = 28 * 28 * int(settings["max_image_tokens"])

@@ -11,11 +11,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mmrag.modeling.qwen_images import PictureRule, to_patches
+from mmrag.modeling.qwen_images import ImageRule, to_patches
 from recipes.nano import glyphs
 from recipes.nano.config import VisionConfig
 
-WHOLE = PictureRule(min_pixels=28 * 28, max_pixels=28 * 28 * 16384)
+WHOLE = ImageRule(min_pixels=28 * 28, max_pixels=28 * 28 * 16384)
 _KEPT = 400  # crops kept for a second look
 _WORDS = 260  # more than a crop holds
 

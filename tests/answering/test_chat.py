@@ -132,13 +132,13 @@ def test_a_turn_carries_its_checked_sources():
     assert turn.sources[0].raw_input == {"query": "Gold?"}
 
 
-def test_a_picture_belongs_to_its_message():
+def test_an_image_belongs_to_its_message():
     chat = chat_engine()
-    picture = Image.new("RGB", (8, 8))
-    chat.chat("What is this?", image=picture)
+    image = Image.new("RGB", (8, 8))
+    chat.chat("What is this?", image=image)
     chat.chat("And this?")
     first, second = chat.engine.retriever.queries
-    assert first.image is picture
+    assert first.image is image
     assert second.image is None
 
 
@@ -265,7 +265,7 @@ def test_reasoning_is_no_part_of_a_rewrite():
     assert chat.chat("And?").question == "What does gold cover?"
 
 
-def test_a_picture_alone_is_not_rewritten():
+def test_an_image_alone_is_not_rewritten():
     chat = chat_engine()
     chat.chat("Gold?")
     turn = chat.chat("", image=Image.new("RGB", (40, 30)))

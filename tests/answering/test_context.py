@@ -3,7 +3,7 @@ import re
 from pathlib import Path
 
 import pytest
-from fakes import make_node, make_picture
+from fakes import make_image, make_node
 from llama_index.core.schema import ImageNode, NodeWithScore, TextNode
 from PIL import Image
 
@@ -18,7 +18,7 @@ from mmrag.answering.context import (
     select_sources,
 )
 from mmrag.errors import ConfigError
-from mmrag.prompting import new_boundary, picture_bytes, sanitize
+from mmrag.prompting import image_bytes, new_boundary, sanitize
 
 PROSE = (
     "The gold plan covers one eye examination a year. The silver plan covers none. "
@@ -32,31 +32,31 @@ def hit(text="", score=1.0, **metadata):
 
 def source(text=PROSE, n=1, **metadata):
     (one,) = select_sources([hit(text, **metadata)], "")
-    return Source(n, one.file, one.page, one.node, one.text, one.picture)
+    return Source(n, one.file, one.page, one.node, one.text, one.image)
 
 
 def test_one_source_a_page_numbered_in_the_order_of_relevance(tmp_path):
-    picture = make_picture(tmp_path / "p1.png")
+    image = make_image(tmp_path / "p1.png")
     hits = [
         hit("second page", page=2, score=0.9),
-        hit("eye exams", page=1, kind="passage", score=0.8, page_image=str(picture)),
-        hit("all of the first page", page=1, image=picture, score=0.7),
+        hit("eye exams", page=1, kind="passage", score=0.8, page_image=str(image)),
+        hit("all of the first page", page=1, image=image, score=0.7),
     ]
     sources = select_sources(hits, "eye exams")
     assert [(s.n, s.file, s.page) for s in sources] == [(1, "a.pdf", 2), (2, "a.pdf", 1)]
     assert sources[1].text == "eye exams\n\nall of the first page"
-    assert sources[1].picture == picture
+    assert sources[1].image == image
 
 
 def test_a_figure_that_hit_shows_its_own_crop(tmp_path):
-    page, crop = make_picture(tmp_path / "page.png"), make_picture(tmp_path / "crop.png")
+    page, crop = make_image(tmp_path / "page.png"), make_image(tmp_path / "crop.png")
     figure = hit("Fig. 1", kind="figure", image=crop, page_image=str(page), box=[1, 2, 3, 4])
     (found,) = select_sources([figure, hit("the page", image=page)], "")
-    assert found.picture == crop
+    assert found.image == crop
     assert found.box == (1, 2, 3, 4)
     crop.unlink()
     (found,) = select_sources([figure], "")
-    assert found.picture == page
+    assert found.image == page
 
 
 def test_files_without_pages_give_a_source_each():
@@ -66,10 +66,10 @@ def test_files_without_pages_give_a_source_each():
 
 def test_nodes_of_other_readers_have_a_place_too(tmp_path):
     text = TextNode(text="a", metadata={"file_path": "x.pdf", "page_label": "7"})
-    image = ImageNode(image_path=str(make_picture(tmp_path / "i.png")), metadata={})
+    image = ImageNode(image_path=str(make_image(tmp_path / "i.png")), metadata={})
     one, two = select_sources([NodeWithScore(node=text), NodeWithScore(node=image)], "")
     assert (one.file, one.page) == ("x.pdf", 7)
-    assert (two.file, two.page, two.picture) == (image.node_id, None, tmp_path / "i.png")
+    assert (two.file, two.page, two.image) == (image.node_id, None, tmp_path / "i.png")
 
 
 def test_up_to_k_sources_and_none_below_the_threshold():
@@ -102,9 +102,9 @@ def test_near_twins_that_the_question_or_a_number_tells_apart_both_stay(file, te
     assert len(select_sources(hits, question)) == 2
 
 
-def test_pictures_without_text_are_twins_only_if_their_files_are(tmp_path):
-    one, same = make_picture(tmp_path / "1.png"), make_picture(tmp_path / "2.png")
-    other = make_picture(tmp_path / "3.png", "green")
+def test_images_without_text_are_twins_only_if_their_files_are(tmp_path):
+    one, same = make_image(tmp_path / "1.png"), make_image(tmp_path / "2.png")
+    other = make_image(tmp_path / "3.png", "green")
     hits = [hit(image=p, page=i) for i, p in enumerate((one, same, other), 1)]
     assert [s.page for s in select_sources(hits, "")] == [1, 3]
 
@@ -118,7 +118,7 @@ def test_the_threshold_is_midway_between_what_it_tells_apart():
 
 
 def test_everything_goes_where_there_is_room(tmp_path):
-    shown = source(image=make_picture(tmp_path / "p.png", size=(300, 200)))
+    shown = source(image=make_image(tmp_path / "p.png", size=(300, 200)))
     packed = pack([shown], "eye", room=10_000)
     assert not packed.notes
     (part,) = packed.parts
@@ -126,7 +126,7 @@ def test_everything_goes_where_there_is_room(tmp_path):
     assert Image.open(io.BytesIO(part.image)).size == (300, 200)
 
 
-def test_pictures_are_scaled_to_the_budget_and_shrink_before_text_is_lost(tmp_path):
+def test_images_are_scaled_to_the_budget_and_shrink_before_text_is_lost(tmp_path):
     path = tmp_path / "p.png"
     Image.effect_noise((1200, 1600), 60).save(path)
     shown = source(image=path)
@@ -142,17 +142,17 @@ def test_pictures_are_scaled_to_the_budget_and_shrink_before_text_is_lost(tmp_pa
     assert part.tokens <= 700
 
 
-def test_pictures_keep_to_the_bytes_of_the_request():
+def test_images_keep_to_the_bytes_of_the_request():
     noisy = Image.effect_noise((800, 800), 90).convert("RGB")
-    data, mimetype = picture_bytes(noisy, 10**7, 40_000)
+    data, mimetype = image_bytes(noisy, 10**7, 40_000)
     assert (mimetype, len(data) <= 40_000) == ("image/jpeg", True)
-    _, mimetype = picture_bytes(Image.new("RGB", (800, 800)), 10**7, 40_000)
+    _, mimetype = image_bytes(Image.new("RGB", (800, 800)), 10**7, 40_000)
     assert mimetype == "image/png"
 
 
 def test_what_does_not_fit_goes_in_order_and_is_said(tmp_path):
-    picture = make_picture(tmp_path / "p.png", size=(1000, 1000))
-    sources = [source(PROSE * 20, n=n, page=n, image=picture) for n in (1, 2, 3)]
+    image = make_image(tmp_path / "p.png", size=(1000, 1000))
+    sources = [source(PROSE * 20, n=n, page=n, image=image) for n in (1, 2, 3)]
     for room in (20_000, 6_000, 3_000, 1_500, 600, 150):
         packed = pack(sources, "eye examination", room)
         assert sum(part.tokens for part in packed.parts) <= room
@@ -172,28 +172,28 @@ def test_long_texts_keep_the_sentences_nearest_to_the_question():
     assert len(kept.encode()) <= 120
 
 
-def test_a_missing_or_broken_picture_costs_only_itself(tmp_path):
+def test_a_missing_or_broken_image_costs_only_itself(tmp_path):
     gone = source(image=tmp_path / "gone.png")
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"\x89PNG\r\n\x1a\nnonsense")
     packed = pack([gone, source(n=2, image=broken)], "", 10_000)
     assert [part.image for part in packed.parts] == [None, None]
     assert [note.split(":")[0] for note in packed.notes] == [
-        "[1] goes without its picture",
-        "[2] goes without its picture",
+        "[1] goes without its image",
+        "[2] goes without its image",
     ]
 
 
-def test_a_picture_cut_off_after_its_header_costs_only_itself(tmp_path):
-    path = make_picture(tmp_path / "p.png", size=(400, 400))
+def test_an_image_cut_off_after_its_header_costs_only_itself(tmp_path):
+    path = make_image(tmp_path / "p.png", size=(400, 400))
     path.write_bytes(path.read_bytes()[:60])
     packed = pack([source(image=path)], "", 10_000)
     assert packed.parts[0].image is None
-    assert "[1] goes without its picture" in packed.notes[0]
+    assert "[1] goes without its image" in packed.notes[0]
 
 
 def test_text_alone_for_models_without_eyes(tmp_path):
-    shown = source(image=make_picture(tmp_path / "p.png"))
+    shown = source(image=make_image(tmp_path / "p.png"))
     packed = pack([shown], "", 10_000, images=False)
     assert packed.parts[0].image is None
     assert not packed.notes

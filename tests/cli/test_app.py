@@ -7,7 +7,7 @@ import sys
 import pymupdf
 import pytest
 from chat_server import ChatServer
-from fakes import FakeEmbedder, make_node, make_picture
+from fakes import FakeEmbedder, make_image, make_node
 from judge_server import JudgeServer
 from llama_index.core.schema import NodeWithScore
 from PIL import Image
@@ -174,16 +174,16 @@ def test_cited_pages_are_saved_with_the_lines_marked(folder, tmp_path):
     (saved,) = (tmp_path / "out").iterdir()
     assert saved.name == "01-plans-p1.png"
     assert "saved as" in result.stdout
-    picture = Image.open(saved).convert("RGB")
+    image = Image.open(saved).convert("RGB")
     # A page of black on white has colour only where it is marked, and that is over the words.
     coloured = [
         (x, y)
-        for x in range(0, picture.width, 4)
-        for y in range(0, picture.height, 2)
-        if max(picture.getpixel((x, y))) - min(picture.getpixel((x, y))) > 40
+        for x in range(0, image.width, 4)
+        for y in range(0, image.height, 2)
+        if max(image.getpixel((x, y))) - min(image.getpixel((x, y))) > 40
     ]
     assert coloured
-    assert max(y for _, y in coloured) < picture.height / 2
+    assert max(y for _, y in coloured) < image.height / 2
 
 
 def test_pages_that_cannot_be_saved_do_not_cost_the_answer(folder, tmp_path):
@@ -195,10 +195,10 @@ def test_pages_that_cannot_be_saved_do_not_cost_the_answer(folder, tmp_path):
     assert "cannot be saved" in result.stderr
 
 
-def test_a_cited_picture_keeps_its_format(tmp_path):
-    picture = make_picture(tmp_path / "p0001.jpg")
-    node = make_node("", file="photo.jpg", page=1, kind="picture", image=picture)
-    source = Source(1, "photo.jpg", 1, NodeWithScore(node=node), "", picture, cited=True)
+def test_a_cited_image_keeps_its_format(tmp_path):
+    image = make_image(tmp_path / "p0001.jpg")
+    node = make_node("", file="photo.jpg", page=1, kind="picture", image=image)
+    source = Source(1, "photo.jpg", 1, NodeWithScore(node=node), "", image, cited=True)
     saved = _save_pages(CitedResponse("[1]", sources=[source]), tmp_path / "out")
     assert saved == {1: str(tmp_path / "out/01-photo-p1.jpg")}
     assert Image.open(saved[1]).format == "JPEG"
@@ -303,8 +303,8 @@ def test_wrong_use_is_2(folder, command):
     assert run(*command, *extra).exit_code == 2
 
 
-def test_a_picture_for_an_embedder_of_texts_is_2(folder, tmp_path):
-    result = run("search", "-c", folder, "--image", make_picture(tmp_path / "q.png"))
+def test_an_image_for_an_embedder_of_texts_is_2(folder, tmp_path):
+    result = run("search", "-c", folder, "--image", make_image(tmp_path / "q.png"))
     assert result.exit_code == 2
     assert "cannot embed a query of kind 'image'" in result.stderr
 

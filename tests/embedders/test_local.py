@@ -83,7 +83,7 @@ def test_one_item_without_memory_is_an_error_that_says_what_to_do(gme, monkeypat
 
 def test_a_bad_item_is_named(gme, tmp_path):
     broken = tmp_path / "broken.png"
-    broken.write_bytes(b"\x89PNG\r\n\x1a\nnot a picture")
+    broken.write_bytes(b"\x89PNG\r\n\x1a\nnot an image")
     with pytest.raises(ContentError, match="item 2"):
         gme.encode(["a", "b", broken])
     with pytest.raises(ContentError, match="item 0"):

@@ -33,7 +33,7 @@ def embedder(server):
     return RemoteEmbedder("a-model", server.url, dim=DIM)
 
 
-def picture(color="red") -> Image.Image:
+def image(color="red") -> Image.Image:
     return Image.new("RGB", (4, 3), color)
 
 
@@ -67,7 +67,7 @@ def test_answers_are_ordered_by_their_index(server, embedder):
     np.testing.assert_allclose(vectors, [expected(text) for text in "abc"], atol=1e-6)
 
 
-def test_picture_goes_upright_and_lossless_as_a_chat_message(server, embedder, tmp_path):
+def test_image_goes_upright_and_lossless_as_a_chat_message(server, embedder, tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
     stored = Image.effect_noise((9, 5), 50).convert("RGB")
@@ -85,7 +85,7 @@ def test_picture_goes_upright_and_lossless_as_a_chat_message(server, embedder, t
 
 
 def test_mixed_modalities_keep_their_order(server, embedder):
-    mixed = ["a", picture(), "b", Content(text="c", image=picture()), picture("blue")]
+    mixed = ["a", image(), "b", Content(text="c", image=image()), image("blue")]
     together = embedder.encode(mixed)
     alone = np.concatenate([embedder.encode([item]) for item in mixed])
     np.testing.assert_array_equal(together, alone)
@@ -97,7 +97,7 @@ def test_instruction_is_written_before_the_text(server, embedder):
     embedder.encode(["plain"])
     embedder.encode(["why?"], instruction="page_for_question")
     embedder.encode([Content(text="own", instruction="Be brief.")], instruction="Not this.")
-    embedder.encode([picture()], instruction="Find it.")
+    embedder.encode([image()], instruction="Find it.")
     assert [request["input"] for request in server.requests[:3]] == [
         ["plain"],
         [f"Instruct: {TASKS['page_for_question']}\nQuery: why?"],
@@ -122,7 +122,7 @@ def test_chat_sends_everything_as_messages_with_the_instruction_as_system_turn(s
         document_instruction="Represent the user's input.",
         extra_body={"add_generation_prompt": True},
     )
-    embedder.encode(["document", picture()])
+    embedder.encode(["document", image()])
     embedder.encode(["question"], instruction="Find it.")
     assert all("input" not in request for request in server.requests)
     assert all(request["add_generation_prompt"] is True for request in server.requests)
@@ -371,15 +371,15 @@ def test_vectors_of_different_lengths_are_told(server, embedder):
         embedder.encode(["a", "b"])
 
 
-def test_broken_picture_is_a_content_error_with_its_place(server, embedder):
+def test_broken_image_is_a_content_error_with_its_place(server, embedder):
     with pytest.raises(ContentError, match="item 2"):
-        embedder.encode(["a", picture(), b"no picture"])
+        embedder.encode(["a", image(), b"no picture"])
 
 
 def test_modality_that_the_server_lacks_is_refused_before_sending(server):
     embedder = RemoteEmbedder("m", server.url, dim=DIM, modalities=frozenset({"text"}))
     with pytest.raises(ContentError, match="item 1: m cannot embed image, only text"):
-        embedder.encode(["a", picture()])
+        embedder.encode(["a", image()])
     assert not server.requests
 
 

@@ -63,7 +63,7 @@ def bert_folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def clip_folder(tmp_path_factory) -> Path:
-    """A model of texts and pictures, but not of both in one."""
+    """A model of texts and images, but not of both in one."""
     torch.manual_seed(0)
     root = tmp_path_factory.mktemp("clip")
     save_tokenizer(root / "clip", 32)
@@ -73,7 +73,7 @@ def clip_folder(tmp_path_factory) -> Path:
     vision = size | layers | {"image_size": 32, "patch_size": 8}
     config = CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)
     CLIPModel(config).save_pretrained(root / "clip")
-    pictures = {
+    images = {
         "image_processor_type": "CLIPImageProcessor",
         "processor_class": "CLIPProcessor",
         "size": {"shortest_edge": 32},
@@ -81,7 +81,7 @@ def clip_folder(tmp_path_factory) -> Path:
         "image_mean": [0.5, 0.5, 0.5],
         "image_std": [0.5, 0.5, 0.5],
     }
-    (root / "clip/preprocessor_config.json").write_text(json.dumps(pictures))
+    (root / "clip/preprocessor_config.json").write_text(json.dumps(images))
     model = st.SentenceTransformer(modules=[modules.Transformer(str(root / "clip"))], device="cpu")
     model.save_pretrained(str(root / "saved"))
     return root / "saved"
@@ -104,7 +104,7 @@ def test_contract_of_a_text_model(bert):
     check_embedder(bert)
 
 
-def test_contract_of_a_model_of_texts_and_pictures(clip):
+def test_contract_of_a_model_of_texts_and_images(clip):
     assert clip.modalities == {"text", "image"}
     assert clip.dim == 16
     check_embedder(clip)
@@ -122,11 +122,11 @@ def test_vectors_equal_those_of_sentence_transformers(bert, bert_folder):
     np.testing.assert_allclose(mixed, [documents[0], queries[1]], atol=1e-6)
 
 
-def test_pictures_equal_those_of_sentence_transformers(clip, clip_folder):
+def test_images_equal_those_of_sentence_transformers(clip, clip_folder):
     model = st.SentenceTransformer(str(clip_folder), device="cpu")
     noise = np.random.default_rng(0).integers(0, 255, (50, 40, 3), dtype=np.uint8)
-    picture = Image.fromarray(noise)
-    expected = model.encode([picture, "a red square"][:1], normalize_embeddings=True)
+    image = Image.fromarray(noise)
+    expected = model.encode([image, "a red square"][:1], normalize_embeddings=True)
     vectors = clip.encode(["a red square", Content(image=noise)])
     np.testing.assert_allclose(vectors[1:], expected, atol=1e-6)
 
@@ -155,15 +155,15 @@ def test_an_instruction_is_the_system_turn_of_a_chat_model(bert, monkeypatch):
 
 
 def test_what_the_model_cannot_embed_is_refused(bert, clip):
-    picture = Image.new("RGB", (40, 40))
+    image = Image.new("RGB", (40, 40))
     with pytest.raises(ContentError, match=r"item 1: .*cannot embed image, only text"):
-        bert.encode(["a", picture])
+        bert.encode(["a", image])
     with pytest.raises(ContentError, match=r"item 0: .*cannot embed fused"):
-        clip.encode([Content("a", picture)])
-    with pytest.raises(ContentError, match=r"item 0: .*one picture"):
-        clip.encode([Content(image=[picture, picture])])
-    with pytest.raises(ContentError, match=r"item 1: .*no such picture"):
-        clip.encode([picture, Path("missing.png")])
+        clip.encode([Content("a", image)])
+    with pytest.raises(ContentError, match=r"item 0: .*one image"):
+        clip.encode([Content(image=[image, image])])
+    with pytest.raises(ContentError, match=r"item 1: .*no such image"):
+        clip.encode([image, Path("missing.png")])
 
 
 def test_a_saved_model_is_recognised_and_says_so(bert_folder, caplog):

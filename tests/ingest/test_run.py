@@ -10,7 +10,7 @@ import kill_restart
 import numpy as np
 import pymupdf
 import pytest
-from fakes import FakeEmbedder, make_picture
+from fakes import FakeEmbedder, make_image
 from qdrant_client import QdrantClient
 
 from mmrag.errors import CollectionError, EndpointError
@@ -76,7 +76,7 @@ def found(collection, query):
 
 
 def test_files_of_every_kind(tmp_path, embedder, collection, files):
-    make_picture(files / "photo.png", size=(40, 30))
+    make_image(files / "photo.png", size=(40, 30))
     pdf = pymupdf.open()
     pdf.new_page().insert_text((72, 72), "a page about turbines")
     pdf.new_page()
@@ -172,9 +172,9 @@ def test_what_stands_for_a_copy_is_unchanged_whatever_the_order(embedder, collec
     assert report.unchanged == ["in/one.txt", "in/three.txt", "in/two.txt"]
 
 
-def test_the_pictures_of_collections_are_not_indexed(tmp_path, embedder, files):
+def test_the_images_of_collections_are_not_indexed(tmp_path, embedder, files):
     """The default folder of a collection lies in the working directory, which may be indexed."""
-    make_picture(files / "photo.png", size=(40, 30))
+    make_image(files / "photo.png", size=(40, 30))
     settings = {"reading": reading_settings(OPTIONS), "dim": embedder.dim}
     for name in ("library", "second"):
         known = CollectionSettings(embedder.name, embedder.fingerprint, **settings)
@@ -411,7 +411,7 @@ def test_a_broken_new_version_leaves_the_old_one(embedder, collection, files):
 
 
 def test_a_text_only_embedder(tmp_path, files):
-    make_picture(files / "photo.png")
+    make_image(files / "photo.png")
     embedder = FakeEmbedder(modalities=("text",))
     with open_collection(tmp_path, embedder) as collection:
         report = ingest(["in"], collection, embedder)
@@ -421,7 +421,7 @@ def test_a_text_only_embedder(tmp_path, files):
         assert collection.search("image", embedder.encode(["x"])[0], 9) == []
 
 
-def test_an_embedder_that_prefers_text_sees_pictures_only_where_there_is_none(tmp_path, files):
+def test_an_embedder_that_prefers_text_sees_images_only_where_there_is_none(tmp_path, files):
     embedder = FakeEmbedder()
     embedder.prefers_text = True
     pdf = pymupdf.open()

@@ -19,7 +19,7 @@ from mmrag import LocalLLM, UniversalIndex
 from mmrag.cli import app as cli
 from mmrag.errors import ConfigError, ContentError, ModelError
 from mmrag.llms.endpoint import cut_off
-from mmrag.modeling.qwen_images import read_picture_rule, resize, to_patches
+from mmrag.modeling.qwen_images import read_image_rule, resize, to_patches
 
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% for c in m['content'] %}"
@@ -49,21 +49,21 @@ def noise(seed, size=(90, 60)):
     return Image.fromarray(pixels)
 
 
-def png(picture):
+def png(image):
     out = io.BytesIO()
-    picture.save(out, "PNG")
+    image.save(out, "PNG")
     return ImageBlock(image=out.getvalue())
 
 
-PICTURES = noise(0), noise(1, (60, 200))
+IMAGES = noise(0), noise(1, (60, 200))
 MESSAGES = [
     ChatMessage(role="system", content="You help."),
     ChatMessage(
         role="user",
         blocks=[
             TextBlock(text="One "),
-            png(PICTURES[0]),
-            png(PICTURES[1]),
+            png(IMAGES[0]),
+            png(IMAGES[1]),
             TextBlock(text="what?"),
         ],
     ),
@@ -84,8 +84,8 @@ def greedy(model, tokenizer, ids, steps, **vision):
 
 
 def test_answer_equals_decoding_by_whole_passes(qwen, llm):
-    rule, tokenizer = read_picture_rule(qwen), AutoTokenizer.from_pretrained(qwen)
-    cut = [to_patches(resize(p, rule.size(*p.size)), rule) for p in PICTURES]
+    rule, tokenizer = read_image_rule(qwen), AutoTokenizer.from_pretrained(qwen)
+    cut = [to_patches(resize(p, rule.size(*p.size)), rule) for p in IMAGES]
     tokens = [grid[1] * grid[2] // 4 for _, grid in cut]
     seen = "".join(f"<|vision_start|>{'<|image_pad|>' * n}<|vision_end|>" for n in tokens)
     prompt = (
@@ -113,10 +113,10 @@ def test_other_models_answer_through_their_processor(tmp_path):
     llm = LocalLLM(folder, device="cpu", dtype="float32", max_tokens=6, context_window=2000)
     processor = AutoProcessor.from_pretrained(folder)
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
-    inputs = turn_inputs(processor, [PICTURES[0], "what?"])
+    inputs = turn_inputs(processor, [IMAGES[0], "what?"])
     ids = inputs.pop("input_ids")[0].tolist()
     expected = greedy(model, processor.tokenizer, ids, 6, pixel_values=inputs["pixel_values"])
-    asked = ChatMessage(role="user", blocks=[png(PICTURES[0]), TextBlock(text="what?")])
+    asked = ChatMessage(role="user", blocks=[png(IMAGES[0]), TextBlock(text="what?")])
     assert llm.chat([asked]).message.content == expected
     with pytest.raises(ConfigError, match="Qwen-VL"):
         LocalLLM(folder, max_image_tokens=100)
@@ -202,7 +202,7 @@ def test_metadata_has_the_real_window(llm):
     assert llm.metadata.is_chat_model
 
 
-def test_engine_shows_it_pages_and_pictures(llm, tmp_path, monkeypatch):
+def test_engine_shows_it_pages_and_images(llm, tmp_path, monkeypatch):
     noise(3).save(tmp_path / "picture.png")
     (tmp_path / "note.txt").write_text("The well is nine metres deep.")
     seen = []
@@ -211,9 +211,9 @@ def test_engine_shows_it_pages_and_pictures(llm, tmp_path, monkeypatch):
     with UniversalIndex(tmp_path / "library", FakeEmbedder()) as index:
         index.add([tmp_path / "picture.png", tmp_path / "note.txt"])
         response = index.as_query_engine(llm).query("How deep is the well?")
-    (turns, pictures), *rest = seen
+    (turns, images), *rest = seen
     assert not rest
-    assert len(pictures) == 1
+    assert len(images) == 1
     assert "nine metres" in str(turns)
     assert any("longest" in note or "cut" in note for note in response.notes)
 

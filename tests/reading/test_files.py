@@ -1,4 +1,4 @@
-"""Finding files; picture files; text files."""
+"""Finding files; image files; text files."""
 
 import os
 from pathlib import Path
@@ -9,7 +9,7 @@ from PIL import EpsImagePlugin, Image
 
 from mmrag.errors import ConfigError
 from mmrag.reading import find_files, ocr
-from mmrag.reading.files import PICTURES_MARK
+from mmrag.reading.files import IMAGES_MARK
 
 
 def touch(path: Path, data: bytes = b"x") -> Path:
@@ -58,28 +58,28 @@ def test_names_and_files_that_cannot_be_used_are_errors(tmp_path) -> None:
     assert "pipe" in told["pipe.txt"]
 
 
-def test_page_pictures_of_a_collection_are_passed_over(tmp_path) -> None:
-    touch(tmp_path / "library/images" / PICTURES_MARK)
+def test_page_images_of_a_collection_are_passed_over(tmp_path) -> None:
+    touch(tmp_path / "library/images" / IMAGES_MARK)
     touch(tmp_path / "library/images/5d39/p0001.png")
     kept = touch(tmp_path / "library/notes.md")
     assert find_files([tmp_path]) == ([kept], [])
 
 
-# Pictures
+# Images
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "gif", "bmp", "tiff"])
-def test_a_picture_file_is_one_node(suffix, read, tmp_path) -> None:
+def test_an_image_file_is_one_node(suffix, read, tmp_path) -> None:
     path = tmp_path / f"a.{suffix}"
     Image.new("RGB", (60, 40), (200, 30, 30)).save(path)
     (node,) = read(path).nodes
     assert isinstance(node, Node)
     assert node.metadata["kind"] == "picture" and node.metadata["page"] == 1
     assert node.text_resource.text == ""
-    with Image.open(node.image_resource.path) as picture:
-        assert picture.size == (60, 40)
-        assert picture.convert("RGB").getpixel((30, 20)) == pytest.approx((200, 30, 30), abs=6)
-        assert node.image_resource.mimetype == Image.MIME[picture.format]
+    with Image.open(node.image_resource.path) as image:
+        assert image.size == (60, 40)
+        assert image.convert("RGB").getpixel((30, 20)) == pytest.approx((200, 30, 30), abs=6)
+        assert node.image_resource.mimetype == Image.MIME[image.format]
 
 
 def test_each_frame_of_a_tiff_is_a_page_and_an_animation_is_one(read, tmp_path) -> None:
@@ -90,22 +90,22 @@ def test_each_frame_of_a_tiff_is_a_page_and_an_animation_is_one(read, tmp_path) 
         reading = read(path)
         assert [n.metadata["page"] for n in reading.nodes] == pages
         for i, node in enumerate(reading.nodes):
-            with Image.open(node.image_resource.path) as picture:
-                assert picture.size == (30 + i, 20)
+            with Image.open(node.image_resource.path) as image:
+                assert image.size == (30 + i, 20)
     assert len({n.id_ for n in read(tmp_path / "a.tif").nodes}) == 3
 
 
-def test_pictures_are_turned_upright_and_kept_within_the_limit(read, tmp_path) -> None:
+def test_images_are_turned_upright_and_kept_within_the_limit(read, tmp_path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     path = tmp_path / "a.jpg"
     Image.new("RGB", (400, 200)).save(path, exif=exif)
     (node,) = read(path, max_page_pixels=20_000).nodes
-    with Image.open(node.image_resource.path) as picture:
-        assert picture.size == (100, 200)
+    with Image.open(node.image_resource.path) as image:
+        assert image.size == (100, 200)
 
 
-def test_broken_pictures_are_reported(read, tmp_path) -> None:
+def test_broken_images_are_reported(read, tmp_path) -> None:
     whole = tmp_path / "whole.png"
     Image.effect_noise((90, 90), 50).save(whole)
     cut = touch(tmp_path / "cut.png", whole.read_bytes()[:3000])
@@ -120,7 +120,7 @@ def test_broken_pictures_are_reported(read, tmp_path) -> None:
     assert reading.errors
 
 
-def test_a_picture_never_starts_another_program(read, tmp_path, monkeypatch) -> None:
+def test_an_image_never_starts_another_program(read, tmp_path, monkeypatch) -> None:
     """Pillow decodes EPS by Ghostscript, whatever the file is called."""
     started = []
     monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *args, **_: started.append(args))
@@ -132,12 +132,12 @@ def test_a_picture_never_starts_another_program(read, tmp_path, monkeypatch) -> 
 
 def test_misnamed_files_are_reported(read, make_pdf, tmp_path) -> None:
     pdf = make_pdf(lambda d: d.new_page()).read_bytes()
-    picture = tmp_path / "p.png"
-    Image.new("L", (5, 5)).save(picture)
+    image = tmp_path / "p.png"
+    Image.new("L", (5, 5)).save(image)
     cases = {
         touch(tmp_path / "a.png", pdf): "PDF",
         touch(tmp_path / "a.txt", pdf): "PDF",
-        touch(tmp_path / "b.md", picture.read_bytes()): "PNG",
+        touch(tmp_path / "b.md", image.read_bytes()): "PNG",
         touch(tmp_path / "c.pdf", b"PK\x03\x04 and so on"): "ZIP",
     }
     for path, title in cases.items():

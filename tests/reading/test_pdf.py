@@ -35,7 +35,7 @@ def words(document: pymupdf.Document, text: str = FOX) -> None:
     document.new_page().insert_textbox((60, 60, 530, 780), text, fontsize=11)
 
 
-def test_a_page_is_a_node_with_picture_text_and_metadata(make_pdf, read, tmp_path) -> None:
+def test_a_page_is_a_node_with_image_text_and_metadata(make_pdf, read, tmp_path) -> None:
     path = make_pdf(one_page)
     sha = file_sha256(path)
     (node,) = read(path).nodes
@@ -140,23 +140,23 @@ def test_columns_are_read_one_after_the_other_and_table_rows_across(make_pdf, re
 
 
 def test_pages_without_text_are_marked(make_pdf, read) -> None:
-    picture = Image.effect_noise((300, 400), 60)
+    image = Image.effect_noise((300, 400), 60)
     reading = read(
-        make_pdf(lambda d: d.new_page().insert_image((0, 0, 595, 842), stream=png(picture)))
+        make_pdf(lambda d: d.new_page().insert_image((0, 0, 595, 842), stream=png(image)))
     )
     (node,) = reading.nodes  # the scan is the page, not a figure
     assert node.metadata["text_layer"] == "none"
     assert node.text_resource.text == ""
 
 
-def test_page_pictures_keep_the_pixel_limit(make_pdf, read) -> None:
+def test_page_images_keep_the_pixel_limit(make_pdf, read) -> None:
     path = make_pdf(lambda d: d.new_page(width=8000, height=4000).insert_text((72, 100), FOX))
     (node,) = read(path, max_page_pixels=500_000).nodes
-    with Image.open(node.image_resource.path) as picture:
-        assert picture.size == pytest.approx((1000, 500), abs=1)
+    with Image.open(node.image_resource.path) as image:
+        assert image.size == pytest.approx((1000, 500), abs=1)
 
 
-def test_pictures_that_are_there_are_used_again(make_pdf, read, tmp_path) -> None:
+def test_images_that_are_there_are_used_again(make_pdf, read, tmp_path) -> None:
     path = make_pdf(one_page)
     image = read(path).nodes[0].image_resource.path
     stamp = image.stat().st_mtime_ns
@@ -170,9 +170,9 @@ def test_pictures_that_are_there_are_used_again(make_pdf, read, tmp_path) -> Non
         assert picture.width == 595
 
 
-def png(picture: Image.Image) -> bytes:
+def png(image: Image.Image) -> bytes:
     data = io.BytesIO()
-    picture.save(data, "PNG")
+    image.save(data, "PNG")
     return data.getvalue()
 
 
@@ -203,11 +203,11 @@ def test_boxes_are_those_of_the_page_as_shown(turn, make_pdf, read, tmp_path) ->
         ink = page.convert("L").crop(tuple(round(v) for v in boxes[0]))
         assert ink.getextrema()[0] < 100
     marked = save_marked_page(path, 1, boxes, tmp_path / "out" / "marked.png")
-    with Image.open(marked) as picture:
-        scale = picture.width / page.width
+    with Image.open(marked) as image:
+        scale = image.width / page.width
         x0, y0, x1, y1 = (v * scale for v in boxes[0])
-        assert picture.getpixel((round(x0), round((y0 + y1) / 2)))[2] < 60  # yellow or orange
-        assert picture.getpixel((3, 3)) == (255, 255, 255)
+        assert image.getpixel((round(x0), round((y0 + y1) / 2)))[2] < 60  # yellow or orange
+        assert image.getpixel((3, 3)) == (255, 255, 255)
 
 
 def test_text_that_runs_up_the_page_is_read(make_pdf, read) -> None:
@@ -275,7 +275,7 @@ def test_rules_frames_logos_and_backgrounds_are_no_figures(make_pdf, read) -> No
     assert read(make_pdf(draw)).kind("figure") == []
 
 
-def test_pictures_are_figures_unless_told_otherwise(make_pdf, read) -> None:
+def test_images_are_figures_unless_told_otherwise(make_pdf, read) -> None:
     photo = png(Image.effect_noise((200, 150), 90))
     path = make_pdf(lambda d: d.new_page().insert_image((100, 100, 300, 250), stream=photo))
     (figure,) = read(path).kind("figure")

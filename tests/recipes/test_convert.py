@@ -6,18 +6,18 @@ import pymupdf
 import pytest
 from PIL import Image
 
-from recipes.convert import Pictures, from_mbeir, from_mmeb, from_pdfs, from_swift, main
+from recipes.convert import Images, from_mbeir, from_mmeb, from_pdfs, from_swift, main
 from recipes.rows import ImageStore, Item, check_rows, store_of
 
 
 @pytest.fixture
-def pictures(tmp_path):
+def images(tmp_path):
     for name in ("a.png", "b.png"):
         Image.new("RGB", (9, 9), "red" if name == "a.png" else "blue").save(tmp_path / name)
-    return Pictures(tmp_path, ImageStore(tmp_path / "images"))
+    return Images(tmp_path, ImageStore(tmp_path / "images"))
 
 
-def test_mmeb(pictures):
+def test_mmeb(images):
     records = [
         {
             "qry": "<|image_1|>\nRepresent the given image with the following question: what?",
@@ -30,7 +30,7 @@ def test_mmeb(pictures):
         {"qry": "a cat", "pos_text": "", "pos_image_path": "none.png"},
         {"pos_text": "no query"},
     ]
-    found = from_mmeb(records, pictures, "OK-VQA")
+    found = from_mmeb(records, images, "OK-VQA")
     first, second = found.rows
     assert first.query.text == "Represent the given image with the following question: what?"
     assert first.pair == "fused->text"
@@ -42,7 +42,7 @@ def test_mmeb(pictures):
     assert found.problems[1] == "record 4: 'qry' is missing"
 
 
-def test_mbeir(pictures):
+def test_mbeir(images):
     pool = [
         {"did": "1:1", "txt": "text", "img_path": None, "modality": "text"},
         {"did": "1:2", "txt": "both", "img_path": "a.png", "modality": "image,text"},
@@ -53,13 +53,13 @@ def test_mbeir(pictures):
         {"qid": "9:1", **base, "pos_cand_list": ["1:2"], "neg_cand_list": ["1:1", "1:3"]},
         {"qid": "9:2", **base, "pos_cand_list": ["1:9"], "neg_cand_list": []},
     ]
-    found = from_mbeir(records, pool, pictures, "webqa")
+    found = from_mbeir(records, pool, images, "webqa")
     assert [row.pair for row in found.rows] == ["text->fused"]
     assert [item.modality for item in found.rows[0].negatives] == ["text", "image"]
     assert found.problems == ["record 2: candidate 1:9 is not in the pool"]
 
 
-def test_swift(pictures):
+def test_swift(images):
     records = [
         {
             "messages": [
@@ -72,7 +72,7 @@ def test_swift(pictures):
             "negative_images": [["b.png"]],
         }
     ]
-    (row,) = from_swift(records, pictures, "s").rows
+    (row,) = from_swift(records, images, "s").rows
     assert row.instruction == "Find a caption."
     assert (row.query.text, row.query.modality) == ("what is it", "fused")
     assert [item.modality for item in row.negatives] == ["image"]
@@ -97,7 +97,7 @@ def test_pdfs_with_questions(tmp_path):
     assert row.positives[0].text == "second page"
 
 
-def test_the_command_writes_rows_that_check(pictures, tmp_path, capsys):
+def test_the_command_writes_rows_that_check(images, tmp_path, capsys):
     records = tmp_path / "train.jsonl"
     record = {"qry": "a cat", "pos_text": "", "pos_image_path": "b.png"}
     records.write_text(json.dumps(record) + "\n" + json.dumps({"qry": "x"}) + "\n")

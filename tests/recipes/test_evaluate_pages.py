@@ -67,14 +67,14 @@ def test_the_pages_of_the_questions_exist(shared_data):
                 assert 1 <= page["page"] <= len(pdf)
 
 
-def test_rows_that_ask_with_a_picture_are_left_out_and_counted(tmp_path, caplog):
+def test_rows_that_ask_with_an_image_are_left_out_and_counted(tmp_path, caplog):
     """``dev.jsonl`` of all nine pairs goes with ``--pdfs``."""
     path = tmp_path / "dev.jsonl"
     row = {"id": "r", "positives": [{"text": "oceans"}], "source": "sea.pdf#2"}
     pictured = json.dumps({**row, "query": {"text": "this whale", "image": "abc"}})
     path.write_text(pictured + "\n\n" + json.dumps({**row, "query": {"text": "whales"}}) + "\n")
     assert [question["question"] for question in read_questions(path)] == ["whales"]
-    assert "1 rows ask with a picture" in caplog.text
+    assert "1 rows ask with an image" in caplog.text
     path.write_text(pictured)
     with pytest.raises(ContentError, match="no question in words"):
         read_questions(path)

@@ -41,8 +41,8 @@ def exported(run, tmp_path_factory):
     return export(run, tmp_path_factory.mktemp("out") / "adapted", dtype="float32")
 
 
-PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 255, (56, 84, 3), dtype=np.uint8))
-CONTENTS = [Content("find the page"), Content(image=PICTURE), Content("both", PICTURE)]
+IMAGE = Image.fromarray(np.random.default_rng(0).integers(0, 255, (56, 84, 3), dtype=np.uint8))
+CONTENTS = [Content("find the page"), Content(image=IMAGE), Content("both", IMAGE)]
 
 
 def test_training_changed_the_vectors_and_export_kept_the_change(run, exported, tiny_model):
@@ -73,7 +73,7 @@ def test_plain_transformers_loads_it(exported):
 def test_sentence_transformers_loads_it(exported):
     module = pytest.importorskip("sentence_transformers")
     model = module.SentenceTransformer(str(exported), device="cpu", trust_remote_code=True)
-    inputs = ["find the page", PICTURE, {"text": "both", "image": PICTURE}]
+    inputs = ["find the page", IMAGE, {"text": "both", "image": IMAGE}]
     theirs = np.stack([model.encode(value) for value in inputs])
     ours = load_embedder(exported, device="cpu").encode(CONTENTS)
     assert ((theirs * ours).sum(axis=1) > 0.9999).all()

@@ -10,7 +10,7 @@ from recipes.rows import ImageStore, Item, Row
 
 
 class Planned:
-    """An embedder whose vectors are written down: a text or picture with its angle."""
+    """An embedder whose vectors are written down: a text or image with its angle."""
 
     name, family, dim = "planned", "test", 2
     modalities = frozenset({"text", "image", "fused"})
@@ -30,13 +30,13 @@ def store(tmp_path):
     return ImageStore(tmp_path / "images")
 
 
-def planned(store, picture_angles: dict[str, float], text_angles: dict[str, float]):
-    pictures = {}
-    for name in picture_angles:
-        colour = (hash(name) % 255, len(pictures) * 40, 9)
-        pictures[name] = store.add(Image.new("RGB", (20, 20), colour))
-    angles = {**text_angles, **{pictures[n]: a for n, a in picture_angles.items()}}
-    return Planned(angles), {name: Item(image=i) for name, i in pictures.items()}
+def planned(store, image_angles: dict[str, float], text_angles: dict[str, float]):
+    images = {}
+    for name in image_angles:
+        colour = (hash(name) % 255, len(images) * 40, 9)
+        images[name] = store.add(Image.new("RGB", (20, 20), colour))
+    angles = {**text_angles, **{images[n]: a for n, a in image_angles.items()}}
+    return Planned(angles), {name: Item(image=i) for name, i in images.items()}
 
 
 def row_of(positive: Item, others=()) -> Row:
@@ -44,16 +44,16 @@ def row_of(positive: Item, others=()) -> Row:
 
 
 def test_the_two_pools_of_mm_embed(store):
-    """Texts above the picture that was asked for are wrong; pictures well below it are right."""
-    embedder, pictures = planned(
+    """Texts above the image that was asked for are wrong; images well below it are right."""
+    embedder, images = planned(
         store,
         {"positive": 20, "near": 24, "far": 50, "farther": 60},
         {"q": 0, "above": 5, "below": 30},
     )
-    extra = [Item(text="above"), Item(text="below"), *pictures.values()]
+    extra = [Item(text="above"), Item(text="below"), *images.values()]
     config = MineConfig(right=5, wrong=5, max_ratio=0.95, duplicate_cosine=0.9999)
-    (mined,), report = mine([row_of(pictures["positive"])], store, embedder, config, extra)
-    assert mined.negatives == [Item(text="above"), pictures["far"], pictures["farther"]]
+    (mined,), report = mine([row_of(images["positive"])], store, embedder, config, extra)
+    assert mined.negatives == [Item(text="above"), images["far"], images["farther"]]
     # cos 24 / cos 20 = 0.972 is over 0.95, cos 50 / cos 20 = 0.684 is not.
     assert report.dropped["too close to the positive's score"] == 1
     assert mined.negative_scores == pytest.approx(np.cos(np.deg2rad([5, 50, 60])), abs=1e-5)

@@ -1,4 +1,4 @@
-"""Rows: what is refused, with which words; pictures by id."""
+"""Rows: what is refused, with which words; images by id."""
 
 import json
 
@@ -37,8 +37,8 @@ def test_rows_survive_writing_and_reading(tmp_path):
         ({"qeury": 1}, "qeury: Extra inputs are not permitted"),
         ({"negatives": [{"text": "p"}]}, "a negative is the same as a positive"),
         ({"negative_scores": [0.1]}, "1 negative_scores for 0 negatives"),
-        ({"positives": [{"image": "nowhere"}]}, "there is no picture with id 'nowhere'"),
-        ({"positives": [{"image": "../../etc/passwd"}]}, "there is no picture with id"),
+        ({"positives": [{"image": "nowhere"}]}, "there is no image with id 'nowhere'"),
+        ({"positives": [{"image": "../../etc/passwd"}]}, "there is no image with id"),
         ({"id": ""}, "id: String should have at least 1 character"),
     ],
 )
@@ -55,16 +55,16 @@ def test_bad_rows_are_named_and_the_good_ones_kept(tmp_path, change, words):
     assert "5: id 'first' stands in line 1 already" in problems[2]
 
 
-def test_pictures_are_stored_once_and_checked(tmp_path):
+def test_images_are_stored_once_and_checked(tmp_path):
     store = ImageStore(tmp_path)
-    picture = Image.new("RGB", (8, 8), "blue")
-    first, second = store.add(picture), store.add(picture)
+    image = Image.new("RGB", (8, 8), "blue")
+    first, second = store.add(image), store.add(image)
     assert first == second
     assert len(list(tmp_path.iterdir())) == 1
     with Image.open(store.path(first)) as stored:
         assert stored.size == (8, 8)
     with pytest.raises(ContentError):
-        store.add(b"not a picture")
+        store.add(b"not an image")
 
 
 def test_equal_items_have_equal_keys_and_others_do_not():

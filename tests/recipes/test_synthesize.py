@@ -39,9 +39,9 @@ def papers(tmp_path_factory):
         for row, line in enumerate(lines):
             page.insert_text((60, 80 + 24 * row), line, fontsize=10)
         noise = chance.integers(0, 255, (120, 160, 3), dtype=np.uint8)
-        picture = Image.fromarray(noise).resize((640, 480))
+        image = Image.fromarray(noise).resize((640, 480))
         path = folder / f"{animal}.png"
-        picture.save(path)
+        image.save(path)
         page.insert_image((100, 200, 420, 440), filename=path)
         caption = f"Figure {number}: A {animal} rests on a rock at noon."
         page.insert_text((100, 460), caption, fontsize=9)
@@ -61,9 +61,9 @@ class Scripted:
         self.failing = False
         self._lock = threading.Lock()
 
-    def ask(self, prompt, pictures):
+    def ask(self, prompt, images):
         with self._lock:
-            self.asked.append((prompt, len(pictures)))
+            self.asked.append((prompt, len(images)))
         if self.failing:
             raise EndpointError("no answer")
         animal = next((a for a in ANIMALS if a in prompt.rsplit("Example", 1)[-1]), "lynx")
@@ -87,11 +87,11 @@ def test_all_nine_pairs_come_out_balanced_and_valid(papers, tmp_path):
     assert all(row.licence == "CC0" and row.source.startswith("animals.pdf#") for row in rows)
     fused = [row for row in rows if row.query.modality == "fused"]
     assert all(row.query.text == "Where does this animal live?" for row in fused)
-    # A picture in the query is never the document itself.
+    # An image in the query is never the document itself.
     assert all(row.query.image != row.positives[0].image for row in rows if row.query.image)
-    with_pictures = [n for prompt, n in model.asked if prompt.startswith("You write")]
-    assert 0 in with_pictures
-    assert 1 in with_pictures
+    with_images = [n for prompt, n in model.asked if prompt.startswith("You write")]
+    assert 0 in with_images
+    assert 1 in with_images
     assert report.usage["requests"] == len(model.asked)
     assert report.usage["prompt_tokens"] == 100 * len(model.asked)
 
@@ -121,7 +121,7 @@ def test_what_a_server_failed_is_tried_again_in_the_next_run(papers, tmp_path):
 
 def test_rows_that_do_not_find_their_document_are_dropped(papers, tmp_path):
     class Vague(Scripted):
-        def ask(self, prompt, pictures):
+        def ask(self, prompt, images):
             return json.dumps({"query": "zebra quagga okapi", "answer": ""}), 1, 1
 
     config = dataclasses.replace(CONFIG, pairs=("text->text",), rows=6, top_k=1)
@@ -194,8 +194,8 @@ def test_an_embedder_without_eyes_filters_what_it_can_and_says_the_rest(papers, 
 
 def test_an_answer_that_is_no_json_costs_that_row_only(papers, tmp_path):
     class Chatty(Scripted):
-        def ask(self, prompt, pictures):
-            reply = super().ask(prompt, pictures)
+        def ask(self, prompt, images):
+            reply = super().ask(prompt, images)
             return ("I would rather not.", 5, 5) if len(self.asked) % 2 else reply
 
     config = dataclasses.replace(CONFIG, pairs=("text->text",), rows=6, concurrency=1)
@@ -218,7 +218,7 @@ def test_prompts_can_be_edited(papers, tmp_path):
         synthesize([papers], tmp_path / "out2", config, FakeEmbedder(), model, folder)
 
 
-def test_over_the_wire_with_pictures(papers, tmp_path):
+def test_over_the_wire_with_images(papers, tmp_path):
     server = ChatServer(answer='{"query": "Where does the walrus live?", "answer": "sea"}')
     try:
         model = EndpointModel("tiny", server.url, "key", retries=0)

@@ -107,15 +107,15 @@ def test_a_run_with_another_configuration_is_not_taken_up(tiny_model, text_rows,
 def on_two_processes(tiny_model, mixed_rows, text_rows, tmp_path_factory) -> tuple[dict, dict]:
     """Configurations by name, and what one step of each gave rank 0 of two gloo processes."""
     folder = tmp_path_factory.mktemp("ranks")
-    pictures = make_rows(tmp_path_factory.mktemp("pictures"), 4, negatives=0)
+    images = make_rows(tmp_path_factory.mktemp("pictures"), 4, negatives=0)
     base = config_of(tiny_model, folder / "out", mixed_rows, batch_size=8)
     configs = {
         "whole": base,
         "cached": dataclasses.replace(base, chunk=3),
         # Of four rows, the first and third go to rank 0: only rank 1 has the row of its query's
-        # picture, and with two rows rank 0 has text alone.
+        # image, and with two rows rank 0 has text alone.
         "text on rank 0": config_of(
-            tiny_model, folder / "out", pictures, batch_size=2, hard_negatives=0
+            tiny_model, folder / "out", images, batch_size=2, hard_negatives=0
         ),
         "text alone": config_of(tiny_model, folder / "out", text_rows, batch_size=4),
     }
@@ -159,8 +159,8 @@ def test_gradients_are_reduced_once_per_step(on_two_processes):
     assert results["whole"]["reductions"] == results["cached"]["reductions"] == 1
 
 
-def test_a_process_without_pictures_does_not_hang_the_others(on_two_processes):
-    """T6: rank 0 had no picture and took part for the vision tower all the same."""
+def test_a_process_without_images_does_not_hang_the_others(on_two_processes):
+    """T6: rank 0 had no image and took part for the vision tower all the same."""
     _, results = on_two_processes
     tower = [g for n, g in results["text on rank 0"]["gradients"].items() if n.startswith("visual")]
     assert max(float(gradient.abs().max()) for gradient in tower) > 0

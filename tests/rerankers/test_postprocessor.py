@@ -6,7 +6,7 @@ import time
 
 import numpy as np
 import pytest
-from fakes import make_node, make_picture
+from fakes import make_image, make_node
 from llama_index.core.base.base_retriever import BaseRetriever
 from llama_index.core.callbacks import CallbackManager, CBEventType, EventPayload, LlamaDebugHandler
 from llama_index.core.instrumentation import get_dispatcher
@@ -117,16 +117,16 @@ def test_a_cascade_leaves_the_rest_in_its_place():
     assert [len(pairs) for pairs, _ in scorer.calls] == [2, 2]
 
 
-def test_tokens_are_budgeted_with_pictures(tmp_path):
-    page = make_picture(tmp_path / "page.png", size=(280, 280))  # about 100 tokens
+def test_tokens_are_budgeted_with_images(tmp_path):
+    page = make_image(tmp_path / "page.png", size=(280, 280))  # about 100 tokens
     nodes = [NodeWithScore(node=make_node("0.5", page=n, image=page), score=1.0) for n in (1, 2, 3)]
     ranked = rerank(nodes, top_n=None, budget_tokens=220)
     assert ["rerank_score" in hit.node.metadata for hit in ranked] == [True, True, False]
     assert "220 tokens" in ranked[2].node.metadata["rerank_skipped"]
 
 
-def test_nodes_of_any_kind_are_shown_with_text_and_picture(tmp_path):
-    page, figure = make_picture(tmp_path / "p.png"), make_picture(tmp_path / "f.png", "blue")
+def test_nodes_of_any_kind_are_shown_with_text_and_image(tmp_path):
+    page, figure = make_image(tmp_path / "p.png"), make_image(tmp_path / "f.png", "blue")
     raw = base64.b64encode(figure.read_bytes()).decode()
     nodes = [
         make_node("0.1", image=page),
@@ -146,7 +146,7 @@ def test_nodes_of_any_kind_are_shown_with_text_and_picture(tmp_path):
     assert all(query is pairs[0][0] for query, _ in pairs)
 
 
-def test_a_missing_picture_leaves_the_text_and_is_said(tmp_path):
+def test_a_missing_image_leaves_the_text_and_is_said(tmp_path):
     gone = tmp_path / "gone.png"
     nodes = [make_node("0.4", image=gone), make_node("", image=gone), make_node("0.6")]
     ranked = rerank([NodeWithScore(node=node, score=0.5) for node in nodes], top_n=None)
@@ -160,8 +160,8 @@ def texts_of(ranked):
     return [hit.node.get_content(MetadataMode.NONE) for hit in ranked]
 
 
-def test_queries_are_text_picture_or_both(tmp_path):
-    path = make_picture(tmp_path / "q.png")
+def test_queries_are_text_image_or_both(tmp_path):
+    path = make_image(tmp_path / "q.png")
     scorer = WordScorer()
     reranker = MLLMReranker(scorer=scorer, instruction="Find a page.")
     for bundle in (
@@ -199,7 +199,7 @@ def test_no_nodes_give_no_nodes_and_ask_no_model():
     assert scorer.calls == []
 
 
-def test_a_query_without_its_picture_is_an_error(tmp_path):
+def test_a_query_without_its_image_is_an_error(tmp_path):
     bundle = QueryBundle("q", image_path=str(tmp_path / "gone.png"))
     with pytest.raises(ContentError, match=r"gone\.png"):
         MLLMReranker(scorer=WordScorer()).postprocess_nodes(hits("0.5"), bundle)

@@ -14,7 +14,7 @@ from mmrag.content import Content
 from mmrag.errors import ContentError, ModelError
 from mmrag.rerankers.qwen3_vl import load_qwen3_vl_scorer, rerank_prompt
 
-PICTURE = "<|vision_start|><|image_pad|><|vision_end|>"
+IMAGE_BLOCK = "<|vision_start|><|image_pad|><|vision_end|>"
 PROMPT = (
     "<|im_start|>system\nJudge whether the Document meets the requirements based on the Query and "
     'the Instruct provided. Note that the answer can only be "yes" or "no".<|im_end|>\n'
@@ -80,14 +80,14 @@ def test_ids_and_grids_equal_those_of_the_reference_code(reference):
                 assert abs(item.pixels.mean().item() - case["pixel_mean"]) < 1e-4
 
 
-def independent_logit(folder, prompt: str, pictures: list[Image.Image]) -> float:
+def independent_logit(folder, prompt: str, images: list[Image.Image]) -> float:
     """The difference of the two logits of one pair, by transformers' whole model."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = Qwen3VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
     inputs = {}
-    if pictures:
+    if images:
         processor = AutoImageProcessor.from_pretrained(folder, backend="pil", do_resize=False)
-        inputs = dict(processor(images=pictures, return_tensors="pt"))
+        inputs = dict(processor(images=images, return_tensors="pt"))
         for grid in inputs["image_grid_thw"]:
             prompt = prompt.replace("<|image_pad|>", "<slot>" * (int(grid.prod()) // 4), 1)
         prompt = prompt.replace("<slot>", "<|image_pad|>")
@@ -110,22 +110,22 @@ def test_logits_equal_an_independent_computation(tmp_path, tied):
     cases = [
         ((Content("q"), Content("d")), PROMPT.format(DEFAULT, "q", "d"), []),
         ((Content("q"), None), PROMPT.format(DEFAULT, "q", "NULL"), []),
-        ((Content(image=small), Content("")), PROMPT.format(DEFAULT, PICTURE, ""), [small]),
+        ((Content(image=small), Content("")), PROMPT.format(DEFAULT, IMAGE_BLOCK, ""), [small]),
         (
             (Content("q", small, task), Content("d", wide)),
-            PROMPT.format(task, PICTURE + "q", PICTURE + "d"),
+            PROMPT.format(task, IMAGE_BLOCK + "q", IMAGE_BLOCK + "d"),
             [small, sized],
         ),
     ]
     together = scorer.logits([pair for pair, _, _ in cases])
-    for logit, (pair, prompt, pictures) in zip(together, cases, strict=True):
-        expected = independent_logit(folder, prompt, pictures)
+    for logit, (pair, prompt, images) in zip(together, cases, strict=True):
+        expected = independent_logit(folder, prompt, images)
         assert logit == pytest.approx(expected, abs=1e-4)
         assert scorer.logits([pair])[0] == pytest.approx(expected, abs=1e-4)
         assert scorer.score([pair])[0] == pytest.approx(1 / (1 + np.exp(-expected)), abs=1e-5)
 
 
-def test_long_documents_lose_words_but_no_picture_and_no_template(folder):
+def test_long_documents_lose_words_but_no_image_and_no_template(folder):
     whole = load_qwen3_vl_scorer(folder, device="cpu")
     short = load_qwen3_vl_scorer(folder, device="cpu", max_length=300)
     pair = (Content("q"), Content("word " * 400, Image.new("RGB", (96, 96))))
@@ -138,13 +138,13 @@ def test_long_documents_lose_words_but_no_picture_and_no_template(folder):
     assert short.prepare(after, None).ids.tolist().count(image_id) == 9
 
 
-def test_pictures_that_leave_no_room_are_refused(folder):
+def test_images_that_leave_no_room_are_refused(folder):
     scorer = load_qwen3_vl_scorer(folder, device="cpu", max_length=50)
     with pytest.raises(ContentError, match=r"pair 1: .*max_length=50"):
         scorer.score([(Content("a"), Content("b")), (Content("a"), _blank(320))])
 
 
-def test_a_broken_picture_is_named_by_its_pair(scorer, tmp_path):
+def test_a_broken_image_is_named_by_its_pair(scorer, tmp_path):
     whole = tmp_path / "whole.png"
     Image.effect_noise((64, 64), 50).save(whole)
     cut = tmp_path / "cut.png"

@@ -75,7 +75,7 @@ def test_asks_for_grades_where_there_are_no_log_probabilities(serve, caplog, str
     assert sum("gives no log-probabilities" in r.message for r in caplog.records) == 1
 
 
-def test_pictures_tasks_and_system_turns_are_sent(serve):
+def test_images_tasks_and_system_turns_are_sent(serve):
     server = serve()
     query = Content("Which?", Image.new("RGB", (40, 30)))
     document = Content("worth 0.5", Image.new("RGB", (4000, 10)))
@@ -96,8 +96,8 @@ def test_pictures_tasks_and_system_turns_are_sent(serve):
 
 def test_models_without_eyes_get_the_text_alone(serve):
     server = serve()
-    picture = Image.new("RGB", (40, 30))
-    given = [(Content("q"), Content("worth 0.5", picture)), (Content("q"), Content(image=picture))]
+    image = Image.new("RGB", (40, 30))
+    given = [(Content("q"), Content("worth 0.5", image)), (Content("q"), Content(image=image))]
     seen, unseen = scorer(server, images=False).judge(given)
     assert seen == pytest.approx(0.5)
     assert isinstance(unseen, ContentError)

@@ -3,7 +3,7 @@ import threading
 import time
 
 import pytest
-from fakes import FakeEmbedder, make_node, make_picture
+from fakes import FakeEmbedder, make_image, make_node
 from llama_index.core.callbacks import CallbackManager, LlamaDebugHandler
 from llama_index.core.callbacks.schema import CBEventType
 from llama_index.core.query_engine import RetrieverQueryEngine
@@ -48,12 +48,12 @@ def collection(embedder, tmp_path_factory):
     with Collection.open(folder / "c", settings=settings) as opened:
         nodes, vectors = [], []
         for ((file, page), text), colour in zip(TEXTS.items(), COLOURS, strict=True):
-            picture = make_picture(folder / f"{colour}.png", colour)
+            image = make_image(folder / f"{colour}.png", colour)
             sha = ("1" if file == "plans.pdf" else "2") * 64
-            page_node = make_node(text, file=file, page=page, sha256=sha, image=picture)
+            page_node = make_node(text, file=file, page=page, sha256=sha, image=image)
             passage = make_node(text, file=file, page=page, sha256=sha, kind="passage")
             nodes += [page_node, passage]
-            seen, read = embedder.encode([{"image": picture}, {"text": text}])
+            seen, read = embedder.encode([{"image": image}, {"text": text}])
             vectors += [{"image": seen, "text": read}, {"text": read}]
         note = make_node(
             "plain notes on the vision of the founder",
@@ -110,32 +110,32 @@ def test_without_collapse_every_node_stands_for_itself(collection, embedder):
 
 @pytest.fixture
 def looker(collection, embedder):
-    """Looks at pictures only: the fake embedder ranks texts by chance for a picture."""
+    """Looks at images only: the fake embedder ranks texts by chance for an image."""
     return UniversalRetriever(collection, embedder, 3, weights={"text": 0})
 
 
-def test_a_picture_finds_the_page_that_shows_it_and_skips_bm25(looker):
+def test_an_image_finds_the_page_that_shows_it_and_skips_bm25(looker):
     hits = looker.search(image=Image.new("RGB", (8, 8), "blue"))
     assert place(hits[0]) == ("plans.pdf", 3)
     assert hits[0].node.metadata["ranks"] == {"image": 1}
 
 
-def test_a_picture_file_in_the_bundle_is_used(looker, tmp_path):
-    path = make_picture(tmp_path / "q.png", "yellow")
+def test_an_image_file_in_the_bundle_is_used(looker, tmp_path):
+    path = make_image(tmp_path / "q.png", "yellow")
     hits = looker.retrieve(QueryBundle("", image_path=str(path)))
     assert place(hits[0]) == ("report.pdf", 1)
 
 
-def test_text_and_picture_together_are_one_query(retriever, embedder, tmp_path):
+def test_text_and_image_together_are_one_query(retriever, embedder, tmp_path):
     embedder.calls.clear()
-    hits = retriever.search("revenue grew", make_picture(tmp_path / "q.png", "yellow"))
+    hits = retriever.search("revenue grew", make_image(tmp_path / "q.png", "yellow"))
     (call,) = embedder.calls
     assert [content.modality for content in call] == ["fused"]
     assert place(hits[0]) == ("report.pdf", 1)
     assert set(hits[0].node.metadata["ranks"]) == {"image", "text", "bm25"}
 
 
-def test_a_picture_for_an_embedder_of_texts_is_a_clear_error(collection):
+def test_an_image_for_an_embedder_of_texts_is_a_clear_error(collection):
     reader = FakeEmbedder(dim=64, modalities=("text",))
     with pytest.raises(ConfigError, match="cannot embed a query of kind 'image'"):
         UniversalRetriever(collection, reader).search(image=Image.new("RGB", (4, 4)))
@@ -154,12 +154,12 @@ def test_the_instruction_fits_the_query(collection, tmp_path):
             return super().encode(contents, instruction, dim, progress)
 
     spy = Spy(dim=64)
-    picture = make_picture(tmp_path / "q.png")
+    image = make_image(tmp_path / "q.png")
     UniversalRetriever(collection, spy).search("a")
     assert spy.instruction == "page_for_question"
-    UniversalRetriever(collection, spy).search(image=picture)
+    UniversalRetriever(collection, spy).search(image=image)
     assert spy.instruction == "page_for_image"
-    UniversalRetriever(collection, spy, instruction="Find it.").search("a", picture)
+    UniversalRetriever(collection, spy, instruction="Find it.").search("a", image)
     assert spy.instruction == "Find it."
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fakes import FakeEmbedder, make_node, make_picture
+from fakes import FakeEmbedder, make_image, make_node
 from llama_index.core import VectorStoreIndex
 from llama_index.core.schema import ImageNode, Node, TextNode
 from qdrant_client import QdrantClient, models
@@ -161,13 +161,13 @@ def test_a_place_that_cannot_be_written_is_a_clear_error(tmp_path):
             Collection.open(place, settings=SETTINGS)
 
 
-def test_nodes_come_back_with_text_picture_and_metadata(collection):
-    picture = make_picture(collection.images_dir / "p" / "page.png")
+def test_nodes_come_back_with_text_image_and_metadata(collection):
+    image = make_image(collection.images_dir / "p" / "page.png")
     page = make_node(
-        "a page", image=picture, page_image=picture.as_posix(), box=[1.5, 2, 3, 4], sha256=A
+        "a page", image=image, page_image=image.as_posix(), box=[1.5, 2, 3, 4], sha256=A
     )
-    passage = make_node("a passage", kind="passage", page_image=picture.as_posix(), sha256=A)
-    blank = make_node("", kind="figure", image=picture, sha256=A)
+    passage = make_node("a passage", kind="passage", page_image=image.as_posix(), sha256=A)
+    blank = make_node("", kind="figure", image=image, sha256=A)
     store(collection, page, passage, blank)
     back = {
         p.id: collection.node(p.payload)
@@ -178,11 +178,11 @@ def test_nodes_come_back_with_text_picture_and_metadata(collection):
         assert type(stored) is kind
         assert stored == node
         assert stored.ref_doc_id == node.ref_doc_id
-    assert node_image(back[page.node_id]) == picture
-    assert back[page.node_id].get_content_blocks()[-1].path == picture
+    assert node_image(back[page.node_id]) == image
+    assert back[page.node_id].get_content_blocks()[-1].path == image
 
 
-def test_text_and_picture_of_any_node():
+def test_text_and_image_of_any_node():
     assert node_text(TextNode(text="a")) == "a"
     assert node_text(ImageNode(text="b")) == "b"
     assert node_text(Node()) == ""
@@ -241,19 +241,19 @@ def test_a_file_is_unfinished_until_its_point_is_there(collection):
 
 
 @pytest.mark.parametrize("by", ["in/a.pdf", A])
-def test_removing_a_file_takes_its_nodes_and_pictures(collection, by):
+def test_removing_a_file_takes_its_nodes_and_images(collection, by):
     sample(collection)
-    picture = make_picture(collection.images_dir / "a" / "p.png")
-    foreign = make_picture(collection.images_dir.parent / "mine.png")
+    image = make_image(collection.images_dir / "a" / "p.png")
+    foreign = make_image(collection.images_dir.parent / "mine.png")
     store(
         collection,
-        make_node("seen", file="in/a.pdf", sha256=A, page=9, image=picture),
+        make_node("seen", file="in/a.pdf", sha256=A, page=9, image=image),
         make_node("own", file="in/a.pdf", sha256=A, page=8, image=foreign),
     )
     assert collection.remove_file(by) == 5
     assert [entry.file for entry in collection.files()] == ["in/b.pdf"]
     assert collection.count() == 1
-    assert not picture.parent.exists()
+    assert not image.parent.exists()
     assert foreign.exists()
     assert collection.remove_file(by) == 0
 
@@ -414,10 +414,10 @@ def test_a_collection_of_another_program_is_left_alone():
             Collection.open(client, settings=SETTINGS, name=name)
 
 
-def test_a_moved_folder_keeps_its_pictures(tmp_path):
+def test_a_moved_folder_keeps_its_images(tmp_path):
     with Collection.open(tmp_path / "old", settings=SETTINGS) as collection:
-        picture = make_picture(collection.images_dir / "p.png")
-        store(collection, make_node("page", image=picture, page_image=picture.as_posix()))
+        image = make_image(collection.images_dir / "p.png")
+        store(collection, make_node("page", image=image, page_image=image.as_posix()))
     shutil.move(tmp_path / "old", tmp_path / "new")
     with Collection.open(tmp_path / "new") as collection:
         (hit,) = collection.search_text("page", 1)
@@ -452,16 +452,16 @@ class LlamaEmbedding:
 def test_llama_index_reads_it_through_its_own_vector_store(tmp_path):
     client = QdrantClient(":memory:")
     with Collection.open(client, settings=SETTINGS, images_dir=tmp_path / "p") as collection:
-        picture = make_picture(collection.images_dir / "p.png")
+        image = make_image(collection.images_dir / "p.png")
         sample(collection)
-        store(collection, make_node("a photograph", sha256=B, page=3, image=picture))
+        store(collection, make_node("a photograph", sha256=B, page=3, image=image))
         vector_store = collection.as_llama_vector_store("text")
         index = VectorStoreIndex.from_vector_store(vector_store, embed_model=LlamaEmbedding())
         hits = index.as_retriever(similarity_top_k=9).retrieve("a photograph")
         assert len(hits) == 5
         assert type(hits[0].node) is Node
         assert hits[0].node.text_resource.text == "a photograph"
-        assert node_image(hits[0].node) == picture
+        assert node_image(hits[0].node) == image
         assert hits[0].score == pytest.approx(1, abs=1e-5)
         vector_store.delete(hits[0].node.ref_doc_id)
         assert collection.count() == 3

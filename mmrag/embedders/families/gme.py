@@ -23,7 +23,7 @@ GME_DEFAULT = "You are a helpful assistant."
 
 
 def gme_prompt(content: Content, instruction: str | None) -> Prompt:
-    """GME's literal prompt: instruction in the system turn, picture right before the text."""
+    """GME's literal prompt: instruction in the system turn, image right before the text."""
     image = f"<|vision_start|>{IMAGE}<|vision_end|>" if content.images else ""
     system = f"<|im_start|>system\n{instruction or GME_DEFAULT}<|im_end|>\n"
     return Prompt(

@@ -1,6 +1,6 @@
 """LLaVA-NeXT embedders: VLM2Vec-LLaVaNext and E5-V.
 
-A picture is seen whole and in tiles; the black border of the tiles is left out of the feature
+An image is seen whole and in tiles; the black border of the tiles is left out of the feature
 map, and a newline vector ends each of its rows. The last token is pooled.
 
 Source: VLM2Vec (arXiv 2410.05160), E5-V (arXiv 2407.12580), and their published code.
@@ -24,7 +24,7 @@ from mmrag.modeling.clip_images import (
     TOWER_NAMES,
     ClipRule,
     join,
-    only_picture,
+    only_image,
     place_features,
     read_clip_rule,
     tower_features,
@@ -66,7 +66,7 @@ class LlavaRecipe:
 
     render: the prompt of a content under an instruction (``None``: a document).
     max_length: tokens, visual ones included; longer texts are cut before the prompt's end.
-    squash: side of the square that pictures are resized to first, in pixels, if they are.
+    squash: side of the square that images are resized to first, in pixels, if they are.
     """
 
     family: str
@@ -75,7 +75,7 @@ class LlavaRecipe:
     squash: int | None = None
 
     def fit(self, width: int, height: int) -> tuple[int, int]:
-        """Width and height of a picture before it is cut into tiles."""
+        """Width and height of an image before it is cut into tiles."""
         return (width, height) if self.squash is None else (self.squash, self.squash)
 
 
@@ -112,20 +112,20 @@ class LlavaNextBackbone:
         }
 
     def cost(self, content: Content, instruction: str | None) -> int:
-        """Tokens of the item, without decoding its picture."""
-        source = only_picture(content, self.family)
+        """Tokens of the item, without decoding its image."""
+        source = only_image(content, self.family)
         size = None if source is None else self.recipe.fit(*image_size(source))
         return len(self._ids(content, instruction, size))
 
     def prepare(self, content: Content, instruction: str | None) -> LlavaInputs:
         """Ids and tiles of the item."""
-        source = only_picture(content, self.family)
+        source = only_image(content, self.family)
         if source is None:
             return LlavaInputs(torch.tensor(self._ids(content, instruction, None)))
-        picture = load_image(source)
-        picture = resize(picture, self.recipe.fit(*picture.size))
-        ids = torch.tensor(self._ids(content, instruction, picture.size))
-        return LlavaInputs(ids, self.rule.anyres(picture), picture.size)
+        image = load_image(source)
+        image = resize(image, self.recipe.fit(*image.size))
+        ids = torch.tensor(self._ids(content, instruction, image.size))
+        return LlavaInputs(ids, self.rule.anyres(image), image.size)
 
     def forward(self, batch: Sequence[LlavaInputs]) -> Tensor:
         """State of each item's last token, (len(batch), dim), not normalised."""
@@ -139,7 +139,7 @@ class LlavaNextBackbone:
         return last_token(output.last_hidden_state, mask)
 
     def _features(self, batch: Sequence[LlavaInputs]) -> list[Tensor]:
-        """Visual tokens of each picture of a batch, (tokens, dim) each."""
+        """Visual tokens of each image of a batch, (tokens, dim) each."""
         shown = [(item.tiles, item.size) for item in batch if item.tiles is not None]
         if not shown:
             return []
@@ -182,7 +182,7 @@ def load_vlm2vec_llava_next(
 ) -> LlavaNextBackbone:
     """Load VLM2Vec-LLaVaNext; for ``style`` see ``vlm2vec_prompt``.
 
-    ``squash``: side in pixels of the square that every picture is resized to first; the MMEB
+    ``squash``: side in pixels of the square that every image is resized to first; the MMEB
     evaluation has 1344.
     """
     render = partial(vlm2vec_prompt, image_token=IMAGE, style=style)

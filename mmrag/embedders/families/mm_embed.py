@@ -1,6 +1,6 @@
 """MM-Embed: LLaVA-NeXT whose decoder is NV-Embed-v1, bidirectional, with latent attention.
 
-A picture is seen once, squashed to one square. Every token but those of the instruction enters
+An image is seen once, squashed to one square. Every token but those of the instruction enters
 the mean, after it has looked at a trained set of latents.
 
 Source: MM-Embed (arXiv 2411.02571), NV-Embed (arXiv 2405.17428, section 3), and their published
@@ -25,7 +25,7 @@ from mmrag.modeling.batching import pad
 from mmrag.modeling.clip_images import (
     TOWER_NAMES,
     ClipRule,
-    only_picture,
+    only_image,
     place_features,
     read_clip_rule,
     tower_features,
@@ -150,7 +150,7 @@ class MMEmbedModel(LlavaNextModel):  # type: ignore[misc]
 
 @dataclass(frozen=True, slots=True)
 class MMEmbedInputs:
-    """One item: ids (length,), its picture (1, 3, side, side), and tokens left out of the mean."""
+    """One item: ids (length,), its image (1, 3, side, side), and tokens left out of the mean."""
 
     ids: Tensor
     tiles: Tensor | None
@@ -163,7 +163,7 @@ class MMEmbedInputs:
 
 
 class MMEmbedBackbone:
-    """A Backbone over ``MMEmbedModel``. ``max_length`` counts a picture as one token."""
+    """A Backbone over ``MMEmbedModel``. ``max_length`` counts an image as one token."""
 
     family = "mm_embed"
     modalities: frozenset[Modality] = ALL_MODALITIES
@@ -187,16 +187,16 @@ class MMEmbedBackbone:
         return {"family": self.family, "max_length": self.max_length}
 
     def cost(self, content: Content, instruction: str | None) -> int:
-        """Tokens of the item, without decoding its picture."""
+        """Tokens of the item, without decoding its image."""
         return len(self._ids(content, instruction))
 
     def prepare(self, content: Content, instruction: str | None) -> MMEmbedInputs:
         """Ids and pixels of the item; an empty instruction marks a query without one."""
-        source = only_picture(content, self.family)
+        source = only_image(content, self.family)
         ids = torch.tensor(self._ids(content, instruction))
         # As published, transparency is dropped, not laid on white.
-        picture = None if source is None else load_image(source, on_white=False)
-        tiles = None if picture is None else self.rule.whole(picture)
+        image = None if source is None else load_image(source, on_white=False)
+        tiles = None if image is None else self.rule.whole(image)
         masked = self._masked(instruction) if instruction else 0
         if masked >= len(ids):
             raise ContentError(
@@ -222,12 +222,12 @@ class MMEmbedBackbone:
         return mean_tokens(hidden.float(), mask * behind)
 
     def _features(self, batch: Sequence[MMEmbedInputs]) -> list[Tensor]:
-        """Visual tokens of each picture of a batch, (tokens, dim) each; the last is a newline."""
+        """Visual tokens of each image of a batch, (tokens, dim) each; the last is a newline."""
         tiles = [item.tiles for item in batch if item.tiles is not None]
         if not tiles:
             return []
         states = tower_features(self.model.vision_tower, torch.cat(tiles), self._layer)
-        projected = self.model.multi_modal_projector(states)  # (pictures, n * n, dim)
+        projected = self.model.multi_modal_projector(states)  # (images, n * n, dim)
         newline = self.model.image_newline.to(projected.dtype).expand(len(projected), 1, -1)
         return list(torch.cat([projected, newline], dim=1))
 

@@ -43,16 +43,16 @@ def load_moca(
 
 
 def moca_prompt(content: Content, instruction: str | None) -> Prompt:
-    """MoCa's literal prompt: picture, instruction, text, and a newline; a bare text has none."""
+    """MoCa's literal prompt: image, instruction, text, and a newline; a bare text has none."""
     text = content.text or ""
     if content.images and not instruction:
         instruction = REPRESENT_WITH_TEXT if text else PAGE
-    picture = f"<|vision_start|>{IMAGE}<|vision_end|>" if content.images else ""
+    image = f"<|vision_start|>{IMAGE}<|vision_end|>" if content.images else ""
     task = (instruction or "") + (" " if instruction and text else "")
     # Nothing at all is no input to the reference code; a newline makes it one.
-    return Prompt(picture + task, text, "\n" if instruction or not text else "")
+    return Prompt(image + task, text, "\n" if instruction or not text else "")
 
 
 def moca_fit(width: int, height: int) -> tuple[int, int]:
-    """Size before the common picture rule: no side is under 28 pixels."""
+    """Size before the common image rule: no side is under 28 pixels."""
     return max(width, _LEAST_SIDE), max(height, _LEAST_SIDE)

@@ -45,6 +45,6 @@ def load_nomic_multimodal(
 def nomic_prompt(content: Content, instruction: str | None) -> Prompt:
     """The literal prompt of a page, a question, or a text."""
     if content.images:
-        picture = f"<|im_start|>user\n<|vision_start|>{IMAGE}<|vision_end|>"
-        return Prompt(f"{picture}Describe the image.<|im_end|>", "", _END)
+        image = f"<|im_start|>user\n<|vision_start|>{IMAGE}<|vision_end|>"
+        return Prompt(f"{image}Describe the image.<|im_end|>", "", _END)
     return Prompt("Query: " if instruction else "", content.text or "", _END)

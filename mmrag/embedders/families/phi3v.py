@@ -1,8 +1,8 @@
 """VLM2Vec-Full on Phi-3.5-vision, which transformers does not have: built from parts it has.
 
-A Phi-3 decoder, a CLIP ViT-L/14-336 tower, and between them the "HD" pictures: a picture is
+A Phi-3 decoder, a CLIP ViT-L/14-336 tower, and between them the "HD" images: an image is
 enlarged to fill up to ``num_crops`` tiles, each 2x2 features become one token, a learned vector
-ends each row, and the whole picture follows once more in one tile. The text behind a picture is
+ends each row, and the whole image follows once more in one tile. The text behind an image is
 tokenised alone, with a start token of its own. The last token is pooled.
 
 Source: VLM2Vec (arXiv 2410.05160), Phi-3 (arXiv 2404.14219, section 6) and the code published
@@ -37,7 +37,7 @@ from mmrag.modeling.clip_images import (
     ClipRule,
     cut,
     join,
-    only_picture,
+    only_image,
     place_features,
     read_clip_rule,
     tower_features,
@@ -47,7 +47,7 @@ from mmrag.modeling.pooling import last_token
 from mmrag.modeling.prompts import PromptStyle, load_fast_tokenizer, tokenize, vlm2vec_prompt
 from mmrag.modeling.qwen_vl import ALL_MODALITIES
 
-_PICTURE = -1  # stands for a picture's token, which is in no vocabulary
+_IMAGE_BLOCK = -1  # stands for an image's token, which is in no vocabulary
 
 # openai/clip-vit-large-patch14-336: fixed in the published code, in no file of the checkpoint.
 # A checkpoint with another tower has it in clip_config.json.
@@ -66,7 +66,7 @@ _TOWER: dict[str, Any] = {
 _UNUSED = ("lm_head.", "model.vision_embed_tokens.wte.")
 
 
-class HDPictures(nn.Module):
+class HDImages(nn.Module):
     """The tower and what makes tokens of its features. Names of the weights are the published."""
 
     def __init__(self, tower: CLIPVisionConfig, dim: int, layer: int) -> None:
@@ -78,22 +78,22 @@ class HDPictures(nn.Module):
         self.sub_GN = nn.Parameter(torch.empty(1, 1, 1, merged))
         self.img_projection = nn.Sequential(nn.Linear(merged, dim), nn.GELU(), nn.Linear(dim, dim))
 
-    def forward(self, pictures: Sequence[tuple[Tensor, tuple[int, int]]]) -> list[Tensor]:
-        """Tokens of each picture, (tokens, dim) each.
+    def forward(self, images: Sequence[tuple[Tensor, tuple[int, int]]]) -> list[Tensor]:
+        """Tokens of each image, (tokens, dim) each.
 
         Args:
-            pictures: of each its tiles, (1 + rows * columns, 3, side, side), the whole first,
+            images: of each its tiles, (1 + rows * columns, 3, side, side), the whole first,
                 and its rows and columns of tiles.
         """
-        if not pictures:
+        if not images:
             return []
-        counts = [len(tiles) for tiles, _ in pictures]
-        pixels = torch.cat([tiles for tiles, _ in pictures])
+        counts = [len(tiles) for tiles, _ in images]
+        pixels = torch.cat([tiles for tiles, _ in images])
         states = torch.split(tower_features(self.img_processor, pixels, self.layer), counts)
-        return [self._tokens(part, *grid) for part, (_, grid) in zip(states, pictures, strict=True)]
+        return [self._tokens(part, *grid) for part, (_, grid) in zip(states, images, strict=True)]
 
     def _tokens(self, states: Tensor, rows: int, columns: int) -> Tensor:
-        """States (1 + rows * columns, n * n, dim): rows of the tiles, separator, whole picture."""
+        """States (1 + rows * columns, n * n, dim): rows of the tiles, separator, whole image."""
         tiles = self._rows(join(states[1:], rows, columns))
         whole = self._rows(join(states[:1], 1, 1))
         return torch.as_tensor(self.img_projection(torch.cat([tiles, self.glb_GN[0], whole])))
@@ -108,20 +108,20 @@ class HDPictures(nn.Module):
 
 
 class Phi3VModel(Phi3Model):  # type: ignore[misc]
-    """The Phi-3 decoder with the pictures beside it, named as in the published files."""
+    """The Phi-3 decoder with the images beside it, named as in the published files."""
 
     def __init__(self, config: Phi3Config) -> None:
         super().__init__(config)
         # The tower is no part of Phi-3's configuration, so it is told here how to attend.
         tower = CLIPVisionConfig(**config.tower, attn_implementation=config._attn_implementation)
         layer = config.img_processor.get("layer_idx", -2)
-        self.vision_embed_tokens = HDPictures(tower, config.hidden_size, layer)
+        self.vision_embed_tokens = HDImages(tower, config.hidden_size, layer)
         self.post_init()
 
 
 @dataclass(frozen=True, slots=True)
 class Phi3VInputs:
-    """One item: ids (length,), -1 for a picture's tokens, and the picture's tiles and grid."""
+    """One item: ids (length,), -1 for an image's tokens, and the picture's tiles and grid."""
 
     ids: Tensor
     tiles: Tensor | None = None
@@ -168,8 +168,8 @@ class Phi3VBackbone:
         }
 
     def cost(self, content: Content, instruction: str | None) -> int:
-        """Tokens of the item, without decoding its picture."""
-        source = only_picture(content, self.family)
+        """Tokens of the item, without decoding its image."""
+        source = only_image(content, self.family)
         if source is None:
             return len(self._ids(content, instruction, None))
         size = hd_size(*image_size(source), self.num_crops, self.rule.side)
@@ -177,13 +177,13 @@ class Phi3VBackbone:
 
     def prepare(self, content: Content, instruction: str | None) -> Phi3VInputs:
         """Ids and tiles of the item."""
-        source = only_picture(content, self.family)
+        source = only_image(content, self.family)
         if source is None:
             return Phi3VInputs(torch.tensor(self._ids(content, instruction, None)))
-        picture = hd_picture(load_image(source), self.num_crops, self.rule.side)
-        grid = self._grid(*picture.size)
+        image = hd_image(load_image(source), self.num_crops, self.rule.side)
+        grid = self._grid(*image.size)
         ids = torch.tensor(self._ids(content, instruction, grid))
-        return Phi3VInputs(ids, self._tiles(picture), grid)
+        return Phi3VInputs(ids, self._tiles(image), grid)
 
     def forward(self, batch: Sequence[Phi3VInputs]) -> Tensor:
         """State of each item's last token, (len(batch), dim), not normalised.
@@ -203,16 +203,16 @@ class Phi3VBackbone:
         ids, mask = pad([item.ids for item in batch], 0)
         ids, mask = ids.to(device), mask.to(device)
         embeds = self.model.get_input_embeddings()(ids.clamp(min=0))  # (batch, length, dim)
-        pictures = [(item.tiles, item.grid) for item in batch if item.tiles is not None]
-        features = self.model.vision_embed_tokens(pictures)
-        embeds = place_features(embeds, ids == _PICTURE, features)
+        images = [(item.tiles, item.grid) for item in batch if item.tiles is not None]
+        features = self.model.vision_embed_tokens(images)
+        embeds = place_features(embeds, ids == _IMAGE_BLOCK, features)
         # Padded on the right under causal attention, no token sees the padding: no mask is needed.
         output = self.model(inputs_embeds=embeds, use_cache=False)
         return last_token(output.last_hidden_state, mask)
 
-    def _tiles(self, picture: Image.Image) -> Tensor:
-        """The whole picture and then its tiles, (1 + tiles, 3, side, side)."""
-        pixels, side = self.rule.pixels(picture), self.rule.side
+    def _tiles(self, image: Image.Image) -> Tensor:
+        """The whole image and then its tiles, (1 + tiles, 3, side, side)."""
+        pixels, side = self.rule.pixels(image), self.rule.side
         whole = F.interpolate(pixels.unsqueeze(0), size=(side, side), mode="bicubic")
         return torch.cat([whole, cut(pixels, side)])
 
@@ -227,24 +227,24 @@ class Phi3VBackbone:
             return tokenize(self.tokenizer, prompt, self.max_length)
         rows, columns = grid
         across = self.rule.across // 2
-        # Tiles and whole picture, a separator, and the ends of the rows of both.
+        # Tiles and whole image, a separator, and the ends of the rows of both.
         visual = (rows * columns + 1) * across**2 + 1 + (rows + 1) * across
-        # What stands before the picture and what behind are tokenised each with a start token.
-        head = [*self.tokenizer("")["input_ids"], *[_PICTURE] * visual]
+        # What stands before the image and what behind are tokenised each with a start token.
+        head = [*self.tokenizer("")["input_ids"], *[_IMAGE_BLOCK] * visual]
         return head + tokenize(self.tokenizer, prompt, self.max_length - len(head))
 
 
 def hd_size(width: int, height: int, num_crops: int, side: int) -> tuple[int, int]:
-    """Width and height of a picture enlarged or shrunk to fill up to ``num_crops`` tiles."""
+    """Width and height of an image enlarged or shrunk to fill up to ``num_crops`` tiles."""
     (w, h), tall = _fit(width, height, num_crops, side), height > width
     padded = w, math.ceil(h / side) * side
     return (padded[1], padded[0]) if tall else padded
 
 
-def hd_picture(picture: Image.Image, num_crops: int, side: int) -> Image.Image:
-    """The picture at that size, on white; tall ones lie on their side meanwhile, as published."""
-    tall = picture.height > picture.width
-    lying = picture.transpose(Image.Transpose.TRANSPOSE) if tall else picture
+def hd_image(image: Image.Image, num_crops: int, side: int) -> Image.Image:
+    """The image at that size, on white; tall ones lie on their side meanwhile, as published."""
+    tall = image.height > image.width
+    lying = image.transpose(Image.Transpose.TRANSPOSE) if tall else image
     width, height = _fit(*lying.size, num_crops, side)
     canvas = Image.new("RGB", (width, math.ceil(height / side) * side), "white")
     resized = lying.resize((width, height), Image.Resampling.BILINEAR)
@@ -253,7 +253,7 @@ def hd_picture(picture: Image.Image, num_crops: int, side: int) -> Image.Image:
 
 
 def _fit(width: int, height: int, num_crops: int, side: int) -> tuple[int, int]:
-    """Size of a picture, longer side first, that is as many tiles long as ``num_crops`` allows."""
+    """Size of an image, longer side first, that is as many tiles long as ``num_crops`` allows."""
     ratio = max(width, height) / min(width, height)
     across = 1
     while (across + 1) * math.ceil((across + 1) / ratio) <= num_crops:
@@ -271,7 +271,7 @@ def load_phi3v(
 ) -> Phi3VBackbone:
     """Load VLM2Vec-Full; for ``style`` see ``vlm2vec_prompt``.
 
-    ``num_crops`` is the most tiles of a picture; by default what the checkpoint says. The
+    ``num_crops`` is the most tiles of an image; by default what the checkpoint says. The
     evaluation on MMEB used 4, the published example 16.
     """
     config = read_config(folder)
@@ -284,7 +284,7 @@ def load_phi3v(
     said = read_json(folder / "preprocessor_config.json").get("num_crops", 4)
     crops = num_crops if num_crops is not None else int(said)
     if crops < 1:
-        raise ConfigError(f"num_crops={crops} is not possible: a picture needs at least 1.")
+        raise ConfigError(f"num_crops={crops} is not possible: an image needs at least 1.")
     tokenizer = load_fast_tokenizer(folder)
     return Phi3VBackbone(model, tokenizer, rule, style, crops, max_length)
 

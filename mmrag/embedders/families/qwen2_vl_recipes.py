@@ -23,7 +23,7 @@ from mmrag.modeling.qwen_vl import (
 )
 
 _SYSTEM = f"<|im_start|>system\n{GME_DEFAULT}<|im_end|>\n<|im_start|>user\n"
-_PICTURE = f"<|vision_start|>{IMAGE}<|vision_end|>"
+_IMAGE_BLOCK = f"<|vision_start|>{IMAGE}<|vision_end|>"
 _ASSISTANT = "<|im_end|>\n<|im_start|>assistant\n"
 _END = "<|endoftext|>"
 
@@ -49,7 +49,7 @@ def load_dse(
     min_image_tokens: int = 1,
     max_image_tokens: int = 2560,
 ) -> Qwen2VLBackbone:
-    """Load dse-qwen2-2b-mrl-v1: M-RoPE positions, and a small black picture beside every text.
+    """Load dse-qwen2-2b-mrl-v1: M-RoPE positions, and a small black image beside every text.
 
     It was trained without instructions: whichever one comes marks a query, and is not shown.
     """
@@ -66,7 +66,7 @@ def load_lamra(
     min_image_tokens: int | None = None,
     max_image_tokens: int | None = None,
 ) -> Qwen2VLBackbone:
-    """Load LamRA-Ret. Bounds of pictures are the checkpoint's own: up to 16384 tokens each.
+    """Load LamRA-Ret. Bounds of images are the checkpoint's own: up to 16384 tokens each.
 
     Positions are plain, as in its training code; its demo has M-RoPE under later transformers.
     """
@@ -88,8 +88,8 @@ def load_unite(
 
 
 def dse_prompt(content: Content, instruction: str | None) -> Prompt:
-    """DSE's literal prompt; the picture is the black one where the content has none."""
-    before, text = _SYSTEM + _PICTURE, content.text or ""
+    """DSE's literal prompt; the image is the black one where the content has none."""
+    before, text = _SYSTEM + _IMAGE_BLOCK, content.text or ""
     if content.images:
         before += "What is shown in this image?"
     else:
@@ -125,5 +125,5 @@ def _summary(content: Content, instruction: str | None, question: str, end: str)
     """Picture, then the instruction and the text, then the question that sums them up."""
     text = content.text or ""
     task = (instruction or "") + (" " if instruction and text else "")
-    picture = _PICTURE if content.images else ""
-    return Prompt(_SYSTEM + picture + task, text, question + end)
+    image = _IMAGE_BLOCK if content.images else ""
+    return Prompt(_SYSTEM + image + task, text, question + end)

@@ -1,8 +1,8 @@
 """Qwen3-VL-Embedding: the chat template, three-axis positions, DeepStack, the last token.
 
-The instruction stands in the system turn with a full stop added, pictures come before the text,
+The instruction stands in the system turn with a full stop added, images come before the text,
 and the newline after ``assistant`` is pooled, as in the released code; the paper speaks of
-another end token, which gives other vectors (cosine 0.46). A content without text and picture
+another end token, which gives other vectors (cosine 0.46). A content without text and image
 becomes ``NULL`` in that code; here ``Content`` refuses to be empty.
 
 Source: Qwen3-VL-Embedding (arXiv 2601.04720) and its published inference code.
@@ -25,7 +25,7 @@ from mmrag.modeling.batching import pad
 from mmrag.modeling.loading import Placement, load_exact
 from mmrag.modeling.pooling import last_token
 from mmrag.modeling.prompts import Prompt
-from mmrag.modeling.qwen_images import PictureRule, read_picture_rule
+from mmrag.modeling.qwen_images import ImageRule, read_image_rule
 from mmrag.modeling.qwen_vl import (
     IMAGE,
     Qwen2VLBackbone,
@@ -37,7 +37,7 @@ from mmrag.modeling.qwen_vl import (
 )
 
 DEFAULT_INSTRUCTION = "Represent the user's input."
-PICTURE = f"<|vision_start|>{IMAGE}<|vision_end|>"
+IMAGE_BLOCK = f"<|vision_start|>{IMAGE}<|vision_end|>"
 # The published code resizes to these bounds, whatever the checkpoint's processor file says.
 MIN_IMAGE_TOKENS = 4
 MAX_IMAGE_TOKENS = 1800
@@ -61,12 +61,12 @@ def last_token_states(model: Any, batch: Sequence[QwenInputs], pad_id: int) -> T
     ids, mask = ids.to(device), mask.to(device)
     embeds = model.get_input_embeddings()(ids)  # (batch, length, dim)
     places = ids == image_id
-    pictures = [item for item in batch if item.pixels is not None]
+    images = [item for item in batch if item.pixels is not None]
     deepstack = None
-    if pictures:
+    if images:
         visual = model.visual
-        pixels = torch.cat([item.pixels for item in pictures if item.pixels is not None])
-        grids = torch.cat([item.grids for item in pictures if item.grids is not None])
+        pixels = torch.cat([item.pixels for item in images if item.pixels is not None])
+        grids = torch.cat([item.grids for item in images if item.grids is not None])
         seen = visual(pixels.to(device, visual.dtype), grid_thw=grids.to(device))
         embeds = embeds.masked_scatter(
             places.unsqueeze(-1).expand_as(embeds), seen.pooler_output.to(embeds.dtype)
@@ -84,10 +84,10 @@ def last_token_states(model: Any, batch: Sequence[QwenInputs], pad_id: int) -> T
 
 
 def embedding_prompt(content: Content, instruction: str | None) -> Prompt:
-    """The literal prompt: a system turn with the instruction, pictures before the text."""
+    """The literal prompt: a system turn with the instruction, images before the text."""
     system = f"<|im_start|>system\n{_sentence(instruction)}<|im_end|>\n"
     return Prompt(
-        before=f"{system}<|im_start|>user\n{PICTURE * len(content.images)}",
+        before=f"{system}<|im_start|>user\n{IMAGE_BLOCK * len(content.images)}",
         text=content.text or "",
         after="<|im_end|>\n<|im_start|>assistant\n",
     )
@@ -99,9 +99,9 @@ def _sentence(instruction: str | None) -> str:
     return text if unicodedata.category(text[-1]).startswith("P") else f"{text}."
 
 
-def picture_rule(folder: Path, least: int | None, most: int | None) -> PictureRule:
+def image_rule(folder: Path, least: int | None, most: int | None) -> ImageRule:
     """The checkpoint's patches with the published code's bounds on visual tokens."""
-    rule = read_picture_rule(folder)
+    rule = read_image_rule(folder)
     return rule.with_tokens(
         MIN_IMAGE_TOKENS if least is None else least, MAX_IMAGE_TOKENS if most is None else most
     )
@@ -138,5 +138,5 @@ def load_qwen3_vl(
         mrope=True,
         keep_end=keep_end,
     )
-    rule = picture_rule(folder, min_image_tokens, max_image_tokens)
+    rule = image_rule(folder, min_image_tokens, max_image_tokens)
     return Qwen3VLBackbone(model, load_tokenizer(folder), rule, recipe)

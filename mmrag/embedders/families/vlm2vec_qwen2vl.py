@@ -1,7 +1,7 @@
 """VLM2Vec on Qwen2-VL: v1 (2B and 7B) and V2.0, as adapters or merged into their base.
 
-There is no chat template, and no marks around the picture: ``<|image_pad|> {instruction}
-{text}``. The reference code counts pictures by those marks, so its positions are plain.
+There is no chat template, and no marks around the image: ``<|image_pad|> {instruction}
+{text}``. The reference code counts images by those marks, so its positions are plain.
 
 Source: VLM2Vec (arXiv 2410.05160), VLM2Vec-V2 (arXiv 2507.04590) and TIGER-AI-Lab/VLM2Vec.
 """
@@ -36,7 +36,7 @@ def load_vlm2vec_v1(
 ) -> Qwen2VLBackbone:
     """Load VLM2Vec-Qwen2VL-2B/7B.
 
-    ``squash``: side in pixels of the square that every picture is resized to first; the MMEB
+    ``squash``: side in pixels of the square that every image is resized to first; the MMEB
     evaluation of v1 has 1344.
     """
     recipe = Recipe(
@@ -70,7 +70,7 @@ def load_vlm2vec_v2(
 def render(
     content: Content, instruction: str | None, *, for_image: str, style: PromptStyle
 ) -> Prompt:
-    """The literal prompt; ``for_image`` is the instruction of a picture that comes without."""
+    """The literal prompt; ``for_image`` is the instruction of an image that comes without."""
     if content.modality == "image":
         instruction = instruction or for_image
     prompt = vlm2vec_prompt(content, instruction, IMAGE, style)
@@ -79,7 +79,7 @@ def render(
 
 
 def fit(width: int, height: int, *, squash: int | None) -> tuple[int, int]:
-    """Size before the common picture rule: a picture thinner than a patch becomes 56x56."""
+    """Size before the common image rule: an image thinner than a patch becomes 56x56."""
     if squash is not None:
         return squash, squash
     return (56, 56) if min(width, height) < _LEAST_SIDE else (width, height)

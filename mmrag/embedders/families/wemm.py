@@ -1,11 +1,11 @@
 """WeMM-Embedding: Qwen3.5 as an embedder, pooled at a token of its own.
 
 The chat template has no system turn and no generation prompt and ends in ``<embedding>``; with a
-picture first, not even a newline stands after ``user``. An instruction stands in the user turn,
+image first, not even a newline stands after ``user``. An instruction stands in the user turn,
 before the text, as in the published evaluation.
 
 Sources: WeMM-Embedding (arXiv 2608.24053), its model cards and its published evaluation code.
-The published code runs on transformers 5.2, and resizes a picture that is still outside the
+The published code runs on transformers 5.2, and resizes an image that is still outside the
 processor's bounds a second time with torchvision; here both times it is Pillow that resizes.
 """
 
@@ -20,17 +20,17 @@ from mmrag.content import Content
 from mmrag.errors import ModelError
 from mmrag.modeling.loading import Placement, load_exact
 from mmrag.modeling.prompts import Prompt, load_fast_tokenizer
-from mmrag.modeling.qwen_images import read_picture_rule, smart_resize
+from mmrag.modeling.qwen_images import read_image_rule, smart_resize
 from mmrag.modeling.qwen_vl import IMAGE, Qwen2VLBackbone, Recipe, use_matmul_patch_embed
 
 EMBEDDING = "<embedding>"
-_PICTURE = f"<|vision_start|>{IMAGE}<|vision_end|>"
+_IMAGE_BLOCK = f"<|vision_start|>{IMAGE}<|vision_end|>"
 
 
 def wemm_prompt(content: Content, instruction: str | None) -> Prompt:
-    """The literal prompt: one user turn, pictures first, and the token that is pooled."""
+    """The literal prompt: one user turn, images first, and the token that is pooled."""
     text = content.text or ""
-    opening = _PICTURE * len(content.images) or "\n"
+    opening = _IMAGE_BLOCK * len(content.images) or "\n"
     task = instruction or ""
     return Prompt(
         before=f"<|im_start|>user{opening}{task}{' ' if task and text else ''}",
@@ -58,6 +58,6 @@ def load_wemm(
         raise ModelError(f"{folder}: its tokenizer has no {EMBEDDING}; it is no WeMM-Embedding.")
     model = load_exact(Qwen3_5Model, folder, placement, unused=("lm_head.", "mtp."))
     use_matmul_patch_embed(model.visual)
-    rule = read_picture_rule(folder).with_tokens(min_image_tokens, max_image_tokens)
+    rule = read_image_rule(folder).with_tokens(min_image_tokens, max_image_tokens)
     recipe = Recipe("wemm", wemm_prompt, fetch_size, max_length, max_images=sys.maxsize, mrope=True)
     return Qwen2VLBackbone(model, tokenizer, rule, recipe)

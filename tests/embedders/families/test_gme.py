@@ -13,7 +13,7 @@ from transformers import AutoImageProcessor, AutoTokenizer, Qwen2VLModel
 from mmrag.content import Content
 from mmrag.embedders import load_embedder
 from mmrag.errors import ContentError
-from mmrag.modeling.qwen_images import PictureRule, smart_resize, to_patches
+from mmrag.modeling.qwen_images import ImageRule, smart_resize, to_patches
 from mmrag.testing import check_embedder
 
 
@@ -52,14 +52,14 @@ def test_ids_and_grids_equal_those_of_the_reference_code(reference):
             assert math.isclose(item.pixels.mean().item(), case["pixel_mean"], abs_tol=1e-4)
 
 
-def independent_vector(folder, prompt: str, picture: Image.Image | None) -> np.ndarray:
+def independent_vector(folder, prompt: str, image: Image.Image | None) -> np.ndarray:
     """GME's recipe written out for one item with transformers' own parts, unbatched."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = Qwen2VLModel.from_pretrained(folder, dtype=torch.float32).eval()
     features = None
-    if picture is not None:
+    if image is not None:
         processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
-        pixels = processor(images=[picture], return_tensors="pt")
+        pixels = processor(images=[image], return_tensors="pt")
         grid = pixels["image_grid_thw"]
         features = model.visual(pixels["pixel_values"], grid_thw=grid).pooler_output
         prompt = prompt.replace("<|image_pad|>", "<|image_pad|>" * len(features))
@@ -75,7 +75,7 @@ def independent_vector(folder, prompt: str, picture: Image.Image | None) -> np.n
 
 HEAD = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
 TAIL = "<|im_end|>\n<|im_start|>assistant\n<|endoftext|>"
-PICTURE = "<|vision_start|><|image_pad|><|vision_end|>"
+IMAGE_BLOCK = "<|vision_start|><|image_pad|><|vision_end|>"
 
 
 @torch.no_grad()
@@ -84,8 +84,8 @@ def test_vectors_equal_an_independent_computation(gme, qwen2_vl_folder):
     picture = Image.fromarray(noise)  # both sides are multiples of 28 already
     cases = [
         (Content("find the page"), None, HEAD + "find the page" + TAIL),
-        (Content(image=picture), picture, HEAD + PICTURE + TAIL),
-        (Content("a page", picture), picture, HEAD + PICTURE + "a page" + TAIL),
+        (Content(image=picture), picture, HEAD + IMAGE_BLOCK + TAIL),
+        (Content("a page", picture), picture, HEAD + IMAGE_BLOCK + "a page" + TAIL),
         (
             Content("x", None, "Find a page."),
             None,
@@ -103,11 +103,11 @@ def test_contract(gme):
 
 def test_patches_equal_those_of_transformers(qwen2_vl_folder):
     processor = AutoImageProcessor.from_pretrained(qwen2_vl_folder, backend="pil")
-    rule = PictureRule(4 * 784, 64 * 784)
+    rule = ImageRule(4 * 784, 64 * 784)
     noise = np.random.default_rng(1).integers(0, 255, (131, 217, 3), dtype=np.uint8)
-    picture = Image.fromarray(noise)
-    expected = processor(images=[picture], return_tensors="pt")
-    sized = picture.resize(rule.size(*picture.size), Image.Resampling.BICUBIC)
+    image = Image.fromarray(noise)
+    expected = processor(images=[image], return_tensors="pt")
+    sized = image.resize(rule.size(*image.size), Image.Resampling.BICUBIC)
     patches, grid = to_patches(sized, rule)
     assert [list(grid)] == expected["image_grid_thw"].tolist()
     torch.testing.assert_close(patches, expected["pixel_values"], atol=1e-5, rtol=0)
@@ -129,14 +129,14 @@ def test_long_text_keeps_the_end_of_the_prompt(gme):
     assert (item.ids == backbone.model.config.image_token_id).sum() == 4
 
 
-def test_a_picture_that_leaves_no_room_is_refused(qwen2_vl_folder):
+def test_an_image_that_leaves_no_room_is_refused(qwen2_vl_folder):
     embedder = load_embedder(qwen2_vl_folder, family="gme", device="cpu", max_length=30)
     with pytest.raises(ContentError, match="max_length=30"):
         embedder.encode([Image.new("RGB", (280, 280))])
 
 
-def test_placeholders_in_the_text_are_not_pictures(gme):
-    vectors = gme.encode(["the token <|image_pad|> marks a picture", "<|vision_start|>"])
+def test_placeholders_in_the_text_are_not_images(gme):
+    vectors = gme.encode(["the token <|image_pad|> marks an image", "<|vision_start|>"])
     assert np.isfinite(vectors).all()
 
 
@@ -153,14 +153,14 @@ def test_sizes_are_multiples_within_the_bounds(width, height, least, most):
         assert abs(math.log((w / h) / (width / height))) < 0.35
 
 
-def test_a_thread_of_a_picture_is_refused(gme):
+def test_a_thread_of_an_image_is_refused(gme):
     with pytest.raises(ContentError, match=r"item 1: .*too long and thin"):
         gme.encode(["fine", Image.new("RGB", (4100, 20))])
 
 
 @pytest.mark.hub
 def test_published_similarities_of_gme_2b():
-    """The model card's own numbers, over its two pictures from Wikimedia Commons."""
+    """The model card's own numbers, over its two images from Wikimedia Commons."""
     files = ["Tesla_Cybertruck_damaged_window.jpg", "TaobaoCity_Alibaba_Xixi_Park.jpg"]
     pictures = []
     for name in files:

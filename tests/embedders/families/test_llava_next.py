@@ -25,7 +25,7 @@ from mmrag.testing import check_embedder
 VLM2VEC = "vlm2vec_llava_next"
 
 
-def picture(width: int, height: int, seed: int = 0) -> Image.Image:
+def image(width: int, height: int, seed: int = 0) -> Image.Image:
     noise = np.random.default_rng(seed).integers(0, 255, (height, width, 3), dtype=np.uint8)
     return Image.fromarray(noise)
 
@@ -113,14 +113,14 @@ def independent_vectors(folder, cases):
 CASES = [
     (Content("word"), None, "word"),
     (Content("word"), "Find the page:", "Find the page: word"),
-    (Content(image=picture(100, 61)), None, "<image> Represent the given image."),
-    (Content(image=picture(31, 190)), "Find the image.", "<image> Find the image."),
+    (Content(image=image(100, 61)), None, "<image> Represent the given image."),
+    (Content(image=image(31, 190)), "Find the image.", "<image> Find the image."),
     (
-        Content("the second line", picture(400, 130)),
+        Content("the second line", image(400, 130)),
         None,
         "<image> Represent the given image with related text information: the second line",
     ),
-    (Content("", picture(9, 14)), None, "<image> Represent the given image."),
+    (Content("", image(9, 14)), None, "<image> Represent the given image."),
 ]
 
 
@@ -137,9 +137,9 @@ E5_TAIL = " in one word: <|eot_id|><|start_header_id|>assistant<|end_header_id|>
 E5_CASES = [
     (Content("word"), None, f"{E5_HEAD}word\nSummary above sentence{E5_TAIL}"),
     (Content("word"), "Find this:", f"{E5_HEAD}Find this: word\nSummary above sentence{E5_TAIL}"),
-    (Content(image=picture(90, 61)), None, f"{E5_HEAD}<image>\nSummary above image{E5_TAIL}"),
+    (Content(image=image(90, 61)), None, f"{E5_HEAD}<image>\nSummary above image{E5_TAIL}"),
     (
-        Content("word", picture(90, 61)),
+        Content("word", image(90, 61)),
         None,
         f"{E5_HEAD}<image>\nword\nSummary above image and text{E5_TAIL}",
     ),
@@ -173,12 +173,12 @@ def test_prompts_of_the_evaluation(folder, content, instruction, prompt):
 
 def test_token_ids(embedder):
     backbone = embedder.backbone
-    item = backbone.prepare(Content(image=picture(112, 56)), None)
+    item = backbone.prepare(Content(image=image(112, 56)), None)
     tokens = backbone.tokenizer.convert_ids_to_tokens(item.ids.tolist())
     # One whole view of 4x4 features, then 4 rows of 8 with a newline each.
-    pictures = ["<image>"] * (16 + 4 * 9)
-    assert tokens[: 1 + len(pictures)] == ["<s>", *pictures]
-    assert "".join(tokens[1 + len(pictures) :]) == "▁▁Represent▁the▁given▁image<0x2E>"
+    images = ["<image>"] * (16 + 4 * 9)
+    assert tokens[: 1 + len(images)] == ["<s>", *images]
+    assert "".join(tokens[1 + len(images) :]) == "▁▁Represent▁the▁given▁image<0x2E>"
     assert item.tiles.shape == (3, 3, SIDE, SIDE)
 
 
@@ -186,14 +186,14 @@ def test_tiles_equal_those_of_transformers(folder):
     processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
     rule = ClipRule(SIDE, PATCH, tuple(map(tuple, GRIDS)))
     for size in [(100, 61), (61, 100), (30, 30), (500, 40), (33, 400), (1, 3), (168, 56)]:
-        expected = processor(images=[picture(*size)], return_tensors="pt")["pixel_values"][0]
-        torch.testing.assert_close(rule.anyres(picture(*size)), expected, atol=1e-5, rtol=0)
+        expected = processor(images=[image(*size)], return_tensors="pt")["pixel_values"][0]
+        torch.testing.assert_close(rule.anyres(image(*size)), expected, atol=1e-5, rtol=0)
 
 
 def test_squashing_comes_before_the_tiles(folder):
     squashed = load_embedder(folder, family=VLM2VEC, device="cpu", squash=112)
     plain = load_embedder(folder, family=VLM2VEC, device="cpu")
-    wide = picture(300, 40)
+    wide = image(300, 40)
     (a,), (b,) = squashed.encode([wide]), plain.encode([wide.resize((112, 112))])
     assert a @ b >= 0.99999
     assert squashed.fingerprint != plain.fingerprint
@@ -205,7 +205,7 @@ def test_contract(folder):
 
 def test_long_text_keeps_the_end_of_the_prompt(folder, e5_v):
     backbone = load_embedder(folder, family=VLM2VEC, device="cpu", style="mmeb", max_length=150)
-    item = backbone.backbone.prepare(Content("word " * 900, picture(112, 56)), "Find the image.")
+    item = backbone.backbone.prepare(Content("word " * 900, image(112, 56)), "Find the image.")
     assert item.n_tokens == 150
     assert (item.ids == PIECES).sum() == 52
     tokens = backbone.backbone.tokenizer.convert_ids_to_tokens(item.ids.tolist())
@@ -215,21 +215,21 @@ def test_long_text_keeps_the_end_of_the_prompt(folder, e5_v):
     assert e5_v.backbone.tokenizer.decode(long.ids).endswith(f"Summary above sentence{E5_TAIL}")
 
 
-def test_a_picture_that_leaves_no_room_is_refused(folder):
+def test_an_image_that_leaves_no_room_is_refused(folder):
     embedder = load_embedder(folder, family=VLM2VEC, device="cpu", max_length=30)
     with pytest.raises(ContentError, match=r"item 1: .*max_length"):
-        embedder.encode(["word", picture(200, 200)])
+        embedder.encode(["word", image(200, 200)])
 
 
-def test_placeholders_in_the_text_are_not_pictures(embedder):
-    item = embedder.backbone.prepare(Content("the <image> token", picture(112, 56)), None)
+def test_placeholders_in_the_text_are_not_images(embedder):
+    item = embedder.backbone.prepare(Content("the <image> token", image(112, 56)), None)
     assert (item.ids == PIECES).sum() == 52
     assert np.isfinite(embedder.encode(["<image>"])).all()
 
 
-def test_several_pictures_are_refused(embedder):
-    with pytest.raises(ContentError, match="takes 1 picture"):
-        embedder.encode([Content(image=[picture(20, 20), picture(30, 30)])])
+def test_several_images_are_refused(embedder):
+    with pytest.raises(ContentError, match="takes 1 image"):
+        embedder.encode([Content(image=[image(20, 20), image(30, 30)])])
 
 
 def test_a_missing_weight_is_named(folder, tmp_path):
@@ -245,7 +245,7 @@ def test_a_missing_weight_is_named(folder, tmp_path):
 
 def test_gradients_reach_every_part(embedder):
     backbone = embedder.backbone
-    items = [backbone.prepare(Content("word", picture(60, 50)), None)]
+    items = [backbone.prepare(Content("word", image(60, 50)), None)]
     backbone.forward([*items, backbone.prepare(Content("word"), None)]).square().sum().backward()
     model = backbone.model
     for part in (model.vision_tower, model.multi_modal_projector, model.language_model):

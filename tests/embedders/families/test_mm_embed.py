@@ -20,7 +20,7 @@ from mmrag.errors import ContentError, ModelError
 from mmrag.testing import check_embedder
 
 
-def picture(width: int, height: int) -> Image.Image:
+def image(width: int, height: int) -> Image.Image:
     noise = np.random.default_rng(width).integers(0, 255, (height, width, 3), dtype=np.uint8)
     return Image.fromarray(noise)
 
@@ -88,10 +88,10 @@ TASK = "Given a question, retrieve passages"
 CASES = [
     (Content("word"), None, "word"),
     (Content("What is in the image"), TASK, f"Instruct: {TASK}\nQuery: What is in the image"),
-    (Content(image=picture(70, 40)), None, "<image>\n"),
-    (Content(image=picture(33, 80)), TASK, f"Instruct: {TASK}\nQuery: <image>\n"),
-    (Content("the line", picture(56, 56)), None, "<image>\nthe line"),
-    (Content("the line", picture(90, 50)), TASK, f"Instruct: {TASK}\nQuery: <image>\nthe line"),
+    (Content(image=image(70, 40)), None, "<image>\n"),
+    (Content(image=image(33, 80)), TASK, f"Instruct: {TASK}\nQuery: <image>\n"),
+    (Content("the line", image(56, 56)), None, "<image>\nthe line"),
+    (Content("the line", image(90, 50)), TASK, f"Instruct: {TASK}\nQuery: <image>\nthe line"),
 ]
 
 
@@ -104,7 +104,7 @@ def test_prompts(content, instruction, prompt):
 
 @torch.no_grad()
 def independent_vector(w, tokenizer, prompt, instruction, image):
-    """NV-Embed over LLaVA-NeXT's picture vectors, by hand."""
+    """NV-Embed over LLaVA-NeXT's image vectors, by hand."""
     ids = [*tokenizer(prompt)["input_ids"], tokenizer.eos_token_id]
     rows = []
     for token in ids:
@@ -149,7 +149,7 @@ def test_vectors_equal_an_independent_computation(embedder, folder):
 
 def test_token_ids_and_mask(embedder):
     backbone = embedder.backbone
-    item = backbone.prepare(Content("word", picture(50, 40)), "Find the image")
+    item = backbone.prepare(Content("word", image(50, 40)), "Find the image")
     tokens = backbone.tokenizer.convert_ids_to_tokens(item.ids.tolist())
     assert "".join(tokens[-4:]) == "<0x0A>word</s>"
     assert tokens.count("<image>") == 17
@@ -166,9 +166,9 @@ def test_the_end_token_survives_a_cut(folder, embedder):
     backbone = load_embedder(folder, family="mm_embed", device="cpu", max_length=40).backbone
     words = Content(" ".join(map(str, range(100))))
     text = backbone.prepare(words, "Find the image")
-    fused = backbone.prepare(Content(words.text, picture(9, 9)), None)
+    fused = backbone.prepare(Content(words.text, image(9, 9)), None)
     assert text.n_tokens == 40
-    assert fused.n_tokens == 40 + 16  # a picture of 17 tokens counts as one
+    assert fused.n_tokens == 40 + 16  # an image of 17 tokens counts as one
     assert [int(item.ids[-1]) for item in (text, fused)] == [2, 2]
     whole = embedder.backbone.prepare(words, "Find the image")
     assert torch.equal(text.ids[:-1], whole.ids[:39])
@@ -177,7 +177,7 @@ def test_the_end_token_survives_a_cut(folder, embedder):
 
 
 def test_every_token_of_the_text_has_an_embedding(embedder):
-    """The padding token is beyond the decoder's vocabulary, the picture's token marks pictures."""
+    """The padding token is beyond the decoder's vocabulary, the picture's token marks images."""
     item = embedder.backbone.prepare(Content("a <pad> and <image> token"), None)
     assert PIECES not in item.ids
     assert int(item.ids.max()) < PIECES
@@ -185,9 +185,9 @@ def test_every_token_of_the_text_has_an_embedding(embedder):
 
 
 def test_transparency_is_dropped_as_published(embedder):
-    clear = picture(40, 40)
+    clear = image(40, 40)
     clear.putalpha(0)
-    a, b = embedder.encode([clear, picture(40, 40)])
+    a, b = embedder.encode([clear, image(40, 40)])
     assert a @ b >= 0.99999
 
 
@@ -217,7 +217,7 @@ def test_its_licence_is_told(folder, tmp_path, caplog):
 
 def test_gradients_reach_every_part(embedder):
     backbone = embedder.backbone
-    items = [backbone.prepare(Content("word", picture(60, 50)), "Find")]
+    items = [backbone.prepare(Content("word", image(60, 50)), "Find")]
     backbone.forward([*items, backbone.prepare(Content("word"), None)]).square().sum().backward()
     model = backbone.model
     parts = [model.vision_tower, model.multi_modal_projector, model.language_model]

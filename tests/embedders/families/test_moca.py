@@ -14,7 +14,7 @@ from mmrag.testing import check_embedder
 NOISE = np.random.default_rng(0).integers(0, 255, (301, 444, 3), dtype=np.uint8)
 PHOTO = Image.fromarray(NOISE)
 THIN = PHOTO.crop((0, 0, 20, 300))
-PICTURE = "<|vision_start|><|image_pad|><|vision_end|>"
+IMAGE_BLOCK = "<|vision_start|><|image_pad|><|vision_end|>"
 TASK = "Represent the given image with the following question:"
 
 
@@ -24,17 +24,17 @@ def folder(tmp_path_factory):
 
 
 @torch.no_grad()
-def independent_vector(folder, prompt: str, picture) -> np.ndarray:
+def independent_vector(folder, prompt: str, image) -> np.ndarray:
     """The recipe written out for one item with transformers' own parts, unbatched, eager."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = Qwen2_5_VLModel.from_pretrained(
         folder, dtype=torch.float32, attn_implementation="eager"
     ).eval()
     images = {}
-    if picture is not None:
+    if image is not None:
         bounds = {"min_pixels": 256 * 784, "max_pixels": 1024 * 784}
         processor = AutoImageProcessor.from_pretrained(folder, backend="pil", **bounds)
-        images = dict(processor(images=[picture], return_tensors="pt"))
+        images = dict(processor(images=[image], return_tensors="pt"))
         tokens = int(images["image_grid_thw"].prod()) // 4
         prompt = prompt.replace("<|image_pad|>", "<|image_pad|>" * tokens)
     ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
@@ -54,16 +54,16 @@ def independent_vector(folder, prompt: str, picture) -> np.ndarray:
     [
         (Content("a cat"), "a cat", None),
         (Content("a cat", None, "Find a page:"), "Find a page: a cat\n", None),
-        (Content(image=PHOTO), f"{PICTURE}Represent the given document image.\n", PHOTO),
-        (Content("what is it", PHOTO, TASK), f"{PICTURE}{TASK} what is it\n", PHOTO),
+        (Content(image=PHOTO), f"{IMAGE_BLOCK}Represent the given document image.\n", PHOTO),
+        (Content("what is it", PHOTO, TASK), f"{IMAGE_BLOCK}{TASK} what is it\n", PHOTO),
         (
             Content("at night", PHOTO),
-            f"{PICTURE}Represent the given image with related text information: at night\n",
+            f"{IMAGE_BLOCK}Represent the given image with related text information: at night\n",
             PHOTO,
         ),
         (
             Content(image=THIN),
-            f"{PICTURE}Represent the given document image.\n",
+            f"{IMAGE_BLOCK}Represent the given document image.\n",
             THIN.resize((28, 300), Image.Resampling.BICUBIC),
         ),
     ],

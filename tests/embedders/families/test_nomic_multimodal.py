@@ -45,15 +45,15 @@ def embedder(folders):
 
 
 @torch.no_grad()
-def independent_vector(folder, prompt: str, picture) -> np.ndarray:
+def independent_vector(folder, prompt: str, image) -> np.ndarray:
     """The recipe written out for one item with transformers' own parts, unbatched."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = Qwen2_5_VLModel.from_pretrained(folder, dtype=torch.float32).eval()
     images = {}
-    if picture is not None:
+    if image is not None:
         bounds = {"min_pixels": 3136, "max_pixels": 768 * 784}
         processor = AutoImageProcessor.from_pretrained(folder, backend="pil", **bounds)
-        images = processor(images=[picture], return_tensors="pt")
+        images = processor(images=[image], return_tensors="pt")
         tokens = int(images["image_grid_thw"].prod()) // 4
         prompt = prompt.replace("<|image_pad|>", "<|image_pad|>" * tokens)
     ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
@@ -80,9 +80,9 @@ PAGE = (
 )
 def test_vectors_equal_an_independent_computation(embedder, folders, content, prompt):
     assert str(embedder.backbone.recipe.render(content, content.instruction)) == prompt
-    picture = content.images[0] if content.images else None
+    image = content.images[0] if content.images else None
     vector = embedder.encode([content, "another", PHOTO.resize((90, 250))])[0]
-    assert vector @ independent_vector(folders[1], prompt, picture) >= 0.9999
+    assert vector @ independent_vector(folders[1], prompt, image) >= 0.9999
 
 
 def test_contract(folders):

@@ -15,14 +15,14 @@ from tiny_llava import LONG, SHORT, SIDE, TRAINED_LENGTH, save_phi3v
 
 from mmrag.content import Content
 from mmrag.embedders import load_embedder
-from mmrag.embedders.families.phi3v import hd_picture, hd_size
+from mmrag.embedders.families.phi3v import hd_image, hd_size
 from mmrag.errors import ConfigError, ContentError, ModelError
 from mmrag.testing import check_embedder
 
 PHI = "vlm2vec_phi3v"
 
 
-def picture(width: int, height: int) -> Image.Image:
+def image_of(width: int, height: int) -> Image.Image:
     noise = np.random.default_rng(width).integers(0, 255, (height, width, 3), dtype=np.uint8)
     return Image.fromarray(noise)
 
@@ -85,8 +85,8 @@ def test_ids_and_pixels_equal_those_of_the_reference_code(reference):
             assert math.isclose(whole, case["pixel_mean_global"], abs_tol=1e-4)
 
 
-def independent_pictures(w, image, num_crops):
-    """Tokens of a picture, after the published code: tile by tile, block by block."""
+def independent_images(w, image, num_crops):
+    """Tokens of an image, after the published code: tile by tile, block by block."""
     tall = image.width < image.height
     if tall:
         image = image.transpose(Image.Transpose.TRANSPOSE)
@@ -141,7 +141,7 @@ def independent_vector(w, tokenizer, prompt, image, num_crops=4):
     parts = []
     for number, piece in enumerate(prompt.split("<|image_1|>")):
         if number:
-            parts.append(independent_pictures(w, image, num_crops))
+            parts.append(independent_images(w, image, num_crops))
         parts.append(w["model.embed_tokens.weight"][tokenizer(piece)["input_ids"]])
     x = torch.cat(parts)
     factors = torch.tensor(SHORT if len(x) <= TRAINED_LENGTH else LONG)
@@ -154,10 +154,10 @@ def independent_vector(w, tokenizer, prompt, image, num_crops=4):
 CASES = [
     (Content("word"), None, "word"),
     (Content("word"), "Find the page:", "Find the page: word"),
-    (Content(image=picture(100, 61)), None, "<|image_1|> Represent the given image."),
-    (Content(image=picture(40, 150)), "Find the image.", "<|image_1|> Find the image."),
+    (Content(image=image_of(100, 61)), None, "<|image_1|> Represent the given image."),
+    (Content(image=image_of(40, 150)), "Find the image.", "<|image_1|> Find the image."),
     (
-        Content("the second line", picture(300, 200)),
+        Content("the second line", image_of(300, 200)),
         None,
         "<|image_1|> Represent the given image with related text information: the second line",
     ),
@@ -176,7 +176,7 @@ def test_vectors_equal_an_independent_computation(embedder, folder):
 
 def test_more_crops_equal_an_independent_computation(folder):
     embedder = load_embedder(folder, device="cpu", num_crops=9)
-    image = picture(120, 100)
+    image = image_of(120, 100)
     prompt = "<|image_1|> Represent the given image."
     tokenizer = embedder.backbone.tokenizer
     expected = independent_vector(read_weights(folder), tokenizer, prompt, image, num_crops=9)
@@ -195,7 +195,7 @@ def test_a_long_item_leaves_the_others_in_its_batch_alone(embedder):
 
 
 def test_token_ids(embedder):
-    item = embedder.backbone.prepare(Content(image=picture(112, 112)), None)
+    item = embedder.backbone.prepare(Content(image=image_of(112, 112)), None)
     ids = item.ids.tolist()
     # 2x2 tiles and the whole, of 2x2 tokens each, a separator, and the ends of 4 + 2 rows.
     count = 5 * 4 + 1 + 6
@@ -215,7 +215,7 @@ def test_prompts_of_the_evaluation(folder, embedder):
         return ids[ids >= 0].tolist()
 
     spoken = "\nRepresent the given image.\n"
-    assert tail(Content(image=picture(60, 60)), None) == [1, *tokenizer(spoken)["input_ids"]]
+    assert tail(Content(image=image_of(60, 60)), None) == [1, *tokenizer(spoken)["input_ids"]]
     assert tail(Content("word"), "Find:") == tokenizer("Find: word\n")["input_ids"]
     assert tail(Content("word"), None) == tokenizer("word")["input_ids"]
     assert evaluation.fingerprint != embedder.fingerprint
@@ -234,25 +234,25 @@ def test_prompts_of_the_evaluation(folder, embedder):
         ((1, 4000), 4, (336, 1344)),
     ],
 )
-def test_sizes_of_hd_pictures(size, crops, expected):
+def test_sizes_of_hd_images(size, crops, expected):
     assert hd_size(*size, crops, 336) == expected
-    assert hd_picture(Image.new("RGB", size), crops, 336).size == expected
+    assert hd_image(Image.new("RGB", size), crops, 336).size == expected
 
 
 def test_contract(folder):
     check_embedder(load_embedder(folder, device="cpu", max_length=230))
 
 
-def test_long_text_is_cut_and_a_picture_is_not(folder):
+def test_long_text_is_cut_and_an_image_is_not(folder):
     backbone = load_embedder(folder, device="cpu", style="mmeb", max_length=60).backbone
-    item = backbone.prepare(Content("word " * 900, picture(112, 112)), "Find the image.")
+    item = backbone.prepare(Content("word " * 900, image_of(112, 112)), "Find the image.")
     assert item.n_tokens == 60
     assert (item.ids == -1).sum() == 27
     tokens = backbone.tokenizer.convert_ids_to_tokens(item.ids[-3:].tolist())
     assert tokens == ["▁word", "▁word", "<0x0A>"]
     small = load_embedder(folder, device="cpu", max_length=20)
     with pytest.raises(ContentError, match="max_length"):
-        small.encode([picture(112, 112)])
+        small.encode([image_of(112, 112)])
 
 
 def test_an_impossible_number_of_crops_is_refused(folder):
@@ -282,13 +282,13 @@ def test_another_architecture_is_refused(tmp_path):
 
 def test_gradients_reach_every_part(embedder):
     backbone = embedder.backbone
-    items = [backbone.prepare(Content("word", picture(60, 50)), None)]
+    items = [backbone.prepare(Content("word", image_of(60, 50)), None)]
     backbone.forward([*items, backbone.prepare(Content("word"), None)]).square().sum().backward()
-    pictures = backbone.model.vision_embed_tokens
-    for part in (pictures.img_processor, pictures.img_projection, backbone.model.layers):
+    images = backbone.model.vision_embed_tokens
+    for part in (images.img_processor, images.img_projection, backbone.model.layers):
         assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in part.parameters())
-    assert pictures.glb_GN.grad.abs().sum() > 0
-    assert pictures.sub_GN.grad.abs().sum() > 0
+    assert images.glb_GN.grad.abs().sum() > 0
+    assert images.sub_GN.grad.abs().sum() > 0
     backbone.model.zero_grad()
 
 

@@ -16,7 +16,7 @@ from mmrag.modeling.qwen_vl import mrope_positions
 from mmrag.testing import check_embedder
 
 SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
-PICTURE = "<|vision_start|><|image_pad|><|vision_end|>"
+IMAGE_BLOCK = "<|vision_start|><|image_pad|><|vision_end|>"
 ANSWER = "<|im_end|>\n<|im_start|>assistant\n"
 NOISE = np.random.default_rng(0).integers(0, 255, (301, 444, 3), dtype=np.uint8)
 PHOTO = Image.fromarray(NOISE)
@@ -24,34 +24,34 @@ SMALL = PHOTO.crop((0, 0, 30, 32))
 BLACK = Image.new("RGB", (56, 56))
 TASK = "Find the page."
 
-# family, content, literal prompt, picture that the model sees
+# family, content, literal prompt, image that the model sees
 CASES = [
     ("ops_mm", Content("a cat"), f"{SYSTEM}a cat{ANSWER}<|endoftext|>", None),
-    ("ops_mm", Content(image=PHOTO), f"{SYSTEM}{PICTURE}{ANSWER}<|endoftext|>", PHOTO),
+    ("ops_mm", Content(image=PHOTO), f"{SYSTEM}{IMAGE_BLOCK}{ANSWER}<|endoftext|>", PHOTO),
     (
         "ops_mm",
         Content("a cat", PHOTO, TASK),
         f"<|im_start|>system\n{TASK}<|im_end|>\n<|im_start|>user\n"
-        f"{PICTURE}a cat{ANSWER}<|endoftext|>",
+        f"{IMAGE_BLOCK}a cat{ANSWER}<|endoftext|>",
         PHOTO,
     ),
-    ("dse", Content("a cat"), f"{SYSTEM}{PICTURE}Document: a cat{ANSWER}<|endoftext|>", BLACK),
+    ("dse", Content("a cat"), f"{SYSTEM}{IMAGE_BLOCK}Document: a cat{ANSWER}<|endoftext|>", BLACK),
     (
         "dse",
         Content("a cat", None, TASK),
-        f"{SYSTEM}{PICTURE}Query: a cat{ANSWER}<|endoftext|>",
+        f"{SYSTEM}{IMAGE_BLOCK}Query: a cat{ANSWER}<|endoftext|>",
         BLACK,
     ),
     (
         "dse",
         Content(image=PHOTO),
-        f"{SYSTEM}{PICTURE}What is shown in this image?{ANSWER}<|endoftext|>",
+        f"{SYSTEM}{IMAGE_BLOCK}What is shown in this image?{ANSWER}<|endoftext|>",
         PHOTO,
     ),
     (
         "dse",
         Content(image=SMALL),
-        f"{SYSTEM}{PICTURE}What is shown in this image?{ANSWER}<|endoftext|>",
+        f"{SYSTEM}{IMAGE_BLOCK}What is shown in this image?{ANSWER}<|endoftext|>",
         SMALL.resize((56, 84), Image.Resampling.BICUBIC),  # by fetch_image, not the processor
     ),
     (
@@ -63,20 +63,21 @@ CASES = [
     (
         "lamra",
         Content(image=PHOTO),
-        f"{SYSTEM}{PICTURE}\nSummarize above image in one word: {ANSWER}<emb>",
+        f"{SYSTEM}{IMAGE_BLOCK}\nSummarize above image in one word: {ANSWER}<emb>",
         PHOTO,
     ),
     (
         "lamra",
         Content("a cat", PHOTO, TASK),
-        f"{SYSTEM}{PICTURE}{TASK} a cat\nSummarize above image and sentence in one word: "
+        f"{SYSTEM}{IMAGE_BLOCK}{TASK} a cat\nSummarize above image and sentence in one word: "
         f"{ANSWER}<emb>",
         PHOTO,
     ),
     (
         "lamra",
         Content(None, PHOTO, TASK),
-        f"{SYSTEM}{PICTURE}{TASK}\nSummarize above image and sentence in one word: {ANSWER}<emb>",
+        f"{SYSTEM}{IMAGE_BLOCK}{TASK}\nSummarize above image and sentence in one word: "
+        f"{ANSWER}<emb>",
         PHOTO,
     ),
     (
@@ -88,18 +89,18 @@ CASES = [
     (
         "unite",
         Content(image=PHOTO),
-        f"{SYSTEM}{PICTURE}\nSummary above image in one word:{ANSWER}<|endoftext|>",
+        f"{SYSTEM}{IMAGE_BLOCK}\nSummary above image in one word:{ANSWER}<|endoftext|>",
         PHOTO,
     ),
     (
         "unite",
         Content("a cat", PHOTO),
-        f"{SYSTEM}{PICTURE}a cat\nSummary above sentence and image in one word:{ANSWER}"
+        f"{SYSTEM}{IMAGE_BLOCK}a cat\nSummary above sentence and image in one word:{ANSWER}"
         "<|endoftext|>",
         PHOTO,
     ),
 ]
-# visual tokens of a picture, least and most (LamRA: of the checkpoint), and whether it has M-RoPE
+# visual tokens of an image, least and most (LamRA: of the checkpoint), and whether it has M-RoPE
 SETTINGS = {
     "ops_mm": (256, 1280, True),
     "dse": (1, 2560, True),
@@ -109,7 +110,7 @@ SETTINGS = {
 
 
 @torch.no_grad()
-def independent_vector(folder, family: str, prompt: str, picture) -> np.ndarray:
+def independent_vector(folder, family: str, prompt: str, image) -> np.ndarray:
     """The recipe written out for one item with transformers' own parts, unbatched.
 
     For LamRA the whole of the reference's prompt is run, and the state before ``<emb>`` taken.
@@ -118,13 +119,13 @@ def independent_vector(folder, family: str, prompt: str, picture) -> np.ndarray:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = Qwen2VLModel.from_pretrained(folder, dtype=torch.float32).eval()
     images = {}
-    if picture is not None:
+    if image is not None:
         bounds = {"min_pixels": least * 784, "max_pixels": most * 784}
         processor = AutoImageProcessor.from_pretrained(folder, backend="pil", **bounds)
         if family != "ops_mm":  # whose fetch_image has the bounds of its processor
-            nearest = [28 * round(side / 28) for side in picture.size]
-            picture = picture.resize(nearest, Image.Resampling.BICUBIC)
-        images = processor(images=[picture], return_tensors="pt")
+            nearest = [28 * round(side / 28) for side in image.size]
+            image = image.resize(nearest, Image.Resampling.BICUBIC)
+        images = processor(images=[image], return_tensors="pt")
         tokens = int(images["image_grid_thw"].prod()) // 4
         prompt = prompt.replace("<|image_pad|>", "<|image_pad|>" * tokens)
     ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
@@ -144,14 +145,14 @@ def embedders(qwen2_vl_folder):
     }
 
 
-@pytest.mark.parametrize(("family", "content", "prompt", "picture"), CASES)
+@pytest.mark.parametrize(("family", "content", "prompt", "image"), CASES)
 def test_vectors_equal_an_independent_computation(
-    embedders, qwen2_vl_folder, family, content, prompt, picture
+    embedders, qwen2_vl_folder, family, content, prompt, image
 ):
     recipe = embedders[family].backbone.recipe
     assert str(recipe.render(content, content.instruction)) == prompt.removesuffix("<emb>")
     vector = embedders[family].encode([content, "something else, and longer than that"])[0]
-    assert vector @ independent_vector(qwen2_vl_folder, family, prompt, picture) >= 0.9999
+    assert vector @ independent_vector(qwen2_vl_folder, family, prompt, image) >= 0.9999
 
 
 @pytest.mark.parametrize("family", ["dse", "unite"])
@@ -173,7 +174,7 @@ def test_positions_equal_those_of_transformers(qwen2_vl_folder):
     assert torch.equal(mrope_positions(ids, image, [(2, 3), (5, 4), (2, 2)]), expected[:, 0])
 
 
-def test_dse_does_not_take_text_with_a_picture(embedders):
+def test_dse_does_not_take_text_with_an_image(embedders):
     with pytest.raises(ContentError, match="cannot embed fused"):
         embedders["dse"].encode([Content("a cat", PHOTO)])
 

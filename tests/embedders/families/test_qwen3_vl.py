@@ -19,7 +19,7 @@ from mmrag.testing import check_embedder
 HEAD = "<|im_start|>system\n{}<|im_end|>\n<|im_start|>user\n"
 TAIL = "<|im_end|>\n<|im_start|>assistant\n"
 DEFAULT = HEAD.format("Represent the user's input.")
-PICTURE = "<|vision_start|><|image_pad|><|vision_end|>"
+IMAGE_BLOCK = "<|vision_start|><|image_pad|><|vision_end|>"
 
 
 @pytest.fixture(scope="session")
@@ -77,14 +77,14 @@ def test_ids_and_grids_equal_those_of_the_reference_code(reference):
                 assert abs(item.pixels.mean().item() - case["pixel_mean"]) < 1e-4
 
 
-def independent_vector(folder, prompt: str, pictures: list[Image.Image]) -> np.ndarray:
+def independent_vector(folder, prompt: str, images: list[Image.Image]) -> np.ndarray:
     """The recipe for one item, by transformers' own model, positions and DeepStack."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = Qwen3VLModel.from_pretrained(folder, dtype=torch.float32).eval()
     inputs = {}
-    if pictures:
+    if images:
         processor = AutoImageProcessor.from_pretrained(folder, backend="pil", do_resize=False)
-        inputs = dict(processor(images=pictures, return_tensors="pt"))
+        inputs = dict(processor(images=images, return_tensors="pt"))
         for grid in inputs["image_grid_thw"]:
             prompt = prompt.replace("<|image_pad|>", "<slot>" * (int(grid.prod()) // 4), 1)
         prompt = prompt.replace("<slot>", "<|image_pad|>")
@@ -104,12 +104,12 @@ def test_vectors_equal_an_independent_computation(embedder, folder):
     cases = [
         (Content("find the page"), [], DEFAULT + "find the page" + TAIL),
         (Content(""), [], DEFAULT + TAIL),
-        (Content(image=wide), [sized], DEFAULT + PICTURE + TAIL),
-        (Content("a page", wide), [sized], DEFAULT + PICTURE + "a page" + TAIL),
+        (Content(image=wide), [sized], DEFAULT + IMAGE_BLOCK + TAIL),
+        (Content("a page", wide), [sized], DEFAULT + IMAGE_BLOCK + "a page" + TAIL),
         (
             Content("two", [small, wide]),
             [small, sized],
-            DEFAULT + PICTURE + PICTURE + "two" + TAIL,
+            DEFAULT + IMAGE_BLOCK + IMAGE_BLOCK + "two" + TAIL,
         ),
         (
             Content("x", None, " Find a page "),
@@ -118,8 +118,8 @@ def test_vectors_equal_an_independent_computation(embedder, folder):
         ),
     ]
     together = embedder.encode([content for content, _, _ in cases])
-    for vector, (content, pictures, prompt) in zip(together, cases, strict=True):
-        expected = independent_vector(folder, prompt, pictures)
+    for vector, (content, images, prompt) in zip(together, cases, strict=True):
+        expected = independent_vector(folder, prompt, images)
         assert vector @ expected >= 0.9999
         assert embedder.encode([content])[0] @ expected >= 0.9999
 
@@ -166,7 +166,7 @@ def test_fingerprint_tells_how_long_text_is_cut(embedder, folder):
     assert kept.fingerprint != embedder.fingerprint
 
 
-def test_a_picture_is_never_cut(folder):
+def test_an_image_is_never_cut(folder):
     embedder = load_embedder(folder, device="cpu", max_length=60)
     with pytest.raises(ContentError, match=r"item 0: .*max_length=60"):
         embedder.encode([Image.new("RGB", (320, 320))])
@@ -174,8 +174,8 @@ def test_a_picture_is_never_cut(folder):
 
 def test_vectors_can_be_differentiated(embedder):
     backbone = embedder.backbone
-    picture = Image.new("RGB", (64, 64), "red")
-    items = [backbone.prepare(Content(image=picture), None), backbone.prepare(Content("a"), None)]
+    image = Image.new("RGB", (64, 64), "red")
+    items = [backbone.prepare(Content(image=image), None), backbone.prepare(Content("a"), None)]
     backbone.forward(items).square().sum().backward()
     weight = backbone.model.visual.deepstack_merger_list[0].linear_fc1.weight
     assert weight.grad is not None
@@ -188,7 +188,7 @@ def test_published_similarities_of_the_2b():
     """The four inputs of the repository's README; its numbers are from bfloat16."""
     address = "https://qianwen-res.oss-cn-beijing.aliyuncs.com/Qwen-VL/assets/demo.jpeg"
     with urllib.request.urlopen(address, timeout=60) as response:
-        picture = response.read()
+        image = response.read()
     text = (
         "A woman shares a joyful moment with her golden retriever on a sun-drenched beach at "
         "sunset, as the dog offers its paw in a heartwarming display of companionship and trust."
@@ -198,8 +198,8 @@ def test_published_similarities_of_the_2b():
     contents = [
         Content(query, instruction=instruction),
         Content(text),
-        Content(image=picture),
-        Content(text, picture),
+        Content(image=image),
+        Content(text, image),
     ]
     vectors = load_embedder("Qwen/Qwen3-VL-Embedding-2B").encode(contents)
     expected = [0.7896, 0.7156, 0.7236, 0.7650, 0.8473, 0.8239]

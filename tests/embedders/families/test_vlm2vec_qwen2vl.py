@@ -45,10 +45,10 @@ def reference(request, golden):
             device="cpu",
             **dict(settings),
         )
-        pictures = [folder / "images" / c["image"] if c["image"] else None for c in cases]
+        images = [folder / "images" / c["image"] if c["image"] else None for c in cases]
         contents = [
-            Content(case["text"], picture, case["instruction"])
-            for case, picture in zip(cases, pictures, strict=True)
+            Content(case["text"], image, case["instruction"])
+            for case, image in zip(cases, images, strict=True)
         ]
         vectors = [np.array([case[key] for case in cases]) for key in keys]
         found.append((embedder, cases, contents, vectors))
@@ -95,15 +95,15 @@ def folders(qwen2_vl_folder, tmp_path_factory):
 
 
 @torch.no_grad()
-def independent_vector(folder, prompt: str, picture: Image.Image | None) -> np.ndarray:
+def independent_vector(folder, prompt: str, image: Image.Image | None) -> np.ndarray:
     """The recipe written out for one item with transformers' own parts, unbatched."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = Qwen2VLModel.from_pretrained(folder, dtype=torch.float32).eval()
     features = None
-    if picture is not None:
+    if image is not None:
         bounds = {"min_pixels": 3136, "max_pixels": 1003520}
         processor = AutoImageProcessor.from_pretrained(folder, backend="pil", **bounds)
-        pixels = processor(images=[picture], return_tensors="pt")
+        pixels = processor(images=[image], return_tensors="pt")
         grid = pixels["image_grid_thw"]
         features = model.visual(pixels["pixel_values"], grid_thw=grid).pooler_output
         prompt = prompt.replace("<|image_pad|>", "<|image_pad|>" * len(features))
@@ -117,12 +117,12 @@ def independent_vector(folder, prompt: str, picture: Image.Image | None) -> np.n
     return vector / np.linalg.norm(vector)
 
 
-def picture_of(width: int, height: int, seed: int = 0) -> Image.Image:
+def image_of(width: int, height: int, seed: int = 0) -> Image.Image:
     noise = np.random.default_rng(seed).integers(0, 255, (height, width, 3), dtype=np.uint8)
     return Image.fromarray(noise)
 
 
-PHOTO = picture_of(270, 310)  # over the bounds of the tiny checkpoint's own file
+PHOTO = image_of(270, 310)  # over the bounds of the tiny checkpoint's own file
 TEXT_QUERY = Content("net revenue", None, "Find a document image that matches the given query:")
 IMAGE_QUERY = Content("what is it", PHOTO, "Represent the given image with the question:")
 V1, V2 = "vlm2vec_qwen2vl", "vlm2vec_v2"
@@ -150,9 +150,9 @@ def test_vectors_equal_an_independent_computation(folders, family, options, cont
     adapter, whole = folders
     embedder = load_embedder(adapter, family=family, device="cpu", dtype="float32", **options)
     assert str(embedder.backbone.recipe.render(content, content.instruction)) == prompt
-    picture = content.images[0] if content.images else None
+    image = content.images[0] if content.images else None
     vector = embedder.encode([content, "another"])[0]
-    assert vector @ independent_vector(whole, prompt, picture) >= 0.9999
+    assert vector @ independent_vector(whole, prompt, image) >= 0.9999
 
 
 @pytest.mark.parametrize(
@@ -164,13 +164,13 @@ def test_vectors_equal_an_independent_computation(folders, family, options, cont
         ({"squash": 224}, (20, 20), (224, 224)),
     ],
 )
-def test_thin_and_squashed_pictures(folders, options, size, seen):
+def test_thin_and_squashed_images(folders, options, size, seen):
     adapter, whole = folders
     embedder = load_embedder(adapter, family=V1, device="cpu", dtype="float32", **options)
-    picture = picture_of(*size)
-    expected = picture.resize(seen, Image.Resampling.BICUBIC)
+    image = image_of(*size)
+    expected = image.resize(seen, Image.Resampling.BICUBIC)
     prompt = "<|image_pad|> Represent the given image."
-    vector = embedder.encode([picture])[0]
+    vector = embedder.encode([image])[0]
     assert vector @ independent_vector(whole, prompt, expected) >= 0.9999
 
 
@@ -178,7 +178,7 @@ def test_ids_of_the_tokens(folders):
     embedder = load_embedder(folders[0], family=V2, device="cpu")
     tokenizer = embedder.backbone.tokenizer
     pad = tokenizer.convert_tokens_to_ids("<|image_pad|>")
-    ids = embedder.backbone.prepare(Content(image=picture_of(56, 84)), None).ids.tolist()
+    ids = embedder.backbone.prepare(Content(image=image_of(56, 84)), None).ids.tolist()
     words = tokenizer(" Understand the content of the provided document image.")["input_ids"]
     assert ids == [pad] * 6 + words
 
@@ -208,12 +208,12 @@ def test_an_unknown_style_is_refused(folders):
     ],
 )
 def test_published_similarities(name, scores):
-    """The demo's own numbers, in bfloat16, over the picture of the reference repository."""
+    """The demo's own numbers, in bfloat16, over the image of the reference repository."""
     address = "https://raw.githubusercontent.com/TIGER-AI-Lab/VLM2Vec/main/assets/example.jpg"
     with urllib.request.urlopen(address, timeout=60) as response:
-        picture = response.read()
+        image = response.read()
     task = "Represent the given image with the following question:"
     embedder = load_embedder(name, dtype="bfloat16")
-    query = embedder.encode([Content("What is in the image", picture, task)])
+    query = embedder.encode([Content("What is in the image", image, task)])
     texts = embedder.encode(["A cat and a dog", "A cat and a tiger"])
     np.testing.assert_allclose((texts @ query.T)[:, 0], scores, atol=0.02)

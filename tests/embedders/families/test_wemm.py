@@ -16,7 +16,7 @@ from mmrag.embedders import KNOWN, load_embedder
 from mmrag.errors import ModelError
 from mmrag.testing import check_embedder
 
-PICTURE = "<|vision_start|><|image_pad|><|vision_end|>"
+IMAGE_BLOCK = "<|vision_start|><|image_pad|><|vision_end|>"
 
 
 @pytest.fixture(scope="module")
@@ -29,19 +29,19 @@ def embedder(folder):
     return load_embedder(folder, device="cpu")
 
 
-def independent_vector(folder, prompt: str, pictures: list[Image.Image]) -> np.ndarray:
+def independent_vector(folder, prompt: str, images: list[Image.Image]) -> np.ndarray:
     """The recipe for one item by transformers' own model and positions."""
     tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
     model = Qwen3_5Model.from_pretrained(folder, dtype=torch.float32).eval()
     inputs = {}
-    if pictures:
+    if images:
         settings = json.loads((folder / "processor_config.json").read_text())["image_processor"]
         (folder / "slow").mkdir(exist_ok=True)
         (folder / "slow/preprocessor_config.json").write_text(json.dumps(settings))
         processor = AutoImageProcessor.from_pretrained(
             folder / "slow", backend="pil", do_resize=False
         )
-        inputs = dict(processor(images=pictures, return_tensors="pt"))
+        inputs = dict(processor(images=images, return_tensors="pt"))
         for grid in inputs["image_grid_thw"]:
             prompt = prompt.replace("<|image_pad|>", "<slot>" * (int(grid.prod()) // 4), 1)
         prompt = prompt.replace("<slot>", "<|image_pad|>")
@@ -65,18 +65,18 @@ def test_vectors_equal_an_independent_computation(embedder, folder):
         (Content(""), [], f"<|im_start|>user\n{end}"),
         (Content("\n x "), [], f"<|im_start|>user\n\n x {end}"),
         (Content("x", None, task), [], f"<|im_start|>user\n{task} x{end}"),
-        (Content(image=wide), [sized], f"<|im_start|>user{PICTURE}{end}"),
-        (Content("a page", wide), [sized], f"<|im_start|>user{PICTURE}a page{end}"),
-        (Content(None, small, task), [small], f"<|im_start|>user{PICTURE}{task}{end}"),
+        (Content(image=wide), [sized], f"<|im_start|>user{IMAGE_BLOCK}{end}"),
+        (Content("a page", wide), [sized], f"<|im_start|>user{IMAGE_BLOCK}a page{end}"),
+        (Content(None, small, task), [small], f"<|im_start|>user{IMAGE_BLOCK}{task}{end}"),
         (
             Content("two", [small, wide], task),
             [small, sized],
-            f"<|im_start|>user{PICTURE}{PICTURE}{task} two{end}",
+            f"<|im_start|>user{IMAGE_BLOCK}{IMAGE_BLOCK}{task} two{end}",
         ),
     ]
     together = embedder.encode([content for content, _, _ in cases])
-    for vector, (content, pictures, prompt) in zip(together, cases, strict=True):
-        expected = independent_vector(folder, prompt, pictures)
+    for vector, (content, images, prompt) in zip(together, cases, strict=True):
+        expected = independent_vector(folder, prompt, images)
         assert vector @ expected >= 0.9999
         assert embedder.encode([content])[0] @ expected >= 0.9999
 
@@ -92,12 +92,12 @@ def test_contract(folder):
     check_embedder(load_embedder(folder, device="cpu", max_length=110, max_image_tokens=16))
 
 
-def test_pictures_are_resized_twice(folder):
+def test_images_are_resized_twice(folder):
     backbone = load_embedder(folder, device="cpu", min_image_tokens=64).backbone
-    picture = Image.new("RGB", (40, 20))
+    image = Image.new("RGB", (40, 20))
     # fetch_image: 96x64 for at least 4 tokens; the processor: at least 64 tokens.
     assert backbone.recipe.fit(40, 20) == (96, 64)
-    assert backbone.prepare(Content(image=picture), None).grids.tolist() == [[1, 14, 20]]
+    assert backbone.prepare(Content(image=image), None).grids.tolist() == [[1, 14, 20]]
 
 
 def test_long_text_keeps_the_token_that_is_pooled(folder):
@@ -121,18 +121,18 @@ def test_known_checkpoints_state_their_dimensions():
 
 @pytest.mark.hub
 def test_published_similarities_of_the_2b():
-    """The model card's texts and picture; its numbers are from bfloat16."""
+    """The model card's texts and image; its numbers are from bfloat16."""
     address = (
         "https://huggingface.co/datasets/sentence-transformers/example-documents/resolve/main/"
         "llama4_hgf.png"
     )
     with urllib.request.urlopen(address, timeout=60) as response:
-        picture = response.read()
+        image = response.read()
     queries = ["Which Llama 4 model variants are available?", "How is mapo tofu prepared?"]
     documents = [
         "Mapo tofu is a Sichuan dish of soft tofu simmered in a spicy, numbing sauce of chili "
         "bean paste and Sichuan peppercorn.",
-        Content("Represent this image.", picture),
+        Content("Represent this image.", image),
     ]
     embedder = load_embedder("tencent/WeMM-Embedding-2B")
     similarities = embedder.encode(queries) @ embedder.encode(documents).T

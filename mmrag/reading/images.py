@@ -28,37 +28,37 @@ _BROKEN = (
 def read_frames(
     path: Path, folder: Path, options: ReadOptions
 ) -> Iterator[tuple[int, Path] | Problem]:
-    """Page number and picture of each frame of a TIFF, of the first frame of any other file."""
+    """Page number and image of each frame of a TIFF, of the first frame of any other file."""
     try:
         with warnings.catch_warnings():
             # load_image has a limit on pixels of its own; Pillow's is a warning only.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            picture = Image.open(path, formats=FORMATS)
-        frames = getattr(picture, "n_frames", 1) if picture.format == "TIFF" else 1
+            image = Image.open(path, formats=FORMATS)
+        frames = getattr(image, "n_frames", 1) if image.format == "TIFF" else 1
     except _BROKEN as error:
-        yield Problem(None, f"the picture cannot be opened ({error}); it is damaged: get it again")
+        yield Problem(None, f"the image cannot be opened ({error}); it is damaged: get it again")
         return
-    with picture:
-        suffix = ".jpg" if picture.format in ("JPEG", "MPO", "WEBP") else ".png"
+    with image:
+        suffix = ".jpg" if image.format in ("JPEG", "MPO", "WEBP") else ".png"
         for page in range(1, frames + 1):
             out = folder / f"p{page:04d}{suffix}"
             if out.exists():
                 yield page, out
                 continue
             try:
-                picture.seek(page - 1)
-                write(out, _encoded(load_image(picture, limits=_LIMITS), out, options))
+                image.seek(page - 1)
+                write(out, _encoded(load_image(image, limits=_LIMITS), out, options))
             except _BROKEN as error:
-                yield Problem(page, f"the picture cannot be decoded ({error}); it is left out")
+                yield Problem(page, f"the image cannot be decoded ({error}); it is left out")
             else:
                 yield page, out
 
 
-def _encoded(picture: Image.Image, out: Path, options: ReadOptions) -> bytes:
-    shrink = math.sqrt(options.max_page_pixels / (picture.width * picture.height))
+def _encoded(image: Image.Image, out: Path, options: ReadOptions) -> bytes:
+    shrink = math.sqrt(options.max_page_pixels / (image.width * image.height))
     if shrink < 1:
-        size = (max(1, int(picture.width * shrink)), max(1, int(picture.height * shrink)))
-        picture = picture.resize(size, Image.Resampling.LANCZOS, reducing_gap=3.0)
+        size = (max(1, int(image.width * shrink)), max(1, int(image.height * shrink)))
+        image = image.resize(size, Image.Resampling.LANCZOS, reducing_gap=3.0)
     data = io.BytesIO()
-    picture.save(data, "JPEG" if out.suffix == ".jpg" else "PNG", quality=90)
+    image.save(data, "JPEG" if out.suffix == ".jpg" else "PNG", quality=90)
     return data.getvalue()
