@@ -169,7 +169,7 @@ def test_broken_data_url_is_refused_without_repeating_it(url):
         with pytest.raises(ContentError) as error:
             function(url)
         assert "###" not in str(error.value)
-    assert describe("DATA:image/png;base64,AAAA") == "picture from a data URL"
+    assert describe("DATA:image/png;base64,AAAA") == "image from a data URL"
 
 
 # --- web addresses ----------------------------------------------------------------------------
