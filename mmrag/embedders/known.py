@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+# The family of an Embedder that is not a Backbone: any model sentence-transformers loads.
+SENTENCE_TRANSFORMERS = "sentence-transformers"
+
 
 @dataclass(frozen=True, slots=True)
 class KnownModel:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmrag.embedders.base import Embedder
-from mmrag.embedders.known import KNOWN, KnownModel, find_known
+from mmrag.embedders.known import KNOWN, SENTENCE_TRANSFORMERS, KnownModel, find_known
 from mmrag.errors import ConfigError, ModelError
 
 if TYPE_CHECKING:
@@ -42,9 +42,6 @@ FAMILIES: dict[str, tuple[str, str]] = {
     "nomic_multimodal": ("nomic_multimodal", "load_nomic_multimodal"),
     "moca": ("moca", "load_moca"),
 }
-
-# Not a Backbone but an Embedder of its own, for any other model.
-SENTENCE_TRANSFORMERS = "sentence-transformers"
 
 # What a folder is taken for when nothing else tells: its config's model_type.
 _BY_MODEL_TYPE = {

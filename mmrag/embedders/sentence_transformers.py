@@ -20,7 +20,7 @@ from rich.progress import Progress
 
 from mmrag.content import Content, ContentLike, Modality, as_content, load_image
 from mmrag.embedders.base import check_dim, truncate_normalise
-from mmrag.embedders.registry import SENTENCE_TRANSFORMERS
+from mmrag.embedders.known import SENTENCE_TRANSFORMERS
 from mmrag.errors import ConfigError, ContentError, ModelError
 from mmrag.instructions import resolve
 from mmrag.modeling.loading import Placement, fingerprint
