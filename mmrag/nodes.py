@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from llama_index.core.schema import BaseNode, ImageNode, MetadataMode, Node, TextNode
 
@@ -23,6 +24,18 @@ def node_image(node: BaseNode) -> Path | None:
     """The node's own image, if it has one."""
     resource = node.image_resource if isinstance(node, Node) else None
     return Path(resource.path) if resource and resource.path else None
+
+
+def page_name(metadata: Mapping[str, Any]) -> str:
+    """How people call the page of a node: ``page 6``, or ``page 6 (printed 3)``.
+
+    metadata: a node's, with ``page`` and the ``label`` that is printed on the page. Empty if
+    there is no page.
+    """
+    page, label = metadata.get("page"), metadata.get("label")
+    if page is None:
+        return ""
+    return f"page {page}" if label in (None, "", str(page)) else f"page {page} (printed {label})"
 
 
 NodeView = Literal["fused", "image", "text"]
