@@ -6,7 +6,7 @@ import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
@@ -77,6 +77,19 @@ def hits_view(hits: Sequence[NodeWithScore], query: str) -> RenderableType:
     return Group(*rows)
 
 
+def hit_row(hit: NodeWithScore, query: str) -> dict[str, Any]:
+    """A hit for JSON."""
+    values = hit.node.metadata
+    return {
+        "file": values.get("file"),
+        "page": values.get("page"),
+        "kind": values.get("kind"),
+        "score": round(hit.score or 0.0, 4),
+        "snippet": snippet(node_words(hit), query),
+        "box": values.get("box"),
+    }
+
+
 def node_words(hit: NodeWithScore) -> str:
     """A hit's own text, without metadata."""
     from llama_index.core.schema import MetadataMode
@@ -97,6 +110,11 @@ def marked(text: str, query: str) -> Text:
     return shown
 
 
+def answer_view(response: CitedResponse) -> RenderableType:
+    """The answer as the model gave it."""
+    return Text(clean(str(response)))
+
+
 def sources_view(response: CitedResponse, saved: dict[int, str]) -> RenderableType:
     """The sources of an answer with their quotes, then what to be careful about."""
     rows: list[RenderableType] = []
@@ -112,11 +130,8 @@ def sources_view(response: CitedResponse, saved: dict[int, str]) -> RenderableTy
             quote = Text(f"\u201c{clean(source.quote)}\u201d", style="italic")
             rows.append(Padding(quote, (0, 0, 0, 6), expand=False))
         if source.n in saved:
-            rows.append(
-                Padding(
-                    Text(f"saved as {saved[source.n]}", style="dim"), (0, 0, 0, 6), expand=False
-                )
-            )
+            saved_as = Text(f"saved as {clean(saved[source.n])}", style="dim")
+            rows.append(Padding(saved_as, (0, 0, 0, 6), expand=False))
     if not any(source.cited for source in response.sources):
         rows.append(Text("The answer cites none of them.", style="yellow"))
     if response.problems:
@@ -148,7 +163,7 @@ def _bullet(text: str) -> Padding:
 
 
 def report_view(report: IngestReport) -> RenderableType:
-    """What became of the files, and every failure."""
+    """What became of the files."""
     speed = report.pages / report.seconds if report.seconds else 0.0
     counts = {
         "indexed": len(report.indexed),
@@ -169,10 +184,13 @@ def report_view(report: IngestReport) -> RenderableType:
         ),
     ]
     rows += [_bullet(note) for note in report.notes]
-    if report.errors:
-        rows.append(Text(f"\n{len(report.errors)} could not be read", style="bold red"))
-        rows += [_bullet(str(error)) for error in report.errors]
     return Group(*rows)
+
+
+def failures_view(report: IngestReport) -> RenderableType:
+    """What could not be read, and why."""
+    head = Text(f"\n{len(report.errors)} could not be read", style="bold red")
+    return Group(head, *(_bullet(str(error)) for error in report.errors))
 
 
 def error_row(error: ReadError) -> dict[str, object]:
@@ -192,25 +210,18 @@ def files_view(files: Iterable[FileEntry], title: str) -> RenderableType:
     return table
 
 
-def models_view(models: Iterable[KnownModel], console: Console) -> RenderableType:
-    """The known embedders; fewer columns where the terminal is narrow."""
-    table = _table("Embedders that mmrag knows")
-    table.add_column("name", overflow="fold", ratio=1)
-    table.add_column("dim", justify="right")
-    table.add_column("takes")
-    table.add_column("licence", overflow="fold")
-    wide = console.width >= 100
-    if wide:
-        table.add_column("context", justify="right")
-        table.add_column("family")
+def models_view(models: Iterable[KnownModel]) -> RenderableType:
+    """The known embedders: each name on a line of its own, to be copied whole."""
+    rows: list[RenderableType] = []
     for model in models:
         licence = Text(model.licence)
         if model.non_commercial:
             licence.append(" (non-commercial)", style="yellow")
         takes = ", ".join(kind for kind in model.modalities if kind != "fused")
-        row: list[RenderableType] = [Text(model.name), str(model.dim), takes, licence]
-        table.add_row(*row, *([str(model.context), model.family] if wide else []))
-    return table
+        facts = f"{model.dim} dimensions, {takes}, context {model.context}, {model.family}, "
+        rows.append(Text(model.name, style="bold", no_wrap=True, overflow="ignore"))
+        rows.append(Padding(Text(facts).append_text(licence), (0, 0, 0, 4), expand=False))
+    return Group(*rows)
 
 
 def _table(title: str) -> Table:

@@ -16,7 +16,7 @@ from transformers import Qwen2VLForConditionalGeneration
 from transformers.models.auto import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
 from mmrag import LocalLLM, UniversalIndex
-from mmrag.cli import app as cli
+from mmrag.cli.ask import chat_model
 from mmrag.errors import ConfigError, ContentError, ModelError
 from mmrag.llms.endpoint import cut_off
 from mmrag.modeling.qwen_images import read_image_rule, resize, to_patches
@@ -219,7 +219,7 @@ def test_engine_shows_it_pages_and_images(llm, tmp_path, monkeypatch):
 
 
 def test_command_line_runs_a_folder_here(qwen):
-    chosen = cli._llm(str(qwen), None, 3000)
+    chosen = chat_model(str(qwen), None, 3000)
     assert isinstance(chosen, LocalLLM)
     assert chosen.metadata.context_window == 3000
-    assert not isinstance(cli._llm(str(qwen), "http://localhost:1/v1", 3000), LocalLLM)
+    assert not isinstance(chat_model(str(qwen), "http://localhost:1/v1", 3000), LocalLLM)

@@ -18,8 +18,10 @@ import mmrag.embedders
 from mmrag.answering.context import Source
 from mmrag.answering.response import CitedResponse
 from mmrag.cli import display
-from mmrag.cli.app import _save_pages, app
+from mmrag.cli.app import app
+from mmrag.cli.ask import _save_pages
 from mmrag.errors import EndpointError, MMRagError
+from mmrag.index import UniversalIndex
 
 EYES = "The gold plan covers one eye examination a year for every member of the family."
 TEETH = "Dental cleaning is free of charge for children who are under twelve years old."
@@ -80,8 +82,8 @@ def test_indexing_tells_what_failed_and_exits_with_1(library, docs):
     assert result.exit_code == 1
     assert "Files: 2 indexed, 1 failed" in result.stdout
     assert re.search(r"Stored: \d pages, \d+ nodes in .* pages/s", result.stdout)
-    assert "1 could not be read" in result.stdout
-    assert "broken.pdf" in result.stdout.split("could not be read")[1]
+    assert "1 could not be read" in result.stderr
+    assert "broken.pdf" in result.stderr.split("could not be read")[1]
 
 
 def test_indexing_again_costs_nothing_and_says_so_in_json(folder, docs):
@@ -344,20 +346,32 @@ def test_ctrl_c_is_130_and_the_collection_still_works(docs, tmp_path, monkeypatc
     assert "page 1" in run("search", "eye examination", "-c", folder).stdout
 
 
-def test_the_models_table_fits_its_terminal(monkeypatch):
-    for columns in (50, 80, 140):
-        monkeypatch.setenv("COLUMNS", str(columns))
-        shown = run("models").stdout
-        assert max(map(len, shown.splitlines())) <= columns
-        assert "mmrag-nano" in shown
-    assert "context" in shown
+@pytest.mark.parametrize("columns", [50, 80, 140])
+def test_names_of_models_can_be_copied(monkeypatch, columns):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    lines = run("models").stdout.splitlines()
     rows = json.loads(run("models", "--json").stdout)["models"]
-    assert {"name", "dim", "licence", "modalities"} <= set(rows[0])
+    assert {row["name"] for row in rows} <= set(lines)
+    assert max(map(len, lines)) <= columns
+    assert {"name", "dim", "modalities"} <= set(rows[0])
 
 
-def test_output_that_is_no_terminal_has_no_control_codes(folder):
+def test_the_language_of_keyword_search(docs, tmp_path):
+    folder = tmp_path / "c"
+    assert run("index", docs / "notes.md", "-c", folder, "--language", "german").exit_code == 0
+    with UniversalIndex(folder) as library:
+        assert library.collection.settings.language == "german"
+    other = run("index", docs / "notes.md", "-c", folder, "--language", "french")
+    assert (other.exit_code, "language: 'german', not 'french'" in other.stderr) == (3, True)
+    wrong = run("index", docs / "notes.md", "-c", tmp_path / "d", "--language", "klingon")
+    assert (wrong.exit_code, "klingon" in wrong.stderr) == (2, True)
+
+
+def test_piped_output_has_no_control_codes_and_no_padding(folder):
     for command in (["search", "eye"], ["ask", "the eye examination"], ["list"]):
-        assert "\x1b" not in run(*command, "-c", folder).output
+        shown = run(*command, "-c", folder).output
+        assert "\x1b" not in shown
+        assert not [line for line in shown.splitlines() if line != line.rstrip()]
 
 
 def test_narrow_terminals_lose_no_words(folder, monkeypatch):
@@ -365,6 +379,12 @@ def test_narrow_terminals_lose_no_words(folder, monkeypatch):
     shown = run("search", "eye examination", "-c", folder, "-k", 1).stdout
     assert max(map(len, shown.splitlines())) <= 40
     assert EYES in " ".join(shown.split())
+
+
+def test_piped_lines_are_not_wrapped(folder, monkeypatch):
+    monkeypatch.delenv("COLUMNS")
+    assert EYES in run("search", "eye examination", "-c", folder, "-k", 1).stdout
+    assert max(map(len, run("list", "-c", folder).stdout.splitlines())) < 300
 
 
 def test_a_document_cannot_steer_the_terminal():

@@ -1,0 +1,233 @@
+"""``mmrag ask``."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mmrag.cli import display
+from mmrag.cli.console import NOTHING, errors, out, print_json, say, show
+from mmrag.cli.options import (
+    DEFAULT_COLLECTION,
+    CollectionOption,
+    DebugOption,
+    EmbedderOption,
+    FileOption,
+    ImageOption,
+    JsonOption,
+    KindOption,
+    PagesOption,
+    need_query,
+    open_library,
+    where_from,
+)
+from mmrag.cli.progress import Step, working
+
+if TYPE_CHECKING:
+    from llama_index.core.postprocessor.types import BaseNodePostprocessor
+    from llama_index.llms.openai_like import OpenAILike
+
+    from mmrag.answering.engine import CitedQueryEngine
+    from mmrag.answering.planning import PlanningQueryEngine
+    from mmrag.answering.response import CitedResponse
+    from mmrag.llms.local import LocalLLM
+
+LLMOption = Annotated[
+    str | None,
+    typer.Option(
+        "--llm",
+        metavar="MODEL",
+        envvar="MMRAG_LLM",
+        help="Chat model at an OpenAI-compatible server (key: OPENAI_API_KEY), or the folder of "
+        "a checkpoint to run here. Without one, the best sentences are quoted.",
+    ),
+]
+BaseURLOption = Annotated[
+    str | None,
+    typer.Option(
+        "--base-url",
+        metavar="URL",
+        envvar=["OPENAI_BASE_URL", "OPENAI_API_BASE"],
+        help="Address of the server, up to /v1. Default: OpenAI's.",
+    ),
+]
+WindowOption = Annotated[
+    int | None,
+    typer.Option(
+        "--context-window",
+        min=512,
+        help="Context window of the model in tokens. Default: the server is asked.",
+    ),
+]
+
+
+def ask(
+    question: Annotated[str | None, typer.Argument(help="A question in any language.")] = None,
+    image: ImageOption = None,
+    llm: LLMOption = None,
+    base_url: BaseURLOption = None,
+    context_window: WindowOption = None,
+    no_images: Annotated[
+        bool, typer.Option("--no-images", help="Send text only, for models that take no images.")
+    ] = False,
+    top_k: Annotated[int, typer.Option("--top-k", "-k", min=1, help="Pages to consider.")] = 8,
+    file: FileOption = None,
+    pages: PagesOption = None,
+    kind: KindOption = None,
+    rerank: Annotated[
+        str | None,
+        typer.Option(
+            "--rerank",
+            metavar="MODEL",
+            help="Rerank three times as many pages first with a multimodal model: a reranker or "
+            "chat model by name or folder, or 'llm' for the one of --llm.",
+        ),
+    ] = None,
+    plan: Annotated[
+        bool,
+        typer.Option(
+            "--plan", help="Split the question where one search is not enough; needs --llm."
+        ),
+    ] = False,
+    save_pages: Annotated[
+        Path | None,
+        typer.Option(
+            "--save-pages",
+            metavar="DIR",
+            help="Save the cited pages as images, with the matching lines marked.",
+        ),
+    ] = None,
+    collection: CollectionOption = DEFAULT_COLLECTION,
+    embedder: EmbedderOption = None,
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Answer a question from the indexed pages, citing them as [1], [2]."""
+    with errors(debug):
+        need_query(question, image)
+        live = out().is_terminal and not as_json
+        with working() as step:
+            step(f"Opening {collection}")
+            where = where_from(file, pages, kind)
+            model = chat_model(llm, base_url, context_window)
+            with open_library(collection, embedder) as library:
+                step("Loading the embedder")
+                cited = library.as_query_engine(
+                    model,
+                    _rerankers(rerank, model, top_k, images=not no_images),
+                    similarity_top_k=top_k * (3 if rerank else 1),
+                    where=where,
+                    streaming=live and model is not None,
+                    images=not no_images,
+                )
+                step("Searching and answering")
+                engine = _planned(cited) if plan else cited
+                response = _answer(engine, question or "", image, step)
+        saved = _save_pages(response, save_pages) if save_pages else {}
+        trace = {"plan": (response.metadata or {})["plan"]} if plan else {}
+        if as_json:
+            print_json(response.to_dict(question or "") | trace)
+        else:
+            if not cited.streaming:
+                show(display.answer_view(response))
+            show(display.sources_view(response, saved))
+            if trace:
+                show(display.plan_view(trace["plan"]))
+        if not response.found:
+            raise typer.Exit(NOTHING)
+
+
+def chat_model(
+    model: str | None, base_url: str | None, window: int | None
+) -> OpenAILike | LocalLLM | None:
+    """The model of --llm and --base-url; None without either."""
+    if model is None and base_url is None:
+        return None
+    if model is not None and base_url is None and Path(model).is_dir():
+        from mmrag.llms.local import LocalLLM
+
+        return LocalLLM(model, context_window=window)
+    from mmrag.llms.endpoint import open_llm
+
+    key = os.environ.get("OPENAI_API_KEY")
+    return open_llm(model, base_url, key, context_window=window)
+
+
+def _planned(engine: CitedQueryEngine) -> PlanningQueryEngine:
+    from mmrag.answering.planning import PlanningQueryEngine
+
+    return PlanningQueryEngine(engine)
+
+
+def _rerankers(
+    name: str | None, llm: OpenAILike | LocalLLM | None, top_k: int, images: bool
+) -> list[BaseNodePostprocessor]:
+    """The reranker of --rerank."""
+    if name is None:
+        return []
+    from mmrag.rerankers.postprocessor import MLLMReranker
+
+    if name != "llm":
+        return [MLLMReranker(name, top_n=top_k)]
+    if llm is None:
+        raise typer.BadParameter("--rerank llm needs --llm or --base-url.")
+    from llama_index.llms.openai_like import OpenAILike
+
+    if not isinstance(llm, OpenAILike):
+        return [MLLMReranker(llm.model_name, top_n=top_k)]
+    server: dict[str, Any] = {"base_url": llm.api_base, "api_key": llm.api_key}
+    return [MLLMReranker(llm.model, top_k, images=images, **server)]
+
+
+def _answer(
+    engine: CitedQueryEngine | PlanningQueryEngine, question: str, image: Path | None, step: Step
+) -> CitedResponse:
+    """The checked answer; a stream is shown word by word."""
+    from mmrag.answering.response import CitedResponse, CitedStreamingResponse
+    from mmrag.queries import MultimodalQuery
+
+    reply = engine.query(MultimodalQuery(question, image=image))
+    if isinstance(reply, CitedResponse):
+        return reply
+    assert isinstance(reply, CitedStreamingResponse)
+    console = out()
+    for token in reply.response_gen:
+        step.stop()
+        console.file.write(display.clean(token))
+        console.file.flush()
+    console.print()
+    return reply.get_response()
+
+
+def _save_pages(response: CitedResponse, folder: Path) -> dict[int, str]:
+    """Images of the cited pages, by source number; a page that cannot be saved is reported."""
+    from mmrag.errors import ReadError
+    from mmrag.reading import save_marked_page
+
+    saved: dict[int, str] = {}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        say(f"Pages cannot be saved: {error}")
+        return saved
+    for source in response.cited:
+        path = Path(source.file)
+        page = "" if source.page is None else f"-p{source.page}"
+        to = folder / f"{source.n:02d}-{display.clean(path.stem)}{page}"
+        try:
+            if path.suffix.lower() == ".pdf" and source.page is not None:
+                boxes = source.boxes or ((source.box,) if source.box else ())
+                to = save_marked_page(path, source.page, boxes, Path(f"{to}.png"))
+            elif source.image is not None:
+                to = Path(f"{to}{source.image.suffix}")
+                shutil.copyfile(source.image, to)
+            else:
+                continue
+            saved[source.n] = str(to)
+        except (ReadError, OSError) as error:
+            say(f"[{source.n}] cannot be saved: {error}")
+    return saved

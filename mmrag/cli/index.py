@@ -1,0 +1,72 @@
+"""``mmrag index``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from mmrag.cli import display
+from mmrag.cli.console import NOTHING, errors, print_json, show
+from mmrag.cli.options import (
+    DEFAULT_COLLECTION,
+    CollectionOption,
+    DebugOption,
+    EmbedderOption,
+    JsonOption,
+    open_library,
+)
+from mmrag.cli.progress import indexing, working
+
+STOPPED = "Stopped. What is finished is kept; run the same command to go on."
+
+
+def index(
+    paths: Annotated[list[Path], typer.Argument(metavar="PATH...", help="Files and folders.")],
+    collection: CollectionOption = DEFAULT_COLLECTION,
+    embedder: EmbedderOption = None,
+    language: Annotated[
+        str | None,
+        typer.Option(
+            "--language",
+            metavar="NAME",
+            help="Language of the documents, for keyword search: english, german, french, ..., "
+            "or none. Only when the collection is made.",
+        ),
+    ] = None,
+    ocr: Annotated[
+        bool, typer.Option("--ocr", help="Recognise the text of scans (needs mmrag[ocr]).")
+    ] = False,
+    prune: Annotated[
+        bool, typer.Option("--prune", help="Remove files that are gone from the given folders.")
+    ] = False,
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Index PDFs, images and text files; unchanged files are skipped.
+
+    You can stop it at any moment: finished files are kept, and the same command continues.
+    """
+    with errors(debug, STOPPED):
+        with working(log=True) as step:
+            step(f"Opening {collection}")
+            from mmrag.reading import ReadOptions
+
+            # Given only when asked for: a collection keeps the options that built it.
+            options: dict[str, Any] = {"reading": ReadOptions(ocr=True) if ocr else None}
+            with open_library(collection, embedder, language=language, **options) as library:
+                step("Loading the embedder")
+                _ = library.embedder
+                step("Reading files")
+                step.stop()
+                with indexing() as progress:
+                    report = library.add(list(paths), progress=progress, prune=prune)
+        if as_json:
+            print_json(vars(report) | {"errors": [display.error_row(e) for e in report.errors]})
+        else:
+            show(display.report_view(report))
+            if report.errors:
+                show(display.failures_view(report), stderr=True)
+        if report.failed or report.errors:
+            raise typer.Exit(NOTHING)

@@ -1,0 +1,106 @@
+"""Options that several commands share, and what they mean."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from mmrag.index import UniversalIndex
+    from mmrag.queries import Where
+
+KINDS = ("page", "figure", "passage", "picture", "text")
+DEFAULT_COLLECTION = "./mmrag-library"
+
+CollectionOption = Annotated[
+    str,
+    typer.Option(
+        "--collection",
+        "-c",
+        metavar="FOLDER_OR_URL",
+        envvar="MMRAG_COLLECTION",
+        help="Folder of the collection, or URL of a Qdrant server (key: QDRANT_API_KEY).",
+    ),
+]
+EmbedderOption = Annotated[
+    str | None,
+    typer.Option(
+        "--embedder",
+        "-e",
+        metavar="NAME_OR_FOLDER",
+        help="Embedding model. Default: the one that built the collection, else mmrag-nano.",
+    ),
+]
+JsonOption = Annotated[
+    bool, typer.Option("--json", help="Print JSON, and nothing else, on stdout.")
+]
+DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+ImageOption = Annotated[
+    Path | None,
+    typer.Option("--image", "-i", metavar="PATH", help="An image to ask with, or to ask about."),
+]
+FileOption = Annotated[
+    list[str] | None,
+    typer.Option("--file", metavar="PATTERN", help="Only this file or glob; may be repeated."),
+]
+PagesOption = Annotated[
+    str | None, typer.Option("--pages", metavar="3-9", help="Only these pages: 5, 3-9, 3- or -9.")
+]
+KindOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--kind",
+        metavar="KIND",
+        help="Only page, figure, passage, picture or text; may be repeated.",
+    ),
+]
+
+
+@contextmanager
+def open_library(
+    collection: str, embedder: str | None = None, **options: Any
+) -> Iterator[UniversalIndex]:
+    """The collection of --collection, with the embedder of --embedder."""
+    from mmrag.index import UniversalIndex
+
+    key = os.environ.get("QDRANT_API_KEY")
+    with UniversalIndex(collection, embedder, api_key=key, **options) as library:
+        yield library
+
+
+def need_query(query: str | None, image: Path | None) -> None:
+    """Refuse a command without text and image."""
+    if not (query and query.strip()) and image is None:
+        raise typer.BadParameter("Give a text, --image, or both.")
+
+
+def where_from(files: list[str] | None, pages: str | None, kinds: list[str] | None) -> Where | None:
+    """The filter of --file, --pages and --kind; None without any of them."""
+    from mmrag.queries import Where
+
+    for kind in kinds or ():
+        if kind not in KINDS:
+            raise typer.BadParameter(f"{kind!r} is not a kind: use {', '.join(KINDS)}.")
+    bounds = _page_range(pages) if pages is not None else None
+    if not (files or bounds or kinds):
+        return None
+    return Where(files=tuple(files or ()), pages=bounds, kinds=tuple(kinds or ()))
+
+
+def _page_range(pages: str) -> tuple[int | None, int | None]:
+    """5, 3-9, 3- and -9 as first and last page."""
+    found = re.fullmatch(r"(\d{0,9})(\s*-\s*)?(\d{0,9})", pages.strip())
+    if not found or not (found[1] or found[3]):
+        raise typer.BadParameter(f"{pages!r} is not a page range: use 5, 3-9, 3- or -9.")
+    first, last = (int(bound) if bound else None for bound in (found[1], found[3]))
+    if not found[2]:
+        return first, first
+    if first is not None and last is not None and first > last:
+        raise typer.BadParameter(f"{pages!r} ends before it starts: use {last}-{first}.")
+    return first, last
