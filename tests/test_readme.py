@@ -113,14 +113,14 @@ def test_links_of_the_readme_and_docs_lead_somewhere():
 
 
 def test_recipe_commands_of_the_docs_are_understood():
-    """Every ``python -m recipes...`` line of the docs parses, every configuration loads."""
-    from recipes.config import TrainConfig, load_config
+    """Every ``python -m mmrag.recipes...`` line of the docs parses, every configuration loads."""
+    from mmrag.recipes.config import TrainConfig, load_config
 
     lines = [
         line.strip()
         for page in (REPOSITORY / "docs").glob("*.md")
         for line in page.read_text(encoding="utf-8").replace("\\\n", " ").splitlines()
-        if line.strip().startswith("python -m recipes.")
+        if line.strip().startswith("python -m mmrag.recipes.")
     ]
     assert len(lines) >= 5
 
@@ -139,5 +139,5 @@ def test_recipe_commands_of_the_docs_are_understood():
         shown = help_of(words[2])
         for option in (word for word in words if word.startswith("--")):
             assert option in shown, line
-    for path in (REPOSITORY / "recipes" / "configs").glob("*.toml"):
+    for path in (REPOSITORY / "mmrag" / "recipes" / "configs").glob("*.toml"):
         load_config(TrainConfig, path)

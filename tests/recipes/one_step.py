@@ -10,10 +10,11 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from recipes import distributed, gradcache
-from recipes.batches import Batch
-from recipes.config import TrainConfig, build
-from recipes.train import _load_backbone, load_datasets, make_trainable, prepare_step, step_loss
+from mmrag.recipes import distributed, gradcache
+from mmrag.recipes.batches import Batch
+from mmrag.recipes.config import TrainConfig, build
+from mmrag.recipes.data import load_datasets, prepare_step
+from mmrag.recipes.train import _load_backbone, make_trainable, step_loss
 
 
 def one_step(config: TrainConfig) -> dict:

@@ -6,8 +6,8 @@ import pymupdf
 import pytest
 from PIL import Image
 
-from recipes.convert import Images, from_mbeir, from_mmeb, from_pdfs, from_swift, main
-from recipes.rows import ImageStore, Item, check_rows, store_of
+from mmrag.recipes.convert import Images, from_mbeir, from_mmeb, from_pdfs, from_swift, main
+from mmrag.recipes.rows import ImageStore, Item, check_rows, store_of
 
 
 @pytest.fixture

@@ -7,10 +7,11 @@ import torch
 
 from mmrag.content import Content
 from mmrag.embedders import load_backbone
-from recipes import gradcache
-from recipes.batches import Batch
-from recipes.config import DataConfig, LoraConfig, TrainConfig
-from recipes.train import load_datasets, make_trainable, prepare_step, step_loss
+from mmrag.recipes import gradcache
+from mmrag.recipes.batches import Batch
+from mmrag.recipes.config import DataConfig, LoraConfig, TrainConfig
+from mmrag.recipes.data import load_datasets, prepare_step
+from mmrag.recipes.train import make_trainable, step_loss
 
 
 def config_of(model, rows, **changes) -> TrainConfig:

@@ -5,8 +5,8 @@ import pytest
 from PIL import Image
 
 from mmrag.errors import ConfigError
-from recipes.mine import MineConfig, mine
-from recipes.rows import ImageStore, Item, Row
+from mmrag.recipes.mine import MineConfig, mine
+from mmrag.recipes.rows import ImageStore, Item, Row
 
 
 class Planned:

@@ -14,11 +14,11 @@ from fakes import FakeEmbedder
 from PIL import Image
 
 from mmrag.errors import ConfigError, ContentError, EndpointError, ModelError
-from recipes import synthesize as synthesize_module
-from recipes.corpus import Document, read_corpus
-from recipes.rows import ImageStore, Item, Row, check_rows, store_of
-from recipes.synthesize import PAIRS, SynthesizeConfig, split, synthesize
-from recipes.writers import PROMPTS, EndpointModel, LocalModel, find_json
+from mmrag.recipes import synthesize as synthesize_module
+from mmrag.recipes.corpus import Document, read_corpus
+from mmrag.recipes.rows import ImageStore, Item, Row, check_rows, store_of
+from mmrag.recipes.synthesize import PAIRS, SynthesizeConfig, split, synthesize
+from mmrag.recipes.writers import PROMPTS, EndpointModel, LocalModel, find_json
 
 ANIMALS = ["kingfisher", "walrus", "badger", "stork", "lynx", "otter"]
 

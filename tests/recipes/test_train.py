@@ -17,14 +17,15 @@ from one_step import one_step
 
 from mmrag.embedders import load_backbone
 from mmrag.errors import ConfigError, ContentError
-from recipes import train as train_module
-from recipes.batches import Batch, Source, one_pass, plan, shard
-from recipes.config import DataConfig, LoraConfig, TrainConfig, build, load_config
-from recipes.mine import MineConfig
-from recipes.nano.config import NanoConfig, TextConfig, VisionConfig
-from recipes.rows import Item, Row, read_rows
-from recipes.synthesize import SynthesizeConfig
-from recipes.train import documents_of, learning_rate, train
+from mmrag.recipes import train as train_module
+from mmrag.recipes.batches import Batch, Source, one_pass, plan, shard
+from mmrag.recipes.config import DataConfig, LoraConfig, TrainConfig, build, load_config
+from mmrag.recipes.data import documents_of
+from mmrag.recipes.mine import MineConfig
+from mmrag.recipes.nano.config import NanoConfig, TextConfig, VisionConfig
+from mmrag.recipes.rows import Item, Row, read_rows
+from mmrag.recipes.synthesize import SynthesizeConfig
+from mmrag.recipes.train import learning_rate, train
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -168,7 +169,7 @@ def test_a_process_without_images_does_not_hang_the_others(on_two_processes):
 
 def test_every_option_is_read_somewhere():
     """T9: an option that nothing reads is a lie."""
-    trees = [ast.parse(path.read_text()) for path in (REPOSITORY / "recipes").rglob("*.py")]
+    trees = [ast.parse(path.read_text()) for path in (REPOSITORY / "mmrag/recipes").rglob("*.py")]
     read = {
         node.attr
         for tree in trees
@@ -354,7 +355,7 @@ def test_steps_use_the_teachers_scores(tiny_model, tmp_path):
         )
         for n in range(4)
     ]
-    from recipes.rows import write_rows
+    from mmrag.recipes.rows import write_rows
 
     path = tmp_path / "rows.jsonl"
     write_rows(path, rows)

@@ -1,9 +1,9 @@
 """Fine-tune an embedder: contrastive, with hard negatives, GradCache, LoRA and exact resume.
 
-    python -m recipes.train recipes/configs/adapt.toml
-    python -m recipes.train recipes/configs/adapt.toml --dry-run
-    python -m recipes.train recipes/configs/adapt.toml lr=5e-5 lora.r=16
-    torchrun --nproc_per_node 8 -m recipes.train recipes/configs/adapt.toml
+    python -m mmrag.recipes.train mmrag/recipes/configs/adapt.toml
+    python -m mmrag.recipes.train mmrag/recipes/configs/adapt.toml --dry-run
+    python -m mmrag.recipes.train mmrag/recipes/configs/adapt.toml lr=5e-5 lora.r=16
+    torchrun --nproc_per_node 8 -m mmrag.recipes.train mmrag/recipes/configs/adapt.toml
 
 Run the same command again to resume. Prompts, images and pooling are those of inference: the
 same ``Backbone.prepare`` and ``Backbone.forward``.
@@ -21,7 +21,6 @@ import random
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,127 +30,17 @@ from torch import Tensor, nn
 from mmrag.embedders import load_backbone
 from mmrag.embedders.base import check_dim
 from mmrag.errors import ConfigError
-from mmrag.instructions import resolve
 from mmrag.modeling.backbone import Backbone
-from recipes import distributed, gradcache
-from recipes.batches import Batch, Source, plan, shard
-from recipes.config import DataConfig, TrainConfig, load_config
-from recipes.console import ends_cleanly
-from recipes.losses import candidate_mask, distil_scores, info_nce, matryoshka, scores
-from recipes.reports import dry_run, plot_run
-from recipes.rows import ImageStore, Item, Row, read_rows, store_of
+from mmrag.recipes import distributed, gradcache
+from mmrag.recipes.batches import Batch, Source, plan
+from mmrag.recipes.config import TrainConfig, load_config
+from mmrag.recipes.console import ends_cleanly
+from mmrag.recipes.data import Dataset, StepInputs, load_datasets, prepare_step
+from mmrag.recipes.losses import candidate_mask, distil_scores, info_nce, matryoshka, scores
+from mmrag.recipes.reports import dry_run, plot_run
+from mmrag.recipes.rows import read_rows, store_of
 
 logger = logging.getLogger("mmrag.train")
-
-
-@dataclass(frozen=True)
-class Dataset:
-    """Rows of one data set with their images and settings."""
-
-    config: DataConfig
-    rows: list[Row]
-    store: ImageStore
-    costs: list[int]
-
-
-@dataclass(frozen=True)
-class StepInputs:
-    """One process's share of a step.
-
-    inputs: prepared queries first, then documents; b queries, n documents.
-    targets: (b,) document of each query. keys: (n,) content hashes. rows: (n,) global row of
-    each document. own_rows: (b,). positives: hashes of each query's positives. teacher: (n,)
-    the teacher's score of each document for its own row, NaN where there is none.
-    """
-
-    inputs: list[Any]
-    targets: Tensor
-    keys: Tensor
-    rows: Tensor
-    own_rows: Tensor
-    positives: list[Tensor]
-    teacher: Tensor
-    in_batch: bool
-
-    @property
-    def n_queries(self) -> int:
-        """Number of queries."""
-        return len(self.targets)
-
-
-def load_datasets(config: TrainConfig, backbone: Backbone) -> list[Dataset]:
-    """Read all data sets and the cost of each row in tokens; images are not decoded."""
-    if not config.data:
-        raise ConfigError("data: at least one data set is needed.")
-    return [_load_dataset(data, config, backbone) for data in config.data]
-
-
-def _load_dataset(data: DataConfig, config: TrainConfig, backbone: Backbone) -> Dataset:
-    rows, store = read_rows(data.rows), store_of(data.rows)
-
-    def cost(row: Row) -> int:
-        asked = backbone.cost(store.content(row.query), resolve(row.instruction))
-        items = (row.positives[0], *row.negatives[: config.hard_negatives])
-        return asked + sum(backbone.cost(store.content(item), None) for item in items)
-
-    with ThreadPoolExecutor(2) as pool:
-        costs = list(pool.map(cost, rows))
-    named = dataclasses.replace(data, name=data.name or Path(data.rows).stem)
-    return Dataset(named, rows, store, costs)
-
-
-def documents_of(row: Row, epoch: int, hard_negatives: int) -> list[tuple[Item, float]]:
-    """Positive and negatives of a row in this pass, with the teacher's scores (NaN: none).
-
-    Several positives, and more negatives than are used at once, rotate over the passes.
-    """
-    absent = float("nan")
-    which = epoch % len(row.positives)
-    positive_scores = row.positive_scores or [absent] * len(row.positives)
-    negative_scores = row.negative_scores or [absent] * len(row.negatives)
-    documents = [(row.positives[which], positive_scores[which])]
-    count = min(hard_negatives, len(row.negatives))
-    for step in range(count):
-        index = (epoch * count + step) % len(row.negatives)
-        documents.append((row.negatives[index], negative_scores[index]))
-    return documents
-
-
-def prepare_step(
-    batch: Batch, dataset: Dataset, backbone: Backbone, hard_negatives: int
-) -> StepInputs:
-    """Decode and tokenize this process's rows of a batch; runs in a thread, ahead of the model."""
-    mine = shard(batch.rows, distributed.rank(), distributed.size())
-    queries: list[Any] = []
-    documents: list[Any] = []
-    own: list[int] = []
-    targets: list[int] = []
-    positives: list[Tensor] = []
-    keys: list[int] = []
-    teacher: list[float] = []
-    rows: list[int] = []
-    for index in mine:
-        row = dataset.rows[index]
-        task = resolve(row.instruction)
-        queries.append(backbone.prepare(dataset.store.content(row.query), task))
-        targets.append(len(documents))
-        own.append(index)
-        positives.append(torch.tensor([item.key for item in row.positives]))
-        for item, score in documents_of(row, batch.epoch, hard_negatives):
-            documents.append(backbone.prepare(dataset.store.content(item), None))
-            keys.append(item.key)
-            rows.append(index)
-            teacher.append(score)
-    return StepInputs(
-        inputs=queries + documents,
-        targets=torch.tensor(targets),
-        keys=torch.tensor(keys),
-        rows=torch.tensor(rows),
-        own_rows=torch.tensor(own),
-        positives=positives,
-        teacher=torch.tensor(teacher),
-        in_batch=dataset.config.in_batch_negatives,
-    )
 
 
 def step_loss(vectors: Tensor, step: StepInputs, config: TrainConfig) -> Tensor:
@@ -360,7 +249,7 @@ def train_step(
 def evaluate_now(backbone: Backbone, config: TrainConfig) -> dict[str, dict[str, float]]:
     """Retrieval metrics of the model as it stands, per modality pair."""
     from mmrag.embedders.local import LocalEmbedder
-    from recipes.evaluate import evaluate_rows
+    from mmrag.recipes.evaluate import evaluate_rows
 
     backbone.model.eval()
     embedder = LocalEmbedder(backbone, name=config.model, fingerprint="training")
@@ -504,7 +393,7 @@ class RunLog:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(prog="recipes.train", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="mmrag.recipes.train", description=__doc__.split("\n")[0])
     parser.add_argument("config", help="TOML file; its keys are the fields of TrainConfig")
     parser.add_argument("overrides", nargs="*", help="key=value, such as lr=5e-5 or lora.r=16")
     parser.add_argument("--dry-run", action="store_true", help="show what would be trained on")

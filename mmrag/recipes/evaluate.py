@@ -1,7 +1,6 @@
-"""Retrieval metrics: on rows per modality pair and dimension, and on PDFs with page questions.
+"""Retrieval metrics on rows, per modality pair and dimension.
 
-    python -m recipes.evaluate rows.jsonl --model mmrag-nano --dims 384 128
-    python -m recipes.evaluate questions.jsonl --pdfs papers/ --model mmrag-nano
+    python -m mmrag.recipes.evaluate rows.jsonl --model mmrag-nano --dims 384 128
 
 Metrics carry the names that benchmarks use: ``hit@k`` (some right document in the first k),
 ``recall@k``, ``p@1``, ``mrr@k``, ``ndcg@k`` (gain 2^relevance - 1, as BEIR and MTEB) and
@@ -16,7 +15,6 @@ import json
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,8 +24,8 @@ from mmrag.embedders import load_embedder
 from mmrag.embedders.base import Embedder, check_dim, truncate_normalise
 from mmrag.errors import ContentError
 from mmrag.instructions import resolve
-from recipes.console import ends_cleanly
-from recipes.rows import ImageStore, Row, corpus_of, read_rows, store_of
+from mmrag.recipes.console import ends_cleanly
+from mmrag.recipes.rows import ImageStore, Row, corpus_of, read_rows, store_of
 
 CUTS = (1, 5, 10)
 Metrics = dict[str, float]
@@ -124,38 +122,33 @@ def table(results: Mapping[str, Metrics], names: Sequence[str]) -> str:
     return "\n".join(lines)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(prog="recipes.evaluate", description=__doc__.split("\n")[0])
-    parser.add_argument("rows", help="rows, or page questions with --pdfs")
-    parser.add_argument("--model", default="mmrag-nano")
-    parser.add_argument("--family", default=None)
-    parser.add_argument("--pdfs", default=None, help="folder of the PDFs that are asked about")
-    parser.add_argument("--library", default=None, help="keep the index of the PDFs here")
-    parser.add_argument("--dims", type=int, nargs="*", default=[], help="dimensions to report")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    given = parser.parse_args(arguments)
-    with ends_cleanly():
-        embedder = load_embedder(given.model, family=given.family)
-        results = _evaluate(embedder, given)
-    if given.json:
+def show(results: Mapping[str, Metrics], *, as_json: bool) -> None:
+    """Print metrics as JSON or as a table."""
+    if as_json:
         print(json.dumps(results, indent=1))
     else:
         print(table(results, ["hit@1", "hit@5", "hit@10", "recall@10", "mrr@10", "ndcg@10"]))
 
 
-def _evaluate(embedder: Embedder, given: argparse.Namespace) -> dict[str, Metrics]:
-    if given.pdfs:
-        from recipes.evaluate_pages import evaluate_pages
-
-        library = Path(given.library) if given.library else None
-        return evaluate_pages(embedder, Path(given.pdfs), Path(given.rows), library)
-    rows, store = read_rows(given.rows), store_of(given.rows)
-    results: dict[str, Metrics] = {}
-    for dim in given.dims or [embedder.dim]:
-        for pair, metrics in evaluate_rows(embedder, rows, store, dim).items():
-            results[f"{pair} ({dim})"] = metrics
-    return results
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(
+        prog="mmrag.recipes.evaluate", description=__doc__.split("\n")[0]
+    )
+    parser.add_argument("rows", help="rows of mmrag.recipes.rows")
+    parser.add_argument("--model", default="mmrag-nano")
+    parser.add_argument("--family", default=None)
+    parser.add_argument("--dims", type=int, nargs="*", default=[], help="dimensions to report")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    given = parser.parse_args(arguments)
+    with ends_cleanly():
+        embedder = load_embedder(given.model, family=given.family)
+        rows, store = read_rows(given.rows), store_of(given.rows)
+        results: dict[str, Metrics] = {}
+        for dim in given.dims or [embedder.dim]:
+            for pair, metrics in evaluate_rows(embedder, rows, store, dim).items():
+                results[f"{pair} ({dim})"] = metrics
+    show(results, as_json=given.json)
 
 
 if __name__ == "__main__":

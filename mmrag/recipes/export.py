@@ -1,7 +1,7 @@
 """Turn a finished run into a checkpoint folder that loads everywhere, and prove it.
 
-    python -m recipes.export runs/adapt --out my-embedder
-    python -m recipes.export runs/adapt --out my-embedder --scores before.json after.json
+    python -m mmrag.recipes.export runs/adapt --out my-embedder
+    python -m mmrag.recipes.export runs/adapt --out my-embedder --scores before.json after.json
 
 Adapters are merged. The folder is then loaded in a fresh process and must give the vectors of
 the run; ``UniversalEmbedding``, plain transformers and sentence-transformers read it.
@@ -31,15 +31,15 @@ from mmrag.embedders.saving import save_checkpoint
 from mmrag.errors import ModelError
 from mmrag.modeling.backbone import Backbone
 from mmrag.modeling.loading import check_keys
-from recipes.config import TrainConfig, build
-from recipes.console import ends_cleanly
-from recipes.rows import read_rows
-from recipes.train import make_trainable
+from mmrag.recipes.config import TrainConfig, build
+from mmrag.recipes.console import ends_cleanly
+from mmrag.recipes.rows import read_rows
+from mmrag.recipes.train import make_trainable
 
 LEAST_COSINE = 0.9999
 _RELOAD = """
 import sys, numpy
-from recipes.export import probe_vectors
+from mmrag.recipes.export import probe_vectors
 numpy.save(sys.argv[2], probe_vectors(sys.argv[1]))
 """
 
@@ -170,14 +170,16 @@ def model_card(config: TrainConfig, name: str, scores: Sequence[Path]) -> str:
 
 
 def _score_table(results: dict[str, dict[str, float]]) -> str:
-    from recipes.evaluate import table
+    from mmrag.recipes.evaluate import table
 
     return table(results, ["hit@1", "hit@5", "ndcg@10"])
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(prog="recipes.export", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="mmrag.recipes.export", description=__doc__.split("\n")[0]
+    )
     parser.add_argument("run", type=Path, help="folder of a finished training run")
     parser.add_argument("--out", type=Path, required=True, help="checkpoint folder to write")
     parser.add_argument("--dtype", choices=["float16", "bfloat16", "float32"], default="float16")

@@ -1,13 +1,16 @@
 """Page retrieval on a folder of PDFs: every view, BM25 and their fusion, side by side.
 
+    python -m mmrag.recipes.evaluate_pages questions.jsonl --pdfs papers/ --model mmrag-nano
+
 Questions are JSON lines: ``{"question": ..., "pages": [{"file": ..., "page": 7}], "kind": ...}``;
 pages count from 1, files are named without their folder, and any of the pages is right. Rows
-that name their page (``recipes.rows``) are read too: their queries are the questions, less those
-that ask with an image.
+that name their page (``mmrag.recipes.rows``) are read too: their queries are the questions, less
+those that ask with an image.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import logging
 import tempfile
@@ -16,14 +19,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mmrag.embedders import load_embedder
 from mmrag.embedders.base import Embedder
 from mmrag.errors import ContentError
 from mmrag.index import UniversalIndex
+from mmrag.recipes.console import ends_cleanly
+from mmrag.recipes.evaluate import CUTS, Metrics, average, metrics_of, show
+from mmrag.recipes.rows import Row
 from mmrag.retrieval.fusion import fuse
 from mmrag.retrieval.retriever import UniversalRetriever
 from mmrag.store.engine import Scored
-from recipes.evaluate import CUTS, Metrics, average, metrics_of
-from recipes.rows import Row
 
 logger = logging.getLogger("mmrag.evaluate")
 
@@ -121,3 +126,25 @@ def pages_of(hits: Sequence[Scored]) -> list[Page]:
         if hit.payload.get("page") is not None
     ]
     return list(dict.fromkeys(pages))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(
+        prog="mmrag.recipes.evaluate_pages", description=__doc__.split("\n")[0]
+    )
+    parser.add_argument("questions", type=Path, help="questions, or rows that name their page")
+    parser.add_argument("--pdfs", type=Path, required=True, help="folder of the PDFs")
+    parser.add_argument("--library", type=Path, default=None, help="keep the index here")
+    parser.add_argument("--model", default="mmrag-nano")
+    parser.add_argument("--family", default=None)
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    given = parser.parse_args(arguments)
+    with ends_cleanly():
+        embedder = load_embedder(given.model, family=given.family)
+        results = evaluate_pages(embedder, given.pdfs, given.questions, given.library)
+    show(results, as_json=given.json)
+
+
+if __name__ == "__main__":
+    main()

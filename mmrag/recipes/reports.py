@@ -6,15 +6,13 @@ import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mmrag.content import image_size
 from mmrag.instructions import resolve
 from mmrag.modeling.backbone import Backbone
-from recipes.config import TrainConfig
-
-if TYPE_CHECKING:
-    from recipes.train import Dataset
+from mmrag.recipes.config import TrainConfig
+from mmrag.recipes.data import Dataset
 
 logger = logging.getLogger("mmrag.train")
 
