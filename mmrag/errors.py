@@ -26,16 +26,24 @@ class ContentError(MMRagError):
 
 
 class ReadError(MMRagError):
-    """A file, or one page of it, that cannot be read."""
+    """A file, or one page of it, that cannot be read.
 
-    def __init__(self, message: str, *, file: str, page: int | None = None) -> None:
+    retry: whether the environment failed (time, memory, a full disk, a killed worker) and not
+        the file, so that reading the same bytes again may succeed.
+    """
+
+    def __init__(
+        self, message: str, *, file: str, page: int | None = None, retry: bool = False
+    ) -> None:
         super().__init__(message)
         self.file = file
         self.page = page
+        self.retry = retry
 
     def __reduce__(self) -> tuple[partial[ReadError], tuple[str]]:
-        """Pickle with file and page, which ``args`` does not hold."""
-        return partial(ReadError, file=self.file, page=self.page), (self.args[0],)
+        """Pickle with the fields that ``args`` does not hold."""
+        fields = partial(ReadError, file=self.file, page=self.page, retry=self.retry)
+        return fields, (self.args[0],)
 
     def __str__(self) -> str:
         where = self.file if self.page is None else f"{self.file}, page {self.page}"
@@ -60,3 +68,14 @@ class EndpointError(MMRagError):
 
 class ConfigError(MMRagError):
     """Options that are unknown or contradict each other."""
+
+
+def is_environment_error(error: BaseException) -> bool:
+    """Whether an error says that the machine failed, and nothing about the bytes that were read.
+
+    The operating system sets ``errno`` (no space left, input/output error, too many open files);
+    decoders that raise OSError for damaged data do not.
+    """
+    return isinstance(error, MemoryError) or (
+        isinstance(error, OSError) and error.errno is not None
+    )

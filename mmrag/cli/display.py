@@ -168,6 +168,7 @@ def report_view(report: IngestReport) -> RenderableType:
     counts = {
         "indexed": len(report.indexed),
         "replaced": len(report.replaced),
+        "incomplete": len(report.incomplete),
         "unchanged": len(report.unchanged),
         "moved": len(report.moved),
         "duplicates": len(report.duplicates),
@@ -188,9 +189,16 @@ def report_view(report: IngestReport) -> RenderableType:
 
 
 def failures_view(report: IngestReport) -> RenderableType:
-    """What could not be read, and why."""
-    head = Text(f"\n{len(report.errors)} could not be read", style="bold red")
-    return Group(head, *(_bullet(str(error)) for error in report.errors))
+    """What this run and earlier ones could not read, and why."""
+    rows: list[RenderableType] = []
+    if report.errors:
+        rows.append(Text(f"\n{len(report.errors)} could not be read", style="bold red"))
+        rows += [_bullet(str(error)) for error in report.errors]
+    if report.known_errors:
+        count = len(report.known_errors)
+        rows.append(Text(f"\n{count} could not be read by earlier runs", style="bold yellow"))
+        rows += [_bullet(error) for error in report.known_errors]
+    return Group(*rows)
 
 
 def error_row(error: ReadError) -> dict[str, object]:
@@ -198,16 +206,25 @@ def error_row(error: ReadError) -> dict[str, object]:
     return {"file": error.file, "page": error.page, "error": str(error.args[0])}
 
 
-def files_view(files: Iterable[FileEntry], title: str) -> RenderableType:
-    """The indexed files in a table."""
+def files_view(files: Sequence[FileEntry], title: str) -> RenderableType:
+    """The indexed files in a table, then what could not be read of them."""
     table = _table(title)
     table.add_column("file", overflow="fold", ratio=1)
     for name in ("pages", "nodes", "errors"):
         table.add_column(name, justify="right")
     for entry in files:
-        errors = Text(str(len(entry.errors)) if entry.errors else "", style="red")
-        table.add_row(Text(clean(entry.file)), str(entry.pages), str(entry.nodes), errors)
-    return table
+        count = Text(str(len(entry.errors)) if entry.errors else "", style="red")
+        table.add_row(Text(clean(entry.file)), str(entry.pages), str(entry.nodes), count)
+    rows: list[RenderableType] = [table]
+    incomplete = [entry for entry in files if not entry.complete]
+    if incomplete:
+        rows.append(Text("\nIncomplete; index them again to read the rest", style="bold red"))
+        rows += [_bullet(entry.file) for entry in incomplete]
+    errors = [error for entry in files for error in entry.errors]
+    if errors:
+        rows.append(Text("\nWhat could not be read", style="bold red"))
+        rows += [_bullet(error) for error in errors]
+    return Group(*rows)
 
 
 def models_view(models: Iterable[KnownModel]) -> RenderableType:

@@ -66,7 +66,7 @@ def index(
             print_json(vars(report) | {"errors": [display.error_row(e) for e in report.errors]})
         else:
             show(display.report_view(report))
-            if report.errors:
+            if report.errors or report.known_errors:
                 show(display.failures_view(report), stderr=True)
         if report.failed or report.errors:
             raise typer.Exit(NOTHING)

@@ -29,19 +29,24 @@ class IngestReport:
     """What became of every file, by path.
 
     indexed: new files. replaced: files whose content had changed. moved: new path to old one.
-    duplicates: path to the indexed file of equal content that stands for it. failed: files of
-    which nothing could be read or that were cut short. errors: what could not be read or
-    embedded, file by file. notes: what else should be known. pages, nodes: stored in this run.
+    incomplete: files of which pages were lost to time, memory or a full disk; the pages that
+    could be read are stored, and the next run reads the file again. duplicates: path to the
+    indexed file of equal content that stands for it. failed: files of which nothing could be
+    read or that were cut short. errors: what could not be read or embedded in this run, file by
+    file. known_errors: what an earlier run could not read of the unchanged files. notes: what
+    else should be known. pages, nodes: stored in this run.
     """
 
     indexed: list[str] = field(default_factory=list)
     replaced: list[str] = field(default_factory=list)
+    incomplete: list[str] = field(default_factory=list)
     unchanged: list[str] = field(default_factory=list)
     removed: list[str] = field(default_factory=list)
     failed: list[str] = field(default_factory=list)
     moved: dict[str, str] = field(default_factory=dict)
     duplicates: dict[str, str] = field(default_factory=dict)
     errors: list[ReadError] = field(default_factory=list)
+    known_errors: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     pages: int = 0
     nodes: int = 0

@@ -6,6 +6,7 @@ share, so that a run can be killed and started again as on one machine.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -81,10 +82,12 @@ def ingest_with_ray(
 def _together(reports: Sequence[IngestReport], errors: Sequence[ReadError]) -> IngestReport:
     total = IngestReport(errors=list(errors), failed=[error.file for error in errors])
     for report in reports:
-        for key in ("indexed", "replaced", "unchanged", "removed", "failed", "errors", "notes"):
-            getattr(total, key).extend(getattr(report, key))
-        for key in ("moved", "duplicates"):
-            getattr(total, key).update(getattr(report, key))
+        for field in dataclasses.fields(IngestReport):
+            value = getattr(report, field.name)
+            if isinstance(value, list):
+                getattr(total, field.name).extend(value)
+            elif isinstance(value, dict):
+                getattr(total, field.name).update(value)
         total.pages += report.pages
         total.nodes += report.nodes
         total.seconds = max(total.seconds, report.seconds)

@@ -160,12 +160,17 @@ def _plan(paths: Sequence[str | Path], collection: Collection, report: IngestRep
     stands_for: dict[str, str] = {}
     for name, sha256 in versions.items():
         entry = by_hash.get(sha256)
+        if entry is not None and not entry.complete:
+            entry = None  # read again: its nodes are there, and only what is missing is embedded
         if entry is not None and entry.place == place_of(Path(name)):
             report.unchanged.append(name)
+            report.known_errors += entry.errors
         elif sha256 in stands_for:
             report.duplicates[name] = stands_for[sha256]
         elif entry is None:
-            stale = [old.sha256 for old in entries if _is_earlier(old, name)]
+            stale = [
+                old.sha256 for old in entries if old.sha256 != sha256 and _is_earlier(old, name)
+            ]
             plan.jobs.append(_Job(Path(name), sha256, stale))
         elif _is_gone(entry, places):
             plan.moves.append((entry, name))
@@ -299,9 +304,10 @@ class _Writer:
                 self.flush()
 
     def _end(self, job: _Job, error: Exception | None) -> None:
-        if isinstance(error, (ReadError, ContentError, OSError)):
+        if isinstance(error, (ReadError, ContentError, OSError, MemoryError)):
             job.broken = True
-            self._fail(job, ReadError(f"reading stopped ({error})", file=job.name))
+            message = f"reading stopped ({error or type(error).__name__})"
+            self._fail(job, ReadError(message, file=job.name, retry=True))
         elif error is not None:
             raise error
         job.read = True
@@ -316,20 +322,28 @@ class _Writer:
             return
         if job.broken or job.pages == 0:
             self._report.failed.append(job.name)
-            if job.stale:
-                self._report.notes.append(f"{job.name}: its earlier version stays in place.")
+            self._note_stale(job)
         else:
             self._finish(job)
         self._done += 1
         self._tell(job)
 
+    def _note_stale(self, job: _Job) -> None:
+        if job.stale:
+            self._report.notes.append(f"{job.name}: its earlier version stays in place.")
+
     def _finish(self, job: _Job) -> None:
         errors = tuple(sorted(str(error) for error in job.errors))
         folder = folder_of(job.name)
-        entry = FileEntry(job.name, job.sha256, job.pages, job.nodes, errors, folder)
+        complete = not any(error.retry for error in job.errors)
+        entry = FileEntry(job.name, job.sha256, job.pages, job.nodes, errors, folder, complete)
         # A run that was cut short may have stored some under the path that the file had then.
         self._collection.rename_nodes(job.sha256, job.name)
         self._collection.mark_done(entry)
+        if not complete:
+            self._report.incomplete.append(job.name)
+            self._note_stale(job)
+            return
         for sha256 in job.stale:
             self._collection.remove_file(sha256)
         (self._report.replaced if job.stale else self._report.indexed).append(job.name)
@@ -408,7 +422,7 @@ def _prune(paths: Sequence[str | Path], collection: Collection, report: IngestRe
 def _drop_outdated(places: dict[Path, str], collection: Collection) -> None:
     """Delete what a run that was cut short has left of files that have changed or gone since."""
     entries = collection.files()
-    finished = {entry.sha256 for entry in entries}
+    finished = {entry.sha256 for entry in entries if entry.complete}
     for entry in entries:
         current = places.get(entry.place, entry.sha256)
         if current != entry.sha256 and current in finished:

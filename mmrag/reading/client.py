@@ -6,6 +6,7 @@ import atexit
 import contextlib
 import os
 import pickle
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,15 +17,27 @@ from mmrag.reading.options import DEADLINE, Done
 
 
 class WorkerDied(Exception):
-    """The worker was ended by its deadline, or crashed."""
+    """The worker was ended by its deadline, was killed from outside, or crashed.
 
-    def __init__(self, *, late: bool) -> None:
-        super().__init__("took too long" if late else "crashed")
-        self.late = late
+    retry: whether the same request may succeed another time: it took too long, or something
+        else, such as the system when memory runs out, killed the worker.
+    """
+
+    def __init__(self, exit_code: int) -> None:
+        self.late = exit_code == DEADLINE
+        self.killed = exit_code in (-signal.SIGKILL, -signal.SIGTERM)
+        self.retry = self.late or self.killed
+        super().__init__(
+            "took too long" if self.late else "was killed" if self.killed else "crashed"
+        )
 
 
 class RequestFailed(Exception):
-    """The worker could not do what was asked; the message says why."""
+    """The worker could not do what was asked; the message says why. retry: see ``ReadError``."""
+
+    def __init__(self, message: str, *, retry: bool = False) -> None:
+        super().__init__(message)
+        self.retry = retry
 
 
 class _Worker:
@@ -55,9 +68,9 @@ class _Worker:
             while not isinstance(answer := pickle.load(self.process.stdout), Done):
                 yield answer
         except (EOFError, BrokenPipeError, pickle.UnpicklingError) as error:
-            raise WorkerDied(late=self.process.wait() == DEADLINE) from error
+            raise WorkerDied(self.process.wait()) from error
         if answer.error is not None:
-            raise RequestFailed(answer.error)
+            raise RequestFailed(answer.error, retry=answer.retry)
 
     def close(self) -> None:
         self.process.kill()

@@ -12,7 +12,7 @@ from pathlib import Path
 from PIL import Image
 
 from mmrag.content import FORMATS, ImageLimits, load_image
-from mmrag.errors import ContentError
+from mmrag.errors import ContentError, is_environment_error
 from mmrag.reading.files import write
 from mmrag.reading.options import Problem, ReadOptions
 
@@ -36,7 +36,8 @@ def read_frames(
             image = Image.open(path, formats=FORMATS)
         frames = getattr(image, "n_frames", 1) if image.format == "TIFF" else 1
     except _BROKEN as error:
-        yield Problem(None, f"the image cannot be opened ({error}); it is damaged: get it again")
+        message = f"the image cannot be opened ({error}); it is damaged: get it again"
+        yield Problem(None, message, is_environment_error(error))
         return
     with image:
         suffix = ".jpg" if image.format in ("JPEG", "MPO", "WEBP") else ".png"
@@ -49,7 +50,8 @@ def read_frames(
                 image.seek(page - 1)
                 write(out, _encoded(load_image(image, limits=_LIMITS), out, options))
             except _BROKEN as error:
-                yield Problem(page, f"the image cannot be decoded ({error}); it is left out")
+                message = f"the image cannot be decoded ({error}); it is left out"
+                yield Problem(page, message, is_environment_error(error))
             else:
                 yield page, out
 

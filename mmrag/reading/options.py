@@ -89,10 +89,14 @@ class PageRecord:
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """What went wrong with a page, or with the whole file where ``page`` is None."""
+    """What went wrong with a page, or with the whole file where ``page`` is None.
+
+    retry: whether the environment failed and not the file; see ``ReadError``.
+    """
 
     page: int | None
     message: str
+    retry: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,9 +114,14 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """The last answer of a worker to a request. error: why it was not carried out, if not."""
+    """The last answer of a worker to a request.
+
+    error: why it was not carried out, if not. retry: whether the environment failed and not the
+        file; see ``ReadError``.
+    """
 
     error: str | None = None
+    retry: bool = False
 
 
 DEADLINE = 1

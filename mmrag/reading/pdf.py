@@ -16,6 +16,7 @@ from typing import Any
 
 import pymupdf
 
+from mmrag.errors import is_environment_error
 from mmrag.reading import figures, layout, marking
 from mmrag.reading.files import write
 from mmrag.reading.layout import Token, Word
@@ -80,7 +81,8 @@ def read_pages(
             try:
                 yield from _read_page(document, page, folder, options, outline, plain)
             except Exception as error:  # noqa: BLE001 - any engine error costs one page only
-                yield Problem(page, f"the page cannot be read ({_told(error)}); it is left out")
+                message = f"the page cannot be read ({_told(error)}); it is left out"
+                yield Problem(page, message, is_environment_error(error))
             # Fonts and images of pages that are done would otherwise pile up.
             pymupdf.TOOLS.store_shrink(50)
         if document.is_repaired:

@@ -57,7 +57,8 @@ def read_file(
         on_error(error)
         return
     except OSError as error:
-        on_error(ReadError(f"the file cannot be read ({error})", file=path.as_posix()))
+        message = f"the file cannot be read ({error})"
+        on_error(ReadError(message, file=path.as_posix(), retry=True))
         return
     from mmrag.reading.nodes import Source
 
@@ -65,7 +66,8 @@ def read_file(
     remove_partial(source.folder)
 
     def report(problem: Problem) -> None:
-        on_error(ReadError(problem.message, file=path.as_posix(), page=problem.page))
+        name = path.as_posix()
+        on_error(ReadError(problem.message, file=name, page=problem.page, retry=problem.retry))
 
     yield from _READERS[kind](source, options, report)
 
@@ -105,7 +107,7 @@ def _page(
 
 def _records(source: Source, options: ReadOptions, report: Report) -> Iterator[PageRecord]:
     """Pages from worker processes; one that dies costs the step it died in."""
-    first, deaths, plain = 1, 0, frozenset[int]()
+    first, deaths, plain, retry = 1, 0, frozenset[int](), False
     while deaths < _MAX_DEATHS:
         step = Step(None, "open")
         arguments = (source.path, source.folder, options, first, plain)
@@ -117,22 +119,22 @@ def _records(source: Source, options: ReadOptions, report: Report) -> Iterator[P
                     case Problem():
                         report(answer)
                     case PageRecord():
-                        deaths = 0
+                        deaths, retry = 0, False
                         yield answer
             return
         except client.RequestFailed as error:
-            report(Problem(step.page, str(error)))
+            report(Problem(step.page, str(error), error.retry))
             return
         except client.WorkerDied as error:
-            deaths += 1
-            report(Problem(step.page, _obituary(step, error, options)))
+            deaths, retry = deaths + 1, retry or error.retry
+            report(Problem(step.page, _obituary(step, error, options), error.retry))
             if step.page is None:
                 return
             if step.name == "figures":
                 first, plain = step.page, plain | {step.page}
             else:
                 first = step.page + 1
-    report(Problem(None, f"given up after {_MAX_DEATHS} pages in a row that cannot be read"))
+    report(Problem(None, f"given up after {_MAX_DEATHS} pages in a row that cannot be read", retry))
 
 
 _STEPS = {
@@ -148,6 +150,8 @@ def _obituary(step: Step, error: client.WorkerDied, options: ReadOptions) -> str
     doing, outcome = _STEPS[step.name]
     if error.late:
         return f"{doing} took longer than {options.page_seconds * step.patience:g} s; {outcome}"
+    if error.killed:
+        return f"the worker process was killed while {doing}; {outcome}"
     return f"{doing} crashed the PDF engine; {outcome}"
 
 
@@ -165,7 +169,8 @@ def _read_image(source: Source, options: ReadOptions, report: Report) -> Iterato
             try:
                 text = next(client.ask(seconds, "recognise", image))
             except (client.RequestFailed, client.WorkerDied) as error:
-                report(Problem(page, f"recognising its text failed ({error}); it has none"))
+                message = f"recognising its text failed ({error}); it has none"
+                report(Problem(page, message, error.retry))
         node = source.node("picture", text, page=page, image=image.as_posix())
         yield ReadPage(page, [node])
 
@@ -218,5 +223,6 @@ def _once(path: str | Path, page: int, operation: str, *arguments: object) -> An
         (answer,) = client.ask(seconds, operation, *arguments)
     except (client.RequestFailed, client.WorkerDied) as error:
         name = Path(path).as_posix()
-        raise ReadError(f"the page cannot be read ({error})", file=name, page=page) from error
+        message = f"the page cannot be read ({error})"
+        raise ReadError(message, file=name, page=page, retry=error.retry) from error
     return answer

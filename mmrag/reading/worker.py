@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from mmrag.errors import is_environment_error
 from mmrag.reading.options import Done, Step
 
 
@@ -48,7 +49,7 @@ def _serve(request: tuple[float, str, str, tuple[Any, ...]], answers: BinaryIO) 
     except BrokenPipeError:
         raise
     except Exception as error:  # noqa: BLE001 - an engine error is an answer, not our end
-        _send(Done(f"{type(error).__name__}: {error}"), answers)
+        _send(Done(f"{type(error).__name__}: {error}", is_environment_error(error)), answers)
 
 
 def _watched(results: Iterator[Any], seconds: float) -> Iterator[Any]:

@@ -62,9 +62,12 @@ _IMAGES = "images"
 
 @dataclass(frozen=True)
 class FileEntry:
-    """One finished file: its path as given, its content's hash, and what became of it.
+    """One indexed file: its path as given, its content's hash, and what became of it.
 
+    errors: what could not be read or embedded.
     folder: the working directory that a relative ``file`` was given in; else empty.
+    complete: False if pages were lost to time, memory or a full disk; the next run of indexing
+        reads the file again.
     """
 
     file: str
@@ -73,6 +76,7 @@ class FileEntry:
     nodes: int
     errors: tuple[str, ...] = ()
     folder: str = ""
+    complete: bool = True
 
     @property
     def place(self) -> Path:

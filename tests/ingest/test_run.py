@@ -13,7 +13,7 @@ import pytest
 from fakes import FakeEmbedder, make_image
 from qdrant_client import QdrantClient
 
-from mmrag.errors import CollectionError, EndpointError
+from mmrag.errors import CollectionError, EndpointError, ReadError
 from mmrag.ingest import run as module
 from mmrag.ingest.prefetch import THREAD_NAME
 from mmrag.ingest.run import ingest, reading_settings
@@ -553,6 +553,72 @@ def test_a_full_disk_fails_the_file_and_keeps_it_unfinished(
     monkeypatch.undo()
     os.chdir(files.parent)
     assert ingest(["in"], collection, embedder).indexed == ["in/one.txt"]
+
+
+def losing(monkeypatch, name, error):
+    """Reading loses page 2 of the file ``name``, with an error that ``error`` makes."""
+    real = module.read_file
+
+    def read_file(path, images_dir, options, put, sha256):
+        for page in real(path, images_dir, options, put, sha256):
+            if path.name == name and page.page == 2:
+                put(error)
+            else:
+                yield page
+
+    monkeypatch.setattr(module, "read_file", read_file)
+
+
+def two_pages(path, words):
+    pdf = pymupdf.open()
+    for number in (1, 2):
+        pdf.new_page().insert_text((72, 72), f"{words} on page {number}")
+    pdf.save(path)
+
+
+def test_pages_lost_to_the_environment_are_read_by_the_next_run(
+    embedder, collection, files, monkeypatch
+):
+    two_pages(files / "paper.pdf", "turbines")
+    with monkeypatch.context() as lost:
+        late = ReadError("took too long", file="in/paper.pdf", page=2, retry=True)
+        losing(lost, "paper.pdf", late)
+        report = ingest(["in/paper.pdf"], collection, embedder)
+    assert (report.incomplete, report.indexed, report.failed) == (["in/paper.pdf"], [], [])
+    (entry,) = collection.files()
+    assert (entry.pages, entry.complete, entry.errors) == (1, False, (str(late),))
+    encoded = embedder.encoded
+    report = ingest(["in/paper.pdf"], collection, embedder)
+    assert report.indexed == ["in/paper.pdf"] and not report.errors
+    (entry,) = collection.files()
+    assert (entry.pages, entry.complete, entry.errors) == (2, True, ())
+    assert embedder.encoded == encoded + 2  # the image and the text of the page that was lost
+
+
+def test_an_incomplete_new_version_leaves_the_old_one(embedder, collection, files, monkeypatch):
+    two_pages(files / "paper.pdf", "turbines")
+    ingest(["in/paper.pdf"], collection, embedder)
+    two_pages(files / "paper.pdf", "propellers")
+    with monkeypatch.context() as lost:
+        losing(lost, "paper.pdf", ReadError("late", file="in/paper.pdf", page=2, retry=True))
+        report = ingest(["in/paper.pdf"], collection, embedder)
+    assert report.notes == ["in/paper.pdf: its earlier version stays in place."]
+    assert len(found(collection, "turbines")) == 2
+    report = ingest(["in/paper.pdf"], collection, embedder)
+    assert report.replaced == ["in/paper.pdf"]
+    assert found(collection, "turbines") == []
+    assert len(found(collection, "propellers")) == 2
+
+
+def test_a_defect_of_the_file_is_said_by_every_run(embedder, collection, files, monkeypatch):
+    two_pages(files / "paper.pdf", "turbines")
+    broken = ReadError("is broken", file="in/paper.pdf", page=2)
+    losing(monkeypatch, "paper.pdf", broken)
+    report = ingest(["in/paper.pdf"], collection, embedder)
+    assert (report.errors, report.known_errors) == ([broken], [])
+    report = ingest(["in/paper.pdf"], collection, embedder)
+    assert report.unchanged == ["in/paper.pdf"]
+    assert (report.errors, report.known_errors) == ([], [str(broken)])
 
 
 def test_where_finds_by_what_reading_knows(embedder, collection, files):

@@ -2,6 +2,7 @@
 
 import io
 import logging
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -22,7 +23,7 @@ from mmrag.reading import (
     read_file,
     save_marked_page,
 )
-from mmrag.reading.options import Step
+from mmrag.reading.options import DEADLINE, Step
 
 FOX = "The quick brown fox jumps over the lazy dog near the river bank."
 
@@ -382,14 +383,15 @@ def test_a_page_that_takes_too_long_costs_that_page_only(make_pdf, read) -> None
 class Dying:
     """In place of the engine: dies in the given steps, however often it is started."""
 
-    def __init__(self, deadly: set[tuple[int, str]]) -> None:
+    def __init__(self, deadly: set[tuple[int, str]], exit_code: int = -signal.SIGSEGV) -> None:
         self.deadly = deadly
+        self.exit_code = exit_code
 
     def __call__(self, seconds: float, operation: str, *arguments: object) -> Iterator[object]:
         for answer in ASK(seconds, operation, *arguments):
             yield answer
             if isinstance(answer, Step) and (answer.page, answer.name) in self.deadly:
-                raise client.WorkerDied(late=False)
+                raise client.WorkerDied(self.exit_code)
 
 
 ASK = client.ask
@@ -405,7 +407,25 @@ def test_a_crash_of_the_engine_costs_one_page(make_pdf, read, monkeypatch) -> No
     reading = read(make_pdf(ten_pages))
     assert [page.page for page in reading.pages] == [1, 2, 4, 5, 7, 8, 9, 10]
     assert [error.page for error in reading.errors] == [3, 6]
-    assert all("crashed" in str(error) for error in reading.errors)
+    assert all("crashed" in str(error) and not error.retry for error in reading.errors)
+
+
+def test_a_worker_that_is_killed_or_late_is_no_defect_of_the_file(
+    make_pdf, read, monkeypatch
+) -> None:
+    for exit_code, message in ((-signal.SIGKILL, "was killed"), (DEADLINE, "longer than")):
+        monkeypatch.setattr(client, "ask", Dying({(3, "text")}, exit_code))
+        (error,) = read(make_pdf(ten_pages)).errors
+        assert (error.page, error.retry) == (3, True)
+        assert message in str(error)
+
+
+def test_a_full_disk_is_no_defect_of_the_file(make_pdf, read, monkeypatch, tmp_path) -> None:
+    """The images' folder is a file, so that no image can be written."""
+    (tmp_path / "images").write_text("in the way")
+    reading = read(make_pdf(one_page))
+    assert reading.pages == []
+    assert all(error.retry for error in reading.errors)
 
 
 def test_a_crash_over_figures_costs_the_figures(make_pdf, read, monkeypatch) -> None:
