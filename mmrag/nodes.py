@@ -1,4 +1,4 @@
-"""What a LlamaIndex node holds: its text, its image, and what of it is embedded."""
+"""LlamaIndex nodes: their text, their image, what is embedded, and how they were found."""
 
 from __future__ import annotations
 
@@ -6,10 +6,71 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from llama_index.core.schema import BaseNode, ImageNode, MetadataMode, Node, TextNode
+from llama_index.core.bridge.pydantic import Field
+from llama_index.core.schema import (
+    BaseNode,
+    ImageNode,
+    MetadataMode,
+    Node,
+    NodeWithScore,
+    TextNode,
+)
 
 from mmrag.content import Content, ImageSource
 from mmrag.errors import ContentError
+
+
+class Hit(NodeWithScore):
+    """A NodeWithScore that also says how it was found.
+
+    What depends on the query is kept here. In the node's metadata it would change the node's
+    hash, by which LlamaIndex tells whether two retrievers found the same node.
+
+    retrieval_score: the retriever's score; ``score`` may be a reranker's.
+    ranks: rank in each ranking of the retriever, from 1.
+    view_scores: raw score in each ranking: a cosine, or a BM25 score.
+    box: part of the page that matched best, in PDF points.
+    rerank_score: the reranker's score in [0, 1]; None if the node was not judged.
+    rerank_error: why judging failed.
+    rerank_skipped: why the reranker stopped before this node.
+    rerank_note: what was missing when the node was judged.
+
+    Example:
+        >>> from llama_index.core.schema import MediaResource, Node
+        >>> hit = Hit(node=Node(text_resource=MediaResource(text="a page")), score=0.5)
+        >>> hit.text, hit.ranks
+        ('a page', {})
+    """
+
+    retrieval_score: float | None = None
+    ranks: dict[str, int] = Field(default_factory=dict)
+    view_scores: dict[str, float] = Field(default_factory=dict)
+    box: tuple[float, float, float, float] | None = None
+    rerank_score: float | None = None
+    rerank_error: str | None = None
+    rerank_skipped: str | None = None
+    rerank_note: str | None = None
+
+    @property
+    def text(self) -> str:
+        """The node's text, of any kind of node; LlamaIndex's own takes a TextNode only."""
+        return self.node.get_content(MetadataMode.NONE)
+
+    def get_text(self) -> str:
+        """The same as ``text``."""
+        return self.text
+
+    @classmethod
+    def class_name(cls) -> str:
+        """Name in LlamaIndex's registry."""
+        return "Hit"
+
+
+def as_hit(found: NodeWithScore) -> Hit:
+    """The hit itself, or one made from what another retriever found."""
+    if isinstance(found, Hit):
+        return found
+    return Hit(node=found.node, score=found.score, retrieval_score=found.score)
 
 
 def node_text(node: BaseNode) -> str:

@@ -18,6 +18,7 @@ from llama_index.core.schema import ImageNode, MetadataMode, Node, NodeWithScore
 from mmrag.content import image_size, load_image
 from mmrag.errors import ConfigError, ContentError
 from mmrag.lexical import Idf, numbers, sentences, terms
+from mmrag.nodes import as_hit, page_name
 from mmrag.prompting import PIXELS_PER_TOKEN, estimate_tokens, image_bytes, sanitize
 
 Box: TypeAlias = tuple[float, float, float, float]
@@ -53,20 +54,38 @@ class Source:
     def box(self) -> Box | None:
         """The rectangle around ``boxes``; without any, the box of the node itself."""
         if not self.boxes:
-            own = self.node.node.metadata.get("box")
+            own = as_hit(self.node).box or self.node.node.metadata.get("box")
             return tuple(own) if own else None
         x0, y0, x1, y1 = zip(*self.boxes, strict=True)
         return (min(x0), min(y0), max(x1), max(y1))
 
     @property
+    def label(self) -> str | None:
+        """What is printed on the page as its number, where the file says so."""
+        label = self.node.node.metadata.get("label")
+        return None if label is None else str(label)
+
+    @property
+    def page_name(self) -> str:
+        """The page for people: ``page 6 (printed 3)``; empty without one."""
+        return page_name({"page": self.page, "label": self.label})
+
+    @property
     def place(self) -> str:
         """File and page for people: ``report.pdf, page 3``."""
-        return self.file if self.page is None else f"{self.file}, page {self.page}"
+        return f"{self.file}, {self.page_name}" if self.page_name else self.file
 
     def to_dict(self) -> dict[str, Any]:
         """The public fields, ready for JSON."""
         box = None if self.box is None else [round(edge, 2) for edge in self.box]
-        return {"n": self.n, "file": self.file, "page": self.page, "quote": self.quote, "box": box}
+        return {
+            "n": self.n,
+            "file": self.file,
+            "page": self.page,
+            "label": self.label,
+            "quote": self.quote,
+            "box": box,
+        }
 
 
 @dataclass(frozen=True)
@@ -108,8 +127,9 @@ class Packed:
 
 def relevance(hit: NodeWithScore) -> float:
     """The reranker's score where there is one, else the retriever's."""
-    score = hit.node.metadata.get("rerank_score", hit.score)
-    return float(score) if score is not None else 0.0
+    reranked = as_hit(hit).rerank_score
+    score = hit.score if reranked is None else reranked
+    return 0.0 if score is None else score
 
 
 def select_sources(

@@ -18,6 +18,7 @@ from mmrag.answering.context import Source
 from mmrag.content import Content
 from mmrag.embedders.base import Embedder
 from mmrag.lexical import Idf, sentences, terms
+from mmrag.nodes import as_hit
 from mmrag.prompting import sanitize
 
 FOUND = 0.4
@@ -83,7 +84,7 @@ def evidence(wanted: Sequence[str], sources: Sequence[Source], idf: Idf) -> floa
     text view, the mean of that and the best cosine there.
     """
     words = max(idf.coverage(wanted, terms(f"{each.file} {each.text}")) for each in sources)
-    scores = (each.node.node.metadata.get("view_scores", {}).get("text") for each in sources)
+    scores = (as_hit(each.node).view_scores.get("text") for each in sources)
     known = [float(score) for score in scores if score is not None]
     return (words + max(known)) / 2 if known else words
 

@@ -14,13 +14,12 @@ from rich.text import Text
 from mmrag.lexical import Idf, sentences, terms
 
 if TYPE_CHECKING:
-    from llama_index.core.schema import NodeWithScore
-
     from mmrag.answering.context import Source
     from mmrag.answering.response import CitedResponse
     from mmrag.embedders.known import KnownModel
     from mmrag.errors import ReadError
     from mmrag.ingest.progress import IngestReport
+    from mmrag.nodes import Hit
     from mmrag.store.collection import FileEntry
 
 _SNIPPET = 240  # characters
@@ -51,50 +50,45 @@ def snippet(text: str, query: str) -> str:
     return shown if len(shown) <= _SNIPPET else f"{shown[: _SNIPPET - 1].rstrip()}\u2026"
 
 
-def place(file: str, page: int | None) -> Text:
-    """``report.pdf  page 3``."""
+def place(file: str, page: str) -> Text:
+    """``report.pdf  page 3``, or the file alone where ``page`` is empty."""
     name = Text.assemble((clean(file), "bold"))
-    return name if page is None else name.append(f"  page {page}", style="cyan")
+    return name.append(f"  {clean(page)}", style="cyan") if page else name
 
 
-def hits_view(hits: Sequence[NodeWithScore], query: str) -> RenderableType:
+def hits_view(hits: Sequence[Hit], query: str) -> RenderableType:
     """Each hit with its place, score, ranks and the words that match."""
+    from mmrag.nodes import page_name
+
     rows: list[RenderableType] = []
     for n, hit in enumerate(hits, start=1):
-        metadata = hit.node.metadata
         head = Text.assemble((f"{n:>2}  ", "dim"))
-        head.append_text(place(metadata.get("file", ""), metadata.get("page")))
-        kind = metadata.get("kind", "page")
+        head.append_text(place(hit.metadata.get("file", ""), page_name(hit.metadata)))
+        kind = hit.metadata.get("kind", "page")
         if kind not in ("page", "text"):
-            head.append(f"  {kind}", style="magenta")
-        ranks = "  ".join(f"{name} #{rank}" for name, rank in metadata.get("ranks", {}).items())
+            head.append(f"  {clean(kind)}", style="magenta")
+        ranks = "  ".join(f"{name} #{rank}" for name, rank in hit.ranks.items())
         head.append(f"  {hit.score or 0:.2f}", style="green")
         head.append(f"  {ranks}", style="dim")
         rows.append(head)
-        words = snippet(node_words(hit), query)
+        words = snippet(hit.text, query)
         shown = marked(words, query) if words else Text("(no text layer)", style="dim")
         rows.append(Padding(shown, (0, 0, 1, 4), expand=False))
     return Group(*rows)
 
 
-def hit_row(hit: NodeWithScore, query: str) -> dict[str, Any]:
+def hit_row(hit: Hit, query: str) -> dict[str, Any]:
     """A hit for JSON."""
-    values = hit.node.metadata
+    values = hit.metadata
     return {
         "file": values.get("file"),
         "page": values.get("page"),
+        "label": values.get("label"),
         "kind": values.get("kind"),
         "score": round(hit.score or 0.0, 4),
-        "snippet": snippet(node_words(hit), query),
-        "box": values.get("box"),
+        "snippet": snippet(hit.text, query),
+        "box": hit.box or values.get("box"),
     }
-
-
-def node_words(hit: NodeWithScore) -> str:
-    """A hit's own text, without metadata."""
-    from llama_index.core.schema import MetadataMode
-
-    return str(hit.node.get_content(MetadataMode.NONE))
 
 
 def marked(text: str, query: str) -> Text:
@@ -153,7 +147,7 @@ def plan_view(plan: Mapping[str, Any]) -> RenderableType:
 
 def _source_line(source: Source) -> Text:
     mark = Text.assemble((f" [{source.n}]  ", "cyan"))
-    return mark.append_text(place(source.file, source.page))
+    return mark.append_text(place(source.file, source.page_name))
 
 
 def _bullet(text: str) -> Padding:

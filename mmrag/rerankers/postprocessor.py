@@ -19,7 +19,7 @@ from llama_index_instrumentation import get_dispatcher
 
 from mmrag.content import Content, image_size
 from mmrag.errors import ConfigError, ContentError, EndpointError
-from mmrag.nodes import node_content
+from mmrag.nodes import Hit, as_hit, node_content
 from mmrag.prompting import PIXELS_PER_TOKEN, estimate_tokens, sanitize
 from mmrag.queries import query_content
 from mmrag.rerankers import RerankPrompt, Scorer, load_scorer
@@ -31,8 +31,6 @@ dispatcher = get_dispatcher(__name__)
 
 DEFAULT_MODEL = "Qwen/Qwen3-VL-Reranker-2B"
 _MOST_IMAGE_TOKENS = 1280  # an image counts as no more than this against budget_tokens
-_KEYS = ("retrieval_score", "rerank_score", "final_score")
-_NOTES = ("rerank_error", "rerank_note", "rerank_skipped")
 
 
 class MLLMReranker(BaseNodePostprocessor):
@@ -54,10 +52,10 @@ class MLLMReranker(BaseNodePostprocessor):
         step: hits judged together where any of ``settle`` and the budgets is set.
         options: what the scorer takes; see ``mmrag.rerankers.load_scorer``.
 
-    Nodes come back with ``retrieval_score``, ``rerank_score`` (in [0, 1]) and ``final_score``
-    (the node's score) in their metadata; ``rerank_error`` where judging failed,
-    ``rerank_skipped`` where the cascade stopped before, ``rerank_note`` where an image was
-    missing. What was not judged keeps its place and takes the score of its neighbour.
+    Results are ``Hit`` objects with ``retrieval_score`` and ``rerank_score`` (in [0, 1]);
+    ``rerank_error`` where judging failed, ``rerank_skipped`` where the cascade stopped before,
+    ``rerank_note`` where an image was missing. A node that was not judged keeps its place and
+    takes the score of its neighbour. Nodes are not changed.
 
     Raises: ModelError or ConfigError if the model cannot be had. Queries raise EndpointError
         only if a server fails for every hit.
@@ -231,37 +229,25 @@ def _report(outcomes: Sequence[Outcome], model: str) -> None:
 
 
 def _judged(
-    hit: NodeWithScore, outcome: Outcome | None, note: str | None, stopped: str | None
-) -> NodeWithScore:
-    """A copy of a hit with what was found out about it; the caller's node stays as it is."""
-    old = hit.node.metadata
-    metadata = {key: value for key, value in old.items() if key not in (*_KEYS[1:], *_NOTES)}
-    if hit.score is not None:
-        metadata.setdefault("retrieval_score", hit.score)
-    if isinstance(outcome, float):
-        metadata["rerank_score"] = outcome
-    elif outcome is not None:
-        metadata["rerank_error"] = str(outcome)
-    elif stopped is not None:
-        metadata["rerank_skipped"] = stopped
-    if note is not None:
-        metadata["rerank_note"] = note
-    hidden = [*_KEYS, *_NOTES]
-    excluded = {
-        name: [*getattr(hit.node, name), *(k for k in hidden if k not in getattr(hit.node, name))]
-        for name in ("excluded_llm_metadata_keys", "excluded_embed_metadata_keys")
+    found: NodeWithScore, outcome: Outcome | None, note: str | None, stopped: str | None
+) -> Hit:
+    """A copy of a hit with its judgement, in place of an earlier one."""
+    skipped = stopped if outcome is None else None
+    judgement = {
+        "rerank_score": outcome if isinstance(outcome, float) else None,
+        "rerank_error": None if outcome is None or isinstance(outcome, float) else str(outcome),
+        "rerank_skipped": skipped,
+        "rerank_note": note,
     }
-    node = hit.node.model_copy(update={"metadata": metadata, **excluded})
-    return NodeWithScore(node=node, score=hit.score)
+    return as_hit(found).model_copy(update=judgement)
 
 
-def _ordered(hits: Sequence[NodeWithScore]) -> list[NodeWithScore]:
+def _ordered(hits: Sequence[Hit]) -> list[NodeWithScore]:
     """Hits in their final order with their final scores."""
-    scores = [hit.node.metadata.get("rerank_score") for hit in hits]
+    scores = [hit.rerank_score for hit in hits]
     order = final_order(scores)
-    ranked = [hits[index] for index in order]
-    for hit, score in zip(ranked, filled([scores[index] for index in order]), strict=True):
-        hit.score = hit.score if score is None else score
-        if hit.score is not None:
-            hit.node.metadata["final_score"] = hit.score
-    return ranked
+    final = filled([scores[index] for index in order])
+    return [
+        hits[index].model_copy(update={} if score is None else {"score": score})
+        for index, score in zip(order, final, strict=True)
+    ]

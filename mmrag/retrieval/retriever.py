@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from mmrag.content import Content, ImageSource, Modality
 from mmrag.embedders.base import Embedder
 from mmrag.errors import ConfigError
+from mmrag.nodes import Hit, as_hit
 from mmrag.queries import MultimodalQuery, Where
 from mmrag.retrieval.filters import as_where
 from mmrag.retrieval.fusion import BM25, DEFAULT_WEIGHTS, Fused, fuse, page_key
@@ -50,8 +51,8 @@ class UniversalRetriever(BaseRetriever):
         collapse: one result per page. Otherwise every node stands for itself.
         depth: how many nodes of each ranking take part; at least four for each page wanted.
 
-    The node of each result carries in its metadata ``retrieval_score``, ``ranks`` (place in each
-    ranking) and ``view_scores`` (cosine or BM25 score in each); models are not shown these.
+    Each result is a ``Hit`` with ``ranks`` (rank in each ranking), ``view_scores`` (cosine or
+    BM25 score in each) and the ``box`` that matched; its node is as it was stored.
 
     Raises: ConfigError for unknown or useless weights, filters that cannot be expressed, and
         queries that the embedder cannot embed.
@@ -88,9 +89,9 @@ class UniversalRetriever(BaseRetriever):
         *,
         where: Where | MetadataFilters | None = None,
         top_k: int | None = None,
-    ) -> list[NodeWithScore]:
+    ) -> list[Hit]:
         """``retrieve`` for a text, an image of any kind, or both."""
-        return self.retrieve(_query(text, image, where, top_k))
+        return [as_hit(found) for found in self.retrieve(_query(text, image, where, top_k))]
 
     async def asearch(
         self,
@@ -99,9 +100,9 @@ class UniversalRetriever(BaseRetriever):
         *,
         where: Where | MetadataFilters | None = None,
         top_k: int | None = None,
-    ) -> list[NodeWithScore]:
+    ) -> list[Hit]:
         """``search`` that leaves the event loop free."""
-        return await self.aretrieve(_query(text, image, where, top_k))
+        return [as_hit(found) for found in await self.aretrieve(_query(text, image, where, top_k))]
 
     def rankings(
         self, query: str | QueryBundle, *, limit: int | None = None
@@ -166,19 +167,15 @@ class UniversalRetriever(BaseRetriever):
         mean = vectors.mean(axis=0)
         return np.asarray(mean / max(float(np.linalg.norm(mean)), 1e-12), dtype=np.float32)
 
-    def _result(self, entry: Fused) -> NodeWithScore:
-        node = self.collection.node(entry.shown.payload)
-        if box := entry.best.payload.get("box"):
-            node.metadata["box"] = box
-        extra = {
-            "retrieval_score": entry.score,
-            "ranks": entry.ranks,
-            "view_scores": entry.scores,
-        }
-        node.metadata.update(extra)
-        for keys in (node.excluded_llm_metadata_keys, node.excluded_embed_metadata_keys):
-            keys.extend(name for name in extra if name not in keys)
-        return NodeWithScore(node=node, score=entry.score)
+    def _result(self, entry: Fused) -> Hit:
+        return Hit(
+            node=self.collection.node(entry.shown.payload),
+            score=entry.score,
+            retrieval_score=entry.score,
+            ranks=entry.ranks,
+            view_scores=entry.scores,
+            box=entry.best.payload.get("box"),
+        )
 
 
 def _by_score(hit: Scored) -> tuple[float, str]:

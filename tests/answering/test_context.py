@@ -18,6 +18,7 @@ from mmrag.answering.context import (
     select_sources,
 )
 from mmrag.errors import ConfigError
+from mmrag.nodes import Hit
 from mmrag.prompting import image_bytes, new_boundary, sanitize
 
 PROSE = (
@@ -80,8 +81,21 @@ def test_up_to_k_sources_and_none_below_the_threshold():
 
 
 def test_the_rerankers_score_counts_where_there_is_one():
-    hits = [hit("a", page=1, rerank_score=0.1), hit("b", page=2, rerank_score=0.9)]
+    judged = zip((hit("a", page=1), hit("b", page=2)), (0.1, 0.9), strict=True)
+    hits = [Hit(node=found.node, score=1.0, rerank_score=score) for found, score in judged]
     assert [s.page for s in select_sources(hits, "", threshold=0.5)] == [2]
+
+
+def test_a_page_is_called_by_its_number_and_its_printed_label():
+    (one,) = select_sources([hit("a", file="a.pdf", page=6, label="3")], "")
+    assert one.place == "a.pdf, page 6 (printed 3)"
+    assert (one.to_dict()["page"], one.to_dict()["label"]) == (6, "3")
+
+
+def test_the_box_that_was_found_is_not_lost_with_the_passage():
+    page = hit("a", page=1).node
+    (one,) = select_sources([Hit(node=page, score=1.0, box=(1, 2, 3, 4))], "")
+    assert one.box == (1, 2, 3, 4)
 
 
 def test_the_same_page_in_two_files_is_shown_once():
@@ -263,6 +277,6 @@ def test_sources_say_where_they_are():
 def test_the_public_fields_of_a_source():
     boxes = ((1.0, 2.0, 5.0, 3.0), (0.5, 3.0, 2.0, 4.125))
     found = Source(2, "a.pdf", 3, hit(), "", Path("x.png"), "quote", boxes)
-    expected = {"n": 2, "file": "a.pdf", "page": 3, "quote": "quote", "box": [0.5, 2.0, 5.0, 4.12]}
-    assert found.to_dict() == expected
+    expected = {"n": 2, "file": "a.pdf", "page": 3, "label": None, "quote": "quote"}
+    assert found.to_dict() == expected | {"box": [0.5, 2.0, 5.0, 4.12]}
     assert found.place == "a.pdf, page 3"

@@ -28,6 +28,7 @@ from mmrag.answering.engine import NO_LLM, CitedQueryEngine
 from mmrag.answering.response import NOT_FOUND, SENTINEL, says_not_found, shown
 from mmrag.errors import ConfigError, EndpointError
 from mmrag.llms.endpoint import ASSUMED_WINDOW, open_llm, served_models
+from mmrag.nodes import Hit
 
 EYES = "The gold plan covers one eye examination a year. Lenses cost 150 dollars."
 TEETH = "Dental cleaning is free for children under 12. Adults pay for crowns."
@@ -135,6 +136,7 @@ def test_the_answer_is_tied_to_file_page_quote_and_box(engine):
                 "n": 1,
                 "file": "plans.pdf",
                 "page": 4,
+                "label": None,
                 "quote": "The gold plan covers one eye examination a year.",
                 "box": [1.0, 2.0, 3.0, 4.0],
             }
@@ -478,8 +480,8 @@ def test_without_a_model_an_announced_list_is_quoted_with_its_announcement():
 
 @pytest.mark.parametrize(("cosine", "found"), [(0.1, False), (0.9, True)])
 def test_without_a_model_the_retrievers_cosine_helps_to_decide(hits, cosine, found):
-    for hit in hits:
-        hit.node.metadata["view_scores"] = {"text": cosine, "bm25": 9.0}
+    scores = {"text": cosine, "bm25": 9.0}
+    hits = [Hit(node=hit.node, score=hit.score, view_scores=scores) for hit in hits]
     question = "Does insurance reimburse an annual optometrist eye examination abroad?"
     assert CitedQueryEngine(Found(hits)).query(question).found == found
 

@@ -22,6 +22,7 @@ from mmrag.cli.app import app
 from mmrag.cli.ask import _save_pages
 from mmrag.errors import EndpointError, MMRagError
 from mmrag.index import UniversalIndex
+from mmrag.nodes import Hit
 
 EYES = "The gold plan covers one eye examination a year for every member of the family."
 TEETH = "Dental cleaning is free of charge for children who are under twelve years old."
@@ -114,7 +115,7 @@ def test_search_json_has_the_agreed_fields(folder):
     found = json.loads(result.stdout)
     assert found["query"] == "dental cleaning"
     best = found["hits"][0]
-    assert set(best) == {"file", "page", "kind", "score", "snippet", "box"}
+    assert set(best) == {"file", "page", "label", "kind", "score", "snippet", "box"}
     assert best["file"].endswith("plans.pdf")
     assert best["page"] == 2
     assert best["snippet"].startswith("Dental cleaning")
@@ -393,7 +394,7 @@ def test_a_document_cannot_steer_the_terminal():
     )
     stream = io.StringIO()
     console = Console(file=stream, force_terminal=False, width=80)
-    console.print(display.hits_view([NodeWithScore(node=node, score=0.5)], "alert"))
+    console.print(display.hits_view([Hit(node=node, score=0.5)], "alert"))
     shown = stream.getvalue()
     assert not re.search("[\x1b\x07\u202e]", shown)
     assert "[bold]not markup[/bold]" in shown

@@ -71,11 +71,9 @@ def test_orders_by_the_model_and_keeps_every_score():
     ranked = rerank(nodes, top_n=2)
     assert texts(ranked) == ["0.9", "0.5"]
     assert [hit.score for hit in ranked] == [0.9, 0.5]
-    metadata = ranked[0].node.metadata
-    assert metadata["retrieval_score"] == 0.5
-    assert metadata["rerank_score"] == metadata["final_score"] == 0.9
-    assert "rerank_score" not in ranked[0].node.get_content(MetadataMode.LLM)
-    assert "final_score" not in ranked[0].node.get_content(MetadataMode.EMBED)
+    assert ranked[0].retrieval_score == 0.5
+    assert ranked[0].rerank_score == ranked[0].score == 0.9
+    assert ranked[0].node is nodes[1].node
 
 
 def test_the_nodes_given_stay_as_they_are():
@@ -88,9 +86,9 @@ def test_the_nodes_given_stay_as_they_are():
 def test_what_fails_keeps_its_place_and_says_why(caplog):
     ranked = rerank(hits("0.2", "broken", "0.9", "0.5"), top_n=None)
     assert texts(ranked) == ["0.9", "broken", "0.5", "0.2"]
-    assert ranked[1].node.metadata["rerank_error"] == "cannot"
-    assert "rerank_score" not in ranked[1].node.metadata
-    assert ranked[1].score == ranked[1].node.metadata["final_score"] == 0.9
+    assert ranked[1].rerank_error == "cannot"
+    assert ranked[1].rerank_score is None
+    assert ranked[1].score == 0.9
     assert [hit.score for hit in ranked] == sorted([hit.score for hit in ranked], reverse=True)
     assert "1 of 4" in caplog.text
 
@@ -100,7 +98,7 @@ def test_a_server_that_fails_for_all_is_an_error_but_a_deadline_is_not():
         rerank(hits("down", "down"))
     ranked = rerank(hits("late", "late"))
     assert [hit.score for hit in ranked] == [1.0, 0.5]
-    assert all("rerank_error" in hit.node.metadata for hit in ranked)
+    assert all(hit.rerank_error for hit in ranked)
     assert texts(rerank(hits("down", "0.4"))) == ["down", "0.4"]
 
 
@@ -108,7 +106,7 @@ def test_a_cascade_leaves_the_rest_in_its_place():
     nodes = hits("0.3", "0.9", "0.1", "0.1", "0.8", "0.95")
     ranked = rerank(nodes, top_n=None, max_depth=4)
     assert texts(ranked) == ["0.9", "0.3", "0.1", "0.1", "0.8", "0.95"]
-    assert ranked[-1].node.metadata["rerank_skipped"] == "max_depth=4 is reached"
+    assert ranked[-1].rerank_skipped == "max_depth=4 is reached"
     assert ranked[-1].score == 0.1
     settled = rerank(nodes, top_n=1, step=2, settle=0.5)
     assert texts(settled) == ["0.9"]
@@ -121,8 +119,8 @@ def test_tokens_are_budgeted_with_images(tmp_path):
     page = make_image(tmp_path / "page.png", size=(280, 280))  # about 100 tokens
     nodes = [NodeWithScore(node=make_node("0.5", page=n, image=page), score=1.0) for n in (1, 2, 3)]
     ranked = rerank(nodes, top_n=None, budget_tokens=220)
-    assert ["rerank_score" in hit.node.metadata for hit in ranked] == [True, True, False]
-    assert "220 tokens" in ranked[2].node.metadata["rerank_skipped"]
+    assert [hit.rerank_score is not None for hit in ranked] == [True, True, False]
+    assert "220 tokens" in ranked[2].rerank_skipped
 
 
 def test_nodes_of_any_kind_are_shown_with_text_and_image(tmp_path):
@@ -151,9 +149,9 @@ def test_a_missing_image_leaves_the_text_and_is_said(tmp_path):
     nodes = [make_node("0.4", image=gone), make_node("", image=gone), make_node("0.6")]
     ranked = rerank([NodeWithScore(node=node, score=0.5) for node in nodes], top_n=None)
     assert texts_of(ranked) == ["0.6", "", "0.4"]
-    assert "gone.png" in ranked[2].node.metadata["rerank_note"]
-    assert ranked[2].node.metadata["rerank_score"] == 0.4
-    assert "gone.png" in ranked[1].node.metadata["rerank_error"]
+    assert "gone.png" in ranked[2].rerank_note
+    assert ranked[2].rerank_score == 0.4
+    assert "gone.png" in ranked[1].rerank_error
 
 
 def texts_of(ranked):
@@ -208,9 +206,9 @@ def test_a_query_without_its_image_is_an_error(tmp_path):
 def test_a_second_reranker_replaces_the_judgement_of_the_first():
     first = rerank(hits("0.2", "0.9", "broken"), top_n=None)
     second = rerank(first, top_n=None, max_depth=1)
-    assert "rerank_score" not in second[1].node.metadata
-    assert second[0].node.metadata["retrieval_score"] == 0.5
-    assert all("rerank_error" not in hit.node.metadata for hit in second)
+    assert second[1].rerank_score is None
+    assert second[0].retrieval_score == 0.5
+    assert not any(hit.rerank_error for hit in second)
 
 
 def test_events_and_callbacks_are_those_of_llama_index():

@@ -6,8 +6,11 @@ import pytest
 from fakes import FakeEmbedder, make_image, make_node
 from llama_index.core.callbacks import CallbackManager, LlamaDebugHandler
 from llama_index.core.callbacks.schema import CBEventType
+from llama_index.core.evaluation import RetrieverEvaluator
+from llama_index.core.llms import MockLLM
 from llama_index.core.query_engine import RetrieverQueryEngine
-from llama_index.core.schema import MetadataMode, QueryBundle
+from llama_index.core.retrievers import QueryFusionRetriever
+from llama_index.core.schema import QueryBundle
 from llama_index.core.vector_stores.types import (
     FilterCondition,
     FilterOperator,
@@ -18,6 +21,7 @@ from PIL import Image
 
 from mmrag.errors import ConfigError
 from mmrag.queries import Where
+from mmrag.rerankers.postprocessor import MLLMReranker
 from mmrag.retrieval.filters import as_where
 from mmrag.retrieval.fusion import DEFAULT_WEIGHTS, fuse, page_key
 from mmrag.retrieval.retriever import UniversalRetriever
@@ -82,10 +86,10 @@ def test_a_text_finds_its_page_once_though_two_nodes_of_it_match(retriever):
     hits = retriever.retrieve("dental cleaning")
     assert place(hits[0]) == ("plans.pdf", 2)
     assert len({place(hit) for hit in hits}) == len(hits) == 3
-    ranks = hits[0].node.metadata["ranks"]
+    ranks = hits[0].ranks
     assert ranks["text"] == ranks["bm25"] == 1
-    assert hits[0].score == hits[0].node.metadata["retrieval_score"] <= 1
-    assert hits[0].node.metadata["view_scores"]["text"] == pytest.approx(0.7, abs=0.3)
+    assert hits[0].score == hits[0].retrieval_score <= 1
+    assert hits[0].view_scores["text"] == pytest.approx(0.7, abs=0.3)
 
 
 def test_scores_fall_and_say_first_everywhere_by_one(collection, embedder):
@@ -95,11 +99,52 @@ def test_scores_fall_and_say_first_everywhere_by_one(collection, embedder):
     assert [hit.score for hit in hits] == sorted((hit.score for hit in hits), reverse=True)
 
 
-def test_the_models_never_see_ranks_and_scores(retriever):
-    node = retriever.retrieve("dental")[0].node
-    for mode in (MetadataMode.LLM, MetadataMode.EMBED):
-        assert "ranks" not in node.get_content(mode)
-        assert "retrieval_score" not in node.get_content(mode)
+def test_nodes_come_back_as_they_were_stored(retriever, collection):
+    one, other = (retriever.retrieve(query) for query in ("dental cleaning", "the gold plan"))
+    ids = {hit.node_id: hit.node.hash for hit in one}
+    both = [hit for hit in other if hit.node_id in ids]
+    assert both
+    assert all(hit.node.hash == ids[hit.node_id] for hit in both)
+    assert set(one[0].metadata) == {"file", "sha256", "page", "kind"}
+
+
+def test_fusion_of_queries_by_llama_index_counts_a_page_once(collection, embedder):
+    """A page found for two queries is one result, with the credit of both."""
+    retrievers = [
+        UniversalRetriever(collection, embedder, 5, weights=weights)
+        for weights in ({"image": 0}, {"image": 0, "bm25": 0})
+    ]
+    fusion = QueryFusionRetriever(
+        retrievers, llm=MockLLM(), num_queries=1, similarity_top_k=5, mode="reciprocal_rerank"
+    )
+    hits = fusion.retrieve("dental cleaning is covered")
+    assert len({place(hit) for hit in hits}) == len(hits) == 5
+    assert place(hits[0]) == ("plans.pdf", 2)
+    assert hits[0].score == pytest.approx(2 / 60)
+
+
+def test_llama_index_evaluates_retrieval_of_mixed_nodes(collection, embedder):
+    retriever = UniversalRetriever(collection, embedder, 5, collapse=False)
+    hits = retriever.retrieve("dental cleaning")
+    assert {type(hit.node).__name__ for hit in hits} == {"Node", "TextNode"}
+    assert all(hit.text == hit.get_text() != "" for hit in hits)
+    evaluator = RetrieverEvaluator.from_metric_names(
+        ["hit_rate", "mrr"],
+        retriever=retriever,
+        node_postprocessors=[MLLMReranker(scorer=Even(), top_n=None)],
+    )
+    found = evaluator.evaluate("dental cleaning", expected_ids=[hits[0].node_id])
+    assert found.metric_vals_dict == {"hit_rate": 1.0, "mrr": 1.0}
+    assert found.retrieved_texts[0] == TEXTS["plans.pdf", 2]
+
+
+class Even:
+    """A scorer to which all documents are equal, so that their order stays."""
+
+    name = "even"
+
+    def judge(self, pairs, instruction=None):
+        return [0.5] * len(pairs)
 
 
 def test_without_collapse_every_node_stands_for_itself(collection, embedder):
@@ -117,7 +162,7 @@ def looker(collection, embedder):
 def test_an_image_finds_the_page_that_shows_it_and_skips_bm25(looker):
     hits = looker.search(image=Image.new("RGB", (8, 8), "blue"))
     assert place(hits[0]) == ("plans.pdf", 3)
-    assert hits[0].node.metadata["ranks"] == {"image": 1}
+    assert hits[0].ranks == {"image": 1}
 
 
 def test_an_image_file_in_the_bundle_is_used(looker, tmp_path):
@@ -132,7 +177,7 @@ def test_text_and_image_together_are_one_query(retriever, embedder, tmp_path):
     (call,) = embedder.calls
     assert [content.modality for content in call] == ["fused"]
     assert place(hits[0]) == ("report.pdf", 1)
-    assert set(hits[0].node.metadata["ranks"]) == {"image", "text", "bm25"}
+    assert set(hits[0].ranks) == {"image", "text", "bm25"}
 
 
 def test_an_image_for_an_embedder_of_texts_is_a_clear_error(collection):
