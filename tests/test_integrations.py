@@ -2,18 +2,20 @@
 
 import subprocess
 import sys
+import tomllib
 import zipfile
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+
+import mmrag
 
 pytest.importorskip("hatchling")
 
 ROOT = Path(__file__).parents[1] / "integrations"
 PACKAGES = {
     "llama-index-embeddings-mmrag": ("embeddings", "embedding", "UniversalEmbedding"),
-    "llama-index-postprocessor-mmrag": ("postprocessor", "reranker", "MLLMReranker"),
+    "llama-index-postprocessor-mmrag": ("postprocessor", "rerankers.postprocessor", "MLLMReranker"),
 }
 
 
@@ -51,8 +53,6 @@ def test_wheel_holds_its_module_and_nothing_else(wheels, package):
 @pytest.mark.parametrize("package", PACKAGES)
 def test_installed_wheel_imports_beside_llama_index_core(wheels, package, tmp_path):
     kind, module, name = PACKAGES[package]
-    if find_spec(f"mmrag.{module}") is None:
-        pytest.skip(f"mmrag.{module} is not there")
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index"]
     subprocess.run([*pip, "--target", str(tmp_path), str(wheels[package])], check=True)
     code = f"""
@@ -73,6 +73,12 @@ def test_editable_install_points_at_the_folder(package, tmp_path):
     with zipfile.ZipFile(build(package, "build_editable", tmp_path)) as wheel:
         (path,) = (name for name in wheel.namelist() if name.endswith(".pth"))
         assert Path(wheel.read(path).decode().strip()) == ROOT / package
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_packages_carry_the_version_of_mmrag(package):
+    project = tomllib.loads((ROOT / package / "pyproject.toml").read_text())["project"]
+    assert project["version"] == mmrag.__version__
 
 
 def test_no_init_file_shadows_the_namespace():
