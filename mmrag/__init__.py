@@ -9,9 +9,17 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mmrag.answering.chat import CitedChatEngine
+    from mmrag.answering.chat import CitedChatEngine, CitedChatResponse
+    from mmrag.answering.citations import Claim
+    from mmrag.answering.context import ImageBudget, Source, calibrate_threshold
     from mmrag.answering.engine import CitedQueryEngine
-    from mmrag.answering.planning import PlanningQueryEngine
+    from mmrag.answering.planning import Plan, PlanBudget, PlanningQueryEngine
+    from mmrag.answering.response import (
+        AsyncCitedStreamingResponse,
+        CitedResponse,
+        CitedStreamingResponse,
+    )
+    from mmrag.answering.structured import StructuredAnswer, answer_as
     from mmrag.content import Content, ImageLimits, load_image
     from mmrag.embedders import Embedder, load_embedder
     from mmrag.embedders.remote import RemoteEmbedder
@@ -21,24 +29,43 @@ if TYPE_CHECKING:
         ConfigError,
         ContentError,
         EndpointError,
+        MissingCollectionError,
         MMRagError,
         ModelError,
         ReadError,
     )
     from mmrag.index import UniversalIndex
-    from mmrag.ingest.progress import IngestReport
+    from mmrag.ingest.progress import IngestReport, Progress
+    from mmrag.llms.endpoint import open_llm
     from mmrag.llms.local import LocalLLM
-    from mmrag.queries import Where
-    from mmrag.reading import ReadOptions, read_file
+    from mmrag.queries import MultimodalQuery, Where
+    from mmrag.reading import (
+        ReadOptions,
+        ReadPage,
+        find_files,
+        locate_quote,
+        read_file,
+        save_marked_page,
+    )
+    from mmrag.rerankers import RerankPrompt, Scorer, load_scorer
     from mmrag.rerankers.postprocessor import MLLMReranker
+    from mmrag.retrieval.fusion import Fused, fuse
     from mmrag.retrieval.retriever import UniversalRetriever
-    from mmrag.store.collection import Collection, CollectionSettings
+    from mmrag.store.collection import Collection, CollectionSettings, FileEntry
+    from mmrag.store.settings import View
+    from mmrag.testing import check_embedder
+
 
 __version__ = "0.1.0"
 
 _HOME = {
+    "AsyncCitedStreamingResponse": "answering.response",
     "CitedChatEngine": "answering.chat",
+    "CitedChatResponse": "answering.chat",
     "CitedQueryEngine": "answering.engine",
+    "CitedResponse": "answering.response",
+    "CitedStreamingResponse": "answering.response",
+    "Claim": "answering.citations",
     "Collection": "store.collection",
     "CollectionError": "errors",
     "CollectionSettings": "store.collection",
@@ -47,28 +74,56 @@ _HOME = {
     "ContentError": "errors",
     "Embedder": "embedders",
     "EndpointError": "errors",
+    "FileEntry": "store.collection",
+    "Fused": "retrieval.fusion",
+    "ImageBudget": "answering.context",
     "ImageLimits": "content",
     "IngestReport": "ingest.progress",
     "LocalLLM": "llms.local",
     "MLLMReranker": "rerankers.postprocessor",
     "MMRagError": "errors",
+    "MissingCollectionError": "errors",
     "ModelError": "errors",
+    "MultimodalQuery": "queries",
+    "Plan": "answering.planning",
+    "PlanBudget": "answering.planning",
     "PlanningQueryEngine": "answering.planning",
+    "Progress": "ingest.progress",
     "ReadError": "errors",
     "ReadOptions": "reading",
+    "ReadPage": "reading",
     "RemoteEmbedder": "embedders.remote",
+    "RerankPrompt": "rerankers",
+    "Scorer": "rerankers",
+    "Source": "answering.context",
+    "StructuredAnswer": "answering.structured",
     "UniversalEmbedding": "embedding",
     "UniversalIndex": "index",
     "UniversalRetriever": "retrieval.retriever",
+    "View": "store.settings",
     "Where": "queries",
+    "answer_as": "answering.structured",
+    "calibrate_threshold": "answering.context",
+    "check_embedder": "testing",
+    "find_files": "reading",
+    "fuse": "retrieval.fusion",
     "load_embedder": "embedders",
     "load_image": "content",
+    "load_scorer": "rerankers",
+    "locate_quote": "reading",
+    "open_llm": "llms.endpoint",
     "read_file": "reading",
+    "save_marked_page": "reading",
 }
 
 __all__ = [
+    "AsyncCitedStreamingResponse",
     "CitedChatEngine",
+    "CitedChatResponse",
     "CitedQueryEngine",
+    "CitedResponse",
+    "CitedStreamingResponse",
+    "Claim",
     "Collection",
     "CollectionError",
     "CollectionSettings",
@@ -77,24 +132,47 @@ __all__ = [
     "ContentError",
     "Embedder",
     "EndpointError",
+    "FileEntry",
+    "Fused",
+    "ImageBudget",
     "ImageLimits",
     "IngestReport",
     "LocalLLM",
     "MLLMReranker",
     "MMRagError",
+    "MissingCollectionError",
     "ModelError",
+    "MultimodalQuery",
+    "Plan",
+    "PlanBudget",
     "PlanningQueryEngine",
+    "Progress",
     "ReadError",
     "ReadOptions",
+    "ReadPage",
     "RemoteEmbedder",
+    "RerankPrompt",
+    "Scorer",
+    "Source",
+    "StructuredAnswer",
     "UniversalEmbedding",
     "UniversalIndex",
     "UniversalRetriever",
+    "View",
     "Where",
     "__version__",
+    "answer_as",
+    "calibrate_threshold",
+    "check_embedder",
+    "find_files",
+    "fuse",
     "load_embedder",
     "load_image",
+    "load_scorer",
+    "locate_quote",
+    "open_llm",
     "read_file",
+    "save_marked_page",
 ]
 
 

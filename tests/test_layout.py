@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -42,6 +43,12 @@ def test_public_names_are_sorted_importable_and_complete():
         assert mmrag.__getattr__(name) is getattr(module, name)
     with pytest.raises(AttributeError, match="no_such_name"):
         _ = mmrag.no_such_name
+
+
+def test_every_public_name_is_on_the_api_page():
+    page = (PACKAGE.parent / "docs" / "api.md").read_text(encoding="utf-8")
+    listed = re.findall(r"^::: mmrag\.(\w+)$", page, re.MULTILINE)
+    assert sorted(listed) == sorted(set(mmrag.__all__) - {"__version__"})
 
 
 def test_no_public_name_hides_a_module():
