@@ -31,7 +31,7 @@ docs: .venv/.docs
 	$(BIN)/mkdocs build --strict --site-dir build/site
 
 bench: .venv/.dev
-	PYTHONPATH=.:tests $(BIN)/python docs/benchmarks/run.py $(NAMES)
+	PYTHONPATH=.:recipes:tests $(BIN)/python docs/benchmarks/run.py $(NAMES)
 
 clean:
 	rm -rf .venv build dist

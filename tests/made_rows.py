@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from mmrag.recipes.rows import ImageStore, Item, Row, write_rows
+from mmrag_recipes.rows import ImageStore, Item, Row, write_rows
 
 
 def make_rows(folder: Path, count: int, negatives: int = 1, kind: str = "mixed") -> Path:

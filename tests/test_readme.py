@@ -113,14 +113,14 @@ def test_links_of_the_readme_and_docs_lead_somewhere():
 
 
 def test_recipe_commands_of_the_docs_are_understood():
-    """Every ``python -m mmrag.recipes...`` line of the docs parses, every configuration loads."""
-    from mmrag.recipes.config import TrainConfig, load_config
+    """Every ``python -m mmrag_recipes...`` line of the docs parses, every configuration loads."""
+    from mmrag_recipes.config import TrainConfig, load_config
 
     lines = [
         line.strip()
         for page in (REPOSITORY / "docs").glob("*.md")
         for line in page.read_text(encoding="utf-8").replace("\\\n", " ").splitlines()
-        if line.strip().startswith("python -m mmrag.recipes.")
+        if line.strip().startswith("python -m mmrag_recipes.")
     ]
     assert len(lines) >= 5
 

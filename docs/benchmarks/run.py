@@ -131,7 +131,7 @@ def _step(model: str, batch: int, chunk: int, answer: multiprocessing.Queue[list
     import torch
 
     from mmrag.embedders import load_backbone
-    from mmrag.recipes import gradcache
+    from mmrag_recipes import gradcache
 
     torch.set_num_threads(1)
     backbone = load_backbone(model, family="gme", device="cpu")

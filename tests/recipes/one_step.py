@@ -10,11 +10,11 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from mmrag.recipes import distributed, gradcache
-from mmrag.recipes.batches import Batch
-from mmrag.recipes.config import TrainConfig, build
-from mmrag.recipes.data import load_datasets, prepare_step
-from mmrag.recipes.train import _load_backbone, make_trainable, step_loss
+from mmrag_recipes import distributed, gradcache
+from mmrag_recipes.batches import Batch
+from mmrag_recipes.config import TrainConfig, build
+from mmrag_recipes.data import load_datasets, prepare_step
+from mmrag_recipes.train import _load_backbone, make_trainable, step_loss
 
 
 def one_step(config: TrainConfig) -> dict:

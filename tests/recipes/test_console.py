@@ -3,8 +3,8 @@
 import pytest
 
 from mmrag.errors import ConfigError
-from mmrag.recipes import evaluate
-from mmrag.recipes.console import STOPPED, ends_cleanly
+from mmrag_recipes import evaluate
+from mmrag_recipes.console import STOPPED, ends_cleanly
 
 
 def test_bad_input_is_one_line():

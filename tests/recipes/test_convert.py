@@ -6,8 +6,8 @@ import pymupdf
 import pytest
 from PIL import Image
 
-from mmrag.recipes.convert import Images, from_mbeir, from_mmeb, from_pdfs, from_swift, main
-from mmrag.recipes.rows import ImageStore, Item, check_rows, store_of
+from mmrag_recipes.convert import Images, from_mbeir, from_mmeb, from_pdfs, from_swift, main
+from mmrag_recipes.rows import ImageStore, Item, check_rows, store_of
 
 
 @pytest.fixture

@@ -8,8 +8,8 @@ from sklearn.metrics import ndcg_score
 
 from mmrag.embedders import load_embedder
 from mmrag.errors import ConfigError, ContentError
-from mmrag.recipes.evaluate import average, evaluate_rows, main, metrics_of, rank
-from mmrag.recipes.rows import read_rows, store_of
+from mmrag_recipes.evaluate import average, evaluate_rows, main, metrics_of, rank
+from mmrag_recipes.rows import read_rows, store_of
 
 
 def test_metrics_by_hand():

@@ -8,7 +8,7 @@ from fakes import FakeEmbedder
 
 from mmrag.errors import ContentError
 from mmrag.index import UniversalIndex
-from mmrag.recipes.evaluate_answers import evaluate_answers, read_foreign
+from mmrag_recipes.evaluate_answers import evaluate_answers, read_foreign
 
 
 def test_answers_and_abstentions_are_counted(tmp_path):

@@ -8,7 +8,7 @@ import pytest
 from fakes import FakeEmbedder
 
 from mmrag.errors import ContentError
-from mmrag.recipes.evaluate_pages import evaluate_pages, read_questions
+from mmrag_recipes.evaluate_pages import evaluate_pages, read_questions
 
 REPORTS = Path(__file__).parents[2] / "docs" / "benchmarks" / "reports.jsonl"
 

@@ -13,9 +13,9 @@ from mmrag.content import Content
 from mmrag.embedders import load_backbone, load_embedder
 from mmrag.embedders.saving import save_checkpoint
 from mmrag.errors import ModelError
-from mmrag.recipes.config import DataConfig, LoraConfig, TrainConfig
-from mmrag.recipes.export import check_in_fresh_process, export, load_trained, probe_vectors
-from mmrag.recipes.train import train
+from mmrag_recipes.config import DataConfig, LoraConfig, TrainConfig
+from mmrag_recipes.export import check_in_fresh_process, export, load_trained, probe_vectors
+from mmrag_recipes.train import train
 
 
 @pytest.fixture(scope="module")

@@ -7,11 +7,11 @@ import torch
 
 from mmrag.content import Content
 from mmrag.embedders import load_backbone
-from mmrag.recipes import gradcache
-from mmrag.recipes.batches import Batch
-from mmrag.recipes.config import DataConfig, LoraConfig, TrainConfig
-from mmrag.recipes.data import load_datasets, prepare_step
-from mmrag.recipes.train import make_trainable, step_loss
+from mmrag_recipes import gradcache
+from mmrag_recipes.batches import Batch
+from mmrag_recipes.config import DataConfig, LoraConfig, TrainConfig
+from mmrag_recipes.data import load_datasets, prepare_step
+from mmrag_recipes.train import make_trainable, step_loss
 
 
 def config_of(model, rows, **changes) -> TrainConfig:

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from mmrag.recipes.losses import (
+from mmrag_recipes.losses import (
     candidate_mask,
     distil_scores,
     distil_vectors,

@@ -5,8 +5,8 @@ import pytest
 from PIL import Image
 
 from mmrag.errors import ConfigError
-from mmrag.recipes.mine import MineConfig, mine
-from mmrag.recipes.rows import ImageStore, Item, Row
+from mmrag_recipes.mine import MineConfig, mine
+from mmrag_recipes.rows import ImageStore, Item, Row
 
 
 class Planned:

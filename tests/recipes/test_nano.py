@@ -19,8 +19,8 @@ from mmrag.embedders import load_embedder
 from mmrag.errors import ConfigError
 from mmrag.modeling.loading import SHIPPED
 from mmrag.modeling.qwen_images import to_patches
-from mmrag.recipes.config import load_config
-from mmrag.recipes.nano import (
+from mmrag_recipes.config import load_config
+from mmrag_recipes.nano import (
     build,
     checkpoint,
     distil,
@@ -32,8 +32,8 @@ from mmrag.recipes.nano import (
     tower,
     vectors,
 )
-from mmrag.recipes.nano.config import NanoConfig, TextConfig, VisionConfig
-from mmrag.recipes.nano.crops import WHOLE, Crops, scanned
+from mmrag_recipes.nano.config import NanoConfig, TextConfig, VisionConfig
+from mmrag_recipes.nano.crops import WHOLE, Crops, scanned
 
 FONT = font_manager.findfont("DejaVu Sans")
 LAYOUT = glyphs.Layout(font=FONT, size=24, leading=1.2, x=2, y=0, ink=0, paper=255)

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from mmrag.errors import ContentError
-from mmrag.recipes.rows import ImageStore, Item, Row, check_rows, read_rows, store_of, write_rows
+from mmrag_recipes.rows import ImageStore, Item, Row, check_rows, read_rows, store_of, write_rows
 
 GOOD = {"id": "a", "query": {"text": "q"}, "positives": [{"text": "p"}]}
 

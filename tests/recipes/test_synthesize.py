@@ -14,11 +14,11 @@ from fakes import FakeEmbedder
 from PIL import Image
 
 from mmrag.errors import ConfigError, ContentError, EndpointError, ModelError
-from mmrag.recipes import synthesize as synthesize_module
-from mmrag.recipes.corpus import Document, read_corpus
-from mmrag.recipes.rows import ImageStore, Item, Row, check_rows, store_of
-from mmrag.recipes.synthesize import PAIRS, SynthesizeConfig, split, synthesize
-from mmrag.recipes.writers import PROMPTS, EndpointModel, LocalModel, find_json
+from mmrag_recipes import synthesize as synthesize_module
+from mmrag_recipes.corpus import Document, read_corpus
+from mmrag_recipes.rows import ImageStore, Item, Row, check_rows, store_of
+from mmrag_recipes.synthesize import PAIRS, SynthesizeConfig, split, synthesize
+from mmrag_recipes.writers import PROMPTS, EndpointModel, LocalModel, find_json
 
 ANIMALS = ["kingfisher", "walrus", "badger", "stork", "lynx", "otter"]
 

@@ -17,15 +17,15 @@ from one_step import one_step
 
 from mmrag.embedders import load_backbone
 from mmrag.errors import ConfigError, ContentError
-from mmrag.recipes import train as train_module
-from mmrag.recipes.batches import Batch, Source, one_pass, plan, shard
-from mmrag.recipes.config import DataConfig, LoraConfig, TrainConfig, build, load_config
-from mmrag.recipes.data import documents_of
-from mmrag.recipes.mine import MineConfig
-from mmrag.recipes.nano.config import NanoConfig, TextConfig, VisionConfig
-from mmrag.recipes.rows import Item, Row, read_rows
-from mmrag.recipes.synthesize import SynthesizeConfig
-from mmrag.recipes.train import learning_rate, train
+from mmrag_recipes import train as train_module
+from mmrag_recipes.batches import Batch, Source, one_pass, plan, shard
+from mmrag_recipes.config import DataConfig, LoraConfig, TrainConfig, build, load_config
+from mmrag_recipes.data import documents_of
+from mmrag_recipes.mine import MineConfig
+from mmrag_recipes.nano.config import NanoConfig, TextConfig, VisionConfig
+from mmrag_recipes.rows import Item, Row, read_rows
+from mmrag_recipes.synthesize import SynthesizeConfig
+from mmrag_recipes.train import learning_rate, train
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -127,7 +127,7 @@ def on_two_processes(tiny_model, mixed_rows, text_rows, tmp_path_factory) -> tup
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     shared = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    shared["PYTHONPATH"] = str(REPOSITORY)
+    shared["PYTHONPATH"] = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "recipes")])
     ranks = [
         subprocess.Popen(
             [sys.executable, str(worker), str(folder)],
@@ -169,7 +169,8 @@ def test_a_process_without_images_does_not_hang_the_others(on_two_processes):
 
 def test_every_option_is_read_somewhere():
     """T9: an option that nothing reads is a lie."""
-    trees = [ast.parse(path.read_text()) for path in (REPOSITORY / "mmrag/recipes").rglob("*.py")]
+    folder = REPOSITORY / "recipes" / "mmrag_recipes"
+    trees = [ast.parse(path.read_text()) for path in folder.rglob("*.py")]
     read = {
         node.attr
         for tree in trees
@@ -355,7 +356,7 @@ def test_steps_use_the_teachers_scores(tiny_model, tmp_path):
         )
         for n in range(4)
     ]
-    from mmrag.recipes.rows import write_rows
+    from mmrag_recipes.rows import write_rows
 
     path = tmp_path / "rows.jsonl"
     write_rows(path, rows)

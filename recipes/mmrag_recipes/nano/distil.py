@@ -20,10 +20,10 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import AutoModel, AutoTokenizer
 
-from mmrag.recipes.nano import grams
-from mmrag.recipes.nano.config import TextConfig
-from mmrag.recipes.nano.texts import Pair
-from mmrag.recipes.nano.vectors import Matrix
+from mmrag_recipes.nano import grams
+from mmrag_recipes.nano.config import TextConfig
+from mmrag_recipes.nano.texts import Pair
+from mmrag_recipes.nano.vectors import Matrix
 
 _CHUNK = 2000
 _WARM_UP = 50

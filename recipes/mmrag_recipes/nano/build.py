@@ -1,6 +1,6 @@
 """One command from a data folder to the mmrag-nano checkpoint.
 
-    python -m mmrag.recipes.nano.build mmrag/recipes/nano/nano.toml data=DATA work=WORK
+    python -m mmrag_recipes.nano.build recipes/mmrag_recipes/nano/nano.toml data=DATA work=WORK
 
 Each finished step is kept in the work folder and not done again; delete its file to redo it.
 """
@@ -22,12 +22,12 @@ from PIL import Image
 from tokenizers import Tokenizer
 
 from mmrag.modeling.qwen_images import resize
-from mmrag.recipes.config import load_config
-from mmrag.recipes.console import ends_cleanly
-from mmrag.recipes.nano import checkpoint, distil, glyphs, grams, reading, texts, tower, vectors
-from mmrag.recipes.nano.config import NanoConfig
-from mmrag.recipes.nano.crops import WHOLE, Crops
-from mmrag.recipes.nano.pictures import Pictures, read_titled
+from mmrag_recipes.config import load_config
+from mmrag_recipes.console import ends_cleanly
+from mmrag_recipes.nano import checkpoint, distil, glyphs, grams, reading, texts, tower, vectors
+from mmrag_recipes.nano.config import NanoConfig
+from mmrag_recipes.nano.crops import WHOLE, Crops
+from mmrag_recipes.nano.pictures import Pictures, read_titled
 
 _PAGES = 60  # rendered to find the error that all tokens share
 
@@ -218,9 +218,9 @@ def build(config: NanoConfig, sources: Sources) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(
-        prog="mmrag.recipes.nano.build", description=__doc__.split("\n")[0]
+        prog="mmrag_recipes.nano.build", description=__doc__.split("\n")[0]
     )
-    parser.add_argument("config", help="TOML file; see mmrag/recipes/nano/config.py")
+    parser.add_argument("config", help="TOML file; see recipes/mmrag_recipes/nano/config.py")
     parser.add_argument("overrides", nargs="*", help="key=value, for instance work=/tmp/nano")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
     given = parser.parse_args(arguments)

@@ -1,7 +1,7 @@
 """Mine hard negatives with any embedder, over one corpus of all modalities.
 
-    python -m mmrag.recipes.mine rows.jsonl --out mined.jsonl --model mmrag-nano
-    python -m mmrag.recipes.mine rows.jsonl --out mined.jsonl right=8 wrong=0 sample=random
+    python -m mmrag_recipes.mine rows.jsonl --out mined.jsonl --model mmrag-nano
+    python -m mmrag_recipes.mine rows.jsonl --out mined.jsonl right=8 wrong=0 sample=random
 
 Two pools, after MM-Embed (arXiv 2411.02571, section 3.3):
 
@@ -30,9 +30,9 @@ from mmrag.embedders import load_embedder
 from mmrag.embedders.base import Embedder
 from mmrag.errors import ConfigError
 from mmrag.instructions import resolve
-from mmrag.recipes.config import load_config
-from mmrag.recipes.console import ends_cleanly
-from mmrag.recipes.rows import (
+from mmrag_recipes.config import load_config
+from mmrag_recipes.console import ends_cleanly
+from mmrag_recipes.rows import (
     ImageStore,
     Item,
     Row,
@@ -242,7 +242,7 @@ def _count(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(prog="mmrag.recipes.mine", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="mmrag_recipes.mine", description=__doc__.split("\n")[0])
     parser.add_argument("rows", type=Path)
     parser.add_argument("overrides", nargs="*", help="key=value of MineConfig, such as right=8")
     parser.add_argument("--out", type=Path, required=True, help="rows with negatives, to write")

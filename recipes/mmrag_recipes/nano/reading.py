@@ -17,11 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmrag.recipes.nano import glyphs
-from mmrag.recipes.nano.config import VisionConfig
-from mmrag.recipes.nano.crops import Crop, Crops
-from mmrag.recipes.nano.pictures import Pictures, Seen, picture_loss
-from mmrag.recipes.nano.tower import Dictionary
+from mmrag_recipes.nano import glyphs
+from mmrag_recipes.nano.config import VisionConfig
+from mmrag_recipes.nano.crops import Crop, Crops
+from mmrag_recipes.nano.pictures import Pictures, Seen, picture_loss
+from mmrag_recipes.nano.tower import Dictionary
 
 _WARM_UP = 60  # steps
 _SAVE_EVERY = 200  # steps

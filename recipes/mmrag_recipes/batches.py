@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from mmrag.recipes.rows import Row
+from mmrag_recipes.rows import Row
 
 _BIN_GROWTH = 1.3
 

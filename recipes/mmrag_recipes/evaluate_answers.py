@@ -1,8 +1,8 @@
 """How often the engine answers, and how often it should not have: with the extractive answerer.
 
-    python -m mmrag.recipes.evaluate_answers questions.jsonl --pdfs papers/ --foreign other.jsonl
+    python -m mmrag_recipes.evaluate_answers questions.jsonl --pdfs papers/ --foreign other.jsonl
 
-Questions are as in ``mmrag.recipes.evaluate_pages``. Foreign questions, JSON lines with
+Questions are as in ``mmrag_recipes.evaluate_pages``. Foreign questions, JSON lines with
 ``question``, are about something that the PDFs do not say: every answer to one is wrong.
 """
 
@@ -20,8 +20,8 @@ from mmrag.answering.engine import CitedQueryEngine
 from mmrag.answering.response import CitedResponse
 from mmrag.errors import ContentError
 from mmrag.index import UniversalIndex
-from mmrag.recipes.console import ends_cleanly
-from mmrag.recipes.evaluate_pages import read_questions
+from mmrag_recipes.console import ends_cleanly
+from mmrag_recipes.evaluate_pages import read_questions
 
 
 def evaluate_answers(
@@ -71,7 +71,7 @@ def read_foreign(path: Path, count: int, seed: int) -> list[str]:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(
-        prog="mmrag.recipes.evaluate_answers", description=__doc__.split("\n")[0]
+        prog="mmrag_recipes.evaluate_answers", description=__doc__.split("\n")[0]
     )
     parser.add_argument("questions", type=Path)
     parser.add_argument("--pdfs", type=Path, required=True)

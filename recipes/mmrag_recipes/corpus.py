@@ -13,7 +13,7 @@ from llama_index.core.schema import BaseNode
 from mmrag.errors import ReadError
 from mmrag.nodes import node_image, node_text
 from mmrag.reading import ReadOptions, find_files, read_file
-from mmrag.recipes.rows import ImageStore, Item, Modality
+from mmrag_recipes.rows import ImageStore, Item, Modality
 
 
 @dataclass(frozen=True)

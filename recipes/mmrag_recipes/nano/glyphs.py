@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from mmrag.recipes.nano.grams import trigrams
+from mmrag_recipes.nano.grams import trigrams
 
 CLASSES = " abcdefghijklmnopqrstuvwxyz0123456789."  # first: nothing; last: any other mark
 TOKEN = 28  # pixels: side of a visual token

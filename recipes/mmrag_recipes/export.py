@@ -1,7 +1,7 @@
 """Turn a finished run into a checkpoint folder that loads everywhere, and prove it.
 
-    python -m mmrag.recipes.export runs/adapt --out my-embedder
-    python -m mmrag.recipes.export runs/adapt --out my-embedder --scores before.json after.json
+    python -m mmrag_recipes.export runs/adapt --out my-embedder
+    python -m mmrag_recipes.export runs/adapt --out my-embedder --scores before.json after.json
 
 Adapters are merged. The folder is then loaded in a fresh process and must give the vectors of
 the run; ``UniversalEmbedding``, plain transformers and sentence-transformers read it.
@@ -31,15 +31,15 @@ from mmrag.embedders.saving import save_checkpoint
 from mmrag.errors import ModelError
 from mmrag.modeling.backbone import Backbone
 from mmrag.modeling.loading import check_keys
-from mmrag.recipes.config import TrainConfig, build
-from mmrag.recipes.console import ends_cleanly
-from mmrag.recipes.rows import read_rows
-from mmrag.recipes.train import make_trainable
+from mmrag_recipes.config import TrainConfig, build
+from mmrag_recipes.console import ends_cleanly
+from mmrag_recipes.rows import read_rows
+from mmrag_recipes.train import make_trainable
 
 LEAST_COSINE = 0.9999
 _RELOAD = """
 import sys, numpy
-from mmrag.recipes.export import probe_vectors
+from mmrag_recipes.export import probe_vectors
 numpy.save(sys.argv[2], probe_vectors(sys.argv[1]))
 """
 
@@ -170,7 +170,7 @@ def model_card(config: TrainConfig, name: str, scores: Sequence[Path]) -> str:
 
 
 def _score_table(results: dict[str, dict[str, float]]) -> str:
-    from mmrag.recipes.evaluate import table
+    from mmrag_recipes.evaluate import table
 
     return table(results, ["hit@1", "hit@5", "ndcg@10"])
 
@@ -178,7 +178,7 @@ def _score_table(results: dict[str, dict[str, float]]) -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(
-        prog="mmrag.recipes.export", description=__doc__.split("\n")[0]
+        prog="mmrag_recipes.export", description=__doc__.split("\n")[0]
     )
     parser.add_argument("run", type=Path, help="folder of a finished training run")
     parser.add_argument("--out", type=Path, required=True, help="checkpoint folder to write")

@@ -1,9 +1,9 @@
 """Turn other projects' training data into rows.
 
-    python -m mmrag.recipes.convert mmeb train.jsonl --images MMEB-train/ --out rows.jsonl
-    python -m mmrag.recipes.convert mbeir query.jsonl --pool pool.jsonl --images . --out rows.jsonl
-    python -m mmrag.recipes.convert swift train.jsonl --images . --out rows.jsonl
-    python -m mmrag.recipes.convert pdfs questions.jsonl --pdfs papers/ --out rows.jsonl
+    python -m mmrag_recipes.convert mmeb train.jsonl --images MMEB-train/ --out rows.jsonl
+    python -m mmrag_recipes.convert mbeir query.jsonl --pool pool.jsonl --images . --out rows.jsonl
+    python -m mmrag_recipes.convert swift train.jsonl --images . --out rows.jsonl
+    python -m mmrag_recipes.convert pdfs questions.jsonl --pdfs papers/ --out rows.jsonl
 
 A record that cannot be used is reported and left out; the rest is converted.
 """
@@ -22,8 +22,8 @@ from pydantic import ValidationError
 
 from mmrag.errors import ContentError, ReadError
 from mmrag.reading import read_file
-from mmrag.recipes.console import ends_cleanly
-from mmrag.recipes.rows import ImageStore, Item, Row, store_of, write_rows
+from mmrag_recipes.console import ends_cleanly
+from mmrag_recipes.rows import ImageStore, Item, Row, store_of, write_rows
 
 _PLACEHOLDER = re.compile(r"<\|image_\d+\|>|<image>|<\|image_pad\|>")
 
@@ -227,7 +227,7 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(
-        prog="mmrag.recipes.convert", description=__doc__.split("\n")[0]
+        prog="mmrag_recipes.convert", description=__doc__.split("\n")[0]
     )
     parser.add_argument("kind", choices=["mmeb", "mbeir", "swift", "pdfs"])
     parser.add_argument("records", type=Path, help="records, or questions for pdfs")

@@ -1,9 +1,9 @@
 """Fine-tune an embedder: contrastive, with hard negatives, GradCache, LoRA and exact resume.
 
-    python -m mmrag.recipes.train mmrag/recipes/configs/adapt.toml
-    python -m mmrag.recipes.train mmrag/recipes/configs/adapt.toml --dry-run
-    python -m mmrag.recipes.train mmrag/recipes/configs/adapt.toml lr=5e-5 lora.r=16
-    torchrun --nproc_per_node 8 -m mmrag.recipes.train mmrag/recipes/configs/adapt.toml
+    python -m mmrag_recipes.train recipes/mmrag_recipes/configs/adapt.toml
+    python -m mmrag_recipes.train recipes/mmrag_recipes/configs/adapt.toml --dry-run
+    python -m mmrag_recipes.train recipes/mmrag_recipes/configs/adapt.toml lr=5e-5 lora.r=16
+    torchrun --nproc_per_node 8 -m mmrag_recipes.train recipes/mmrag_recipes/configs/adapt.toml
 
 Run the same command again to resume. Prompts, images and pooling are those of inference: the
 same ``Backbone.prepare`` and ``Backbone.forward``.
@@ -31,14 +31,14 @@ from mmrag.embedders import load_backbone
 from mmrag.embedders.base import check_dim
 from mmrag.errors import ConfigError
 from mmrag.modeling.backbone import Backbone
-from mmrag.recipes import distributed, gradcache
-from mmrag.recipes.batches import Batch, Source, plan
-from mmrag.recipes.config import TrainConfig, load_config
-from mmrag.recipes.console import ends_cleanly
-from mmrag.recipes.data import Dataset, StepInputs, load_datasets, prepare_step
-from mmrag.recipes.losses import candidate_mask, distil_scores, info_nce, matryoshka, scores
-from mmrag.recipes.reports import dry_run, plot_run
-from mmrag.recipes.rows import read_rows, store_of
+from mmrag_recipes import distributed, gradcache
+from mmrag_recipes.batches import Batch, Source, plan
+from mmrag_recipes.config import TrainConfig, load_config
+from mmrag_recipes.console import ends_cleanly
+from mmrag_recipes.data import Dataset, StepInputs, load_datasets, prepare_step
+from mmrag_recipes.losses import candidate_mask, distil_scores, info_nce, matryoshka, scores
+from mmrag_recipes.reports import dry_run, plot_run
+from mmrag_recipes.rows import read_rows, store_of
 
 logger = logging.getLogger("mmrag.train")
 
@@ -249,7 +249,7 @@ def train_step(
 def evaluate_now(backbone: Backbone, config: TrainConfig) -> dict[str, dict[str, float]]:
     """Retrieval metrics of the model as it stands, per modality pair."""
     from mmrag.embedders.local import LocalEmbedder
-    from mmrag.recipes.evaluate import evaluate_rows
+    from mmrag_recipes.evaluate import evaluate_rows
 
     backbone.model.eval()
     embedder = LocalEmbedder(backbone, name=config.model, fingerprint="training")
@@ -393,7 +393,7 @@ class RunLog:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(prog="mmrag.recipes.train", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="mmrag_recipes.train", description=__doc__.split("\n")[0])
     parser.add_argument("config", help="TOML file; its keys are the fields of TrainConfig")
     parser.add_argument("overrides", nargs="*", help="key=value, such as lr=5e-5 or lora.r=16")
     parser.add_argument("--dry-run", action="store_true", help="show what would be trained on")

@@ -24,9 +24,9 @@ from torch import Tensor
 from mmrag.content import load_image
 from mmrag.errors import ContentError
 from mmrag.modeling.qwen_images import to_patches
-from mmrag.recipes.nano.crops import WHOLE
-from mmrag.recipes.nano.distil import piece_bags
-from mmrag.recipes.nano.glyphs import TOKEN
+from mmrag_recipes.nano.crops import WHOLE
+from mmrag_recipes.nano.distil import piece_bags
+from mmrag_recipes.nano.glyphs import TOKEN
 
 LARGEST = 8  # tokens: longer side of a picture
 _SMALLEST = 4

@@ -1,10 +1,10 @@
 """Page retrieval on a folder of PDFs: every view, BM25 and their fusion, side by side.
 
-    python -m mmrag.recipes.evaluate_pages questions.jsonl --pdfs papers/ --model mmrag-nano
+    python -m mmrag_recipes.evaluate_pages questions.jsonl --pdfs papers/ --model mmrag-nano
 
 Questions are JSON lines: ``{"question": ..., "pages": [{"file": ..., "page": 7}], "kind": ...}``;
 pages count from 1, files are named without their folder, and any of the pages is right. Rows
-that name their page (``mmrag.recipes.rows``) are read too: their queries are the questions, less
+that name their page (``mmrag_recipes.rows``) are read too: their queries are the questions, less
 those that ask with an image.
 """
 
@@ -23,12 +23,12 @@ from mmrag.embedders import load_embedder
 from mmrag.embedders.base import Embedder
 from mmrag.errors import ContentError
 from mmrag.index import UniversalIndex
-from mmrag.recipes.console import ends_cleanly
-from mmrag.recipes.evaluate import CUTS, Metrics, average, metrics_of, show
-from mmrag.recipes.rows import Row
 from mmrag.retrieval.fusion import fuse
 from mmrag.retrieval.retriever import UniversalRetriever
 from mmrag.store.engine import Scored
+from mmrag_recipes.console import ends_cleanly
+from mmrag_recipes.evaluate import CUTS, Metrics, average, metrics_of, show
+from mmrag_recipes.rows import Row
 
 logger = logging.getLogger("mmrag.evaluate")
 
@@ -131,7 +131,7 @@ def pages_of(hits: Sequence[Scored]) -> list[Page]:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(
-        prog="mmrag.recipes.evaluate_pages", description=__doc__.split("\n")[0]
+        prog="mmrag_recipes.evaluate_pages", description=__doc__.split("\n")[0]
     )
     parser.add_argument("questions", type=Path, help="questions, or rows that name their page")
     parser.add_argument("--pdfs", type=Path, required=True, help="folder of the PDFs")

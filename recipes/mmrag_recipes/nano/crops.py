@@ -12,8 +12,8 @@ from PIL import Image
 from torch import Tensor
 
 from mmrag.modeling.qwen_images import ImageRule, to_patches
-from mmrag.recipes.nano import glyphs
-from mmrag.recipes.nano.config import VisionConfig
+from mmrag_recipes.nano import glyphs
+from mmrag_recipes.nano.config import VisionConfig
 
 WHOLE = ImageRule(min_pixels=28 * 28, max_pixels=28 * 28 * 16384)
 _KEPT = 400  # crops kept for a second look

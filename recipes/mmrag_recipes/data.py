@@ -13,10 +13,10 @@ from torch import Tensor
 from mmrag.errors import ConfigError
 from mmrag.instructions import resolve
 from mmrag.modeling.backbone import Backbone
-from mmrag.recipes import distributed
-from mmrag.recipes.batches import Batch, shard
-from mmrag.recipes.config import DataConfig, TrainConfig
-from mmrag.recipes.rows import ImageStore, Item, Row, read_rows, store_of
+from mmrag_recipes import distributed
+from mmrag_recipes.batches import Batch, shard
+from mmrag_recipes.config import DataConfig, TrainConfig
+from mmrag_recipes.rows import ImageStore, Item, Row, read_rows, store_of
 
 
 @dataclass(frozen=True)

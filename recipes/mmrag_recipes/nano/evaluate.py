@@ -1,12 +1,12 @@
 """The table of the model card: mmrag-nano beside MiniLM, the untrained vectors and BM25.
 
-    python -m mmrag.recipes.nano.evaluate --xquad xquad/en.jsonl --handbook handbook/
+    python -m mmrag_recipes.nano.evaluate --xquad xquad/en.jsonl --handbook handbook/
 
 ``--xquad`` is JSON lines of paragraphs with their questions; ``--handbook`` a folder with
 ``pdfs/`` and ``questions.jsonl``. With ``--pages`` XQuAD's paragraphs are also rendered to pages
 without a text layer, and the model must find the page. ``--pictures`` is a folder of pictures
 whose file names are their titles, and a title that was not trained on must find its picture.
-``--work``, the folder that ``mmrag.recipes.nano.build`` worked in, adds MiniLM and the vectors
+``--work``, the folder that ``mmrag_recipes.nano.build`` worked in, adds MiniLM and the vectors
 before training.
 """
 
@@ -30,12 +30,12 @@ from rank_bm25 import BM25Okapi
 from mmrag.embedders import load_embedder
 from mmrag.embedders.base import Embedder
 from mmrag.reading import ReadOptions, find_files, read_file
-from mmrag.recipes.console import ends_cleanly
-from mmrag.recipes.evaluate import Metrics, average, metrics_of, table
-from mmrag.recipes.nano.build import plain_tokenizer
-from mmrag.recipes.nano.distil import piece_bags
-from mmrag.recipes.nano.glyphs import find_fonts, render_page
-from mmrag.recipes.nano.pictures import read_titled
+from mmrag_recipes.console import ends_cleanly
+from mmrag_recipes.evaluate import Metrics, average, metrics_of, table
+from mmrag_recipes.nano.build import plain_tokenizer
+from mmrag_recipes.nano.distil import piece_bags
+from mmrag_recipes.nano.glyphs import find_fonts, render_page
+from mmrag_recipes.nano.pictures import read_titled
 
 Scores = NDArray[np.floating[Any]]
 Scorer = Callable[[Sequence[str], Sequence[str]], Scores]
@@ -168,12 +168,12 @@ def _chance_mrr(documents: int) -> float:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(
-        prog="mmrag.recipes.nano.evaluate", description=__doc__.split("\n")[0]
+        prog="mmrag_recipes.nano.evaluate", description=__doc__.split("\n")[0]
     )
     parser.add_argument("--model", default="mmrag-nano")
     parser.add_argument("--xquad", type=Path)
     parser.add_argument("--handbook", type=Path)
-    parser.add_argument("--work", type=Path, help="work folder of mmrag.recipes.nano.build")
+    parser.add_argument("--work", type=Path, help="work folder of mmrag_recipes.nano.build")
     parser.add_argument("--pages", nargs="*", metavar="FOLDER", help="render pages in these fonts")
     parser.add_argument("--pictures", type=Path, help="folder of pictures named by their titles")
     given = parser.parse_args(arguments)

@@ -25,8 +25,8 @@ import openai
 from mmrag.content import load_image
 from mmrag.errors import ConfigError, EndpointError, ModelError
 from mmrag.lexical import Idf, sentences, terms
-from mmrag.recipes.corpus import Document
-from mmrag.recipes.rows import ImageStore, Modality
+from mmrag_recipes.corpus import Document
+from mmrag_recipes.rows import ImageStore, Modality
 
 PROMPTS = Path(__file__).parent / "prompts"
 _CAPTION_NUMBER = re.compile(r"^\s*(figure|fig\.|table|chart|photo|image)\s*[\w.-]*[:.\s]\s*", re.I)

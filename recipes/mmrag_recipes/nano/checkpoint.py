@@ -29,7 +29,7 @@ from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer
 from torch import Tensor
 
-from mmrag.recipes.nano.tower import CODE, Dictionary
+from mmrag_recipes.nano.tower import CODE, Dictionary
 
 SCALE, START, MARK = -3, -2, -1  # reserved dimensions; word vectors have those before them
 RESERVED = 3

@@ -24,9 +24,9 @@ from transformers import Qwen2VLConfig
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VisionTransformerPretrainedModel
 
 from mmrag.modeling.qwen_images import CLIP_STD, to_patches
-from mmrag.recipes.nano.config import VisionConfig
-from mmrag.recipes.nano.crops import WHOLE
-from mmrag.recipes.nano.vectors import Matrix
+from mmrag_recipes.nano.config import VisionConfig
+from mmrag_recipes.nano.crops import WHOLE
+from mmrag_recipes.nano.vectors import Matrix
 
 HEAD_DIM = 32
 NEIGHBOURS = ((0, 1), (0, -1), (1, 0), (-1, 0), (0, 2), (0, -2))  # rows down, columns right

@@ -22,7 +22,7 @@ class DataConfig:
     """One data set of a training mix."""
 
     rows: str
-    """JSON lines as in ``mmrag.recipes.rows``; the images are in ``images`` beside it."""
+    """JSON lines as in ``mmrag_recipes.rows``; the images are in ``images`` beside it."""
     name: str = ""
     """Name in logs; by default the file's."""
     weight: float = 1.0

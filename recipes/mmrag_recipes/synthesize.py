@@ -1,8 +1,8 @@
 """Make training rows from a user's own files: GME's fused-modal pipeline.
 
-    python -m mmrag.recipes.synthesize papers/ --out data/mine
-    python -m mmrag.recipes.synthesize papers/ --out data/mine --llm MODEL --base-url http://host/v1
-    python -m mmrag.recipes.synthesize papers/ --out data/mine --local-llm FOLDER rows=500
+    python -m mmrag_recipes.synthesize papers/ --out data/mine
+    python -m mmrag_recipes.synthesize papers/ --out data/mine --llm MODEL --base-url http://host/v1
+    python -m mmrag_recipes.synthesize papers/ --out data/mine --local-llm FOLDER rows=500
 
 1. Passages, pages and figures are chosen so that all modality pairs come up equally often.
 2. A query is written for each (Doc2Query with examples), from text, from the image, or both.
@@ -38,11 +38,11 @@ from numpy.typing import NDArray
 from mmrag.embedders import load_embedder
 from mmrag.embedders.base import Embedder
 from mmrag.errors import ConfigError, ContentError, EndpointError
-from mmrag.recipes.config import load_config
-from mmrag.recipes.console import ends_cleanly
-from mmrag.recipes.corpus import Document, read_corpus
-from mmrag.recipes.rows import IMAGES, ImageStore, Item, Modality, Row, write_rows
-from mmrag.recipes.writers import (
+from mmrag_recipes.config import load_config
+from mmrag_recipes.console import ends_cleanly
+from mmrag_recipes.corpus import Document, read_corpus
+from mmrag_recipes.rows import IMAGES, ImageStore, Item, Modality, Row, write_rows
+from mmrag_recipes.writers import (
     PROMPTS,
     EndpointModel,
     Entity,
@@ -462,7 +462,7 @@ def split(rows: Sequence[Row], config: SynthesizeConfig) -> tuple[list[Row], lis
 def main(arguments: Sequence[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(
-        prog="mmrag.recipes.synthesize", description=__doc__.split("\n")[0]
+        prog="mmrag_recipes.synthesize", description=__doc__.split("\n")[0]
     )
     parser.add_argument("paths", nargs="+", help="files and folders; key=value options")
     parser.add_argument("--out", type=Path, required=True)

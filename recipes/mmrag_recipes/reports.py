@@ -11,8 +11,8 @@ from typing import Any
 from mmrag.content import image_size
 from mmrag.instructions import resolve
 from mmrag.modeling.backbone import Backbone
-from mmrag.recipes.config import TrainConfig
-from mmrag.recipes.data import Dataset
+from mmrag_recipes.config import TrainConfig
+from mmrag_recipes.data import Dataset
 
 logger = logging.getLogger("mmrag.train")
 

@@ -1,6 +1,6 @@
 """Retrieval metrics on rows, per modality pair and dimension.
 
-    python -m mmrag.recipes.evaluate rows.jsonl --model mmrag-nano --dims 384 128
+    python -m mmrag_recipes.evaluate rows.jsonl --model mmrag-nano --dims 384 128
 
 Metrics carry the names that benchmarks use: ``hit@k`` (some right document in the first k),
 ``recall@k``, ``p@1``, ``mrr@k``, ``ndcg@k`` (gain 2^relevance - 1, as BEIR and MTEB) and
@@ -24,8 +24,8 @@ from mmrag.embedders import load_embedder
 from mmrag.embedders.base import Embedder, check_dim, truncate_normalise
 from mmrag.errors import ContentError
 from mmrag.instructions import resolve
-from mmrag.recipes.console import ends_cleanly
-from mmrag.recipes.rows import ImageStore, Row, corpus_of, read_rows, store_of
+from mmrag_recipes.console import ends_cleanly
+from mmrag_recipes.rows import ImageStore, Row, corpus_of, read_rows, store_of
 
 CUTS = (1, 5, 10)
 Metrics = dict[str, float]
@@ -133,9 +133,9 @@ def show(results: Mapping[str, Metrics], *, as_json: bool) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(
-        prog="mmrag.recipes.evaluate", description=__doc__.split("\n")[0]
+        prog="mmrag_recipes.evaluate", description=__doc__.split("\n")[0]
     )
-    parser.add_argument("rows", help="rows of mmrag.recipes.rows")
+    parser.add_argument("rows", help="rows of mmrag_recipes.rows")
     parser.add_argument("--model", default="mmrag-nano")
     parser.add_argument("--family", default=None)
     parser.add_argument("--dims", type=int, nargs="*", default=[], help="dimensions to report")
