@@ -13,14 +13,13 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
+from mmrag.numerals import number
+
 _UNSPACED = (
     "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
 )
 _TOKEN = re.compile(rf"[{_UNSPACED}]+|\d+(?:[.,]\d+)*|(?:(?![{_UNSPACED}])[^\W\d_])+")
 _UNSPACED_RUN = re.compile(rf"[{_UNSPACED}]+")
-_NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
-_WHOLE = re.compile(r"\.0{1,2}$")
-_DIGITS_ONLY = re.compile(r"[^\d.]")
 
 STOP_WORDS = frozenset(
     re.findall(
@@ -83,16 +82,6 @@ def stem(word: str) -> str:
     if word.endswith("es") and word[-3] not in "aeo":
         return word[:-1]
     return word if word[-2] in "us" else word[:-1]
-
-
-def number(token: str) -> str:
-    """One spelling of a number: ``1,000``, ``1000`` and ``1,000.00`` are the same."""
-    return _WHOLE.sub("", _DIGITS_ONLY.sub("", token).rstrip("."))
-
-
-def numbers(text: str) -> set[str]:
-    """The numbers that a text mentions, in one spelling."""
-    return {number(found) for found in _NUMBER.findall(text)}
 
 
 def sentences(text: str) -> list[str]:

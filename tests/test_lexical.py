@@ -1,6 +1,6 @@
 import pytest
 
-from mmrag.lexical import Idf, numbers, sentences, stem, terms
+from mmrag.lexical import Idf, sentences, stem, terms
 
 
 @pytest.mark.parametrize(
@@ -20,10 +20,6 @@ def test_terms_fold_case_accents_and_numbers_and_drop_common_words():
 
 def test_scripts_without_spaces_become_pairs():
     assert terms("北京大学 is") == ["北京", "京大", "大学"]
-
-
-def test_numbers_have_one_spelling():
-    assert numbers("$1,250.50 and 1250.50 in 2021.") == {"1250.50", "2021"}
 
 
 def test_line_breaks_inside_a_sentence_are_undone():

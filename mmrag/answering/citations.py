@@ -23,7 +23,8 @@ from numpy.typing import NDArray
 from mmrag.answering.context import Source
 from mmrag.embedders.base import Embedder
 from mmrag.errors import MMRagError
-from mmrag.lexical import Idf, numbers, sentences, stays_open, terms
+from mmrag.lexical import Idf, sentences, stays_open, terms
+from mmrag.numerals import missing_numbers, numerals, seen_numbers
 from mmrag.reading import locate_quote
 
 logger = logging.getLogger(__name__)
@@ -44,7 +45,7 @@ _TO_EMBED = 32  # passages of a page that are compared by meaning, those with mo
 
 _OPEN, _CLOSE = r"[\[\u3010\uff3b\u3014]", r"[\]\u3011\uff3d\u3015]"
 _MARK = re.compile(
-    rf"(?<![ \t])[ \t]*{_OPEN}\s*(?:sources?\s*|\^)?"
+    rf"(?<![ \t])[ \t]*{_OPEN}\s*(?:(?:sources?|docs?|documents?|refs?)\.?\s*|\^)?"
     r"(\d{1,4}(?:\s*(?:[,;&\uff0c\u3001\u2013-]|and\b)\s*(?:source\s*)?\d{1,4})*)"
     r"(?:\u2020[^\]\u3011]*|\s*[,:]\s*p(?:ages?|p?\.)\s*[\d\u2013-]+)?"
     rf"\s*{_CLOSE}(?!\()",
@@ -219,7 +220,7 @@ def best_passage(
     passages, words, idf = _passages(source.text)
     if not passages:
         return None
-    wanted = terms(claim)
+    wanted = _wanted(claim, source.text)
     shared = np.asarray([idf.coverage(wanted, having) for having in words])
     if similarity is not None and shared.max() < SUPPORT:
         near = np.argsort(-shared, kind="stable")[:_TO_EMBED]
@@ -235,8 +236,32 @@ def _passages(text: str) -> tuple[list[str], list[list[str]], Idf]:
     """Sentences and pairs of neighbours, their words, and the weights of these by sentence."""
     single = sentences(text)
     passages = single + [f"{a} {b}" for a, b in pairwise(single)]
-    words = [terms(passage) for passage in passages]
-    return passages, words, Idf(words[: len(single)])
+    words = [_having(passage) for passage in passages]
+    # Of a single sentence every word would count as common; a blank one beside it undoes that.
+    return (
+        passages,
+        words,
+        Idf([*words[: len(single)], []] if len(single) == 1 else words[: len(single)]),
+    )
+
+
+def _having(passage: str) -> list[str]:
+    """Words of a passage, and its numbers by value."""
+    return [*_words(passage), *seen_numbers(passage)]
+
+
+def _wanted(claim: str, page: str) -> list[str]:
+    """Words of a claim, and its numbers by the values that the page has for them."""
+    seen = seen_numbers(page)
+    found = _words(claim)
+    for numeral in numerals(claim):
+        readings = ((numeral.literal,), *numeral.readings)
+        found += next((each for each in readings if seen >= set(each)), numeral.readings[0])
+    return found
+
+
+def _words(text: str) -> list[str]:
+    return [term for term in terms(text) if not term[0].isdecimal()]
 
 
 def _pieces(text: str) -> list[tuple[str, str]]:
@@ -277,13 +302,13 @@ def _check_claim(
             evidence[source.n] = passage
     if not evidence:
         return Claim(text, citations, dangling, None), {}
-    seen = numbers(" ".join(f"{source.text} {source.page}" for source in to_check))
+    pages = "\n".join(f"{source.text}\n{source.page}" for source in to_check)
     together = max(score for score, _ in evidence.values())
     if citations and len(evidence) > 1:
         together, evidence = _together(text, to_check, evidence)
     enough = together >= SUPPORT
     unseen_pages = any(not source.text.strip() for source in to_check)
-    supported: bool | None = enough and numbers(text) <= seen
+    supported: bool | None = enough and not missing_numbers(text, pages)
     if not supported and (unseen_pages or _names_place(text, [known[n] for n in citations])):
         supported = None
     idle = [n for n, (score, _) in evidence.items() if supported and score < _IDLE]
@@ -298,7 +323,8 @@ def _together(
     A sentence that joins what two pages say is not to be found on either.
     """
     idf = Idf([words for source in cited for words in _passages(source.text)[1]])
-    wanted, quoted = terms(text), {n: terms(quote) for n, (_, quote) in evidence.items()}
+    pages = "\n".join(source.text for source in cited)
+    wanted, quoted = _wanted(text, pages), {n: _having(q) for n, (_, q) in evidence.items()}
     each = {
         n: (max(score, idf.coverage(wanted, quoted[n])), quote)
         for n, (score, quote) in evidence.items()

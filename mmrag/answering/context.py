@@ -17,8 +17,9 @@ from llama_index.core.schema import ImageNode, MetadataMode, Node, NodeWithScore
 
 from mmrag.content import image_size, load_image
 from mmrag.errors import ConfigError, ContentError
-from mmrag.lexical import Idf, numbers, sentences, terms
+from mmrag.lexical import Idf, sentences, terms
 from mmrag.nodes import as_hit, page_name
+from mmrag.numerals import numbers
 from mmrag.prompting import PIXELS_PER_TOKEN, estimate_tokens, image_bytes, sanitize
 
 Box: TypeAlias = tuple[float, float, float, float]

@@ -8,7 +8,6 @@ not say does not get into the object on the way.
 from __future__ import annotations
 
 import asyncio
-import json
 from dataclasses import dataclass
 from typing import Generic, TypeVar, cast
 
@@ -21,8 +20,8 @@ from mmrag.answering.engine import CitedQueryEngine
 from mmrag.answering.planning import PlanningQueryEngine
 from mmrag.answering.response import CitedResponse
 from mmrag.errors import ConfigError, EndpointError
-from mmrag.lexical import numbers
 from mmrag.llms.endpoint import translated_errors
+from mmrag.numerals import missing_numbers
 
 T = TypeVar("T", bound=BaseModel)
 
@@ -103,16 +102,9 @@ def _check(engine: CitedQueryEngine | PlanningQueryEngine, llm: LLM | None) -> L
 
 
 def _unseen(value: BaseModel, text: str) -> tuple[str, ...]:
-    dumped = json.dumps(list(_leaves(value.model_dump(mode="json"))), ensure_ascii=False)
-    said = {_unpadded(number) for number in numbers(text)}
-    new = sorted(number for number in numbers(dumped) if _unpadded(number) not in said)
+    leaves = " ; ".join(str(leaf) for leaf in _leaves(value.model_dump(mode="json")))
+    new = sorted(set(missing_numbers(leaves, text)))
     return tuple(f"{number} is not in the answer" for number in new)
-
-
-def _unpadded(number: str) -> str:
-    """A number without the zeros that an object's type adds: 5 of a date's 05, 1.5 of 1.50."""
-    whole, _, part = number.partition(".")
-    return f"{whole.lstrip('0')}.{part.rstrip('0')}"
 
 
 def _leaves(value: object) -> list[object]:
