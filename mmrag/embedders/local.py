@@ -32,7 +32,9 @@ class LocalEmbedder:
     visual ones included. Safe to call from several threads: the model runs one batch at a time.
 
     ``prefers_text`` says that text serves this model better than an image of it: ingestion then
-    gives a node that has text no ``image`` view. It moves no vector and may be set at any time.
+    gives a node that has text no ``image`` view. ``prefers_passages`` says that it was trained on
+    passages: a page that is cut into passages then gets no ``text`` view of its own. They move no
+    vector and may be set at any time.
     """
 
     def __init__(
@@ -43,6 +45,7 @@ class LocalEmbedder:
         fingerprint: str,
         token_budget: int | None = None,
         prefers_text: bool = False,
+        prefers_passages: bool = False,
         workers: int = 2,
     ) -> None:
         on_cpu = next(backbone.model.parameters()).device.type == "cpu"
@@ -53,6 +56,7 @@ class LocalEmbedder:
         self.modalities: frozenset[Modality] = backbone.modalities
         self.fingerprint = fingerprint
         self.prefers_text = prefers_text
+        self.prefers_passages = prefers_passages
         self.token_budget = token_budget or (CPU_TOKEN_BUDGET if on_cpu else GPU_TOKEN_BUDGET)
         self.workers = workers
         self._lock = threading.Lock()

@@ -41,6 +41,7 @@ FAMILIES: dict[str, tuple[str, str]] = {
     "unite": ("qwen2_vl_recipes", "load_unite"),
     "nomic_multimodal": ("nomic_multimodal", "load_nomic_multimodal"),
     "moca": ("moca", "load_moca"),
+    "nano": ("nano", "load_nano"),
 }
 
 # What a folder is taken for when nothing else tells: its config's model_type.
@@ -89,12 +90,14 @@ def load_embedder(
     if chosen == SENTENCE_TRANSFORMERS:
         return _load_sentence_transformers(name, folders, device, dtype, token_budget, limits)
     backbone = _load(folders, chosen, device, dtype, limits)
+    marker = read_marker(folders)
     return LocalEmbedder(
         backbone,
         name=str(name),
         fingerprint=fingerprint(folders, backbone.settings()),
         token_budget=token_budget,
-        prefers_text=bool(read_marker(folders).get("prefers_text", False)),
+        prefers_text=bool(marker.get("prefers_text", False)),
+        prefers_passages=bool(marker.get("prefers_passages", False)),
     )
 
 

@@ -297,8 +297,9 @@ class _Writer:
         missing = [node for node in page.nodes if node.node_id not in stored]
         self._pages_waiting += bool(missing)
         views = self._collection.settings.views
+        cut = any(node.metadata.get("kind") == "passage" for node in page.nodes)
         for node in missing:
-            self._waiting.append((job, node, node_views(node, views, self._embedder)))
+            self._waiting.append((job, node, node_views(node, views, self._embedder, cut)))
             job.waiting += 1
             if sum(len(contents) for _, _, contents in self._waiting) >= _BATCH_ITEMS:
                 self.flush()
@@ -390,17 +391,24 @@ class _Writer:
             )
 
 
-def node_views(node: BaseNode, views: Sequence[View], embedder: Embedder) -> dict[View, Content]:
+def node_views(
+    node: BaseNode, views: Sequence[View], embedder: Embedder, cut: bool = False
+) -> dict[View, Content]:
     """What is embedded of a node: its image, its text, or both, as far as it has them.
 
-    A node with text gets no ``image`` view from an embedder that prefers text.
+    A node with text gets no ``image`` view from an embedder that prefers text, and a page that
+    was cut into passages no ``text`` view from one that prefers passages.
+
+    Args:
+        cut: whether the page that the node belongs to was cut into passages.
     """
     text = node_text(node).strip()
     image = node_image(node)
     possible: dict[View, Content] = {}
     if image is not None and not (text and getattr(embedder, "prefers_text", False)):
         possible["image"] = Content(image=image)
-    if text:
+    in_passages = cut and node.metadata.get("kind") == "page"
+    if text and not (in_passages and getattr(embedder, "prefers_passages", False)):
         possible["text"] = Content(text=text)
     if image is not None and text:
         possible["fused"] = Content(text=text, image=image)

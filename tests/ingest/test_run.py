@@ -438,6 +438,28 @@ def test_an_embedder_that_prefers_text_sees_images_only_where_there_is_none(tmp_
     assert views == {1: {"text"}, 2: {"image"}}
 
 
+def test_an_embedder_that_prefers_passages_sees_long_pages_in_passages(tmp_path, files):
+    embedder = FakeEmbedder()
+    embedder.prefers_passages = True
+    pdf = pymupdf.open()
+    pdf.new_page().insert_text((72, 72), "a page about turbines")
+    lines = [f"sentence {n} is about blades." for n in range(9)]
+    pdf.new_page().insert_textbox((72, 72, 500, 700), " ".join(lines))
+    pdf.save(files / "mixed.pdf")
+    with open_collection(tmp_path, embedder) as collection:
+        ingest(["in/mixed.pdf"], collection, embedder)
+        views = {
+            (point.payload["page"], point.payload["kind"]): set(point.vectors)
+            for point in collection._engine.scroll(Filter(), vectors=True)
+            if "page" in point.payload
+        }
+    assert views == {
+        (1, "page"): {"image", "text"},
+        (2, "page"): {"image"},
+        (2, "passage"): {"text"},
+    }
+
+
 def test_fused_vectors_when_asked_and_truncated(tmp_path, embedder, files):
     pdf = pymupdf.open()
     pdf.new_page().insert_text((72, 72), "a page about turbines")
