@@ -1,6 +1,5 @@
 """Files into the collection: what is embedded, when, and what becomes of it."""
 
-import os
 import shutil
 import threading
 import time
@@ -567,13 +566,12 @@ def test_a_full_disk_fails_the_file_and_keeps_it_unfinished(
         if path.name == "one.txt":
             raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(module, "read_file", read_file)
-    report = ingest(["in"], collection, embedder)
+    with monkeypatch.context() as full:
+        full.setattr(module, "read_file", read_file)
+        report = ingest(["in"], collection, embedder)
     assert report.failed == ["in/one.txt"]
     assert "No space left" in str(report.errors[0])
     assert list(collection.unfinished().values()) == ["in/one.txt"]
-    monkeypatch.undo()
-    os.chdir(files.parent)
     assert ingest(["in"], collection, embedder).indexed == ["in/one.txt"]
 
 
