@@ -108,7 +108,7 @@ class CitedChatEngine(BaseChatEngine):
     ) -> CitedChatResponse:
         """Answer a message; ``image`` belongs to this message only."""
         self._replace_history(chat_history)
-        question = self._rewrite(message)
+        question = self.standalone(message)
         response = self._engine(streaming=False).query(_query(question, image))
         self._remember(message, str(response))
         return _turn(question, cast(CitedResponse, response))
@@ -122,7 +122,7 @@ class CitedChatEngine(BaseChatEngine):
     ) -> CitedChatResponse:
         """``chat`` that leaves the event loop free."""
         await asyncio.to_thread(self._replace_history, chat_history)
-        question = await asyncio.to_thread(self._rewrite, message)
+        question = await asyncio.to_thread(self.standalone, message)
         response = await self._engine(streaming=False).aquery(_query(question, image))
         await asyncio.to_thread(self._remember, message, str(response))
         return _turn(question, cast(CitedResponse, response))
@@ -136,7 +136,7 @@ class CitedChatEngine(BaseChatEngine):
     ) -> StreamingAgentChatResponse:
         """``chat`` as a stream; the turn is remembered when the stream has been read to its end."""
         self._replace_history(chat_history)
-        question = self._rewrite(message)
+        question = self.standalone(message)
         found = self._engine(streaming=True).query(_query(question, image))
         response = cast(CitedStreamingResponse, found)
         response.response_gen = self._remembered(response.response_gen, message, response)
@@ -156,7 +156,7 @@ class CitedChatEngine(BaseChatEngine):
     ) -> StreamingAgentChatResponse:
         """``stream_chat`` that leaves the event loop free."""
         await asyncio.to_thread(self._replace_history, chat_history)
-        question = await asyncio.to_thread(self._rewrite, message)
+        question = await asyncio.to_thread(self.standalone, message)
         found = await self._engine(streaming=True).aquery(_query(question, image))
         response = cast(AsyncCitedStreamingResponse, found)
         response.response_gen = self._aremembered(response.response_gen, message, response)
@@ -184,7 +184,11 @@ class CitedChatEngine(BaseChatEngine):
         _cited(engine).streaming = streaming
         return engine
 
-    def _rewrite(self, message: str) -> str:
+    def standalone(self, message: str) -> str:
+        """A message in words that make sense without the conversation so far.
+
+        Raises: EndpointError if the model fails.
+        """
         history = self.memory.get(input=message)
         if not history or not message.strip():  # an image alone has no words to rewrite
             return message

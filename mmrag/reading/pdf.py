@@ -290,6 +290,12 @@ def mark(path: Path, page: int, boxes: Sequence[Box], out: Path) -> Iterator[Pat
     yield out
 
 
+def count_pages(path: Path) -> Iterator[int]:
+    """How many pages a PDF has."""
+    with contextlib.closing(open_pdf(path)) as document:
+        yield document.page_count
+
+
 def recognise(image: Path) -> Iterator[str]:
     """The text on an image, by OCR."""
     yield layout.text_of(_recognised(image.read_bytes(), 1.0))
@@ -303,6 +309,7 @@ def _page(document: Any, page: int) -> Any:
 
 OPERATIONS: dict[str, Callable[..., Iterator[Any]]] = {
     "read": read_pages,
+    "count": count_pages,
     "locate": locate,
     "mark": mark,
     "recognise": recognise,

@@ -195,6 +195,15 @@ def _read_text(source: Source, options: ReadOptions, report: Report) -> Iterator
 _READERS = {"pdf": _read_pdf, "picture": _read_image, "text": _read_text}
 
 
+def count_pages(path: str | Path) -> int:
+    """How many pages a PDF has.
+
+    Raises: ReadError if it cannot be opened.
+    """
+    count: int = _once(path, None, "count", Path(path))
+    return count
+
+
 def locate_quote(path: str | Path, page: int, quote: str) -> list[Box]:
     """Boxes [x0, y0, x1, y1] of a quote on a PDF page, one a line, in points as shown.
 
@@ -216,13 +225,14 @@ def save_marked_page(path: str | Path, page: int, boxes: Sequence[Box], out: str
     return result
 
 
-def _once(path: str | Path, page: int, operation: str, *arguments: object) -> Any:
-    """The one answer of an operation on a page."""
+def _once(path: str | Path, page: int | None, operation: str, *arguments: object) -> Any:
+    """The one answer of an operation on a page, or on the file where ``page`` is None."""
     try:
         seconds = ReadOptions().page_seconds * RECOGNITION_PATIENCE
         (answer,) = client.ask(seconds, operation, *arguments)
     except (client.RequestFailed, client.WorkerDied) as error:
         name = Path(path).as_posix()
-        message = f"the page cannot be read ({error})"
+        what = "file" if page is None else "page"
+        message = f"the {what} cannot be read ({error})"
         raise ReadError(message, file=name, page=page, retry=error.retry) from error
     return answer

@@ -175,6 +175,13 @@ class Collection:
         """Those of the node ids that are stored."""
         return {point.id for point in self._engine.retrieve(ids, payload=False)}
 
+    def file_nodes(self, sha256: str, page: int | None = None) -> Iterator[BaseNode]:
+        """The nodes of a file's content, of one page where that is given."""
+        same = _with_hash(sha256)
+        if page is not None:
+            same = dataclasses.replace(same, must=(*same.must, AnyOf("page", (page,))))
+        return (self.node(point.payload) for point in self._engine.scroll(same))
+
     def unfinished(self) -> dict[str, str]:
         """Hash to path of the files that have nodes here but are not finished."""
         done = {entry.sha256 for entry in self.files()}

@@ -1,0 +1,98 @@
+"""The ASGI application: routes, what guards them, and what happens at the end."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from importlib import metadata
+
+from mmrag.errors import ConfigError, MMRagError
+
+try:
+    import python_multipart  # noqa: F401 - FastAPI reads uploads with it
+    from anyio import to_thread
+    from fastapi import FastAPI, Request
+    from fastapi.exceptions import RequestValidationError
+    from fastapi.responses import JSONResponse
+    from prometheus_client import REGISTRY  # noqa: F401
+    from starlette.exceptions import HTTPException
+    from starlette.middleware.cors import CORSMiddleware
+except ImportError as error:
+    raise ConfigError("The server needs its extra: pip install 'mmrag[serve]'") from error
+
+from mmrag.server.errors import ApiError, problem_of
+from mmrag.server.gate import Gate
+from mmrag.server.guard import Guard
+from mmrag.server.keys import ApiKeys
+from mmrag.server.library import Libraries
+from mmrag.server.metrics import CountRequests, Metrics
+from mmrag.server.options import ServerOptions
+from mmrag.server.routes import api, files, status
+from mmrag.server.state import ServerState
+
+log = logging.getLogger(__name__)
+
+
+def create_app(
+    libraries: Libraries, options: ServerOptions | None = None, metrics: Metrics | None = None
+) -> FastAPI:
+    """An application that serves open collections, and closes them when it ends.
+
+    Raises: ConfigError if the extra ``serve`` is not installed.
+    """
+    options = options or ServerOptions()
+    metrics = metrics or Metrics()
+    gate, keys = Gate(options.slots, options.waiting), ApiKeys(options.api_keys)
+    metrics.watch(gate, libraries)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        yield
+        await to_thread.run_sync(libraries.close)
+
+    app = FastAPI(
+        title="mmrag",
+        version=metadata.version("mmrag"),
+        lifespan=lifespan,
+        docs_url=None,  # its page loads scripts of another server
+        redoc_url=None,
+    )
+    app.state.server = ServerState(libraries, options, gate, keys, metrics)
+    for routes in (status, api, files):
+        app.include_router(routes.router)
+    for kind in (MMRagError, HTTPException, RequestValidationError, Exception):
+        app.add_exception_handler(kind, _refuse)
+    # The last one added is the first that a request meets.
+    if options.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(options.cors_origins),
+            allow_methods=["GET", "POST", "DELETE"],
+            allow_headers=["Authorization", "Content-Type", "X-API-Key"],
+        )
+    app.add_middleware(Guard, options=options, keys=keys)
+    app.add_middleware(CountRequests, metrics=metrics)
+    return app
+
+
+async def _refuse(_: Request, error: Exception) -> JSONResponse:
+    """Any error in OpenAI's form."""
+    if isinstance(error, RequestValidationError):
+        error = ApiError(400, _told(error), "invalid_request")
+    elif isinstance(error, HTTPException):
+        error = ApiError(
+            error.status_code, str(error.detail), "http_error", dict(error.headers or {})
+        )
+    problem = problem_of(error)
+    if problem.status == 500:
+        log.error("A request failed", exc_info=error)
+    return JSONResponse(problem.body, problem.status, problem.headers)
+
+
+def _told(error: RequestValidationError) -> str:
+    """What is wrong with a request, field by field: ``body.top_k: Input should be ...``."""
+    parts = [
+        f"{'.'.join(str(part) for part in each['loc'])}: {each['msg']}" for each in error.errors()
+    ]
+    return "; ".join(parts)

@@ -1,0 +1,161 @@
+"""Indexing while serving: one thread writes, searches go on beside it."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+from mmrag.errors import MMRagError
+from mmrag.index import UniversalIndex
+from mmrag.ingest.progress import IngestReport, Progress
+
+log = logging.getLogger(__name__)
+
+State: TypeAlias = Literal["waiting", "running", "done", "failed", "stopped"]
+KEPT = 200  # finished jobs that are remembered
+
+
+@dataclass
+class Job:
+    """One file or folder that is added.
+
+    pages: stored in this run so far; of all files that are indexed together with it.
+    errors: what could not be read. note: what else became of it.
+    """
+
+    id: str
+    name: str
+    path: Path
+    uploaded: bool = False
+    state: State = "waiting"
+    pages: int = 0
+    errors: list[str] = field(default_factory=list)
+    note: str | None = None
+    created: float = field(default_factory=time.time)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON, without the path."""
+        return {key: value for key, value in asdict(self).items() if key != "path"}
+
+
+class _Stopped(Exception):
+    """Raised within indexing to end it; what is finished is kept."""
+
+
+class Writer:
+    """The one writer of a collection. Files that wait are indexed together.
+
+    ``lock`` is held by whoever changes the collection; searches do not take it.
+    """
+
+    def __init__(self, index: UniversalIndex) -> None:
+        self.lock = threading.Lock()
+        self._index = index
+        self._jobs: dict[str, Job] = {}
+        self._waiting: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+        self._stopping = threading.Event()
+        self._numbers = itertools.count(1)
+        self._thread = threading.Thread(target=self._run, name="mmrag-writer", daemon=True)
+        self._thread.start()
+
+    def add(self, path: Path, *, uploaded: bool = False) -> Job:
+        """Queue a file or folder. uploaded: it is ours, and deleted if it cannot be indexed."""
+        job = Job(str(next(self._numbers)), path.name, path, uploaded)
+        self._jobs[job.id] = job
+        for old in [job for job in self._jobs.values() if job.state not in ("waiting", "running")][
+            :-KEPT
+        ]:
+            del self._jobs[old.id]
+        self._waiting.put(job)
+        return job
+
+    def jobs(self) -> list[Job]:
+        """All that is known, oldest first."""
+        return list(self._jobs.values())
+
+    def busy(self) -> int:
+        """How many jobs wait or run."""
+        return sum(job.state in ("waiting", "running") for job in self.jobs())
+
+    def stop(self) -> None:
+        """End indexing at the next batch. What was uploaded goes on when the server starts."""
+        self._stopping.set()
+        self._waiting.put(None)
+        self._thread.join()
+
+    def _run(self) -> None:
+        while (first := self._waiting.get()) is not None:
+            batch = [first]
+            while not self._waiting.empty():
+                job = self._waiting.get()
+                if job is None:
+                    self._stopping.set()
+                    break
+                batch.append(job)
+            if not self._stopping.is_set():
+                self._add(batch)
+            if self._stopping.is_set():
+                _finish(batch, "stopped")
+                return
+
+    def _add(self, jobs: Sequence[Job]) -> None:
+        by_path = {job.path.as_posix(): job for job in jobs}
+        for job in jobs:
+            job.state = "running"
+        try:
+            with self.lock:
+                report = self._index.add([job.path for job in jobs], progress=self._follow(by_path))
+                for job in jobs:
+                    _conclude(job, report)
+        except _Stopped:
+            return
+        except MMRagError as error:
+            _finish(jobs, "failed", str(error))
+        except Exception:  # the thread goes on with the next files, whatever this one did
+            log.exception("Indexing failed")
+            _finish(jobs, "failed", "The server failed; its log has the details.")
+
+    def _follow(self, jobs: dict[str, Job]) -> Callable[[Progress], None]:
+        def follow(now: Progress) -> None:
+            if self._stopping.is_set():
+                raise _Stopped
+            if (job := jobs.get(now.file)) is not None:
+                job.pages = now.pages
+            else:  # a folder: its files are not jobs of their own
+                for job in jobs.values():
+                    job.pages = now.pages
+
+        return follow
+
+
+def _finish(jobs: Sequence[Job], state: State, error: str | None = None) -> None:
+    for job in jobs:
+        if job.state in ("waiting", "running"):
+            job.state = state
+            job.errors += [error] if error else []
+
+
+def _conclude(job: Job, report: IngestReport) -> None:
+    """What became of a job; an upload that is of no use is deleted."""
+    name = job.path.as_posix()
+    inside = f"{name}/"
+    job.errors = [
+        str(error.args[0]) if error.page is None else f"page {error.page}: {error.args[0]}"
+        for error in report.errors
+        if error.file == name or error.file.startswith(inside)
+    ]
+    if name in report.duplicates:
+        original = Path(report.duplicates[name]).name
+        job.note = f"It has the same content as {original}, which stands for it."
+    elif name in report.unchanged:
+        job.note = "It is in the collection already."
+    job.state = "failed" if name in report.failed else "done"
+    if job.uploaded and (job.state == "failed" or name in report.duplicates):
+        job.path.unlink(missing_ok=True)

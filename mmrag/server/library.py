@@ -1,0 +1,278 @@
+"""The collections that a server holds open, and what is asked of them. No HTTP here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mmrag.errors import ConfigError, MissingCollectionError
+from mmrag.index import DEFAULT_EMBEDDER, UniversalIndex
+from mmrag.queries import MultimodalQuery
+from mmrag.server.batching import BatchingEmbedder
+from mmrag.server.errors import ApiError, not_found
+from mmrag.server.jobs import Job, Writer
+from mmrag.server.uploads import clean_incoming
+from mmrag.store.collection import Collection, FileEntry
+
+if TYPE_CHECKING:
+    from llama_index.core.llms import LLM
+    from llama_index.core.postprocessor.types import BaseNodePostprocessor
+    from llama_index.core.schema import NodeWithScore
+
+    from mmrag.answering.engine import CitedQueryEngine
+    from mmrag.answering.response import CitedResponse, CitedStreamingResponse
+
+
+@dataclass(frozen=True)
+class Answering:
+    """How questions are answered.
+
+    llm: None quotes the best sentences. postprocessors: rerankers; with any, three times as
+        many pages are retrieved. images: whether pages go to the model as images too.
+    """
+
+    llm: LLM | None = None
+    postprocessors: Sequence[BaseNodePostprocessor] = ()
+    images: bool = True
+
+    @property
+    def model_name(self) -> str | None:
+        """What answers, if a language model does."""
+        return None if self.llm is None else self.llm.metadata.model_name
+
+
+class Library:
+    """One collection, open and warm. Its methods may be called from several threads.
+
+    name: what clients call it. uploads: the folder of the files that came through the server.
+    """
+
+    def __init__(
+        self, name: str, index: UniversalIndex, uploads: Path, answering: Answering
+    ) -> None:
+        self.name = name
+        self.index = index
+        self.uploads = uploads
+        self.answering = answering
+        self.writer = Writer(index)
+        clean_incoming(uploads)
+        if uploads.is_dir() and any(uploads.iterdir()):
+            self.writer.add(uploads)  # what a stop has cut short; finished files cost a hash
+
+    @property
+    def collection(self) -> Collection:
+        """The open collection."""
+        return self.index.collection
+
+    def search(self, query: MultimodalQuery) -> list[NodeWithScore]:
+        """The pages nearest to a query, best first."""
+        return self.index.as_retriever().retrieve(query)
+
+    def ask(
+        self, query: MultimodalQuery, history: Sequence[tuple[str, str]] = ()
+    ) -> tuple[str, CitedStreamingResponse]:
+        """The question as it was searched, and the answer as a stream.
+
+        history: role and text of the messages before. With a language model the question is
+        rewritten to stand on its own.
+        """
+        from mmrag.answering.response import CitedStreamingResponse
+
+        question = query.query_str
+        if history and self.answering.llm is not None and question.strip():
+            question = self._standalone(question, history)
+        top_k = (query.top_k or 8) * (3 if self.answering.postprocessors else 1)
+        asked = MultimodalQuery(question, image=query.image, where=query.where, top_k=top_k)
+        response = self._engine().query(asked)
+        assert isinstance(response, CitedStreamingResponse)
+        return question, response
+
+    def answer(
+        self, query: MultimodalQuery, history: Sequence[tuple[str, str]] = ()
+    ) -> tuple[str, CitedResponse]:
+        """As ``ask``, with the whole answer."""
+        question, stream = self.ask(query, history)
+        return question, stream.get_response()
+
+    def files(self) -> list[FileEntry]:
+        """The files of the collection, by path."""
+        return self.collection.files()
+
+    def file_rows(self) -> list[dict[str, Any]]:
+        """The files for JSON. uploaded: removing it deletes it too."""
+        return [
+            {
+                "id": entry.sha256,
+                "file": entry.file,
+                "name": Path(entry.file).name,
+                "pages": entry.pages,
+                "errors": list(entry.errors),
+                "uploaded": self.is_upload(entry),
+            }
+            for entry in self.files()
+        ]
+
+    def file(self, file_id: str) -> FileEntry:
+        """One file by the SHA-256 of its content. Raises ApiError 404."""
+        entry = next((each for each in self.files() if each.sha256 == file_id), None)
+        if entry is None:
+            raise not_found(f"The collection {self.name!r} has no file {file_id[:16]}.")
+        return entry
+
+    def is_upload(self, entry: FileEntry) -> bool:
+        """Whether a file came through the server, which then owns it."""
+        return entry.place.is_relative_to(self.uploads.resolve())
+
+    def add(self, path: Path) -> Job:
+        """Queue an uploaded file for indexing."""
+        return self.writer.add(path, uploaded=True)
+
+    def remove(self, file_id: str) -> FileEntry:
+        """Forget a file; an uploaded one is deleted too. Waits for indexing to pause.
+
+        Raises: ApiError 409 while files are being indexed.
+        """
+        entry = self.file(file_id)
+        if not self.writer.lock.acquire(timeout=5):
+            raise ApiError(
+                409,
+                "Files are being indexed; try again when they are done.",
+                "indexing",
+                {"Retry-After": "5"},
+            )
+        try:
+            if self.is_upload(entry):
+                entry.place.unlink(missing_ok=True)
+            self.collection.remove_file(file_id)
+        finally:
+            self.writer.lock.release()
+        return entry
+
+    def close(self) -> None:
+        """Stop indexing and release the collection."""
+        self.writer.stop()
+        self.index.close()
+
+    def _engine(self) -> CitedQueryEngine:
+        how = self.answering
+        return self.index.as_query_engine(
+            how.llm, list(how.postprocessors), streaming=True, images=how.images
+        )
+
+    def _standalone(self, question: str, history: Sequence[tuple[str, str]]) -> str:
+        """A follow-up question in words that need no conversation."""
+        from llama_index.core.base.llms.types import ChatMessage
+        from llama_index.core.memory import ChatMemoryBuffer
+
+        from mmrag.answering.chat import CitedChatEngine
+
+        messages = [ChatMessage(role=role, content=text) for role, text in history]
+        memory = ChatMemoryBuffer.from_defaults(chat_history=messages)
+        return CitedChatEngine(self._engine(), memory=memory).standalone(question)
+
+
+class Libraries:
+    """The collections of a server by name. The first is the default.
+
+    embedders: by name, shared by the collections that use them.
+    """
+
+    def __init__(self, libraries: Sequence[Library], embedders: Sequence[BatchingEmbedder]) -> None:
+        self._by_name = {library.name: library for library in libraries}
+        self.embedders: Mapping[str, BatchingEmbedder] = {e.name: e for e in embedders}
+
+    def __iter__(self) -> Iterator[Library]:
+        return iter(self._by_name.values())
+
+    def get(self, name: str | None = None) -> Library:
+        """A collection by name. Raises ApiError 404."""
+        if name is None:
+            return next(iter(self))
+        if name not in self._by_name:
+            known = ", ".join(self._by_name)
+            raise not_found(f"There is no collection {name!r}; this server has {known}.")
+        return self._by_name[name]
+
+    def close(self) -> None:
+        """Stop all indexing and release the collections."""
+        for library in self:
+            library.close()
+        for embedder in self.embedders.values():
+            embedder.close()
+
+
+def open_libraries(
+    locations: Sequence[str],
+    *,
+    embedder: str | None = None,
+    answering: Answering | None = None,
+    batch_ms: float = 2.0,
+    api_key: str | None = None,
+    observe_batch: Callable[[int], None] | None = None,
+) -> Libraries:
+    """Open collections, and load each of their embedders once.
+
+    A collection that is not there is made, empty, for ``embedder`` (default: mmrag-nano).
+
+    Args:
+        locations: folders, or URLs of Qdrant servers; ``NAME=LOCATION`` gives it that name.
+        api_key: of the Qdrant servers.
+        observe_batch: is told the size of each batch of queries.
+
+    Raises: ConfigError for two collections of one name; what opening and loading raise.
+    """
+    from mmrag.embedders import load_embedder
+
+    embedders: dict[str, BatchingEmbedder] = {}
+    libraries: list[Library] = []
+    try:
+        for name, location in _named(locations):
+            wanted = embedder or _built_by(location, api_key) or DEFAULT_EMBEDDER
+            if wanted not in embedders:
+                loaded = load_embedder(wanted)
+                embedders[wanted] = BatchingEmbedder(loaded, batch_ms / 1000, observe=observe_batch)
+                embedders[wanted].encode(["warm"], "page_for_question")
+            index = UniversalIndex(location, embedders[wanted], api_key=api_key)
+            try:
+                index.add([])  # makes a collection that is not there
+                uploads = _uploads_of(index.collection)
+            except BaseException:
+                index.close()
+                raise
+            libraries.append(Library(name, index, uploads, answering or Answering()))
+    except BaseException:
+        Libraries(libraries, list(embedders.values())).close()
+        raise
+    return Libraries(libraries, list(embedders.values()))
+
+
+def _named(locations: Sequence[str]) -> list[tuple[str, str]]:
+    """Name and place of each collection: the name given, or the last part of the place."""
+    found: list[tuple[str, str]] = []
+    for location in locations:
+        name, equals, place = location.partition("=")
+        if not equals or not name or "/" in name:
+            name, place = location.rstrip("/").rsplit("/", 1)[-1], location
+        if name in ("", ".", ".."):
+            name = Path(place).resolve().name
+        if name in dict(found):
+            raise ConfigError(f"Two collections are called {name!r}: give them as NAME=FOLDER.")
+        found.append((name, place))
+    return found
+
+
+def _built_by(location: str, api_key: str | None) -> str | None:
+    """The embedder that built a collection, if there is one."""
+    try:
+        with Collection.open(location, api_key=api_key) as collection:
+            return collection.settings.embedder
+    except MissingCollectionError:
+        return None
+
+
+def _uploads_of(collection: Collection) -> Path:
+    """Beside the page images: in the folder of a collection, or a folder of its name."""
+    images = collection.images_dir
+    return images.parent / ("uploads" if images.name == "images" else f"{images.name}-uploads")

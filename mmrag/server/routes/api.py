@@ -1,0 +1,99 @@
+"""Search, answers and sessions."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Any
+
+from anyio import to_thread
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+
+from mmrag.server.answers import Event, answer_events, answer_row, hit_row
+from mmrag.server.errors import ApiError
+from mmrag.server.guard import SESSION_COOKIE
+from mmrag.server.schemas import AskRequest, SearchRequest, SessionRequest, query_of
+from mmrag.server.state import Server
+
+router = APIRouter(prefix="/api")
+
+NO_BUFFER = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+"""Headers of a stream, so that no proxy holds it back."""
+
+
+@router.get("/collections")
+async def collections(server: Server) -> dict[str, Any]:
+    """What is served."""
+    rows = []
+    for library in server.libraries:
+        files = await to_thread.run_sync(library.files)
+        settings = library.collection.settings
+        rows.append(
+            {
+                "name": library.name,
+                "files": len(files),
+                "pages": sum(entry.pages for entry in files),
+                "embedder": settings.embedder,
+                "modalities": sorted(library.index.embedder.modalities),
+                "llm": library.answering.model_name,
+            }
+        )
+    return {"collections": rows}
+
+
+@router.post("/search")
+async def search(body: SearchRequest, request: Request, server: Server) -> dict[str, Any]:
+    """The pages nearest to a text, an image, or both."""
+    library = server.libraries.get(body.collection)
+    query = query_of(body, server.image_limits)
+    hits = await server.run(lambda: library.search(query))
+    base = server.base(request)
+    return {"query": body.query, "hits": [hit_row(hit, library.name, base) for hit in hits]}
+
+
+@router.post("/ask")
+async def ask(body: AskRequest, request: Request, server: Server) -> Response:
+    """An answer that cites its pages: server-sent events, or JSON with ``stream: false``."""
+    library = server.libraries.get(body.collection)
+    query = query_of(body, server.image_limits)
+    history = [(turn.role, turn.content) for turn in body.history]
+    base = server.base(request)
+    if not body.stream:
+        question, response = await server.run(lambda: library.answer(query, history))
+        return JSONResponse({"question": question, **answer_row(response, library.name, base)})
+    events = server.stream(answer_events(library, query, history, base))
+    first = await anext(events)  # what fails before the first event is an HTTP error
+    return StreamingResponse(
+        _encoded(first, events), media_type="text/event-stream", headers=NO_BUFFER
+    )
+
+
+@router.post("/session")
+async def open_session(body: SessionRequest, request: Request, server: Server) -> Response:
+    """Trade an API key for a cookie, which images in a page can carry."""
+    if not server.keys.opens(body.key):
+        raise ApiError(401, "This is not an API key of the server.", "invalid_api_key")
+    response = Response(status_code=204)
+    response.set_cookie(
+        SESSION_COOKIE,
+        server.keys.new_session(),
+        httponly=True,
+        samesite="strict",
+        secure=request.url.scheme == "https",
+    )
+    return response
+
+
+@router.delete("/session")
+async def end_session(request: Request, server: Server) -> Response:
+    """Forget the session of this browser."""
+    server.keys.end_session(request.cookies.get(SESSION_COOKIE, ""))
+    response = Response(status_code=204)
+    response.delete_cookie(SESSION_COOKIE)
+    return response
+
+
+async def _encoded(first: Event, events: AsyncIterator[Event]) -> AsyncIterator[bytes]:
+    yield first.encode()
+    async for event in events:
+        yield event.encode()

@@ -1,0 +1,90 @@
+"""Uploaded files: checked, stored under a safe name, whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import threading
+import unicodedata
+from pathlib import Path, PurePosixPath
+from typing import BinaryIO
+
+from mmrag.errors import ContentError
+from mmrag.reading import count_pages, file_sha256
+from mmrag.reading.files import SUFFIXES
+from mmrag.server.errors import ApiError
+
+_LONGEST_NAME = 180  # bytes; file systems take 255
+_naming = threading.Lock()
+
+
+def safe_name(name: str) -> str:
+    """A file name that stays in its folder: no path, no control or leading characters that hide.
+
+    Raises: ApiError 415 for a kind of file that is not read, ContentError for no name at all.
+    """
+    last = PurePosixPath(unicodedata.normalize("NFC", name).replace("\\", "/")).name
+    kept = "".join(c for c in last if unicodedata.category(c)[0] != "C").strip().lstrip(".")
+    stem, suffix = PurePosixPath(kept).stem, PurePosixPath(kept).suffix
+    if not stem:
+        raise ContentError("The file has no name; send one, with its suffix.")
+    if suffix.lower() not in SUFFIXES:
+        known = ", ".join(sorted(SUFFIXES))
+        raise ApiError(415, f"{kept}: this kind of file is not read; send {known}.", "file_kind")
+    room = _LONGEST_NAME - len(suffix.encode())
+    return stem.encode()[:room].decode(errors="ignore") + suffix
+
+
+def store_upload(stream: BinaryIO, name: str, folder: Path, max_bytes: int, max_pages: int) -> Path:
+    """Write an uploaded file into ``folder``; it appears there when it is complete.
+
+    A file of that name with other content is kept, and the new one numbered: ``a (2).pdf``.
+
+    Raises: ApiError 413 for a file that is too large, 415 for another kind of file; ReadError
+        for a PDF that cannot be opened.
+    """
+    name = safe_name(name)
+    folder.mkdir(parents=True, exist_ok=True)
+    # Hidden names are passed over by indexing, should the server be killed here.
+    with tempfile.TemporaryDirectory(prefix=".incoming-", dir=folder) as incoming:
+        part = Path(incoming) / name
+        with part.open("wb") as file:
+            _copy(stream, file, name, max_bytes)
+            file.flush()
+            os.fsync(file.fileno())
+        if part.suffix.lower() == ".pdf" and (pages := count_pages(part)) > max_pages:
+            raise ApiError(
+                413, f"{name} has {pages} pages; at most {max_pages} are taken.", "too_many_pages"
+            )
+        with _naming:
+            target = _free_name(folder / name, file_sha256(part))
+            part.replace(target)
+    return target
+
+
+def clean_incoming(folder: Path) -> None:
+    """Delete what a server that was killed left of uploads."""
+    for rest in folder.glob(".incoming-*"):
+        shutil.rmtree(rest, ignore_errors=True)
+
+
+def _copy(stream: BinaryIO, file: BinaryIO, name: str, max_bytes: int) -> None:
+    size = 0
+    while block := stream.read(1024 * 1024):
+        size += len(block)
+        if size > max_bytes:
+            limit = max_bytes // (1024 * 1024)
+            raise ApiError(413, f"{name} is larger than {limit} MiB.", "file_too_large")
+        file.write(block)
+    if size == 0:
+        raise ContentError(f"{name} is empty.")
+
+
+def _free_name(target: Path, sha256: str) -> Path:
+    """The target, or its first numbered variant that is free or has the same content."""
+    candidate, number = target, 2
+    while candidate.exists() and file_sha256(candidate) != sha256:
+        candidate = target.with_name(f"{target.stem} ({number}){target.suffix}")
+        number += 1
+    return candidate
