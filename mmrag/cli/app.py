@@ -18,6 +18,7 @@ from mmrag.cli.list_files import list_files
 from mmrag.cli.models import models
 from mmrag.cli.remove import remove
 from mmrag.cli.search import search
+from mmrag.cli.serve import serve
 
 COMMANDS: dict[str, Callable[..., Any]] = {
     "index": index,
@@ -26,6 +27,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "list": list_files,
     "remove": remove,
     "models": models,
+    "serve": serve,
 }
 
 app = typer.Typer(

@@ -118,7 +118,7 @@ def ask(
                 step("Loading the embedder")
                 cited = library.as_query_engine(
                     model,
-                    _rerankers(rerank, model, top_k, images=not no_images),
+                    rerankers(rerank, model, top_k, images=not no_images),
                     similarity_top_k=top_k * (3 if rerank else 1),
                     where=where,
                     streaming=live and model is not None,
@@ -163,7 +163,7 @@ def _planned(engine: CitedQueryEngine) -> PlanningQueryEngine:
     return PlanningQueryEngine(engine)
 
 
-def _rerankers(
+def rerankers(
     name: str | None, llm: OpenAILike | LocalLLM | None, top_k: int, images: bool
 ) -> list[BaseNodePostprocessor]:
     """The reranker of --rerank."""

@@ -1,0 +1,88 @@
+"""The server as a process: its start, its end, and what a stop in the middle leaves."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+
+HERE = Path(__file__).parent
+
+
+@contextmanager
+def serving(folder, *options, **environ):
+    """A running server and its address; killed at the end if a test has not ended it."""
+    paths = [str(HERE.parents[1]), str(HERE.parent)]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(paths), **environ}
+    command = [sys.executable, str(HERE / "serve_fake.py"), "serve", "-c", str(folder)]
+    process = subprocess.Popen(
+        [*command, "--port", "0", *options], env=env, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        lines = []
+        for line in process.stderr:
+            lines.append(line)
+            if found := re.search(r"Serving on (http://\S+)", line):
+                yield process, found[1]
+                return
+        pytest.fail("".join(lines))
+    finally:
+        process.kill()
+        process.wait()
+        process.stderr.close()
+
+
+def stop(process, sign=signal.SIGTERM):
+    process.send_signal(sign)
+    return process.wait(30)
+
+
+def indexed(url, name, seconds=30):
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        files = httpx.get(f"{url}/api/files").json()["files"]
+        if name in {row["name"] for row in files}:
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def test_an_empty_collection_is_served_filled_and_closed(tmp_path):
+    with serving(tmp_path / "c") as (process, url):
+        assert httpx.get(f"{url}/ready").status_code == 200
+        httpx.post(f"{url}/api/files", files={"file": ("a.txt", b"The pump was oiled.")})
+        assert indexed(url, "a.txt")
+        assert stop(process) == -signal.SIGTERM  # closed first: the next one gets its lock
+    with serving(tmp_path / "c") as (process, url):
+        assert indexed(url, "a.txt")
+        assert stop(process, signal.SIGINT) == 130
+
+
+@pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGKILL])
+def test_nothing_is_lost_when_it_is_stopped_over_an_upload(tmp_path, sign):
+    text = "\n\n".join(f"Passage {n}: " + "the pump was oiled again. " * 60 for n in range(20))
+    with serving(tmp_path / "c", SLOW="1") as (process, url):
+        reply = httpx.post(f"{url}/api/files", files={"file": ("long.txt", text.encode())})
+        assert reply.status_code == 202
+        stop(process, sign)
+    with serving(tmp_path / "c") as (process, url):
+        assert indexed(url, "long.txt")
+        hits = httpx.post(f"{url}/api/search", json={"query": "passage 19"}).json()["hits"]
+        assert hits
+        stop(process)
+
+
+def test_wrong_use_is_told_before_anything_is_loaded(tmp_path):
+    for options in (["--host", "0.0.0.0"], ["--api-keys", str(tmp_path / "none")]):
+        command = [sys.executable, str(HERE / "serve_fake.py"), "serve", *options]
+        env = os.environ | {"PYTHONPATH": f"{HERE.parents[1]}{os.pathsep}{HERE.parent}"}
+        env.pop("MMRAG_API_KEYS", None)
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 2
+        assert "Error:" in done.stderr
