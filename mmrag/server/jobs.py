@@ -102,7 +102,7 @@ class Writer:
             if not self._stopping.is_set():
                 self._add(batch)
             if self._stopping.is_set():
-                _finish(batch, "stopped")
+                _finish(self.jobs(), "stopped")
                 return
 
     def _add(self, jobs: Sequence[Job]) -> None:
