@@ -1,9 +1,9 @@
-"""Which rows make up each step: planned ahead from ids and costs alone, so that it can resume.
+"""Which rows make up each step: planned ahead from keys and costs alone, so that it can resume.
 
 A batch comes from one data set; its rows cost about the same, so that little is padded; and where
 rows see each other's documents, no document of one row answers another, nor do two rows come from
 one page. Nothing is decoded to plan, and step n of a run is the same whether the run began at 0 or
-resumed at n.
+resumed at n. A pass begins with a sort; then a step takes a time that depends on the batch alone.
 """
 
 from __future__ import annotations
@@ -13,9 +13,15 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from mmrag_recipes.rows import Row
+import numpy as np
+from numpy.typing import NDArray
+
+from mmrag_recipes.row_file import Keys
 
 _BIN_GROWTH = 1.3
+_FIRST_EDGE = 32.0
+# Rows in conflict that a step looks at again, in batches: bounds its time.
+_LOOK_BACK = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,10 +35,13 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A data set as the planner sees it: rows and the cost of each, in tokens."""
+    """A data set as the planner sees it: keys of its rows, and the cost of each in tokens.
 
-    rows: Sequence[Row]
-    costs: Sequence[int]
+    Rows of a negative cost are left out.
+    """
+
+    keys: Keys
+    costs: NDArray[np.int32] | Sequence[int]
     weight: float = 1.0
     in_batch: bool = True
     """Whether rows see each other's documents; if not, no two rows can be in conflict."""
@@ -45,7 +54,7 @@ def plan(sources: Sequence[Source], batch_size: int, seed: int) -> Iterator[Batc
     (arXiv 2507.04590).
     """
     chooser = random.Random(seed)
-    shares = [source.weight * len(source.rows) for source in sources]
+    shares = [source.weight * int((np.asarray(source.costs) >= 0).sum()) for source in sources]
     passes = [_passes(source, batch_size, seed * 1009 + i) for i, source in enumerate(sources)]
     while True:
         dataset = chooser.choices(range(len(sources)), shares)[0]
@@ -56,70 +65,81 @@ def plan(sources: Sequence[Source], batch_size: int, seed: int) -> Iterator[Batc
 def _passes(source: Source, size: int, seed: int) -> Iterator[tuple[int, tuple[int, ...]]]:
     epoch = 0
     while True:
-        for rows in one_pass(source, size, random.Random(f"{seed}/{epoch}")):
+        for rows in one_pass(source, size, np.random.default_rng([abs(seed), epoch])):
             yield epoch, rows
         epoch += 1
 
 
-def one_pass(source: Source, size: int, chance: random.Random) -> list[tuple[int, ...]]:
+def one_pass(source: Source, size: int, chance: np.random.Generator) -> Iterator[tuple[int, ...]]:
     """Batches of one pass over a data set, in random order.
 
     Rows that cannot be placed in a full batch without a conflict wait for the next pass, in
     which the order is another; a data set smaller than ``size`` makes one smaller batch.
     """
-    order = list(range(len(source.rows)))
-    chance.shuffle(order)
-    bins = [_bin(cost) for cost in source.costs]
-    # Begun at any bin: from the cheapest on, the costliest rows would be left over every time.
-    first = bins[order[0]] if order else 0
-    order.sort(key=lambda index: (bins[index] < first, bins[index]))
-    waiting = deque(order)
-    batches: list[tuple[int, ...]] = []
-    while waiting:
-        chosen = _take(waiting, source, size)
-        if len(chosen) == size or not batches:
-            batches.append(tuple(chosen))
+    stream = iter(_order(source, size, chance))
+    waiting: deque[int] = deque()
+    full = False
+    while True:
+        chosen = _take(waiting, stream, source, size)
+        if len(chosen) == size or (chosen and not full):
+            yield tuple(chosen)
+            full = True
         if len(chosen) < size:
-            break
-    chance.shuffle(batches)
-    return batches
+            return
 
 
-def _take(waiting: deque[int], source: Source, size: int) -> list[int]:
-    """Take rows without conflict from the front; rows passed over go back to the front."""
-    if not source.in_batch:
-        return [waiting.popleft() for _ in range(min(size, len(waiting)))]
+def _order(source: Source, size: int, chance: np.random.Generator) -> list[int]:
+    """All rows: chunks of ``size`` rows of like cost, in random order."""
+    costs = np.asarray(source.costs)
+    order = chance.permutation(np.flatnonzero(costs >= 0))
+    growth = np.log(np.maximum(costs[order], _FIRST_EDGE) / _FIRST_EDGE) / np.log(_BIN_GROWTH)
+    bins = np.ceil(growth)
+    # Begun at any bin: from the cheapest on, the costliest rows would be left over every time.
+    first = bins[0] if len(bins) else 0
+    order = order[np.lexsort((bins, bins < first))]
+    starts = chance.permutation(len(order) // size) * size
+    chunks = [order[start : start + size] for start in starts]
+    rest = order[len(order) // size * size :]
+    flat: list[int] = np.concatenate([*chunks, rest]).tolist()
+    return flat
+
+
+def _take(waiting: deque[int], stream: Iterator[int], source: Source, size: int) -> list[int]:
+    """Rows without conflict: of those that wait, then of the stream; the others wait."""
     chosen: list[int] = []
-    passed: list[int] = []
+    if not source.in_batch:
+        return [index for _, index in zip(range(size), stream, strict=False)]
     positives: set[int] = set()
     negatives: set[int] = set()
     queries: set[int] = set()
-    places: set[str] = set()
-    while waiting and len(chosen) < size:
-        index = waiting.popleft()
-        row = source.rows[index]
-        own_positives = {item.key for item in row.positives}
-        own_negatives = {item.key for item in row.negatives}
+    places: set[int] = set()
+    keys = source.keys
+    passed: list[int] = []
+    looked_back = min(len(waiting), _LOOK_BACK * size)
+    candidates = (waiting.popleft() for _ in range(looked_back))
+    for index in _chain(candidates, stream):
+        own_positives = set(keys.positives[index].tolist())
+        own_negatives = set(keys.negatives[index].tolist())
+        query, place = int(keys.queries[index]), int(keys.places[index])
         clash = own_positives & (positives | negatives) or own_negatives & positives
-        if clash or row.query.key in queries or row.place in places:
+        if clash or query in queries or place in places:
             passed.append(index)
             continue
         chosen.append(index)
-        queries.add(row.query.key)
+        queries.add(query)
         positives |= own_positives
         negatives |= own_negatives
-        places |= {row.place} if row.place else set()
-    waiting.extendleft(reversed(passed))
+        places |= {place} if place else set()
+        if len(chosen) == size:
+            break
+    # Behind the others, so that every waiting row is looked at again in turn.
+    waiting.extend(passed)
     return chosen
 
 
-def _bin(cost: int) -> int:
-    """Number of the cost bin: each holds costs within a factor of 1.3."""
-    step, edge = 0, 32.0
-    while cost > edge:
-        edge *= _BIN_GROWTH
-        step += 1
-    return step
+def _chain(candidates: Iterator[int], stream: Iterator[int]) -> Iterator[int]:
+    yield from candidates
+    yield from stream
 
 
 def shard(rows: Sequence[int], rank: int, size: int) -> list[int]:

@@ -1,45 +1,46 @@
-"""Recipe configurations: TOML files read into frozen dataclasses, every key accounted for."""
+"""The options of every recipe; the docstring under a field is its help on the command line."""
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
-import tomllib
-import types
-import typing
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, Literal
 
-from mmrag.errors import ConfigError
+from pydantic import Field, model_validator
 
-T = TypeVar("T")
+from mmrag.content import Modality
+from mmrag_recipes.options import Options
+
+PROMPTS = Path(__file__).parent / "prompts"
+MODALITIES: tuple[Modality, ...] = ("text", "image", "fused")
+PAIRS = tuple(f"{q}->{d}" for q in MODALITIES for d in MODALITIES)
 
 
-@dataclass(frozen=True)
-class DataConfig:
-    """One data set of a training mix."""
+class DataConfig(Options):
+    """One data set of a training mix; a plain string is its ``rows``."""
 
     rows: str
-    """JSON lines as in ``mmrag_recipes.rows``; the images are in ``images`` beside it."""
+    """JSON lines as in mmrag_recipes.rows; the images are in ``images`` beside the file."""
     name: str = ""
     """Name in logs; by default the file's."""
-    weight: float = 1.0
+    weight: float = Field(1.0, gt=0)
     """How often its batches come up, relative to the other data sets' rows."""
     in_batch_negatives: bool = True
     """Whether documents of other rows serve as negatives. Off for classification."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _from_text(cls, value: Any) -> Any:
+        return {"rows": value} if isinstance(value, str) else value
 
-@dataclass(frozen=True)
-class LoraConfig:
+
+class LoraConfig(Options):
     """Low-rank adapters instead of full fine-tuning."""
 
-    r: int = 8
+    r: int = Field(8, ge=1)
     """Rank; GME found 8 best (arXiv 2412.16855, section 5)."""
     alpha: int = 16
     """Scale of the update is alpha / r."""
-    dropout: float = 0.0
+    dropout: float = Field(0.0, ge=0, lt=1)
     """Dropout before the adapters."""
     targets: str = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"
     """Regular expression of the modules that get an adapter."""
@@ -47,49 +48,67 @@ class LoraConfig:
     """Learn magnitudes too (arXiv 2402.09353): slower, sometimes better."""
 
 
-@dataclass(frozen=True)
-class TrainConfig:
-    """Everything that one training run depends on."""
+class GroupConfig(Options):
+    """Weights with a rate of their own."""
+
+    prefix: str
+    """How the names of the weights begin, such as ``visual`` or ``visual.merger``."""
+    lr: float | None = Field(None, ge=0)
+    """Peak learning rate; by default that of all."""
+    weight_decay: float | None = Field(None, ge=0)
+    """Weight decay; by default that of all."""
+
+
+class TrainConfig(Options):
+    """Fine-tune an embedder: contrastive, with hard negatives, GradCache, LoRA and exact resume."""
 
     model: str
     """Checkpoint to start from: a folder, ``mmrag-nano``, or a name on the hub."""
     out: str
-    """Folder of the run: configuration, logs, checkpoints, plot, and the final weights."""
-    data: tuple[DataConfig, ...]
-    """The mix; each batch comes from one data set."""
+    """Folder of the run: options, logs, checkpoints, plot, and the final weights."""
+    data: tuple[DataConfig, ...] = Field(min_length=1)
+    """The mix: files of rows, or tables of options; each batch comes from one data set."""
+    dry_run: bool = False
+    """Show what would be trained on, and train nothing."""
     family: str | None = None
     """Recipe of the model where it cannot be told from the checkpoint."""
-    limits: dict[str, Any] = field(default_factory=dict)
-    """Limits of the family, such as max_length and max_image_tokens."""
-    steps: int = 1000
+    limits: dict[str, Any] = Field(default_factory=dict)
+    """Limits of the family, such as {max_length = 1800, max_image_tokens = 1024}."""
+    steps: int = Field(1000, ge=1)
     """Optimizer steps in all."""
-    batch_size: int = 64
+    epochs: float = Field(0.0, ge=0)
+    """Passes over all rows, in place of ``steps``; 0 counts steps."""
+    batch_size: int = Field(64, ge=1)
     """Queries per step over all processes."""
-    chunk: int = 0
+    chunk: int = Field(0, ge=0)
     """GradCache: inputs run at a time with a graph; 0 runs the batch at once."""
-    hard_negatives: int = 0
+    hard_negatives: int = Field(0, ge=0)
     """Mined negatives taken per row and step; they rotate over the passes."""
-    temperature: float = 0.03
+    temperature: float = Field(0.03, gt=0)
     """Of the softmax over cosines."""
     false_negative_margin: float = 0.1
     """In-batch documents that beat the positive by more than this are left out; 2 keeps all."""
     matryoshka_dims: tuple[int, ...] = ()
     """Also train these prefixes of the vectors; the full width is always trained."""
-    distil_weight: float = 0.0
+    distil_weight: float = Field(0.0, ge=0, le=1)
     """Share of the loss that follows the teacher's scores in the rows."""
-    distil_temperature: float = 1.0
+    distil_temperature: float = Field(1.0, gt=0)
     """Of the softmax over the teacher's scores."""
     lora: LoraConfig | None = None
     """Adapters; without this table all weights train."""
     freeze: tuple[str, ...] = ()
     """Prefixes of weights that stay as they are, such as ``visual``."""
-    lr: float = 1e-4
+    lr: float = Field(1e-4, gt=0)
     """Peak learning rate of AdamW."""
-    warmup: float = 0.06
-    """Share of the steps over which the rate rises; then it falls linearly to zero."""
-    weight_decay: float = 0.0
+    groups: tuple[GroupConfig, ...] = ()
+    """Weights with a rate of their own, such as tower, projector and decoder."""
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    """How the rate goes on after the warm-up: linear or cosine to zero, or constant."""
+    warmup: float = Field(0.06, ge=0, le=1)
+    """Share of the steps over which the rate rises."""
+    weight_decay: float = Field(0.0, ge=0)
     """Of AdamW."""
-    clip: float = 1.0
+    clip: float = Field(1.0, gt=0)
     """Largest norm of the gradient."""
     seed: int = 0
     """Of batches, adapters and dropout."""
@@ -101,98 +120,198 @@ class TrainConfig:
     """Trade time for memory: activations are computed again."""
     evaluate: str = ""
     """Rows to evaluate on during training, metrics per modality pair; empty for none."""
-    evaluate_every: int = 200
+    evaluate_every: int = Field(200, ge=1)
     """Steps between evaluations."""
-    save_every: int = 200
+    best_metric: str = "all/ndcg@10"
+    """Which evaluation is best: its weights are the final ones."""
+    patience: int = Field(0, ge=0)
+    """Evaluations without improvement before the run stops; 0 runs all steps."""
+    max_skipped_steps: int = Field(0, ge=0)
+    """Steps in a row whose loss or gradient is not finite that are skipped before the run stops."""
+    save_every: int = Field(200, ge=1)
     """Steps between checkpoints that a run can resume from."""
-    log_every: int = 10
+    keep: int = Field(2, ge=1)
+    """Checkpoints that are kept, beside that of the best evaluation."""
+    log_every: int = Field(10, ge=1)
     """Steps between lines of the log."""
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "evaluate_every", "save_every", "log_every"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}={getattr(self, name)}: at least 1 is needed.")
-        for name in ("chunk", "hard_negatives"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"{name}={getattr(self, name)}: it cannot be below 0.")
-        for name in ("temperature", "distil_temperature"):
-            if getattr(self, name) <= 0:
-                raise ConfigError(f"{name}={getattr(self, name)}: it must be above 0.")
+    report: tuple[Literal["tensorboard", "wandb"], ...] = ("tensorboard",)
+    """Where values go beside ``log.jsonl``."""
 
 
-def load_config(cls: type[T], path: str | Path | None, overrides: Sequence[str] = ()) -> T:
-    """Read a TOML file, if any, into a dataclass; ``overrides`` are ``key=value``, the last word.
+class SynthesizeConfig(Options):
+    """Make training rows from your own files: GME's fused-modal pipeline."""
 
-    Raises: ConfigError for a key that the dataclass does not have (with the nearest one), a
-        missing key, or a value of the wrong type.
-    """
-    values: dict[str, Any] = {}
-    if path is not None:
-        try:
-            values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, tomllib.TOMLDecodeError) as error:
-            raise ConfigError(f"{path}: the configuration cannot be read ({error}).") from error
-    for override in overrides:
-        key, equals, text = override.partition("=")
-        if not equals:
-            raise ConfigError(f"{override!r}: an override looks like key=value.")
-        _set(values, key.split("."), text)
-    return build(cls, values, str(path or "command line"))
+    positional: ClassVar[tuple[str, ...]] = ("paths",)
 
-
-def _set(values: dict[str, Any], keys: list[str], text: str) -> None:
-    """Set a value by its dotted key; the text is read as TOML, or taken as a string."""
-    *tables, last = keys
-    for table in tables:
-        inner = values.setdefault(table, {})
-        if not isinstance(inner, dict):
-            whole = ".".join(keys)
-            raise ConfigError(f"{whole}: {table!r} is no table; change it in the file.")
-        values = inner
-    try:
-        values[last] = tomllib.loads(f"v = {text}")["v"]
-    except tomllib.TOMLDecodeError:
-        values[last] = text
-
-
-def build(cls: type[T], values: Mapping[str, Any], where: str) -> T:
-    """Make a dataclass from plain values, checking every key and type."""
-    hints = typing.get_type_hints(cls)
-    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    for key in values:
-        if key not in fields:
-            near = difflib.get_close_matches(key, fields, n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
-            raise ConfigError(f"{where}: unknown key {key!r}.{hint}")
-    missing = [name for name, f in fields.items() if name not in values and _required(f)]
-    if missing:
-        raise ConfigError(f"{where}: missing key {', '.join(map(repr, missing))}.")
-    made = {key: _convert(hints[key], value, f"{where}: {key}") for key, value in values.items()}
-    return cls(**made)
+    paths: tuple[Path, ...] = Field(min_length=1)
+    """Files and folders to read."""
+    out: Path
+    """Folder of the rows, their images and the report."""
+    rows: int = Field(900, ge=1)
+    """Rows to aim at, over all pairs, before the filter."""
+    pairs: tuple[str, ...] = PAIRS
+    """Modalities of query and document; of the nine of UMRB, all by default."""
+    queries: int = Field(1, ge=1)
+    """Queries per document and pair, at most. Few files need several."""
+    dev: float = Field(0.0, ge=0, lt=1)
+    """Share of the pages whose rows are held out in ``dev.jsonl``."""
+    top_k: int = Field(20, ge=1)
+    """A row is kept if its document is among this many for its query."""
+    min_similarity: float = 0.2
+    """Least cosine of an entity's name and the figure taken for it."""
+    embedder: str = "mmrag-nano"
+    """Model that filters rows and finds figures; a stronger one is a better judge."""
+    llm: str | None = None
+    """Language model at an OpenAI-compatible server that writes the queries."""
+    base_url: str | None = None
+    """The server, up to /v1; by default OPENAI_BASE_URL. The key is OPENAI_API_KEY."""
+    local_llm: str | None = None
+    """Language model to run here: a folder or a name on the hub."""
+    image_model: str | None = None
+    """Model at the same server that draws entities, instead of figures of the files."""
+    prompts: Path = PROMPTS
+    """Folder of prompt files."""
+    concurrency: int = Field(8, ge=1)
+    """Requests to the model at a time."""
+    license: str = ""
+    """License of the files, written into every row."""
+    seed: int = 0
+    """Of the choice of documents."""
+    prompt_price: float = Field(0.0, ge=0)
+    """Price of a million prompt tokens, for the report."""
+    completion_price: float = Field(0.0, ge=0)
+    """Price of a million completion tokens, for the report."""
 
 
-def _required(f: dataclasses.Field[Any]) -> bool:
-    return f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+class MineConfig(Options):
+    """Mine hard negatives with any embedder, over one corpus of all modalities."""
+
+    positional: ClassVar[tuple[str, ...]] = ("rows",)
+
+    rows: Path
+    """Rows that get negatives."""
+    out: Path
+    """File of rows with negatives, to write."""
+    model: str = "mmrag-nano"
+    """Embedder that finds the negatives."""
+    family: str | None = None
+    """Recipe of the model where it cannot be told from the checkpoint."""
+    right: int = Field(4, ge=0)
+    """Negatives per row of the positive's modality."""
+    wrong: int = Field(2, ge=0)
+    """Negatives per row of another modality."""
+    depth: int = Field(100, ge=1)
+    """Candidates looked at per query."""
+    max_ratio: float = 0.95
+    """A right-modality candidate scores at most this share of the positive."""
+    rank_cut: int = Field(0, ge=0)
+    """A right-modality candidate ranks below this many; MM-Embed takes 45 of 50."""
+    duplicate_cosine: float = 0.97
+    """Candidates this close to a positive are taken for copies of it."""
+    sample: Literal["top", "random"] = "top"
+    """``top`` takes the hardest of each pool, ``random`` any of them."""
+    seed: int = 0
+    """Of the random choice."""
+
+    @model_validator(mode="after")
+    def _candidates_remain(self) -> MineConfig:
+        if self.rank_cut >= self.depth:
+            raise ValueError("rank_cut must be below depth, or no right-modality candidate is left")
+        return self
 
 
-def _convert(hint: Any, value: Any, where: str) -> Any:
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        inner = [a for a in arguments if a is not type(None)]
-        return None if value is None else _convert(inner[0], value, where)
-    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
-        if not isinstance(value, Mapping):
-            raise ConfigError(f"{where}: a table is expected, got {value!r}.")
-        return build(hint, value, where)
-    if origin is tuple:
-        if not isinstance(value, list | tuple):
-            raise ConfigError(f"{where}: a list is expected, got {value!r}.")
-        return tuple(_convert(arguments[0], v, f"{where}[{i}]") for i, v in enumerate(value))
-    if origin is dict:
-        hint = dict
-    truth = isinstance(value, bool) and hint in (int, float)  # Python takes True for 1
-    if hint is float and isinstance(value, int) and not truth:
-        return float(value)
-    if hint is not Any and (truth or not isinstance(value, hint)):
-        raise ConfigError(f"{where}: {hint.__name__} is expected, got {value!r}.")
-    return value
+class ExportConfig(Options):
+    """Turn a finished run into a checkpoint folder that loads everywhere, and prove it."""
+
+    positional: ClassVar[tuple[str, ...]] = ("run",)
+
+    run: Path
+    """Folder of a finished training run."""
+    out: Path
+    """Checkpoint folder to write."""
+    dtype: Literal["float16", "bfloat16", "float32"] = "float16"
+    """Type of the weights."""
+    scores: tuple[Path, ...] = ()
+    """JSON files of ``evaluate --json`` for the model card."""
+
+
+class ConvertConfig(Options):
+    """Turn other projects' training data into rows."""
+
+    positional: ClassVar[tuple[str, ...]] = ("kind", "records")
+
+    kind: Literal["mmeb", "mbeir", "swift", "pdfs"]
+    """mmeb, mbeir, swift, or pdfs: questions about pages of PDFs."""
+    records: Path
+    """Records of the data set, or questions for pdfs."""
+    out: Path
+    """File of rows to write; images go to ``images`` beside it."""
+    images: Path = Path()
+    """Folder of the images."""
+    pool: Path | None = None
+    """Candidates, for mbeir."""
+    pdfs: Path = Path()
+    """Folder of the PDFs, for pdfs."""
+    items: Literal["image", "text", "fused"] = "image"
+    """What a page becomes, for pdfs."""
+    task: str | None = None
+    """Name of the task; by default the file's."""
+    license: str = ""
+    """License of the PDFs."""
+
+
+class EvaluateConfig(Options):
+    """Retrieval metrics on rows, per modality pair and dimension."""
+
+    positional: ClassVar[tuple[str, ...]] = ("rows",)
+
+    rows: Path
+    """Rows to rank for."""
+    model: str = "mmrag-nano"
+    """Embedder to evaluate."""
+    family: str | None = None
+    """Recipe of the model where it cannot be told from the checkpoint."""
+    dims: tuple[int, ...] = ()
+    """Dimensions to report; by default the full width."""
+    as_json: bool = False
+    """Print JSON instead of a table."""
+
+
+class EvaluatePagesConfig(Options):
+    """Page retrieval on a folder of PDFs: every view, BM25 and their fusion, side by side."""
+
+    positional: ClassVar[tuple[str, ...]] = ("questions",)
+
+    questions: Path
+    """Questions, or rows that name their page."""
+    pdfs: Path
+    """Folder of the PDFs."""
+    library: Path | None = None
+    """Keep the index here."""
+    model: str = "mmrag-nano"
+    """Embedder to evaluate."""
+    family: str | None = None
+    """Recipe of the model where it cannot be told from the checkpoint."""
+    as_json: bool = False
+    """Print JSON instead of a table."""
+
+
+class EvaluateAnswersConfig(Options):
+    """How often the engine answers, and how often it should not have."""
+
+    positional: ClassVar[tuple[str, ...]] = ("questions",)
+
+    questions: Path
+    """Questions with their pages."""
+    pdfs: Path
+    """Folder of the PDFs."""
+    foreign: Path
+    """Questions that the PDFs do not answer: JSON lines."""
+    count: int = Field(120, ge=1)
+    """How many of them are drawn."""
+    seed: int = 0
+    """Of the draw."""
+    model: str = "mmrag-nano"
+    """Embedder to answer with."""
+    library: Path | None = None
+    """Keep the index here."""

@@ -1,16 +1,15 @@
 """Turn other projects' training data into rows.
 
-    python -m mmrag_recipes.convert mmeb train.jsonl --images MMEB-train/ --out rows.jsonl
-    python -m mmrag_recipes.convert mbeir query.jsonl --pool pool.jsonl --images . --out rows.jsonl
-    python -m mmrag_recipes.convert swift train.jsonl --images . --out rows.jsonl
-    python -m mmrag_recipes.convert pdfs questions.jsonl --pdfs papers/ --out rows.jsonl
+    python -m mmrag_recipes convert mmeb train.jsonl --images MMEB-train/ --out rows.jsonl
+    python -m mmrag_recipes convert mbeir query.jsonl --pool pool.jsonl --images . --out rows.jsonl
+    python -m mmrag_recipes convert swift train.jsonl --images . --out rows.jsonl
+    python -m mmrag_recipes convert pdfs questions.jsonl --pdfs papers/ --out rows.jsonl
 
 A record that cannot be used is reported and left out; the rest is converted.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,7 +21,7 @@ from pydantic import ValidationError
 
 from mmrag.errors import ContentError, ReadError
 from mmrag.reading import read_file
-from mmrag_recipes.console import ends_cleanly
+from mmrag_recipes.config import ConvertConfig
 from mmrag_recipes.rows import ImageStore, Item, Row, store_of, write_rows
 
 _PLACEHOLDER = re.compile(r"<\|image_\d+\|>|<image>|<\|image_pad\|>")
@@ -141,7 +140,7 @@ def from_swift(records: Sequence[Mapping[str, Any]], pictures: Images, task: str
 
 
 def from_pdfs(
-    questions: Sequence[Mapping[str, Any]], pdfs: Path, store: ImageStore, items: str, licence: str
+    questions: Sequence[Mapping[str, Any]], pdfs: Path, store: ImageStore, items: str, license: str
 ) -> Converted:
     """Questions about pages of PDFs; a page becomes its image, its text, or both.
 
@@ -167,7 +166,7 @@ def from_pdfs(
             query=Item(text=record["question"]),
             positives=[pages[page] for page in wanted],
             source=f"{wanted[0][0]}#{wanted[0][1]}",
-            licence=licence,
+            license=license,
         )
 
     found = _each(questions, convert)
@@ -224,44 +223,26 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     return list(records)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(
-        prog="mmrag_recipes.convert", description=__doc__.split("\n")[0]
-    )
-    parser.add_argument("kind", choices=["mmeb", "mbeir", "swift", "pdfs"])
-    parser.add_argument("records", type=Path, help="records, or questions for pdfs")
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--images", type=Path, default=Path(), help="folder of the pictures")
-    parser.add_argument("--pool", type=Path, default=None, help="candidates, for mbeir")
-    parser.add_argument("--pdfs", type=Path, default=Path(), help="folder of the PDFs, for pdfs")
-    parser.add_argument("--items", choices=["image", "text", "fused"], default="image")
-    parser.add_argument("--task", default=None, help="name of the task; default: the file's")
-    parser.add_argument("--licence", default="", help="licence of the PDFs")
-    given = parser.parse_args(arguments)
-    with ends_cleanly():
-        converted = _convert(given)
-        count = write_rows(given.out, converted.rows)
+def run(options: ConvertConfig) -> None:
+    """Command: convert a file of records."""
+    converted = _convert(options)
+    count = write_rows(options.out, converted.rows)
     for problem in converted.problems:
         print(f"left out: {problem}")
-    print(f"{count} rows, {len(converted.problems)} left out: {given.out}")
+    print(f"{count} rows, {len(converted.problems)} left out: {options.out}")
 
 
-def _convert(given: argparse.Namespace) -> Converted:
-    records = read_records(given.records)
-    images = Images(given.images, store_of(given.out))
-    task = given.task or given.records.stem
-    match given.kind:
+def _convert(options: ConvertConfig) -> Converted:
+    records = read_records(options.records)
+    images = Images(options.images, store_of(options.out))
+    task = options.task or options.records.stem
+    match options.kind:
         case "mmeb":
             return from_mmeb(records, images, task)
         case "mbeir":
-            if given.pool is None:
+            if options.pool is None:
                 raise ContentError("mbeir needs --pool, the file of candidates.")
-            return from_mbeir(records, read_records(given.pool), images, task)
+            return from_mbeir(records, read_records(options.pool), images, task)
         case "swift":
             return from_swift(records, images, task)
-    return from_pdfs(records, given.pdfs, images.store, given.items, given.licence)
-
-
-if __name__ == "__main__":
-    main()
+    return from_pdfs(records, options.pdfs, images.store, options.items, options.license)

@@ -1,78 +1,177 @@
-"""Data sets of a training: rows with their images and costs, and what a step is made of."""
+"""Data sets of a training: rows, the cost of each in tokens, and which cannot be used."""
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+import copy
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
+from torch import nn
 
-from mmrag.errors import ConfigError
+from mmrag.embedders.registry import find_folders
+from mmrag.errors import ConfigError, ContentError
 from mmrag.instructions import resolve
 from mmrag.modeling.backbone import Backbone
-from mmrag_recipes import distributed
-from mmrag_recipes.batches import Batch, shard
 from mmrag_recipes.config import DataConfig, TrainConfig
-from mmrag_recipes.rows import ImageStore, Item, Row, read_rows, store_of
+from mmrag_recipes.console import track
+from mmrag_recipes.row_file import RowFile, open_rows, workers
+from mmrag_recipes.rows import ImageStore, Item, Row, store_of
+
+LEFT_OUT = -1  # cost of a row that cannot be used
+
+_ROWS_PER_TASK = 5000
+_ENDS = 4096  # bytes of an image file's start and end that its digest reads
+_LARGEST_DESCRIPTION = 64_000_000  # bytes; larger files of a checkpoint are weights
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A row, or one document of it, that is left out."""
+
+    row: str
+    reason: str
+    step: int | None = None
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """Rows of one data set with their images and settings."""
+    """Rows of one data set.
 
-    config: DataConfig
-    rows: list[Row]
-    store: ImageStore
-    costs: list[int]
-
-
-@dataclass(frozen=True)
-class StepInputs:
-    """One process's share of a step.
-
-    inputs: prepared queries first, then documents; b queries, n documents.
-    targets: (b,) document of each query. keys: (n,) content hashes. rows: (n,) global row of
-    each document. own_rows: (b,). positives: hashes of each query's positives. teacher: (n,)
-    the teacher's score of each document for its own row, NaN where there is none.
+    costs: (n,) tokens of query, positive and negatives; ``LEFT_OUT`` for rows that cannot be
+    used, which ``problems`` names. digest: of rows and images.
     """
 
-    inputs: list[Any]
-    targets: Tensor
-    keys: Tensor
-    rows: Tensor
-    own_rows: Tensor
-    positives: list[Tensor]
-    teacher: Tensor
-    in_batch: bool
+    config: DataConfig
+    rows: RowFile
+    store: ImageStore
+    costs: NDArray[np.int32]
+    problems: list[Problem]
+    digest: str
 
     @property
-    def n_queries(self) -> int:
-        """Number of queries."""
-        return len(self.targets)
+    def name(self) -> str:
+        """Name in logs."""
+        return self.config.name or Path(self.config.rows).stem
 
 
 def load_datasets(config: TrainConfig, backbone: Backbone) -> list[Dataset]:
-    """Read all data sets and the cost of each row in tokens; images are not decoded."""
+    """Open all data sets; the cost of each row is computed once and kept beside the rows.
+
+    Raises: ContentError for bad rows, or if no row of a data set can be used.
+    """
     if not config.data:
         raise ConfigError("data: at least one data set is needed.")
-    return [_load_dataset(data, config, backbone) for data in config.data]
+    return [_load(data, config, backbone) for data in config.data]
 
 
-def _load_dataset(data: DataConfig, config: TrainConfig, backbone: Backbone) -> Dataset:
-    rows, store = read_rows(data.rows), store_of(data.rows)
+def _load(data: DataConfig, config: TrainConfig, backbone: Backbone) -> Dataset:
+    rows, store = open_rows(data.rows), store_of(data.rows)
+    files = [(name, store.folder / name) for name in rows.images]
+    stats = [(name, _stat(path)) for name, path in files]
+    about = [backbone.settings(), _description(config.model), config.hard_negatives, stats]
+    key = hashlib.sha256(json.dumps(about, default=str).encode()).hexdigest()[:16]
+    kept, notes = rows.folder / f"costs-{key}.npy", rows.folder / f"costs-{key}.json"
+    if not notes.is_file():
+        costs, problems = _compute_costs(rows, store, backbone, config.hard_negatives)
+        images = hashlib.sha256()
+        for name, path in files:
+            images.update(f"{name}:{_ends(path)}".encode())
+        np.save(kept, costs)
+        found = {"problems": [vars(p) for p in problems], "images": images.hexdigest()}
+        notes.write_text(json.dumps(found), encoding="utf-8")
+    found = json.loads(notes.read_text(encoding="utf-8"))
+    problems = [Problem(**one) for one in found["problems"]]
+    costs = np.load(kept, mmap_mode="r")
+    if not bool((costs != LEFT_OUT).any()):
+        raise ContentError(f"{data.rows}: no row can be used: {problems[0].reason}")
+    return Dataset(data, rows, store, costs, problems, f"{rows.digest}/{found['images']}")
 
-    def cost(row: Row) -> int:
-        asked = backbone.cost(store.content(row.query), resolve(row.instruction))
-        items = (row.positives[0], *row.negatives[: config.hard_negatives])
-        return asked + sum(backbone.cost(store.content(item), None) for item in items)
 
-    with ThreadPoolExecutor(2) as pool:
-        costs = list(pool.map(cost, rows))
-    named = replace(data, name=data.name or Path(data.rows).stem)
-    return Dataset(named, rows, store, costs)
+def _stat(path: Path) -> tuple[int, int] | None:
+    try:
+        state = path.stat()
+    except OSError:
+        return None
+    return state.st_size, state.st_mtime_ns
+
+
+def _ends(path: Path) -> str:
+    """Digest of a file's size, first and last bytes: enough to tell encoded images apart."""
+    try:
+        with path.open("rb") as file:
+            size = path.stat().st_size
+            digest = hashlib.sha256(f"{size}:".encode() + file.read(_ENDS))
+            file.seek(max(0, size - _ENDS))
+            digest.update(file.read(_ENDS))
+    except OSError:
+        return "missing"
+    return digest.hexdigest()
+
+
+def _description(model: str) -> list[str]:
+    """Digests of what describes a checkpoint, its tokenizer above all, and is no weight."""
+    folder = find_folders(model)[0]
+    files = sorted(p for p in folder.iterdir() if p.suffix in (".json", ".txt", ".model"))
+    small = [p for p in files if p.stat().st_size < _LARGEST_DESCRIPTION]
+    return [f"{p.name}:{hashlib.sha256(p.read_bytes()).hexdigest()}" for p in small]
+
+
+def _compute_costs(
+    rows: RowFile, store: ImageStore, backbone: Backbone, hard_negatives: int
+) -> tuple[NDArray[np.int32], list[Problem]]:
+    starts = range(0, len(rows), _ROWS_PER_TASK)
+    # Costs need the tokenizer and the image rule, not the weights.
+    light = copy.copy(backbone)
+    for name, value in vars(backbone).items():
+        if isinstance(value, nn.Module):
+            setattr(light, name, None)
+    about = (rows.path, rows.folder, store.folder, light, hard_negatives)
+    with workers(len(starts), _set_up, *about) as pool:
+        parts = list(
+            track(pool.map(_costs_from, starts), len(starts), f"counting {rows.path.name}")
+        )
+    return np.concatenate([costs for costs, _ in parts]), [p for _, found in parts for p in found]
+
+
+_task: dict[str, Any] = {}  # what the tasks of this process share
+
+
+def _set_up(rows: Path, index: Path, images: Path, backbone: Backbone, hard_negatives: int) -> None:
+    _task.update(rows=RowFile(rows, index), store=ImageStore(images), backbone=backbone)
+    _task.update(hard_negatives=hard_negatives)
+
+
+def _costs_from(start: int) -> tuple[NDArray[np.int32], list[Problem]]:
+    """Costs of some rows, and the rows that cannot be used."""
+    rows: RowFile = _task["rows"]
+    costs, problems = [], []
+    for row in rows[start : start + _ROWS_PER_TASK]:
+        try:
+            costs.append(_cost(row, _task["store"], _task["backbone"], _task["hard_negatives"]))
+        except ContentError as error:
+            costs.append(LEFT_OUT)
+            problems.append(Problem(row.id, str(error)))
+    return np.array(costs, dtype=np.int32), problems
+
+
+def _cost(row: Row, store: ImageStore, backbone: Backbone, hard_negatives: int) -> int:
+    """Tokens of query, first positive and negatives; a negative without its image costs none."""
+    total = backbone.cost(store.content(row.query), resolve(row.instruction))
+    for positive in row.positives[1:]:
+        store.content(positive)  # its image must be there too
+    total += backbone.cost(store.content(row.positives[0]), None)
+    for item in row.negatives[:hard_negatives]:
+        try:
+            total += backbone.cost(store.content(item), None)
+        except ContentError:
+            continue  # said when its turn comes
+    return total
 
 
 def documents_of(row: Row, epoch: int, hard_negatives: int) -> list[tuple[Item, float]]:
@@ -82,48 +181,11 @@ def documents_of(row: Row, epoch: int, hard_negatives: int) -> list[tuple[Item, 
     """
     absent = float("nan")
     which = epoch % len(row.positives)
-    positive_scores = row.positive_scores or [absent] * len(row.positives)
-    negative_scores = row.negative_scores or [absent] * len(row.negatives)
+    positive_scores: Sequence[float] = row.positive_scores or [absent] * len(row.positives)
+    negative_scores: Sequence[float] = row.negative_scores or [absent] * len(row.negatives)
     documents = [(row.positives[which], positive_scores[which])]
     count = min(hard_negatives, len(row.negatives))
     for step in range(count):
         index = (epoch * count + step) % len(row.negatives)
         documents.append((row.negatives[index], negative_scores[index]))
     return documents
-
-
-def prepare_step(
-    batch: Batch, dataset: Dataset, backbone: Backbone, hard_negatives: int
-) -> StepInputs:
-    """Decode and tokenize this process's rows of a batch; runs in a thread, ahead of the model."""
-    mine = shard(batch.rows, distributed.rank(), distributed.size())
-    queries: list[Any] = []
-    documents: list[Any] = []
-    own: list[int] = []
-    targets: list[int] = []
-    positives: list[Tensor] = []
-    keys: list[int] = []
-    teacher: list[float] = []
-    rows: list[int] = []
-    for index in mine:
-        row = dataset.rows[index]
-        task = resolve(row.instruction)
-        queries.append(backbone.prepare(dataset.store.content(row.query), task))
-        targets.append(len(documents))
-        own.append(index)
-        positives.append(torch.tensor([item.key for item in row.positives]))
-        for item, score in documents_of(row, batch.epoch, hard_negatives):
-            documents.append(backbone.prepare(dataset.store.content(item), None))
-            keys.append(item.key)
-            rows.append(index)
-            teacher.append(score)
-    return StepInputs(
-        inputs=queries + documents,
-        targets=torch.tensor(targets),
-        keys=torch.tensor(keys),
-        rows=torch.tensor(rows),
-        own_rows=torch.tensor(own),
-        positives=positives,
-        teacher=torch.tensor(teacher),
-        in_batch=dataset.config.in_batch_negatives,
-    )

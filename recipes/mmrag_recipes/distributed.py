@@ -4,9 +4,9 @@ The model is not wrapped. Each process adds up the gradients of its own rows and
 ``average_gradients`` runs once per step, so that a process whose batch has no image still
 takes part for every weight, and GradCache needs no special case.
 
-Scale: each process computes the mean loss of its own queries against the documents of all,
-gathered with their gradients; the mean over processes is then exactly the gradient of the
-global batch.
+Scale: each process sums the losses of its own queries against the documents of all, gathered
+with their gradients, and divides by the queries of all over the number of processes; the mean
+over processes is then exactly the gradient of the global batch, however its rows are spread.
 """
 
 from __future__ import annotations
@@ -46,6 +46,11 @@ def stop() -> None:
 def size() -> int:
     """Number of processes."""
     return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def local_size() -> int:
+    """Number of processes on this machine, as ``torchrun`` says."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if size() > 1 else 1
 
 
 def rank() -> int:
@@ -88,13 +93,32 @@ def most(value: int, device: torch.device) -> int:
     return int(tensor)
 
 
-def mean(value: Tensor) -> float:
-    """Mean of a scalar over all processes."""
-    value = value.detach().float().clone()
+def total(value: Tensor) -> Tensor:
+    """Sum of a tensor over all processes, without gradients."""
+    value = value.detach().clone()
     if size() > 1:
         dist.all_reduce(value)
-        value /= size()
-    return float(value)
+    return value
+
+
+def from_first(value: float, device: torch.device) -> float:
+    """What the first process says; the others' values are not looked at."""
+    if size() == 1:
+        return value
+    tensor = torch.tensor(value, device=device, dtype=torch.float64)
+    dist.broadcast(tensor, 0)
+    return float(tensor)
+
+
+def wait() -> None:
+    """Wait until every process is here."""
+    if size() > 1:
+        dist.barrier()
+
+
+def mean(value: Tensor) -> float:
+    """Mean of a scalar over all processes."""
+    return float(total(value.float()) / size())
 
 
 def average_gradients(parameters: Iterable[nn.Parameter]) -> None:

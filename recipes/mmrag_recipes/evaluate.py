@@ -1,6 +1,6 @@
 """Retrieval metrics on rows, per modality pair and dimension.
 
-    python -m mmrag_recipes.evaluate rows.jsonl --model mmrag-nano --dims 384 128
+    python -m mmrag_recipes evaluate rows.jsonl --model mmrag-nano --dims 384 128
 
 Metrics carry the names that benchmarks use: ``hit@k`` (some right document in the first k),
 ``recall@k``, ``p@1``, ``mrr@k``, ``ndcg@k`` (gain 2^relevance - 1, as BEIR and MTEB) and
@@ -10,7 +10,6 @@ nDCGs are the same number.
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 from collections import defaultdict
@@ -24,7 +23,7 @@ from mmrag.embedders import load_embedder
 from mmrag.embedders.base import Embedder, check_dim, truncate_normalise
 from mmrag.errors import ContentError
 from mmrag.instructions import resolve
-from mmrag_recipes.console import ends_cleanly
+from mmrag_recipes.config import EvaluateConfig
 from mmrag_recipes.rows import ImageStore, Row, corpus_of, read_rows, store_of
 
 CUTS = (1, 5, 10)
@@ -130,26 +129,12 @@ def show(results: Mapping[str, Metrics], *, as_json: bool) -> None:
         print(table(results, ["hit@1", "hit@5", "hit@10", "recall@10", "mrr@10", "ndcg@10"]))
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(
-        prog="mmrag_recipes.evaluate", description=__doc__.split("\n")[0]
-    )
-    parser.add_argument("rows", help="rows of mmrag_recipes.rows")
-    parser.add_argument("--model", default="mmrag-nano")
-    parser.add_argument("--family", default=None)
-    parser.add_argument("--dims", type=int, nargs="*", default=[], help="dimensions to report")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    given = parser.parse_args(arguments)
-    with ends_cleanly():
-        embedder = load_embedder(given.model, family=given.family)
-        rows, store = read_rows(given.rows), store_of(given.rows)
-        results: dict[str, Metrics] = {}
-        for dim in given.dims or [embedder.dim]:
-            for pair, metrics in evaluate_rows(embedder, rows, store, dim).items():
-                results[f"{pair} ({dim})"] = metrics
-    show(results, as_json=given.json)
-
-
-if __name__ == "__main__":
-    main()
+def run(options: EvaluateConfig) -> None:
+    """Command: evaluate on rows."""
+    embedder = load_embedder(options.model, family=options.family)
+    rows, store = read_rows(options.rows), store_of(options.rows)
+    results: dict[str, Metrics] = {}
+    for dim in options.dims or [embedder.dim]:
+        for pair, metrics in evaluate_rows(embedder, rows, store, dim).items():
+            results[f"{pair} ({dim})"] = metrics
+    show(results, as_json=options.as_json)

@@ -1,6 +1,6 @@
 """How often the engine answers, and how often it should not have: with the extractive answerer.
 
-    python -m mmrag_recipes.evaluate_answers questions.jsonl --pdfs papers/ --foreign other.jsonl
+    python -m mmrag_recipes evaluate_answers questions.jsonl --pdfs papers/ --foreign other.jsonl
 
 Questions are as in ``mmrag_recipes.evaluate_pages``. Foreign questions, JSON lines with
 ``question``, are about something that the PDFs do not say: every answer to one is wrong.
@@ -8,7 +8,6 @@ Questions are as in ``mmrag_recipes.evaluate_pages``. Foreign questions, JSON li
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
 import tempfile
@@ -20,7 +19,7 @@ from mmrag.answering.engine import CitedQueryEngine
 from mmrag.answering.response import CitedResponse
 from mmrag.errors import ContentError
 from mmrag.index import UniversalIndex
-from mmrag_recipes.console import ends_cleanly
+from mmrag_recipes.config import EvaluateAnswersConfig
 from mmrag_recipes.evaluate_pages import read_questions
 
 
@@ -68,33 +67,18 @@ def read_foreign(path: Path, count: int, seed: int) -> list[str]:
     return random.Random(seed).sample(found, min(count, len(found)))
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(
-        prog="mmrag_recipes.evaluate_answers", description=__doc__.split("\n")[0]
-    )
-    parser.add_argument("questions", type=Path)
-    parser.add_argument("--pdfs", type=Path, required=True)
-    parser.add_argument("--foreign", type=Path, required=True, help="questions to abstain from")
-    parser.add_argument("--count", type=int, default=120, help="how many of them are drawn")
-    parser.add_argument("--seed", type=int, default=0, help="of the draw")
-    parser.add_argument("--model", default="mmrag-nano")
-    parser.add_argument("--library", type=Path, default=None, help="keep the index here")
-    given = parser.parse_args(arguments)
-    with ends_cleanly(), tempfile.TemporaryDirectory() as scratch:
-        place = given.library or Path(scratch) / "library"
-        with UniversalIndex(place, given.model) as index:
-            index.add(given.pdfs, progress=True)
+def run(options: EvaluateAnswersConfig) -> None:
+    """Command: ask all questions and count answers."""
+    with tempfile.TemporaryDirectory() as scratch:
+        place = options.library or Path(scratch) / "library"
+        with UniversalIndex(place, options.model) as index:
+            index.add(options.pdfs, progress=True)
             counts = evaluate_answers(
                 index.as_query_engine(),
-                read_questions(given.questions),
-                read_foreign(given.foreign, given.count, given.seed),
+                read_questions(options.questions),
+                read_foreign(options.foreign, options.count, options.seed),
             )
     print("| | |\n|---|---|")
     print(f"| own questions answered | {counts['answered']} of {counts['own']} |")
     print(f"| own questions with a right page cited | {counts['right_page']} of {counts['own']} |")
     print(f"| foreign questions answered | {counts['foreign_answered']} of {counts['foreign']} |")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,6 +1,6 @@
 """Page retrieval on a folder of PDFs: every view, BM25 and their fusion, side by side.
 
-    python -m mmrag_recipes.evaluate_pages questions.jsonl --pdfs papers/ --model mmrag-nano
+    python -m mmrag_recipes evaluate_pages questions.jsonl --pdfs papers/ --model mmrag-nano
 
 Questions are JSON lines: ``{"question": ..., "pages": [{"file": ..., "page": 7}], "kind": ...}``;
 pages count from 1, files are named without their folder, and any of the pages is right. Rows
@@ -10,7 +10,6 @@ those that ask with an image.
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
 import tempfile
@@ -26,11 +25,11 @@ from mmrag.index import UniversalIndex
 from mmrag.retrieval.fusion import fuse
 from mmrag.retrieval.retriever import UniversalRetriever
 from mmrag.store.engine import Scored
-from mmrag_recipes.console import ends_cleanly
+from mmrag_recipes.config import EvaluatePagesConfig
 from mmrag_recipes.evaluate import CUTS, Metrics, average, metrics_of, show
 from mmrag_recipes.rows import Row
 
-logger = logging.getLogger("mmrag.evaluate")
+logger = logging.getLogger("mmrag_recipes")
 
 Page = tuple[str, int]
 
@@ -128,23 +127,8 @@ def pages_of(hits: Sequence[Scored]) -> list[Page]:
     return list(dict.fromkeys(pages))
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(
-        prog="mmrag_recipes.evaluate_pages", description=__doc__.split("\n")[0]
-    )
-    parser.add_argument("questions", type=Path, help="questions, or rows that name their page")
-    parser.add_argument("--pdfs", type=Path, required=True, help="folder of the PDFs")
-    parser.add_argument("--library", type=Path, default=None, help="keep the index here")
-    parser.add_argument("--model", default="mmrag-nano")
-    parser.add_argument("--family", default=None)
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    given = parser.parse_args(arguments)
-    with ends_cleanly():
-        embedder = load_embedder(given.model, family=given.family)
-        results = evaluate_pages(embedder, given.pdfs, given.questions, given.library)
-    show(results, as_json=given.json)
-
-
-if __name__ == "__main__":
-    main()
+def run(options: EvaluatePagesConfig) -> None:
+    """Command: evaluate on the pages of PDFs."""
+    embedder = load_embedder(options.model, family=options.family)
+    results = evaluate_pages(embedder, options.pdfs, options.questions, options.library)
+    show(results, as_json=options.as_json)

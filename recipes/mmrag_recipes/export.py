@@ -1,7 +1,7 @@
 """Turn a finished run into a checkpoint folder that loads everywhere, and prove it.
 
-    python -m mmrag_recipes.export runs/adapt --out my-embedder
-    python -m mmrag_recipes.export runs/adapt --out my-embedder --scores before.json after.json
+    python -m mmrag_recipes export runs/adapt --out my-embedder
+    python -m mmrag_recipes export runs/adapt --out my-embedder --scores before.json after.json
 
 Adapters are merged. The folder is then loaded in a fresh process and must give the vectors of
 the run; ``UniversalEmbedding``, plain transformers and sentence-transformers read it.
@@ -9,7 +9,6 @@ the run; ``UniversalEmbedding``, plain transformers and sentence-transformers re
 
 from __future__ import annotations
 
-import argparse
 import json
 import subprocess
 import sys
@@ -31,10 +30,11 @@ from mmrag.embedders.saving import save_checkpoint
 from mmrag.errors import ModelError
 from mmrag.modeling.backbone import Backbone
 from mmrag.modeling.loading import check_keys
-from mmrag_recipes.config import TrainConfig, build
-from mmrag_recipes.console import ends_cleanly
+from mmrag_recipes.config import ExportConfig, TrainConfig
+from mmrag_recipes.evaluate import table
+from mmrag_recipes.options import build, read_file
 from mmrag_recipes.rows import read_rows
-from mmrag_recipes.train import make_trainable
+from mmrag_recipes.trainable import make_trainable
 
 LEAST_COSINE = 0.9999
 _RELOAD = """
@@ -52,9 +52,7 @@ def load_trained(run: Path) -> tuple[Backbone, TrainConfig]:
     final = run / "final"
     if not (final / "trained.safetensors").is_file():
         raise ModelError(f"{run}: there are no final weights; let the training finish first.")
-    values = json.loads((final / "train.json").read_text(encoding="utf-8"))
-    present = {key: value for key, value in values.items() if value is not None}
-    config = build(TrainConfig, present, str(final / "train.json"))
+    config = build(TrainConfig, read_file(final / "config.json"), str(final / "config.json"))
     backbone = load_backbone(
         config.model, family=config.family, device="cpu", dtype="float32", **config.limits
     )
@@ -66,6 +64,12 @@ def load_trained(run: Path) -> tuple[Backbone, TrainConfig]:
         missing=parameters.keys() - weights.keys(),
         unexpected=weights.keys() - parameters.keys(),
     )
+    broken = [name for name, value in weights.items() if not bool(value.isfinite().all())]
+    if broken:
+        raise ModelError(
+            f"{run}: {len(broken)} trained weights are not finite, such as {broken[0]}: the "
+            "training diverged. Train again with a lower lr."
+        )
     for name, value in weights.items():
         parameters[name].data.copy_(value)
     merge_adapters(backbone.model)
@@ -136,23 +140,23 @@ def check_in_fresh_process(folder: Path, expected: NDArray[np.float32]) -> None:
     vectors = np.load(result)
     result.unlink()
     worst = float((vectors * expected).sum(axis=1).min())
-    if worst < LEAST_COSINE:
+    if not worst >= LEAST_COSINE:  # NaN is not
         raise ModelError(f"{folder}: reloaded vectors differ (cosine {worst:.6f}).")
 
 
 def model_card(config: TrainConfig, name: str, scores: Sequence[Path]) -> str:
-    """Write the card: base, data with sources and licences, settings, scores."""
+    """Write the card: base, data with sources and licenses, settings, scores."""
     lines = [f"# {name}", "", f"Fine-tuned from `{config.model}` with mmrag's recipes.", ""]
-    lines += ["## Data", "", "| data set | rows | sources | licences |", "|---|---|---|---|"]
+    lines += ["## Data", "", "| data set | rows | sources | licenses |", "|---|---|---|---|"]
     for data in config.data:
         rows = read_rows(data.rows)
         sources = sorted({row.source.partition("#")[0] for row in rows if row.source})
         shown = ", ".join(sources[:6]) + (
             f" and {len(sources) - 6} more" if len(sources) > 6 else ""
         )
-        licences = ", ".join(sorted({row.licence or "not stated" for row in rows}))
+        licenses = ", ".join(sorted({row.license or "not stated" for row in rows}))
         label = data.name or Path(data.rows).stem
-        lines.append(f"| {label} | {len(rows)} | {shown or 'not stated'} | {licences} |")
+        lines.append(f"| {label} | {len(rows)} | {shown or 'not stated'} | {licenses} |")
     lines += ["", "## Training", ""]
     lines += [
         f"{config.steps} steps of {config.batch_size} rows, learning rate {config.lr}, "
@@ -163,31 +167,13 @@ def model_card(config: TrainConfig, name: str, scores: Sequence[Path]) -> str:
         lines += ["", "## Scores", ""]
         for path in scores:
             results = json.loads(path.read_text(encoding="utf-8"))
-            lines += [f"### {path.stem}", "", _score_table(results), ""]
+            scores_table = table(results, ["hit@1", "hit@5", "ndcg@10"])
+            lines += [f"### {path.stem}", "", scores_table, ""]
     lines += ["", "## Use", "", "```python", "from mmrag import UniversalEmbedding", ""]
     lines += [f'embed_model = UniversalEmbedding("{name}")', "```", ""]
     return "\n".join(lines)
 
 
-def _score_table(results: dict[str, dict[str, float]]) -> str:
-    from mmrag_recipes.evaluate import table
-
-    return table(results, ["hit@1", "hit@5", "ndcg@10"])
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(
-        prog="mmrag_recipes.export", description=__doc__.split("\n")[0]
-    )
-    parser.add_argument("run", type=Path, help="folder of a finished training run")
-    parser.add_argument("--out", type=Path, required=True, help="checkpoint folder to write")
-    parser.add_argument("--dtype", choices=["float16", "bfloat16", "float32"], default="float16")
-    parser.add_argument("--scores", type=Path, nargs="*", default=[], help="JSON of evaluate")
-    given = parser.parse_args(arguments)
-    with ends_cleanly():
-        print(f"exported: {export(given.run, given.out, given.dtype, given.scores)}")
-
-
-if __name__ == "__main__":
-    main()
+def run(options: ExportConfig) -> None:
+    """Command: export a run."""
+    print(f"exported: {export(options.run, options.out, options.dtype, options.scores)}")

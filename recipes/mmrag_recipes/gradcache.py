@@ -4,22 +4,32 @@ Vectors of the whole batch are computed without a graph, the loss gives the grad
 vector, and each chunk is then run again with a graph to carry its vectors' gradients to the
 weights. The random state of each chunk is kept and set again, so that dropout falls the same
 way both times and the result is that of the whole batch at once.
+
+A module that does not train, such as a frozen vision tower, gives the same both times: it runs
+once, and the second pass takes what it gave.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 Encode = Callable[[Sequence[Any]], Tensor]
 Loss = Callable[[Tensor], Tensor]
 
 
-def step(encode: Encode, inputs: Sequence[Any], loss: Loss, chunk: int | None = None) -> Tensor:
+def step(
+    encode: Encode,
+    inputs: Sequence[Any],
+    loss: Loss,
+    chunk: int | None = None,
+    frozen: Sequence[nn.Module] = (),
+) -> Tensor:
     """Add the gradient of ``loss(encode(inputs))`` to the weights.
 
     Args:
@@ -27,6 +37,9 @@ def step(encode: Encode, inputs: Sequence[Any], loss: Loss, chunk: int | None = 
         inputs: all inputs of the step.
         loss: of all (n, d) vectors at once.
         chunk: inputs run at a time with a graph; None or 0 runs all at once, without a cache.
+        frozen: modules without a weight that trains, whose inputs depend on none either. Their
+            outputs are kept from the first pass to the second, so they take memory for all
+            inputs of the step.
 
     Returns: the loss, detached.
     """
@@ -36,20 +49,55 @@ def step(encode: Encode, inputs: Sequence[Any], loss: Loss, chunk: int | None = 
         return value.detach()
     chunks = [inputs[start : start + chunk] for start in range(0, len(inputs), chunk)]
     states, parts = [], []
-    with torch.no_grad():
-        for part in chunks:
-            states.append(_random_state())
-            parts.append(encode(part))
-    vectors = torch.cat(parts).detach().requires_grad_()
-    value = loss(vectors)
-    value.backward()  # type: ignore[no-untyped-call]
-    assert vectors.grad is not None
-    gradients = torch.split(vectors.grad, [len(part) for part in chunks])
-    for part, state, gradient in zip(chunks, states, gradients, strict=True):
-        with _replay(state):
-            again = encode(part)
-        torch.autograd.backward(again, gradient.to(again.dtype))
+    with ExitStack() as stack:
+        kept = [stack.enter_context(_run_once(module)) for module in frozen]
+        with torch.no_grad():
+            for part in chunks:
+                states.append(_random_state())
+                parts.append(encode(part))
+        vectors = torch.cat(parts).detach().requires_grad_()
+        value = loss(vectors)
+        value.backward()  # type: ignore[no-untyped-call]
+        assert vectors.grad is not None
+        gradients = torch.split(vectors.grad, [len(part) for part in chunks])
+        for outputs in kept:
+            outputs.replaying = True
+        for part, state, gradient in zip(chunks, states, gradients, strict=True):
+            with _replay(state):
+                again = encode(part)
+            torch.autograd.backward(again, gradient.to(again.dtype))
     return value.detach()
+
+
+class _Outputs:
+    """Outputs of a module in the order of its calls."""
+
+    def __init__(self, forward: Callable[..., Any]) -> None:
+        self.forward = forward
+        self.outputs: deque[Any] = deque()
+        self.replaying = False
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.replaying:
+            return self.outputs.popleft()
+        output = self.forward(*args, **kwargs)
+        self.outputs.append(output)
+        return output
+
+
+@contextmanager
+def _run_once(module: nn.Module) -> Iterator[_Outputs]:
+    """Let a module run in the first pass and hand out its outputs in the second."""
+    own = vars(module).get("forward")
+    outputs = _Outputs(module.forward)
+    module.forward = outputs
+    try:
+        yield outputs
+    finally:
+        if own is None:
+            del module.forward
+        else:
+            module.forward = own
 
 
 def _random_state() -> tuple[Tensor, list[Tensor]]:

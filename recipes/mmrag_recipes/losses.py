@@ -1,4 +1,4 @@
-"""Losses over vectors: pure functions of tensors, no trainer state.
+"""Losses over vectors: pure functions of tensors, no trainer state, one value per query.
 
 Vectors come in as the model gives them; each loss normalises them itself, so that Matryoshka
 prefixes are normalised too.
@@ -58,7 +58,7 @@ def info_nce(
     false_negative_margin: float | None = None,
     own: Tensor | None = None,
 ) -> Tensor:
-    """Cross entropy of each query's positive among its candidates, mean over queries.
+    """Cross entropy of each query's positive among its candidates, (b,).
 
     Candidates that score above the positive by more than ``false_negative_margin`` are taken
     for unlabelled positives and left out (Qwen3-VL-Embedding, arXiv 2601.04720, section 4).
@@ -77,7 +77,7 @@ def info_nce(
         kept = ~false.scatter(1, targets.unsqueeze(1), False)
         allowed = allowed & (kept if own is None else kept | own)
     logits = (similarity / temperature).masked_fill(~allowed, float("-inf"))
-    return F.cross_entropy(logits, targets)
+    return F.cross_entropy(logits, targets, reduction="none")
 
 
 def distil_scores(
@@ -87,22 +87,25 @@ def distil_scores(
     temperature: float,
     teacher_temperature: float,
 ) -> Tensor:
-    """KL divergence from a teacher's ranking to ours, over the documents it scored.
+    """KL divergence from a teacher's ranking to ours, over the documents it scored, (b,).
 
     Args:
         similarity: (b, n) cosines.
         teacher: (b, n) scores, read where ``known`` (b, n) is true.
 
-    Rows with fewer than two scored documents teach nothing and are left out.
+    Queries with fewer than two scored documents teach nothing: theirs is 0.
     """
-    useful = known.sum(dim=1) > 1
-    if not bool(useful.any()):
-        return similarity.sum() * 0
-    known, low = known[useful], float("-inf")
-    ours = (similarity[useful] / temperature).masked_fill(~known, low).log_softmax(dim=1)
-    theirs = (teacher[useful] / teacher_temperature).masked_fill(~known, low).softmax(dim=1)
-    terms = theirs * (theirs.clamp(min=1e-12).log() - ours.masked_fill(~known, 0))
-    return terms.masked_fill(~known, 0).sum(dim=1).mean()
+    # A finite stand-in for minus infinity: a query without any scored document stays finite.
+    low = torch.finfo(torch.float32).min / 4
+    ours = (similarity / temperature).masked_fill(~known, low).log_softmax(dim=1)
+    theirs = (teacher / teacher_temperature).masked_fill(~known, low).softmax(dim=1)
+    terms = theirs * (theirs.clamp(min=1e-12).log() - ours)
+    return terms.masked_fill(~(known & is_taught(known)), 0).sum(dim=1)
+
+
+def is_taught(known: Tensor) -> Tensor:
+    """Whether a teacher scored two documents of a query or more, (b, 1) bool."""
+    return known.sum(dim=1, keepdim=True) > 1
 
 
 def distil_vectors(vectors: Tensor, teacher: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Mine hard negatives with any embedder, over one corpus of all modalities.
 
-    python -m mmrag_recipes.mine rows.jsonl --out mined.jsonl --model mmrag-nano
-    python -m mmrag_recipes.mine rows.jsonl --out mined.jsonl right=8 wrong=0 sample=random
+    python -m mmrag_recipes mine rows.jsonl --out mined.jsonl --model mmrag-nano
+    python -m mmrag_recipes mine rows.jsonl --out mined.jsonl --right 8 --wrong 0 --sample random
 
 Two pools, after MM-Embed (arXiv 2411.02571, section 3.3):
 
@@ -16,22 +16,18 @@ same, no copy of one, nothing whose vector is close to a positive's, nothing fro
 
 from __future__ import annotations
 
-import argparse
 import random
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mmrag.embedders import load_embedder
 from mmrag.embedders.base import Embedder
-from mmrag.errors import ConfigError
 from mmrag.instructions import resolve
-from mmrag_recipes.config import load_config
-from mmrag_recipes.console import ends_cleanly
+from mmrag_recipes.config import MineConfig
 from mmrag_recipes.rows import (
     ImageStore,
     Item,
@@ -42,28 +38,6 @@ from mmrag_recipes.rows import (
     store_of,
     write_rows,
 )
-
-
-@dataclass(frozen=True)
-class MineConfig:
-    """What is taken as a negative, and how many."""
-
-    right: int = 4
-    """Negatives per row of the positive's modality."""
-    wrong: int = 2
-    """Negatives per row of another modality."""
-    depth: int = 100
-    """Candidates looked at per query."""
-    max_ratio: float = 0.95
-    """A right-modality candidate scores at most this share of the positive."""
-    rank_cut: int = 0
-    """A right-modality candidate ranks below this many; MM-Embed takes 45 of 50."""
-    duplicate_cosine: float = 0.97
-    """Candidates this close to a positive are taken for copies of it."""
-    sample: str = "top"
-    """``top`` takes the hardest of each pool, ``random`` any of them."""
-    seed: int = 0
-    """Of the random choice."""
 
 
 @dataclass
@@ -99,7 +73,7 @@ def mine(
     rows: Sequence[Row],
     store: ImageStore,
     embedder: Embedder,
-    config: MineConfig | None = None,
+    config: MineConfig,
     extra: Sequence[Item] = (),
 ) -> tuple[list[Row], MineReport]:
     """Replace the negatives of each row by mined ones.
@@ -110,13 +84,7 @@ def mine(
     Returns: the rows with ``negatives``, ``negative_scores`` and ``positive_scores`` (cosines
         of the miner), and the report.
 
-    Raises: ConfigError for settings that contradict each other.
     """
-    config = config or MineConfig()
-    if config.sample not in ("top", "random"):
-        raise ConfigError(f"sample={config.sample!r}: use 'top' or 'random'.")
-    if config.rank_cut >= config.depth:
-        raise ConfigError("rank_cut must be below depth, or no right-modality candidate is left.")
     items = list({item.key: item for item in (*corpus_of(rows), *extra)}.values())
     vectors = embedder.encode([store.content(item) for item in items])
     position = {item.key: index for index, item in enumerate(items)}
@@ -240,27 +208,14 @@ def _count(
         report.score_sums[label] += float(scores[index])
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(prog="mmrag_recipes.mine", description=__doc__.split("\n")[0])
-    parser.add_argument("rows", type=Path)
-    parser.add_argument("overrides", nargs="*", help="key=value of MineConfig, such as right=8")
-    parser.add_argument("--out", type=Path, required=True, help="rows with negatives, to write")
-    parser.add_argument("--model", default="mmrag-nano")
-    parser.add_argument("--family", default=None)
-    parser.add_argument("--config", type=Path, default=None, help="TOML file of MineConfig")
-    given = parser.parse_intermixed_args(arguments)
-    with ends_cleanly():
-        config = load_config(MineConfig, given.config, given.overrides)
-        rows, store = read_rows(given.rows), store_of(given.rows)
-        mined, report = mine(rows, store, load_embedder(given.model, family=given.family), config)
-        write_rows(given.out, mined)
-        if given.out.parent.resolve() != given.rows.parent.resolve():
-            for image_id in images_of(mined):
-                store_of(given.out).copy_from(store, image_id)
-        print(report)
-        print(f"wrote {given.out}")
-
-
-if __name__ == "__main__":
-    main()
+def run(options: MineConfig) -> None:
+    """Command: mine negatives for a file of rows."""
+    rows, store = read_rows(options.rows), store_of(options.rows)
+    embedder = load_embedder(options.model, family=options.family)
+    mined, report = mine(rows, store, embedder, options)
+    write_rows(options.out, mined)
+    if options.out.parent.resolve() != options.rows.parent.resolve():
+        for image_id in images_of(mined):
+            store_of(options.out).copy_from(store, image_id)
+    print(report)
+    print(f"wrote {options.out}")

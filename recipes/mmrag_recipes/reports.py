@@ -2,41 +2,45 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from mmrag.content import image_size
 from mmrag.instructions import resolve
 from mmrag.modeling.backbone import Backbone
 from mmrag_recipes.config import TrainConfig
 from mmrag_recipes.data import Dataset
+from mmrag_recipes.run_log import read_log
 
-logger = logging.getLogger("mmrag.train")
+logger = logging.getLogger("mmrag_recipes")
 
 _BAR = 40
 _GIB = 2**30
+_SAMPLE = 1000  # rows that are read to see which modality pairs there are
 
 
 def dry_run(config: TrainConfig, backbone: Backbone, datasets: Sequence[Dataset]) -> str:
     """Describe a training without running it: examples, token histogram, memory estimate."""
     parts = [_describe(dataset, backbone) for dataset in datasets]
-    costs = [cost for dataset in datasets for cost in dataset.costs]
+    costs = [cost for dataset in datasets for cost in dataset.costs.tolist() if cost >= 0]
     parts.append("tokens per row (query and documents)\n" + histogram(costs))
     parts.append(memory_estimate(config, backbone, costs))
     return "\n\n".join(parts)
 
 
 def _describe(dataset: Dataset, backbone: Backbone) -> str:
-    row = dataset.rows[0]
-    negatives = [len(r.negatives) for r in dataset.rows]
-    pairs = sorted({r.pair for r in dataset.rows})
+    first = int((dataset.costs >= 0).argmax())
+    row = dataset.rows[first]
+    negatives = np.diff(dataset.rows.keys.negatives.ends, prepend=0)
+    pairs = sorted({r.pair for r in dataset.rows[:_SAMPLE]})
     lines = [
-        f"data set {dataset.config.name}: {len(dataset.rows)} rows, {', '.join(pairs)}, "
-        f"{min(negatives)} to {max(negatives)} negatives per row",
-        f"  first row {row.id}:",
+        f"data set {dataset.name}: {len(dataset.rows)} rows, {len(dataset.problems)} left out, "
+        f"{', '.join(pairs)}, {negatives.min()} to {negatives.max()} negatives per row",
+        f"  row {row.id}:",
         f"    instruction: {resolve(row.instruction)}",
     ]
     sides = [("query", row.query, row.instruction), ("positive", row.positives[0], None)]
@@ -118,7 +122,7 @@ def plot_run(out: Path) -> Path | None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    records = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    records = read_log(out / "log.jsonl")
     steps = [r for r in records if "loss" in r]
     evaluations = [r for r in records if "metrics" in r]
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4))

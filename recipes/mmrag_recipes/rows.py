@@ -5,7 +5,7 @@ A row asks ``query`` and knows what answers it::
     {"id": "q1", "task": "page_for_question", "instruction": "Find a page ...",
      "query": {"text": "Which plan covers eye exams?"},
      "positives": [{"image": "1f0c...", "text": "..."}], "negatives": [],
-     "positive_scores": [], "negative_scores": [], "source": "a.pdf#3", "licence": "MIT"}
+     "positive_scores": [], "negative_scores": [], "source": "a.pdf#3", "license": "MIT"}
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class Row(BaseModel):
     positive_scores: list[float] = Field(default_factory=list)
     negative_scores: list[float] = Field(default_factory=list)
     source: str = ""
-    licence: str = ""
+    license: str = ""
 
     @model_validator(mode="after")
     def _consistent(self) -> Row:
@@ -105,7 +105,7 @@ class Row(BaseModel):
 
 
 class ImageStore:
-    """Pictures of a data set, one file each, named by the hash of their bytes."""
+    """Images of a data set, one file each, named by the hash of their bytes."""
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
@@ -179,10 +179,10 @@ def check_rows(path: str | Path, store: ImageStore | None = None) -> tuple[list[
         try:
             row = Row.model_validate(value)
         except ValidationError as error:
-            problems.append(f"{path}:{number}: {_first_problem(error)}")
+            problems.append(f"{path}:{number}: {first_problem(error)}")
             continue
         if row.id in seen:
-            problems.append(f"{path}:{number}: id {row.id!r} stands in line {seen[row.id]} already")
+            problems.append(f"{path}:{number}: id {row.id!r} is in line {seen[row.id]} already")
             continue
         missing = _missing_image(row, store)
         if missing:
@@ -207,7 +207,8 @@ def _lines(path: str | Path, problems: list[str]) -> Iterator[tuple[int, Any]]:
             problems.append(f"{path}:{number}: not valid JSON ({error})")
 
 
-def _first_problem(error: ValidationError) -> str:
+def first_problem(error: ValidationError) -> str:
+    """What is wrong with a row, in one line."""
     problem = error.errors()[0]
     where = ".".join(str(part) for part in problem["loc"]) or "row"
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""

@@ -1,15 +1,15 @@
 """Make training rows from a user's own files: GME's fused-modal pipeline.
 
-    python -m mmrag_recipes.synthesize papers/ --out data/mine
-    python -m mmrag_recipes.synthesize papers/ --out data/mine --llm MODEL --base-url http://host/v1
-    python -m mmrag_recipes.synthesize papers/ --out data/mine --local-llm FOLDER rows=500
+    python -m mmrag_recipes synthesize papers/ --out data/mine
+    python -m mmrag_recipes synthesize papers/ --out data/mine --llm MODEL --base-url http://host/v1
+    python -m mmrag_recipes synthesize papers/ --out data/mine --local-llm FOLDER --rows 500
 
 1. Passages, pages and figures are chosen so that all modality pairs come up equally often.
 2. A query is written for each (Doc2Query with examples), from text, from the image, or both.
 3. For queries with an image, the thing asked about is named, the query rewritten ("this
    plant"), and an image found among the files' own figures, or made by an image endpoint.
 4. A row is kept if its query finds its document again among all documents.
-5. With ``dev=0.2``, the rows of a fifth of the pages go to ``dev.jsonl``, for choosing settings.
+5. With ``--dev 0.2``, the rows of a fifth of the pages go to ``dev.jsonl``, for choosing settings.
 
 Run the same command again to go on where it stopped. Without a model, queries are extracts.
 Source: GME (arXiv 2412.16855, section 4.2).
@@ -17,7 +17,6 @@ Source: GME (arXiv 2412.16855, section 4.2).
 
 from __future__ import annotations
 
-import argparse
 import base64
 import json
 import logging
@@ -38,57 +37,26 @@ from numpy.typing import NDArray
 from mmrag.embedders import load_embedder
 from mmrag.embedders.base import Embedder
 from mmrag.errors import ConfigError, ContentError, EndpointError
-from mmrag_recipes.config import load_config
-from mmrag_recipes.console import ends_cleanly
+from mmrag_recipes.config import MODALITIES, PAIRS, SynthesizeConfig
 from mmrag_recipes.corpus import Document, read_corpus
 from mmrag_recipes.rows import IMAGES, ImageStore, Item, Modality, Row, write_rows
 from mmrag_recipes.writers import (
-    PROMPTS,
     EndpointModel,
     Entity,
     ExtractiveWriter,
     LocalModel,
+    Model,
     ModelWriter,
     Writer,
 )
 
-logger = logging.getLogger("mmrag.synthesize")
+logger = logging.getLogger("mmrag_recipes")
 
-MODALITIES: tuple[Modality, ...] = ("text", "image", "fused")
-PAIRS = tuple(f"{q}->{d}" for q in MODALITIES for d in MODALITIES)
 TASKS = {
     "text": "passage_for_question",
     "image": "page_for_question",
     "fused": "page_for_question",
 }
-
-
-@dataclass(frozen=True)
-class SynthesizeConfig:
-    """How many rows of which pairs, and what is kept."""
-
-    rows: int = 900
-    """Rows to aim at, over all pairs, before the filter."""
-    pairs: tuple[str, ...] = PAIRS
-    """Modalities of query and document; of the nine of UMRB, all by default."""
-    queries: int = 1
-    """Queries per document and pair, at most. Few files need several."""
-    dev: float = 0.0
-    """Share of the pages whose rows are held out in ``dev.jsonl``."""
-    top_k: int = 20
-    """A row is kept if its document is among this many for its query."""
-    min_similarity: float = 0.2
-    """Least cosine of an entity's name and the figure taken for it."""
-    concurrency: int = 8
-    """Requests to the model at a time."""
-    licence: str = ""
-    """Licence of the files, written into every row."""
-    seed: int = 0
-    """Of the choice of documents."""
-    prompt_price: float = 0.0
-    """Price of a million prompt tokens, for the report."""
-    completion_price: float = 0.0
-    """Price of a million completion tokens, for the report."""
 
 
 @dataclass(frozen=True)
@@ -292,7 +260,7 @@ def make_row(
         query=query,
         positives=[positive],
         source=document.place + (f" ({answer})" if answer and answer != without else ""),
-        licence=config.licence,
+        license=config.license,
     )
 
 
@@ -336,7 +304,7 @@ def run_jobs(
         if job.key in done:
             earlier = done[job.key]
             if isinstance(earlier, Row):
-                earlier = earlier.model_copy(update={"licence": config.licence})
+                earlier = earlier.model_copy(update={"license": config.license})
             return job, earlier
         try:
             made = make_row(job, writer, figures, store, config, drawer)
@@ -405,21 +373,21 @@ def round_trip(
 
 
 def synthesize(
-    paths: Sequence[Path],
-    out: Path,
     config: SynthesizeConfig,
     embedder: Embedder,
-    model: EndpointModel | LocalModel | None = None,
-    prompts: Path = PROMPTS,
+    model: Model | None = None,
     drawer: Drawer | None = None,
 ) -> Report:
     """Run the whole pipeline: ``out`` gets ``rows.jsonl``, ``images`` and ``report.json``."""
+    out = config.out
     out.mkdir(parents=True, exist_ok=True)
     store = ImageStore(out / IMAGES)
-    documents, problems = read_corpus(paths, store)
+    documents, problems = read_corpus(config.paths, store)
     if not documents:
         raise ContentError(f"Nothing could be read: {'; '.join(problems) or 'no files were found'}")
-    writer: Writer = ModelWriter(model, store, prompts) if model else ExtractiveWriter(documents)
+    writer: Writer = ExtractiveWriter(documents)
+    if model:
+        writer = ModelWriter(model, store, config.prompts)
     figures = Figures(documents, store, embedder)
     jobs = plan_jobs(documents, figures, config, drawn=drawer is not None)
     report = Report(writer.note, documents=len(documents), problems=problems)
@@ -459,38 +427,15 @@ def split(rows: Sequence[Row], config: SynthesizeConfig) -> tuple[list[Row], lis
     return train, held
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(
-        prog="mmrag_recipes.synthesize", description=__doc__.split("\n")[0]
-    )
-    parser.add_argument("paths", nargs="+", help="files and folders; key=value options")
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--config", type=Path, default=None, help="TOML file of SynthesizeConfig")
-    parser.add_argument("--embedder", default="mmrag-nano", help="for the filter and for figures")
-    parser.add_argument("--llm", default=None, help="model at an OpenAI-compatible server")
-    parser.add_argument("--base-url", default=os.environ.get("OPENAI_BASE_URL"))
-    parser.add_argument("--local-llm", default=None, help="image-text-to-text model to run here")
-    parser.add_argument("--image-model", default=None, help="draws entities at the same server")
-    parser.add_argument("--prompts", type=Path, default=PROMPTS, help="folder of prompt files")
-    given = parser.parse_intermixed_args(arguments)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    overrides = [path for path in given.paths if "=" in path and not Path(path).exists()]
-    paths = [Path(path) for path in given.paths if path not in overrides]
+def run(options: SynthesizeConfig) -> None:
+    """Command: make rows from files."""
     key = os.environ.get("OPENAI_API_KEY", "none")
-    with ends_cleanly():
-        config = load_config(SynthesizeConfig, given.config, overrides)
-        model: EndpointModel | LocalModel | None = None
-        if given.local_llm:
-            model = LocalModel(given.local_llm)
-        elif given.llm:
-            model = EndpointModel(given.llm, given.base_url, key)
-        drawer = Drawer(given.image_model, given.base_url, key) if given.image_model else None
-        embedder = load_embedder(given.embedder)
-        report = synthesize(paths, given.out, config, embedder, model, given.prompts, drawer)
-    print(report)
-    print(f"wrote {given.out / 'rows.jsonl'}")
-
-
-if __name__ == "__main__":
-    main()
+    base_url = options.base_url or os.environ.get("OPENAI_BASE_URL")
+    model: Model | None = None
+    if options.local_llm:
+        model = LocalModel(options.local_llm)
+    elif options.llm:
+        model = EndpointModel(options.llm, base_url, key)
+    drawer = Drawer(options.image_model, base_url, key) if options.image_model else None
+    print(synthesize(options, load_embedder(options.embedder), model, drawer))
+    print(f"wrote {options.out / 'rows.jsonl'}")

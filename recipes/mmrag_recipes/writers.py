@@ -21,17 +21,21 @@ from string import Template
 from typing import Any, Protocol
 
 import openai
+from llama_index.core.base.llms.types import ChatMessage, ImageBlock, TextBlock
 
 from mmrag.content import load_image
-from mmrag.errors import ConfigError, EndpointError, ModelError
+from mmrag.errors import ConfigError, EndpointError
 from mmrag.lexical import Idf, sentences, terms
+from mmrag.prompting import estimate_tokens, image_bytes
+from mmrag_recipes.config import PROMPTS
 from mmrag_recipes.corpus import Document
 from mmrag_recipes.rows import ImageStore, Modality
 
-PROMPTS = Path(__file__).parent / "prompts"
 _CAPTION_NUMBER = re.compile(r"^\s*(figure|fig\.|table|chart|photo|image)\s*[\w.-]*[:.\s]\s*", re.I)
 _AGAIN = "\nThis is query number {} about the document: ask about another part of it.\n"
 _MOST_TEXT = 6000  # characters of a document that a prompt carries
+_MOST_PIXELS = 1280 * 1280
+_MOST_IMAGE_BYTES = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -129,33 +133,20 @@ class EndpointModel:
 
 
 class LocalModel:
-    """A transformers image-text-to-text model of this machine, one request at a time."""
+    """A chat model of this machine, one request at a time; tokens are estimated."""
 
     def __init__(self, name: str, *, device: str = "auto", max_tokens: int = 400) -> None:
-        from transformers import pipeline
+        from mmrag.llms.local import LocalLLM
 
         self.name = name
-        self.max_tokens = max_tokens
-        self._lock = threading.Lock()
-        place: dict[str, Any] = {"device_map": "auto"} if device == "auto" else {"device": device}
-        try:
-            self._pipeline: Any = pipeline("image-text-to-text", model=name, **place)
-        except (OSError, ValueError) as error:
-            raise ModelError(f"{name}: transformers cannot load it ({error}).") from error
+        self.llm = LocalLLM(name, device=device, max_tokens=max_tokens)
 
     def ask(self, prompt: str, images: Sequence[Path]) -> tuple[str, int, int]:
-        """See ``Model.ask``."""
-        parts: list[dict[str, Any]] = [
-            {"type": "image", "image": load_image(path)} for path in images
-        ]
-        messages = [{"role": "user", "content": [*parts, {"type": "text", "text": prompt}]}]
-        with self._lock:
-            replies = self._pipeline(
-                text=messages, max_new_tokens=self.max_tokens, return_full_text=False
-            )
-        answer = str(replies[0]["generated_text"])
-        count = len(self._pipeline.tokenizer(answer)["input_ids"])
-        return answer, len(self._pipeline.tokenizer(prompt)["input_ids"]), count
+        """See ``Model.ask``. Raises ContentError for a prompt that does not fit."""
+        blocks: list[Any] = [ImageBlock(path=path) for path in images]
+        message = ChatMessage(role="user", blocks=[*blocks, TextBlock(text=prompt)])
+        answer = self.llm.chat([message]).message.content or ""
+        return answer, estimate_tokens(prompt), estimate_tokens(answer)
 
 
 class ModelWriter:
@@ -290,15 +281,10 @@ def find_json(answer: str) -> Mapping[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def data_url(path: Path, side: int = 1280) -> str:
-    """An image as a data URL, scaled down to ``side`` pixels at most."""
-    import io
-
-    image = load_image(path)
-    image.thumbnail((side, side))
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=85)
-    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+def data_url(path: Path) -> str:
+    """An image as a data URL, scaled down where it is large."""
+    data, kind = image_bytes(load_image(path), _MOST_PIXELS, _MOST_IMAGE_BYTES)
+    return f"data:{kind};base64,{base64.b64encode(data).decode()}"
 
 
 def _read_prompt(path: Path) -> Template:

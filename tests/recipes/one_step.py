@@ -12,15 +12,24 @@ import torch.distributed as dist
 
 from mmrag_recipes import distributed, gradcache
 from mmrag_recipes.batches import Batch
-from mmrag_recipes.config import TrainConfig, build
-from mmrag_recipes.data import load_datasets, prepare_step
-from mmrag_recipes.train import _load_backbone, make_trainable, step_loss
+from mmrag_recipes.config import TrainConfig
+from mmrag_recipes.data import load_datasets
+from mmrag_recipes.options import build
+from mmrag_recipes.steps import Feeder, step_loss
+from mmrag_recipes.train import load_model
+from mmrag_recipes.trainable import make_trainable
+
+
+def prepare_step(batch, dataset, backbone, hard_negatives):
+    """This process's share of a batch."""
+    ((_, step),) = Feeder([dataset], backbone, hard_negatives).steps([batch])
+    return step
 
 
 def one_step(config: TrainConfig) -> dict:
     """Loss, gradients after averaging, and how often gradients were reduced."""
     torch.manual_seed(0)
-    backbone = _load_backbone(config)
+    backbone = load_model(config)
     parameters = make_trainable(backbone, config)
     dataset = load_datasets(config, backbone)[0]
     batch = Batch(0, tuple(range(config.batch_size)), 0)

@@ -6,7 +6,8 @@ import pymupdf
 import pytest
 from PIL import Image
 
-from mmrag_recipes.convert import Images, from_mbeir, from_mmeb, from_pdfs, from_swift, main
+from mmrag_recipes.__main__ import main
+from mmrag_recipes.convert import Images, from_mbeir, from_mmeb, from_pdfs, from_swift
 from mmrag_recipes.rows import ImageStore, Item, check_rows, store_of
 
 
@@ -102,7 +103,7 @@ def test_the_command_writes_rows_that_check(images, tmp_path, capsys):
     record = {"qry": "a cat", "pos_text": "", "pos_image_path": "b.png"}
     records.write_text(json.dumps(record) + "\n" + json.dumps({"qry": "x"}) + "\n")
     out = tmp_path / "made" / "rows.jsonl"
-    main(["mmeb", str(records), "--images", str(tmp_path), "--out", str(out)])
+    main(["convert", "mmeb", str(records), "--images", str(tmp_path), "--out", str(out)])
     rows, problems = check_rows(out, store_of(out))
     assert len(rows) == 1
     assert not problems
@@ -115,11 +116,11 @@ def test_records_that_are_no_objects_are_named(tmp_path, kind):
     records = tmp_path / "records.jsonl"
     records.write_text('{"question": "a"}\n"abc"\n')
     with pytest.raises(SystemExit, match="record 2 is no JSON object"):
-        main([kind, str(records), "--out", str(tmp_path / "rows.jsonl")])
+        main(["convert", kind, str(records), "--out", str(tmp_path / "rows.jsonl")])
 
 
 def test_a_question_without_pages_costs_that_record_only(tmp_path, capsys):
     records = tmp_path / "questions.jsonl"
     records.write_text('{"question": "a"}\n')
-    main(["pdfs", str(records), "--out", str(tmp_path / "rows.jsonl")])
+    main(["convert", "pdfs", str(records), "--out", str(tmp_path / "rows.jsonl")])
     assert "left out: record 1: 'pages' is missing" in capsys.readouterr().out

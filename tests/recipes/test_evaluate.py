@@ -8,7 +8,8 @@ from sklearn.metrics import ndcg_score
 
 from mmrag.embedders import load_embedder
 from mmrag.errors import ConfigError, ContentError
-from mmrag_recipes.evaluate import average, evaluate_rows, main, metrics_of, rank
+from mmrag_recipes.__main__ import main
+from mmrag_recipes.evaluate import average, evaluate_rows, metrics_of, rank
 from mmrag_recipes.rows import read_rows, store_of
 
 
@@ -85,7 +86,7 @@ def test_dimensions_that_the_model_lacks_are_refused(tiny_model, text_rows):
 
 def test_a_missing_file_is_a_message(tiny_model, tmp_path):
     with pytest.raises(SystemExit, match="cannot be read"):
-        main([str(tmp_path / "none.jsonl"), "--model", str(tiny_model)])
+        main(["evaluate", str(tmp_path / "none.jsonl"), "--model", str(tiny_model)])
     (tmp_path / "empty.jsonl").write_text("\n")
     with pytest.raises(SystemExit, match="there are no rows"):
-        main([str(tmp_path / "empty.jsonl"), "--model", str(tiny_model)])
+        main(["evaluate", str(tmp_path / "empty.jsonl"), "--model", str(tiny_model)])

@@ -82,7 +82,7 @@ def test_sentence_transformers_loads_it(exported):
     assert asked @ told > 0.9999
 
 
-def test_the_card_names_data_and_licences(exported):
+def test_the_card_names_data_and_licenses(exported):
     card = (exported / "README.md").read_text()
     assert "| rows | 24 | not stated | not stated |" in card
     assert "LoRA of rank 4" in card
@@ -95,7 +95,7 @@ def test_a_missing_trained_weight_is_an_error_with_its_name(run, tmp_path):
     name = next(iter(weights))
     del weights[name]
     save_file(weights, final / "trained.safetensors")
-    (final / "train.json").write_text((run / "final/train.json").read_text())
+    (final / "config.json").write_text((run / "final/config.json").read_text())
     with pytest.raises(ModelError, match=name.replace(".", r"\.")[:60]):
         load_trained(tmp_path)
 

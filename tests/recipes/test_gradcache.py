@@ -1,17 +1,17 @@
 """T1, T2, T12: cached gradients are those of the whole batch at once."""
 
-import dataclasses
-
 import pytest
 import torch
+from one_step import prepare_step
 
 from mmrag.content import Content
 from mmrag.embedders import load_backbone
 from mmrag_recipes import gradcache
 from mmrag_recipes.batches import Batch
 from mmrag_recipes.config import DataConfig, LoraConfig, TrainConfig
-from mmrag_recipes.data import load_datasets, prepare_step
-from mmrag_recipes.train import make_trainable, step_loss
+from mmrag_recipes.data import load_datasets
+from mmrag_recipes.steps import step_loss
+from mmrag_recipes.trainable import make_trainable
 
 
 def config_of(model, rows, **changes) -> TrainConfig:
@@ -23,7 +23,7 @@ def config_of(model, rows, **changes) -> TrainConfig:
         hard_negatives=2,
         device="cpu",
     )
-    return dataclasses.replace(config, **changes)
+    return config.replace(**changes)
 
 
 def gradients(config: TrainConfig, chunk: int, seed: int = 5) -> tuple[float, dict]:

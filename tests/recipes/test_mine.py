@@ -5,7 +5,9 @@ import pytest
 from PIL import Image
 
 from mmrag.errors import ConfigError
-from mmrag_recipes.mine import MineConfig, mine
+from mmrag_recipes.config import MineConfig
+from mmrag_recipes.mine import mine
+from mmrag_recipes.options import build
 from mmrag_recipes.rows import ImageStore, Item, Row
 
 
@@ -39,6 +41,10 @@ def planned(store, image_angles: dict[str, float], text_angles: dict[str, float]
     return Planned(angles), {name: Item(image=i) for name, i in images.items()}
 
 
+def configured(**options) -> MineConfig:
+    return MineConfig(rows="unused", out="unused", **options)
+
+
 def row_of(positive: Item, others=()) -> Row:
     return Row(id="r", query=Item(text="q"), positives=[positive, *others])
 
@@ -51,7 +57,7 @@ def test_the_two_pools_of_mm_embed(store):
         {"q": 0, "above": 5, "below": 30},
     )
     extra = [Item(text="above"), Item(text="below"), *images.values()]
-    config = MineConfig(right=5, wrong=5, max_ratio=0.95, duplicate_cosine=0.9999)
+    config = configured(right=5, wrong=5, max_ratio=0.95, duplicate_cosine=0.9999)
     (mined,), report = mine([row_of(images["positive"])], store, embedder, config, extra)
     assert mined.negatives == [Item(text="above"), images["far"], images["farther"]]
     # cos 24 / cos 20 = 0.972 is over 0.95, cos 50 / cos 20 = 0.684 is not.
@@ -68,7 +74,7 @@ def test_positives_and_their_copies_are_never_negatives(store):
     )
     extra = [Item(text=text) for text in ("A ", "copy", "other", "q")]
     row = row_of(Item(text="a"), [Item(text="second")])
-    config = MineConfig(right=9, max_ratio=99, duplicate_cosine=0.999)
+    config = configured(right=9, max_ratio=99, duplicate_cosine=0.999)
     (mined,), report = mine([row], store, embedder, config, extra)
     assert mined.negatives == [Item(text="other")]
     assert report.dropped["like a positive"] == 2  # the same words, and the same direction
@@ -77,7 +83,7 @@ def test_positives_and_their_copies_are_never_negatives(store):
 def test_the_margin_follows_the_worst_positive(store):
     embedder, _ = planned(store, {}, {"q": 0, "a": 0.5, "b": 60, "c": 30, "d": 80})
     row = row_of(Item(text="a"), [Item(text="b")])
-    (mined,), _ = mine([row], store, embedder, MineConfig(), [Item(text="c"), Item(text="d")])
+    (mined,), _ = mine([row], store, embedder, configured(), [Item(text="c"), Item(text="d")])
     assert mined.negatives == [Item(text="d")]
 
 
@@ -88,7 +94,7 @@ def test_rank_cut_quota_and_sampling(store):
     row = row_of(Item(text="a"))
 
     def mined(**options):
-        (result,), _ = mine([row], store, embedder, MineConfig(right=3, **options), extra)
+        (result,), _ = mine([row], store, embedder, configured(right=3, **options), extra)
         return [item.text for item in result.negatives]
 
     assert mined() == ["n0", "n1", "n2"]
@@ -99,11 +105,10 @@ def test_rank_cut_quota_and_sampling(store):
     assert mined(depth=3) == ["n0", "n1"]
 
 
-def test_settings_that_contradict_each_other(store):
-    embedder, _ = planned(store, {}, {"q": 0, "a": 1})
-    for config in (MineConfig(sample="best"), MineConfig(rank_cut=100, depth=100)):
-        with pytest.raises(ConfigError):
-            mine([row_of(Item(text="a"))], store, embedder, config)
+@pytest.mark.parametrize("options", [{"sample": "best"}, {"rank_cut": 100, "depth": 100}])
+def test_settings_that_contradict_each_other(options):
+    with pytest.raises(ConfigError, match=next(iter(options))):
+        build(MineConfig, {"rows": "r", "out": "o", **options}, "here")
 
 
 def test_nothing_from_the_page_that_answers_is_a_negative(store):
@@ -120,7 +125,7 @@ def test_nothing_from_the_page_that_answers_is_a_negative(store):
         )
         for text, source in {**asked, "other file": "b.pdf#1"}.items()
     ]
-    config = MineConfig(right=9, max_ratio=0.95, duplicate_cosine=0.9999)
+    config = configured(right=9, max_ratio=0.95, duplicate_cosine=0.9999)
     mined, report = mine(rows, store, embedder, config)
     assert mined[0].negatives == [Item(text="other page"), Item(text="other file")]
     assert report.dropped["from the positive's page"] == 2
@@ -132,7 +137,7 @@ def test_what_answers_the_same_query_in_another_row_is_no_negative(store):
         Row(id="1", query=Item(text="q"), positives=[Item(text="one")]),
         Row(id="2", query=Item(text="q"), positives=[Item(text="two")]),
     ]
-    config = MineConfig(duplicate_cosine=0.9999)
+    config = configured(duplicate_cosine=0.9999)
     mined, report = mine(rows, store, embedder, config, [Item(text="three")])
     assert [row.negatives for row in mined] == [[Item(text="three")]] * 2
     assert report.dropped["answers the same query of another row"] == 2

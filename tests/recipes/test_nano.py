@@ -19,7 +19,6 @@ from mmrag.embedders import load_embedder
 from mmrag.errors import ConfigError
 from mmrag.modeling.loading import SHIPPED
 from mmrag.modeling.qwen_images import to_patches
-from mmrag_recipes.config import load_config
 from mmrag_recipes.nano import (
     build,
     checkpoint,
@@ -34,6 +33,8 @@ from mmrag_recipes.nano import (
 )
 from mmrag_recipes.nano.config import NanoConfig, TextConfig, VisionConfig
 from mmrag_recipes.nano.crops import WHOLE, Crops, scanned
+from mmrag_recipes.options import build as build_options
+from mmrag_recipes.options import read_arguments, read_file
 
 FONT = font_manager.findfont("DejaVu Sans")
 LAYOUT = glyphs.Layout(font=FONT, size=24, leading=1.2, x=2, y=0, ink=0, paper=255)
@@ -306,7 +307,7 @@ def test_cleared_edge_holds_neither_ink_nor_characters(crop):
 
 def test_each_head_starts_on_its_neighbour():
     heads = 6
-    config = dataclasses.replace(SMALL, width=heads * tower.HEAD_DIM)
+    config = SMALL.replace(width=heads * tower.HEAD_DIM)
     eyes = tower.new_tower(config, 64, seed=0)
     bias = eyes.blocks[0].attn.qkv.bias.detach().view(3, heads, tower.HEAD_DIM)
     size = 8
@@ -341,7 +342,7 @@ def test_tower_starts_with_a_linear_merger():
 
 def small_crops(folder=str(Path(FONT).parent)):
     patches = tower.new_tower(SMALL, 64, seed=0).patch_embed.proj.weight.detach()
-    config = dataclasses.replace(SMALL, fonts=(folder,))
+    config = SMALL.replace(fonts=(folder,))
     words, grams = ["to be or not to be"] * 20, {" to": 0, " be": 1}
     return Crops(words, torch.randn(3, 61), grams, patches.flatten(1).T, config, 0)
 
@@ -378,7 +379,7 @@ def test_tower_learns_and_goes_on_where_it_stopped(tmp_path, monkeypatch):
         reader = reading.Reader(eyes, crops.vectors, 2)
         eyes.patch_embed = torch.nn.Identity()
         before = reading.read_loss(reader, batch, 0.5)[0]
-        config = dataclasses.replace(SMALL, minutes=minutes)
+        config = SMALL.replace(minutes=minutes)
         reading.train_reader(reader, crops, None, config, out)
         return before, reading.read_loss(reader, batch, 0.5)[0], torch.load(out)["step"]
 
@@ -390,7 +391,7 @@ def test_tower_learns_and_goes_on_where_it_stopped(tmp_path, monkeypatch):
 
 
 def test_common_error_is_what_pages_have_too_much_of(reader, table):
-    fonts = dataclasses.replace(SMALL, faces=("DejaVuSans.",))
+    fonts = SMALL.replace(faces=("DejaVuSans.",))
     config = NanoConfig(data="", work="", out="", text=TextConfig(dim=61), vision=fonts)
     units = reader.dictionary.vectors
     vocabulary = {" to": 0, "to ": 1, " be": 2, "be ": 40}  # the dictionary has 12
@@ -483,7 +484,7 @@ def test_tower_learns_what_pictures_show(plain, table, monkeypatch):
 
 
 def test_pictures_that_are_missing_are_said(tmp_path, plain, table, capsys):
-    vision = dataclasses.replace(SMALL, picture_folder="openclipart")
+    vision = SMALL.replace(picture_folder="openclipart")
     config = NanoConfig(data=str(tmp_path), work="", out="", vision=vision)
     student = distil.Student(table, table, {})
     assert build.titled_pictures(config, student, torch.zeros(1, 1), plain) is None
@@ -495,11 +496,11 @@ def test_pictures_that_are_missing_are_said(tmp_path, plain, table, capsys):
 
 def test_shipped_configuration_is_read_and_unknown_keys_are_refused(tmp_path):
     given = Path(build.__file__).with_name("nano.toml")
-    config = load_config(NanoConfig, given, ["text.epochs=1"])
+    config = read_arguments(NanoConfig, ["--config", str(given), "--text.epochs", "1"], "nano")
     assert config.text.epochs == 1
     assert config.text.limits["medquad"] > 0
     with pytest.raises(ConfigError, match="epoch"):
-        load_config(NanoConfig, given, ["text.epoch=1"])
+        build_options(NanoConfig, {**read_file(given), "text": {"epoch": 1}}, "here")
 
 
 def test_finished_steps_are_not_done_again(tmp_path, table):

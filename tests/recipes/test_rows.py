@@ -21,7 +21,7 @@ def test_rows_survive_writing_and_reading(tmp_path):
         negatives=[Item(text="n")],
         negative_scores=[0.25],
         source="a.pdf#3",
-        licence="MIT",
+        license="MIT",
     )
     path = tmp_path / "rows.jsonl"
     assert write_rows(path, [row]) == 1
@@ -52,7 +52,7 @@ def test_bad_rows_are_named_and_the_good_ones_kept(tmp_path, change, words):
     assert problems[0].startswith(f"{path}:2: ")
     assert words in problems[0]
     assert "3: not valid JSON" in problems[1]
-    assert "5: id 'first' stands in line 1 already" in problems[2]
+    assert "5: id 'first' is in line 1 already" in problems[2]
 
 
 def test_images_are_stored_once_and_checked(tmp_path):

@@ -1,6 +1,5 @@
 """Synthesis: all pairs, balance, resumption, filters, what happens without a model."""
 
-import dataclasses
 import io
 import json
 import shutil
@@ -12,13 +11,16 @@ import pytest
 from chat_server import ChatServer
 from fakes import FakeEmbedder
 from PIL import Image
+from tiny_chat import save_llava
 
 from mmrag.errors import ConfigError, ContentError, EndpointError, ModelError
 from mmrag_recipes import synthesize as synthesize_module
+from mmrag_recipes.__main__ import main
+from mmrag_recipes.config import PAIRS, PROMPTS, SynthesizeConfig
 from mmrag_recipes.corpus import Document, read_corpus
 from mmrag_recipes.rows import ImageStore, Item, Row, check_rows, store_of
-from mmrag_recipes.synthesize import PAIRS, SynthesizeConfig, split, synthesize
-from mmrag_recipes.writers import PROMPTS, EndpointModel, LocalModel, find_json
+from mmrag_recipes.synthesize import split
+from mmrag_recipes.writers import EndpointModel, LocalModel, find_json
 
 ANIMALS = ["kingfisher", "walrus", "badger", "stork", "lynx", "otter"]
 
@@ -74,17 +76,30 @@ class Scripted:
         return f"Sure! {json.dumps(value)}", 100, 10
 
 
-CONFIG = SynthesizeConfig(rows=36, min_similarity=-1.0, top_k=100, licence="CC0", concurrency=3)
+CONFIG = SynthesizeConfig(
+    paths=("unused",),
+    out="unused",
+    rows=36,
+    min_similarity=-1.0,
+    top_k=100,
+    license="CC0",
+    concurrency=3,
+)
+
+
+def made(paths, out, config, embedder, model=None, prompts=PROMPTS, drawer=None):
+    config = config.replace(paths=tuple(paths), out=out, prompts=prompts)
+    return synthesize_module.synthesize(config, embedder, model, drawer)
 
 
 def test_all_nine_pairs_come_out_balanced_and_valid(papers, tmp_path):
     model = Scripted()
-    report = synthesize([papers], tmp_path, CONFIG, FakeEmbedder(), model)
+    report = made([papers], tmp_path, CONFIG, FakeEmbedder(), model)
     rows, problems = check_rows(tmp_path / "rows.jsonl", store_of(tmp_path / "rows.jsonl"))
     assert not problems
     assert {row.pair for row in rows} == set(PAIRS)
     assert set(report.kept.values()) == {4}
-    assert all(row.licence == "CC0" and row.source.startswith("animals.pdf#") for row in rows)
+    assert all(row.license == "CC0" and row.source.startswith("animals.pdf#") for row in rows)
     fused = [row for row in rows if row.query.modality == "fused"]
     assert all(row.query.text == "Where does this animal live?" for row in fused)
     # An image in the query is never the document itself.
@@ -98,12 +113,12 @@ def test_all_nine_pairs_come_out_balanced_and_valid(papers, tmp_path):
 
 def test_a_second_run_asks_nothing_again(papers, tmp_path):
     model = Scripted()
-    first = synthesize([papers], tmp_path, CONFIG, FakeEmbedder(), model)
+    first = made([papers], tmp_path, CONFIG, FakeEmbedder(), model)
     kept = (tmp_path / "rows.jsonl").read_text()
     with (tmp_path / "generated.jsonl").open("a") as file:
         file.write('{"key": "cut off by a ki')
     again = Scripted()
-    second = synthesize([papers], tmp_path, CONFIG, FakeEmbedder(), again)
+    second = made([papers], tmp_path, CONFIG, FakeEmbedder(), again)
     assert again.asked == []
     assert second.kept == first.kept
     assert (tmp_path / "rows.jsonl").read_text() == kept
@@ -112,11 +127,11 @@ def test_a_second_run_asks_nothing_again(papers, tmp_path):
 def test_what_a_server_failed_is_tried_again_in_the_next_run(papers, tmp_path):
     model = Scripted()
     model.failing = True
-    config = dataclasses.replace(CONFIG, pairs=("text->text",), rows=4)
-    report = synthesize([papers], tmp_path, config, FakeEmbedder(), model)
+    config = CONFIG.replace(pairs=("text->text",), rows=4)
+    report = made([papers], tmp_path, config, FakeEmbedder(), model)
     assert report.lost == {"the server or the document failed": 4}
     model.failing = False
-    assert synthesize([papers], tmp_path, config, FakeEmbedder(), model).kept["text->text"] == 4
+    assert made([papers], tmp_path, config, FakeEmbedder(), model).kept["text->text"] == 4
 
 
 def test_rows_that_do_not_find_their_document_are_dropped(papers, tmp_path):
@@ -124,16 +139,16 @@ def test_rows_that_do_not_find_their_document_are_dropped(papers, tmp_path):
         def ask(self, prompt, images):
             return json.dumps({"query": "zebra quagga okapi", "answer": ""}), 1, 1
 
-    config = dataclasses.replace(CONFIG, pairs=("text->text",), rows=6, top_k=1)
-    good = synthesize([papers], tmp_path / "good", config, FakeEmbedder(), Scripted())
-    vague = synthesize([papers], tmp_path / "vague", config, FakeEmbedder(), Vague())
+    config = CONFIG.replace(pairs=("text->text",), rows=6, top_k=1)
+    good = made([papers], tmp_path / "good", config, FakeEmbedder(), Scripted())
+    vague = made([papers], tmp_path / "vague", config, FakeEmbedder(), Vague())
     assert good.kept["text->text"] >= 5
     assert vague.kept["text->text"] <= 2
     assert vague.lost["not among the first 1 for its own query"] >= 4
 
 
 def test_without_a_model_the_report_says_so(papers, tmp_path):
-    report = synthesize([papers], tmp_path, CONFIG, FakeEmbedder())
+    report = made([papers], tmp_path, CONFIG, FakeEmbedder())
     assert "no language model" in str(report)
     rows, _ = check_rows(tmp_path / "rows.jsonl")
     assert len({row.pair for row in rows}) >= 7
@@ -155,8 +170,8 @@ def test_a_sentence_broken_over_lines_is_taken_out_too():
 
 
 def test_documents_serve_again_and_whole_pages_are_held_out(papers, tmp_path):
-    config = dataclasses.replace(CONFIG, pairs=("text->text",), queries=3, dev=0.4)
-    report = synthesize([papers], tmp_path, config, FakeEmbedder())
+    config = CONFIG.replace(pairs=("text->text",), queries=3, dev=0.4)
+    report = made([papers], tmp_path, config, FakeEmbedder())
     train, _ = check_rows(tmp_path / "rows.jsonl")
     held, _ = check_rows(tmp_path / "dev.jsonl")
     assert report.kept["text->text"] == len(train) + len(held) > len(ANIMALS)
@@ -169,15 +184,15 @@ def test_documents_serve_again_and_whole_pages_are_held_out(papers, tmp_path):
 
 def test_a_model_is_told_which_query_it_writes(papers, tmp_path):
     model = Scripted()
-    config = dataclasses.replace(CONFIG, pairs=("text->text",), rows=99, queries=2)
-    synthesize([papers], tmp_path, config, FakeEmbedder(), model)
+    config = CONFIG.replace(pairs=("text->text",), rows=99, queries=2)
+    made([papers], tmp_path, config, FakeEmbedder(), model)
     again = [prompt for prompt, _ in model.asked if "query number 2" in prompt]
     assert len(again) * 2 == len(model.asked)
 
 
 def test_a_sentence_of_many_pages_asks_for_none_of_them(papers, tmp_path):
-    config = dataclasses.replace(CONFIG, pairs=("text->text",), rows=99, queries=9)
-    synthesize([papers], tmp_path, config, FakeEmbedder())
+    config = CONFIG.replace(pairs=("text->text",), rows=99, queries=9)
+    made([papers], tmp_path, config, FakeEmbedder())
     rows, _ = check_rows(tmp_path / "rows.jsonl")
     assert any(row.query.text.startswith("Young") for row in rows)
     assert not any(row.query.text.startswith("Nobody knows") for row in rows)
@@ -185,7 +200,7 @@ def test_a_sentence_of_many_pages_asks_for_none_of_them(papers, tmp_path):
 
 def test_an_embedder_without_eyes_filters_what_it_can_and_says_the_rest(papers, tmp_path):
     blind = FakeEmbedder(modalities=("text",))
-    report = synthesize([papers], tmp_path, CONFIG, blind, Scripted())
+    report = made([papers], tmp_path, CONFIG, blind, Scripted())
     assert report.unfiltered == sum(
         count for pair, count in report.kept.items() if pair != "text->text"
     )
@@ -198,8 +213,8 @@ def test_an_answer_that_is_no_json_costs_that_row_only(papers, tmp_path):
             reply = super().ask(prompt, images)
             return ("I would rather not.", 5, 5) if len(self.asked) % 2 else reply
 
-    config = dataclasses.replace(CONFIG, pairs=("text->text",), rows=6, concurrency=1)
-    report = synthesize([papers], tmp_path, config, FakeEmbedder(), Chatty())
+    config = CONFIG.replace(pairs=("text->text",), rows=6, concurrency=1)
+    report = made([papers], tmp_path, config, FakeEmbedder(), Chatty())
     assert report.lost["no query could be written"] == 3
     assert report.kept["text->text"] == 3
 
@@ -210,23 +225,23 @@ def test_prompts_can_be_edited(papers, tmp_path):
     for path in PROMPTS.glob("*.txt"):
         (folder / path.name).write_text("MY OWN WORDS $text $query")
     model = Scripted()
-    config = dataclasses.replace(CONFIG, pairs=("text->text",), rows=2)
-    synthesize([papers], tmp_path / "out", config, FakeEmbedder(), model, folder)
+    config = CONFIG.replace(pairs=("text->text",), rows=2)
+    made([papers], tmp_path / "out", config, FakeEmbedder(), model, folder)
     assert all(prompt.startswith("MY OWN WORDS The") for prompt, _ in model.asked)
     (folder / "text.txt").unlink()
     with pytest.raises(ConfigError, match=r"text\.txt"):
-        synthesize([papers], tmp_path / "out2", config, FakeEmbedder(), model, folder)
+        made([papers], tmp_path / "out2", config, FakeEmbedder(), model, folder)
 
 
 def test_over_the_wire_with_images(papers, tmp_path):
     server = ChatServer(answer='{"query": "Where does the walrus live?", "answer": "sea"}')
     try:
         model = EndpointModel("tiny", server.url, "key", retries=0)
-        config = dataclasses.replace(CONFIG, pairs=("text->image",), rows=2)
-        report = synthesize([papers], tmp_path, config, FakeEmbedder(), model)
+        config = CONFIG.replace(pairs=("text->image",), rows=2)
+        report = made([papers], tmp_path, config, FakeEmbedder(), model)
         assert report.kept["text->image"] == 2
         parts = server.requests[0]["messages"][0]["content"]
-        assert parts[1]["image_url"]["url"].startswith("data:image/jpeg;base64,")
+        assert parts[1]["image_url"]["url"].startswith("data:image/")
         server.mode = "refuse"
         with pytest.raises(EndpointError, match="tiny"):
             model.ask("x", [])
@@ -237,17 +252,18 @@ def test_over_the_wire_with_images(papers, tmp_path):
 def test_the_command_line_runs_on_extracts(papers, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(synthesize_module, "load_embedder", lambda name: FakeEmbedder())
     out = tmp_path / "out"
-    synthesize_module.main([str(papers), "--out", str(out), "rows=9", "top_k=100"])
+    main(["synthesize", str(papers), "--out", str(out), "--rows", "9", "--top-k", "100"])
     shown = capsys.readouterr().out
     assert "rows kept" in shown
     assert (out / "rows.jsonl").is_file()
-    with pytest.raises(SystemExit, match="unknown key 'rowz'"):
-        synthesize_module.main([str(papers), "--out", str(out), "rowz=9"])
+    with pytest.raises(SystemExit):
+        main(["synthesize", str(papers), "--out", str(out), "--rowz", "9"])
+    assert "unrecognized arguments: --rowz" in capsys.readouterr().err
 
 
 def test_nothing_to_read_is_an_error(tmp_path):
     with pytest.raises(ContentError, match="Nothing could be read"):
-        synthesize([tmp_path], tmp_path / "out", CONFIG, FakeEmbedder())
+        made([tmp_path], tmp_path / "out", CONFIG, FakeEmbedder())
 
 
 @pytest.mark.parametrize(
@@ -276,17 +292,17 @@ def test_entities_can_be_drawn_where_the_files_have_no_figures(tmp_path):
             Image.new("RGB", (40, 30), "blue").save(buffer, "PNG")
             return buffer.getvalue()
 
-    config = dataclasses.replace(CONFIG, pairs=("fused->text",))
+    config = CONFIG.replace(pairs=("fused->text",))
     out = tmp_path / "out"
-    report = synthesize([path], out, config, FakeEmbedder(), Scripted(), drawer=Painter())
+    report = made([path], out, config, FakeEmbedder(), Scripted(), drawer=Painter())
     assert report.kept == {"fused->text": 1}
 
 
 def test_rows_of_another_writer_or_prompt_are_not_taken_over(papers, tmp_path):
-    config = dataclasses.replace(CONFIG, pairs=("text->text",), rows=4)
-    synthesize([papers], tmp_path, config, FakeEmbedder())
+    config = CONFIG.replace(pairs=("text->text",), rows=4)
+    made([papers], tmp_path, config, FakeEmbedder())
     model = Scripted()
-    synthesize([papers], tmp_path, config, FakeEmbedder(), model)
+    made([papers], tmp_path, config, FakeEmbedder(), model)
     assert len(model.asked) == 4
     rows, _ = check_rows(tmp_path / "rows.jsonl")
     assert all(row.query.text.startswith("Where does the") for row in rows)
@@ -294,19 +310,19 @@ def test_rows_of_another_writer_or_prompt_are_not_taken_over(papers, tmp_path):
     shutil.copytree(PROMPTS, prompts)
     with (prompts / "text.txt").open("a") as file:
         file.write("Ask in French.")
-    synthesize([papers], tmp_path, config, FakeEmbedder(), model, prompts)
+    made([papers], tmp_path, config, FakeEmbedder(), model, prompts)
     assert len(model.asked) == 8
     # What was made before the prompts changed is still there.
-    synthesize([papers], tmp_path, config, FakeEmbedder(), model)
+    made([papers], tmp_path, config, FakeEmbedder(), model)
     assert len(model.asked) == 8
 
 
-def test_the_licence_may_be_added_later(papers, tmp_path):
-    config = dataclasses.replace(CONFIG, pairs=("text->text",), rows=4, licence="")
-    synthesize([papers], tmp_path, config, FakeEmbedder())
-    synthesize([papers], tmp_path, dataclasses.replace(config, licence="MIT"), FakeEmbedder())
+def test_the_license_may_be_added_later(papers, tmp_path):
+    config = CONFIG.replace(pairs=("text->text",), rows=4, license="")
+    made([papers], tmp_path, config, FakeEmbedder())
+    made([papers], tmp_path, config.replace(license="MIT"), FakeEmbedder())
     rows, _ = check_rows(tmp_path / "rows.jsonl")
-    assert {row.licence for row in rows} == {"MIT"}
+    assert {row.license for row in rows} == {"MIT"}
 
 
 def test_rows_of_a_document_without_pages_are_held_out_together():
@@ -320,16 +336,24 @@ def test_rows_of_a_document_without_pages_are_held_out_together():
         for document in range(8)
         for turn in range(4)
     ]
-    train, held = split(rows, dataclasses.replace(CONFIG, dev=0.5))
+    train, held = split(rows, CONFIG.replace(dev=0.5))
     assert train
     assert held
     documents = [{row.positives[0].text for row in part} for part in (train, held)]
     assert not documents[0] & documents[1]
 
 
-def test_a_local_model_that_is_not_there_is_a_message(tmp_path):
-    with pytest.raises(ModelError, match="cannot load"):
+def test_a_model_of_this_machine_writes_too(papers, tmp_path):
+    """A random model says nothing useful; what matters is that it is asked and counted."""
+    with pytest.raises(ModelError):
         LocalModel(str(tmp_path / "none"))
+    folder = save_llava(tmp_path / "llava")
+    config = CONFIG.replace(pairs=("text->image",), rows=1, concurrency=1)
+    model = LocalModel(str(folder), device="cpu", max_tokens=4)
+    report = made([papers], tmp_path / "out", config, FakeEmbedder(), model)
+    assert report.usage["requests"] >= 1
+    assert report.usage["prompt_tokens"] > 50
+    assert report.lost == {"no query could be written": 1}
 
 
 def test_a_copy_of_a_file_is_left_out_and_said(papers, tmp_path):

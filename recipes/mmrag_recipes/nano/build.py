@@ -1,15 +1,15 @@
 """One command from a data folder to the mmrag-nano checkpoint.
 
-    python -m mmrag_recipes.nano.build recipes/mmrag_recipes/nano/nano.toml data=DATA work=WORK
+    python -m mmrag_recipes.nano.build --config nano.toml --data DATA --work WORK
 
 Each finished step is kept in the work folder and not done again; delete its file to redo it.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
@@ -22,12 +22,12 @@ from PIL import Image
 from tokenizers import Tokenizer
 
 from mmrag.modeling.qwen_images import resize
-from mmrag_recipes.config import load_config
 from mmrag_recipes.console import ends_cleanly
 from mmrag_recipes.nano import checkpoint, distil, glyphs, grams, reading, texts, tower, vectors
 from mmrag_recipes.nano.config import NanoConfig
 from mmrag_recipes.nano.crops import WHOLE, Crops
 from mmrag_recipes.nano.pictures import Pictures, read_titled
+from mmrag_recipes.options import read_arguments
 
 _PAGES = 60  # rendered to find the error that all tokens share
 
@@ -217,16 +217,10 @@ def build(config: NanoConfig, sources: Sources) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(
-        prog="mmrag_recipes.nano.build", description=__doc__.split("\n")[0]
-    )
-    parser.add_argument("config", help="TOML file; see recipes/mmrag_recipes/nano/config.py")
-    parser.add_argument("overrides", nargs="*", help="key=value, for instance work=/tmp/nano")
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads")
-    given = parser.parse_args(arguments)
-    torch.set_num_threads(given.threads)
+    words = sys.argv[1:] if arguments is None else arguments
     with ends_cleanly():
-        config = load_config(NanoConfig, given.config, given.overrides)
+        config = read_arguments(NanoConfig, words, "mmrag_recipes.nano.build")
+        torch.set_num_threads(config.threads)
         Path(config.work).mkdir(parents=True, exist_ok=True)
         build(config, find_sources(Path(config.work)))
 

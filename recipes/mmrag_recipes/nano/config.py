@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from pydantic import Field
+
+from mmrag_recipes.options import Options
 
 
-@dataclass(frozen=True)
-class TextConfig:
+class TextConfig(Options):
     """Token vectors: what they start from and how they are distilled."""
 
-    limits: dict[str, int] = field(default_factory=dict)
+    limits: dict[str, int] = Field(default_factory=dict)
     """Most pairs of each source; the sources are the sub-folders of the data folder."""
     pairs: int = 42000
     """Pairs that are used, of those that ``limits`` leaves and their cloze pairs."""
@@ -39,8 +40,7 @@ class TextConfig:
     """Weight of the true pairs beside the teacher's scores."""
 
 
-@dataclass(frozen=True)
-class VisionConfig:
+class VisionConfig(Options):
     """The vision tower and the crops it learns to read from."""
 
     depth: int = 3
@@ -69,8 +69,7 @@ class VisionConfig:
     """How the names of the font files that are used begin."""
 
 
-@dataclass(frozen=True)
-class NanoConfig:
+class NanoConfig(Options):
     """One run: from a data folder to a checkpoint folder."""
 
     data: str
@@ -79,6 +78,8 @@ class NanoConfig:
     """Folder of everything in between; each finished step is kept and not done again."""
     out: str
     """Checkpoint folder."""
+    threads: int = 2
+    """CPU threads."""
     seed: int = 0
     """Seed of every random choice."""
     mlp: int = 2048

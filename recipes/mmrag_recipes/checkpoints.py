@@ -1,0 +1,165 @@
+"""Checkpoints of a run: whole or not at all, the last few and the best, and which run they are of.
+
+``checkpoints/step-000200.pt`` holds weights, optimizer and progress after 200 steps, and
+``best.pt`` the weights of the best evaluation.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mmrag.errors import ConfigError
+from mmrag_recipes.config import TrainConfig
+from mmrag_recipes.data import Dataset
+
+logger = logging.getLogger("mmrag_recipes")
+
+# Options that may differ between the parts of a run: they say how it runs and what it writes,
+# how long, and what it keeps. All others decide what is learned.
+MAY_CHANGE = frozenset(
+    {"out", "dry_run", "device", "chunk", "gradient_checkpointing", "steps", "epochs"}
+    | {"evaluate", "evaluate_every", "best_metric", "patience", "max_skipped_steps"}
+    | {"save_every", "keep", "log_every", "report"}
+)
+
+
+@dataclass
+class Progress:
+    """How far a run is. step: the next one. best: value of the best evaluation, NaN for none.
+
+    evaluations_since: evaluations since the best one. skipped: steps in a row without an update.
+    """
+
+    step: int = 0
+    best: float = float("nan")
+    evaluations_since: int = 0
+    skipped: int = 0
+
+
+def identity(config: TrainConfig, datasets: list[Dataset], base: str) -> dict[str, Any]:
+    """What decides the weights that a run ends with, by key.
+
+    Args:
+        base: fingerprint of the checkpoint that the run starts from.
+    """
+    values = {
+        key: value
+        for key, value in json.loads(config.model_dump_json()).items()
+        if key not in MAY_CHANGE
+    }
+    # A path or a name in logs may change; what is in the files may not.
+    for entry, dataset in zip(values.pop("data"), datasets, strict=True):
+        entry["rows"] = dataset.digest
+        del entry["name"]
+        values.setdefault("data", []).append(entry)
+    values["model"] = base
+    return values
+
+
+def check_identity(out: Path, mine: dict[str, Any], stored: dict[str, Any]) -> None:
+    """Raise ConfigError naming each key in which a stored run differs."""
+    differences = [
+        _difference(key, stored.get(key), mine.get(key))
+        for key in sorted(mine.keys() | stored.keys())
+        if mine.get(key) != stored.get(key)
+    ]
+    if differences:
+        raise ConfigError(
+            f"{out} holds a run with {'; '.join(differences)}. Choose another `out`, or delete it."
+        )
+
+
+def _difference(key: str, before: Any, now: Any) -> str:
+    if key == "model":
+        return "other weights of the model it started from (model)"
+    if key == "data" and len(before or ()) == len(now):
+        changed = [
+            f"data[{i}].{name}"
+            for i, (old, new) in enumerate(zip(before, now, strict=True))
+            for name in new
+            if old.get(name) != new[name]
+        ]
+        rows = any(name.endswith(".rows") for name in changed)
+        return f"other {'rows or images' if rows else 'settings'} ({', '.join(changed)})"
+    if key == "data":
+        return "other data sets (data)"
+    return f"{key}={before!r}, now {now!r}"
+
+
+class Checkpoints:
+    """The checkpoints in the folder of a run."""
+
+    def __init__(self, out: Path, about: dict[str, Any], keep: int) -> None:
+        self.out = out
+        self.folder = out / "checkpoints"
+        self.about = about
+        self.keep = keep
+
+    def save(self, model: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress) -> None:
+        """Write a checkpoint to resume from, and delete those beyond the last ``keep``."""
+        state = {
+            "progress": asdict(progress),
+            "weights": trained_state(model),
+            "optimizer": optimizer.state_dict(),
+            "identity": json.dumps(self.about),
+        }
+        self._write(state, self.folder / f"step-{progress.step:06d}.pt")
+        for path in self._steps()[: -self.keep]:
+            path.unlink()
+
+    def save_best(self, model: nn.Module, step: int, value: float) -> None:
+        """Write the weights of the best evaluation so far."""
+        state = {"step": step, "value": value, "weights": trained_state(model)}
+        self._write(state, self.folder / "best.pt")
+
+    def load_best(self, model: nn.Module) -> int | None:
+        """Put the weights of the best evaluation in place. Returns its step; None without one."""
+        path = self.folder / "best.pt"
+        if not path.is_file():
+            return None
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        _fill(model, state["weights"])
+        return int(state["step"])
+
+    def resume(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> Progress:
+        """Take up the last checkpoint, if there is one.
+
+        Raises: ConfigError if it is of a run with other options, rows, images or base weights.
+        """
+        paths = self._steps()
+        if not paths:
+            return Progress()
+        state = torch.load(paths[-1], map_location="cpu", weights_only=True)
+        check_identity(self.out, self.about, json.loads(state["identity"]))
+        _fill(model, state["weights"])
+        optimizer.load_state_dict(state["optimizer"])
+        progress = Progress(**state["progress"])
+        logger.info("resuming at step %d", progress.step)
+        return progress
+
+    def _steps(self) -> list[Path]:
+        return sorted(self.folder.glob("step-*.pt"))
+
+    def _write(self, state: dict[str, Any], path: Path) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(path.name + ".part")
+        torch.save(state, partial)
+        partial.replace(path)
+
+
+def trained_state(model: nn.Module) -> dict[str, Tensor]:
+    """Weights that train, by name; the others are those of the starting checkpoint."""
+    return {name: p.detach().cpu() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def _fill(model: nn.Module, weights: dict[str, Tensor]) -> None:
+    parameters = dict(model.named_parameters())
+    for name, value in weights.items():
+        parameters[name].data.copy_(value)

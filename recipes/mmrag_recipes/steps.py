@@ -1,0 +1,246 @@
+"""One optimizer step: its inputs, prepared ahead by threads, and its loss.
+
+Prompts, images and pooling are those of inference: the same ``Backbone.prepare`` and
+``Backbone.forward``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmrag.errors import ContentError
+from mmrag.instructions import resolve
+from mmrag.modeling.backbone import Backbone
+from mmrag_recipes import distributed
+from mmrag_recipes.batches import Batch, shard
+from mmrag_recipes.config import TrainConfig
+from mmrag_recipes.data import Dataset, Problem, documents_of
+from mmrag_recipes.losses import (
+    candidate_mask,
+    distil_scores,
+    info_nce,
+    is_taught,
+    matryoshka,
+    scores,
+)
+from mmrag_recipes.row_file import n_cores
+from mmrag_recipes.rows import Item, Row
+
+_MOST_BYTES_AHEAD = 2 * 2**30  # of inputs that wait, beside those of the step that runs
+_MOST_STEPS_AHEAD = 8
+
+
+@dataclass(frozen=True)
+class StepInputs:
+    """One process's share of a step.
+
+    inputs: prepared queries first, then documents; b queries, n documents.
+    targets: (b,) document of each query. keys: (n,) content hashes. rows: (n,) global row of
+    each document. own_rows: (b,). positives: hashes of each query's positives. teacher: (n,)
+    the teacher's score of each document for its own row, NaN where there is none. skipped: rows
+    and documents whose images could not be decoded.
+    """
+
+    inputs: list[Any]
+    targets: Tensor
+    keys: Tensor
+    rows: Tensor
+    own_rows: Tensor
+    positives: list[Tensor]
+    teacher: Tensor
+    in_batch: bool
+    skipped: list[Problem] = dataclasses.field(default_factory=list)
+
+    @property
+    def n_queries(self) -> int:
+        """Number of queries."""
+        return len(self.targets)
+
+    @property
+    def n_bytes(self) -> int:
+        """Memory of the inputs."""
+        tensors = (
+            getattr(one, field.name) for one in self.inputs for field in dataclasses.fields(one)
+        )
+        return sum(t.nbytes for t in tensors if isinstance(t, Tensor))
+
+
+@dataclass(frozen=True)
+class _Waiting:
+    """A row that is being prepared: its query, then its documents with the teacher's scores."""
+
+    index: int
+    row: Row
+    query: Future[Any]
+    documents: list[tuple[Item, float, Future[Any]]]
+
+
+class Feeder:
+    """Prepares the coming steps item by item on all cores, within a bound on memory."""
+
+    def __init__(
+        self,
+        datasets: Sequence[Dataset],
+        backbone: Backbone,
+        hard_negatives: int,
+        most_bytes: int = _MOST_BYTES_AHEAD,
+    ) -> None:
+        self.datasets = datasets
+        self.backbone = backbone
+        self.hard_negatives = hard_negatives
+        self.most_bytes = most_bytes
+        self._bytes_per_token = 0.0  # the most of any step so far
+
+    def steps(self, batches: Iterable[Batch]) -> Iterator[tuple[Batch, StepInputs]]:
+        """Batches with this process's share of their inputs, in order."""
+        coming = iter(batches)
+        ahead: deque[tuple[Batch, list[_Waiting], int]] = deque()
+        threads = max(1, n_cores() // distributed.local_size())
+        with ThreadPoolExecutor(threads, thread_name_prefix="prepare") as pool:
+            try:
+                while True:
+                    self._submit(coming, ahead, pool)
+                    if not ahead:
+                        return
+                    batch, waiting, tokens = ahead.popleft()
+                    step = self._collect(batch, waiting)
+                    self._bytes_per_token = max(self._bytes_per_token, step.n_bytes / tokens)
+                    # What comes next is prepared while this step runs.
+                    self._submit(coming, ahead, pool)
+                    yield batch, step
+            finally:
+                pool.shutdown(cancel_futures=True)
+
+    def _submit(
+        self,
+        coming: Iterator[Batch],
+        ahead: deque[tuple[Batch, list[_Waiting], int]],
+        pool: ThreadPoolExecutor,
+    ) -> None:
+        """Submit batches until enough wait; the size of the first is not known beforehand."""
+        while len(ahead) < (_MOST_STEPS_AHEAD if self._bytes_per_token else 1):
+            expected = sum(tokens for *_, tokens in ahead) * self._bytes_per_token
+            if (ahead and expected > self.most_bytes) or (batch := next(coming, None)) is None:
+                return
+            dataset = self.datasets[batch.dataset]
+            mine = shard(batch.rows, distributed.rank(), distributed.size())
+            waiting = [self._start(index, dataset, batch.epoch, pool) for index in mine]
+            tokens = max(1, sum(int(dataset.costs[index]) for index in mine))
+            ahead.append((batch, waiting, tokens))
+
+    def _start(
+        self, index: int, dataset: Dataset, epoch: int, pool: ThreadPoolExecutor
+    ) -> _Waiting:
+        row: Row = dataset.rows[index]
+
+        def submit(item: Item, task: str | None) -> Future[Any]:
+            return pool.submit(lambda: self.backbone.prepare(dataset.store.content(item), task))
+
+        documents = documents_of(row, epoch, self.hard_negatives)
+        return _Waiting(
+            index,
+            row,
+            submit(row.query, resolve(row.instruction)),
+            [(item, score, submit(item, None)) for item, score in documents],
+        )
+
+    def _collect(self, batch: Batch, waiting: Sequence[_Waiting]) -> StepInputs:
+        """Inputs of a step, less what cannot be decoded: a row, or one negative of it."""
+        queries: list[Any] = []
+        documents: list[Any] = []
+        own: list[int] = []
+        targets: list[int] = []
+        positives: list[Tensor] = []
+        keys: list[int] = []
+        teacher: list[float] = []
+        rows: list[int] = []
+        skipped: list[Problem] = []
+        for one in waiting:
+            try:
+                query, positive = one.query.result(), one.documents[0][2].result()
+            except ContentError as error:
+                skipped.append(Problem(one.row.id, str(error)))
+                continue
+            queries.append(query)
+            targets.append(len(documents))
+            own.append(one.index)
+            positives.append(torch.tensor([item.key for item in one.row.positives]))
+            for number, (item, score, future) in enumerate(one.documents):
+                try:
+                    documents.append(future.result() if number else positive)
+                except ContentError as error:
+                    skipped.append(Problem(one.row.id, f"negative: {error}"))
+                    continue
+                keys.append(item.key)
+                rows.append(one.index)
+                teacher.append(score)
+        return StepInputs(
+            inputs=queries + documents,
+            targets=torch.tensor(targets, dtype=torch.long),
+            keys=torch.tensor(keys, dtype=torch.long),
+            rows=torch.tensor(rows, dtype=torch.long),
+            own_rows=torch.tensor(own, dtype=torch.long),
+            positives=positives,
+            teacher=torch.tensor(teacher),
+            in_batch=self.datasets[batch.dataset].config.in_batch_negatives,
+            skipped=skipped,
+        )
+
+
+def step_loss(vectors: Tensor, step: StepInputs, config: TrainConfig) -> Tensor:
+    """Loss of this process's queries against the documents of all processes.
+
+    Its mean over processes is the mean over all queries of the step.
+
+    Args:
+        vectors: (b + n, d), queries first, as ``StepInputs.inputs``.
+    """
+    device = vectors.device
+    queries, local = vectors[: step.n_queries], vectors[step.n_queries :]
+    # Every process gathers equally many rows; what is filled up has the key -1.
+    room = distributed.most(len(local), device)
+    documents = distributed.gather(_fill(local, room, 0.0))
+    keys = distributed.gather(_fill(step.keys.to(device), room, -1))
+    rows = distributed.gather(_fill(step.rows.to(device), room, -1))
+    teacher = distributed.gather(_fill(step.teacher.to(device), room, float("nan")))
+    targets = step.targets.to(device) + distributed.rank() * room
+    own_rows = step.own_rows.to(device)
+    known_positives = [keys_of.to(device) for keys_of in step.positives]
+    allowed = candidate_mask(targets, keys, known_positives, rows, own_rows, step.in_batch)
+    own = own_rows.unsqueeze(1) == rows.unsqueeze(0)
+    scored = own & ~teacher.isnan().unsqueeze(0)
+    counts = torch.stack([torch.tensor(len(targets), device=device), is_taught(scored).sum()])
+    n_queries, n_taught = (distributed.total(counts).clamp(min=1) / distributed.size()).tolist()
+
+    def loss(q: Tensor, d: Tensor) -> Tensor:
+        similarity = scores(q, d)
+        contrast = info_nce(
+            similarity, targets, allowed, config.temperature, config.false_negative_margin, own
+        )
+        mean: Tensor = contrast.sum() / n_queries
+        if not config.distil_weight:
+            return mean
+        wanted = teacher.nan_to_num().unsqueeze(0).expand_as(similarity)
+        followed = distil_scores(
+            similarity, wanted, scored, config.temperature, config.distil_temperature
+        )
+        taught: Tensor = followed.sum() / n_taught
+        return (1 - config.distil_weight) * mean + config.distil_weight * taught
+
+    dims = (*config.matryoshka_dims, vectors.shape[1])
+    return matryoshka(loss, dims)(queries, documents)
+
+
+def _fill(rows: Tensor, count: int, value: float) -> Tensor:
+    missing = count - rows.shape[0]
+    if missing == 0:
+        return rows
+    return torch.cat([rows, rows.new_full((missing, *rows.shape[1:]), value)])

@@ -1,0 +1,116 @@
+"""What of a model trains, in which groups, and how fast."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+
+from mmrag.errors import ConfigError
+from mmrag.modeling.backbone import Backbone
+from mmrag_recipes.config import TrainConfig
+
+# Modules of the families that take pixels alone. What they give depends on no other weights.
+_TOWERS = ("visual", "vision_tower", "vision_embed_tokens")
+
+
+def make_trainable(backbone: Backbone, config: TrainConfig) -> list[nn.Parameter]:
+    """Choose what trains: adapters, or all weights; less what is frozen. float32 masters.
+
+    Raises: ConfigError if a frozen prefix names nothing, or nothing is left to train.
+    """
+    model: Any = backbone.model
+    if config.lora:
+        _add_adapters(model, config)
+    for prefix in config.freeze:
+        frozen = [p for name, p in model.named_parameters() if name.startswith(prefix)]
+        if not frozen:
+            raise ConfigError(f"freeze: no weight begins with {prefix!r}.")
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    if not trainable:
+        raise ConfigError("Nothing is left to train: loosen `freeze` or the adapters' `targets`.")
+    if config.lora:
+        for parameter in trainable:
+            parameter.data = parameter.data.float()
+    model.train()
+    towers = frozen_towers(model)
+    if config.gradient_checkpointing:
+        # transformers renames the method in version 5.23.
+        enable = getattr(model, "activation_checkpointing_enable", None)
+        (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
+    for tower in towers:
+        # No graph is kept of a frozen tower, so there is nothing to compute again.
+        for module in tower.modules():
+            if hasattr(module, "gradient_checkpointing"):
+                setattr(module, "gradient_checkpointing", False)  # noqa: B010
+        tower.eval()
+    return trainable
+
+
+def _add_adapters(model: nn.Module, config: TrainConfig) -> None:
+    from peft import LoraConfig as PeftLora
+    from peft import inject_adapter_in_model
+
+    assert config.lora is not None
+    adapter = PeftLora(
+        r=config.lora.r,
+        lora_alpha=config.lora.alpha,
+        lora_dropout=config.lora.dropout,
+        target_modules=config.lora.targets,
+        use_dora=config.lora.dora,
+    )
+    try:
+        inject_adapter_in_model(adapter, model)
+    except ValueError as error:
+        raise ConfigError(f"lora.targets: {error}") from error
+
+
+def frozen_towers(model: nn.Module) -> list[nn.Module]:
+    """Vision towers of which no weight trains."""
+    named = ((name, module) for name, module in model.named_modules() if module is not model)
+    return [
+        module
+        for name, module in named
+        if name.rpartition(".")[2] in _TOWERS
+        and not any(parameter.requires_grad for parameter in module.parameters())
+    ]
+
+
+def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    """AdamW over what trains; each group of ``config.groups`` has its own rate.
+
+    Raises: ConfigError for a group of which nothing trains.
+    """
+    left = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    groups: list[dict[str, Any]] = []
+    for group in config.groups:
+        taken = [name for name in left if name.startswith(group.prefix)]
+        if not taken:
+            raise ConfigError(f"groups: nothing that trains begins with {group.prefix!r}.")
+        decay = config.weight_decay if group.weight_decay is None else group.weight_decay
+        scale = 1.0 if group.lr is None else group.lr / config.lr
+        parameters = [left.pop(name) for name in taken]
+        groups.append({"params": parameters, "weight_decay": decay, "scale": scale})
+    if left:
+        groups.append(
+            {"params": list(left.values()), "weight_decay": config.weight_decay, "scale": 1.0}
+        )
+    return torch.optim.AdamW(groups, lr=config.lr)
+
+
+def learning_rate(step: int, config: TrainConfig) -> float:
+    """Linear warm-up, then as ``schedule`` says: linear or cosine to zero, or constant."""
+    warmup = max(1, round(config.warmup * config.steps))
+    if step < warmup:
+        return config.lr * (step + 1) / warmup
+    done = min(1.0, (step - warmup) / max(1, config.steps - warmup))
+    match config.schedule:
+        case "constant":
+            return config.lr
+        case "cosine":
+            return config.lr * (1 + math.cos(math.pi * done)) / 2
+    return config.lr * (1 - done)
