@@ -47,7 +47,7 @@ class UniversalIndex:
         reading: how files are read.
         views: which vectors nodes get; default: image and text, as far as the embedder can.
         dim: length of the stored vectors, for embedders that can be cut (Matryoshka).
-        language: stemming and stop words of BM25; default: english; ``"none"`` for neither.
+        language: stemming for BM25; default: detected for each document; ``"none"`` for none.
 
     Raises: CollectionError for a collection that is locked or was built otherwise.
     """

@@ -13,13 +13,32 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
-from mmrag.numerals import number
+import regex
 
+from mmrag.numerals import decimal_mark, plain_digits, readings_of
+
+# Thai, Lao, Burmese and Khmer; kana, Han and Hangul.
 _UNSPACED = (
-    "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
+    r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff"
+    r"\uac00-\ud7af\uf900-\ufaff\U00020000-\U0003ffff"
 )
-_TOKEN = re.compile(rf"[{_UNSPACED}]+|\d+(?:[.,]\d+)*|(?:(?![{_UNSPACED}])[^\W\d_])+")
+_WORD = regex.compile(
+    rf"""
+    (?P<unspaced>[{_UNSPACED}]+)
+    | (?P<number>\d+(?:[.,']\d+)*)
+    | ['\u2019]s\b  # a genitive is not a word
+    | (?P<word>[[\p{{L}}\p{{M}}]--[{_UNSPACED}]]+)
+    """,
+    regex.VERBOSE | regex.VERSION1,
+)
 _UNSPACED_RUN = re.compile(rf"[{_UNSPACED}]+")
+_BROKEN_WORD = re.compile(r"([^\W\d_]+)[-\u2010]\n([^\W\d_]+)")
+_GROUPED = re.compile(r"(?<![\d.,])\d{1,3}(?: \d{3})+(?![.,]?\d)")
+_NO_LETTERS = str.maketrans({"\u00ad": None, "\u0640": None})  # soft hyphen, Arabic tatweel
+# Accents, and the vowel points of Hebrew and Arabic. Marks of other scripts tell words apart:
+# without them Japanese ga is ka, and Hindi is bare consonants.
+_ACCENTS = re.compile(r"[\u0300-\u036f\u0591-\u05c7\u064b-\u0652\u0670]")
+_BARE_LETTERS = str.maketrans({"ø": "o", "ł": "l", "đ": "d", "ı": "i", "æ": "ae", "œ": "oe"})
 
 STOP_WORDS = frozenset(
     re.findall(
@@ -61,16 +80,49 @@ _LONGEST = 400  # characters of one sentence; text without end marks is cut here
 
 
 def terms(text: str) -> list[str]:
-    """Folded content words in order: no case, accents, plural endings or common words."""
-    folded = unicodedata.normalize("NFKD", text.casefold())
-    plain = "".join(c for c in folded if not unicodedata.combining(c))
+    """Content words in order, without case, accents, plural endings and common words."""
+    folded = (fold(word) for word in words(text))
+    return [stem(word) for word in folded if word not in STOP_WORDS]
+
+
+def words(text: str) -> list[str]:
+    """All words in order and in lower case, each in one spelling.
+
+    Letters and digits are apart (``XR-2000/B`` is ``xr``, ``2000``, ``b``), numbers have one
+    spelling, and ligatures, full-width forms and soft hyphens are undone. Scripts without
+    spaces and Korean are cut into pairs of characters. What may be read in two ways is there in
+    both: a number such as ``1.577``, digits in groups or in two columns (``12 500``), and a word
+    broken over two lines, where ``infor-mation`` and ``well-known`` look alike.
+    """
+    text = plain_digits(text.translate(_NO_LETTERS))
+    mark = decimal_mark(text)
+    text = _BROKEN_WORD.sub(r"\1\2 \1 \2", text)
+    text = _GROUPED.sub(lambda group: f"{group[0].replace(' ', '')} {group[0]}", text)
     found: list[str] = []
-    for token in _TOKEN.findall(unicodedata.normalize("NFC", plain)):
-        if _UNSPACED_RUN.fullmatch(token):
-            found += [token[i : i + 2] for i in range(max(1, len(token) - 1))]
-        elif token not in STOP_WORDS:
-            found.append(number(token) if token[0].isdigit() else stem(token))
+    for match in _WORD.finditer(text.casefold()):
+        match match.lastgroup:
+            case "unspaced":
+                run = match[0]
+                found += [run[i : i + 2] for i in range(max(1, len(run) - 1))]
+            case "number":
+                readings = readings_of(match[0], mark)
+                found += dict.fromkeys(value for each in readings for value in each)
+            case "word":
+                found.append(match[0])
     return found
+
+
+def is_pair(word: str) -> bool:
+    """Whether a word was cut from a script without spaces."""
+    return not word.isascii() and _UNSPACED_RUN.fullmatch(word) is not None
+
+
+def fold(word: str) -> str:
+    """A word without accents and vowel points."""
+    if word.isascii():
+        return word
+    bare = _ACCENTS.sub("", unicodedata.normalize("NFD", word)).translate(_BARE_LETTERS)
+    return unicodedata.normalize("NFC", bare)
 
 
 def stem(word: str) -> str:

@@ -115,7 +115,7 @@ def numerals(text: str) -> list[Numeral]:
         if "." in token and _LABEL.search(before):
             readings: tuple[Reading, ...] = ((token,),)  # release 2.10 is not 2.1
         else:
-            readings = _readings(token, mark, bool(_UNIT_BEHIND.match(behind)))
+            readings = readings_of(token, mark, bool(_UNIT_BEHIND.match(behind)))
             readings = _scaled(readings, behind)
         found.append(_signed(token, readings, before, behind))
     return found
@@ -123,7 +123,7 @@ def numerals(text: str) -> list[Numeral]:
 
 def number(token: str) -> str:
     """The likeliest value of one number, in one spelling: ``1,000`` and ``1.000,00`` are 1000."""
-    return " ".join(_readings(token, None, False)[0])
+    return " ".join(readings_of(token, None)[0])
 
 
 def numbers(text: str) -> set[str]:
@@ -171,14 +171,17 @@ def decimal_mark(text: str) -> str | None:
     return "," if commas and not dots else None
 
 
-def _readings(token: str, mark: str | None, unit_behind: bool) -> tuple[Reading, ...]:
-    """What digits with separators between them may mean."""
+def readings_of(token: str, mark: str | None, unit_behind: bool = False) -> tuple[Reading, ...]:
+    """What digits with separators between them may mean, the likeliest first.
+
+    mark: of decimals, as ``decimal_mark`` gives it. unit_behind: whether a unit follows.
+    """
     if len(token) > _LONGEST:
         return ((token,),)
     if " " in token:  # groups of three, or two numbers side by side, as in the row of a table
-        joined = _readings(token.replace(" ", "'"), mark, unit_behind)
+        joined = readings_of(token.replace(" ", "'"), mark, unit_behind)
         apart = tuple(
-            value for part in token.split(" ") for value in _readings(part, mark, True)[0]
+            value for part in token.split(" ") for value in readings_of(part, mark, True)[0]
         )
         return joined if unit_behind else (*joined, apart)
     marks = set(token) - set("0123456789")

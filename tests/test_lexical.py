@@ -1,6 +1,6 @@
 import pytest
 
-from mmrag.lexical import Idf, sentences, stem, terms
+from mmrag.lexical import Idf, sentences, stem, terms, words
 
 
 @pytest.mark.parametrize(
@@ -16,6 +16,26 @@ def test_plurals_are_folded_by_the_s_stemmer(word, folded):
 
 def test_terms_fold_case_accents_and_numbers_and_drop_common_words():
     assert terms("What does the CAFÉ charge for 1,000 plans?") == ["cafe", "charge", "1000", "plan"]
+
+
+def test_letters_and_digits_are_apart_and_one_spelling_stands_for_all():
+    assert words("XR-2000/B, FY2015") == ["xr", "2000", "b", "fy", "2015"]
+    assert words("ﬁnance infor\u00admation １２３ ١٢٣٫٥") == [
+        "finance",
+        "information",
+        "123",
+        "123.5",
+    ]
+    assert words("the company\u2019s plan") == ["the", "company", "plan"]
+
+
+def test_what_may_be_one_word_or_two_is_both():
+    assert words("infor-\nmation") == ["information", "infor", "mation"]
+    assert words("12 500 euros") == ["12500", "12", "500", "euros"]
+
+
+def test_marks_stay_where_they_tell_words_apart():
+    assert terms("が हिन्दी résumé") == ["が", "हिन्दी", "resume"]
 
 
 def test_scripts_without_spaces_become_pairs():

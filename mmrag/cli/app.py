@@ -19,6 +19,7 @@ from mmrag.cli.models import models
 from mmrag.cli.remove import remove
 from mmrag.cli.search import search
 from mmrag.cli.serve import serve
+from mmrag.cli.upgrade import upgrade
 
 COMMANDS: dict[str, Callable[..., Any]] = {
     "index": index,
@@ -26,6 +27,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "ask": ask,
     "list": list_files,
     "remove": remove,
+    "upgrade": upgrade,
     "models": models,
     "serve": serve,
 }

@@ -32,7 +32,8 @@ def index(
             "--language",
             metavar="NAME",
             help="Language of the documents, for keyword search: english, german, french, ..., "
-            "or none. Only when the collection is made.",
+            "or none for no stemming. Default: detected for each document. Only when the "
+            "collection is made.",
         ),
     ] = None,
     ocr: Annotated[

@@ -28,6 +28,7 @@ from mmrag.nodes import node_image, node_text
 from mmrag.reading import ReadOptions, ReadPage, file_sha256, find_files, read_file
 from mmrag.store.collection import Collection, FileEntry, folder_of, place_of
 from mmrag.store.settings import View
+from mmrag.store.terms import DocumentTerms, NodeTerms
 
 log = logging.getLogger(__name__)
 
@@ -105,6 +106,7 @@ class _Job:
     path: Path
     sha256: str
     stale: list[str]
+    terms: DocumentTerms
     pages: int = 0
     nodes: int = 0
     waiting: int = 0
@@ -171,7 +173,8 @@ def _plan(paths: Sequence[str | Path], collection: Collection, report: IngestRep
             stale = [
                 old.sha256 for old in entries if old.sha256 != sha256 and _is_earlier(old, name)
             ]
-            plan.jobs.append(_Job(Path(name), sha256, stale))
+            terms = DocumentTerms(name, collection.settings.language)
+            plan.jobs.append(_Job(Path(name), sha256, stale, terms))
         elif _is_gone(entry, places):
             plan.moves.append((entry, name))
         else:
@@ -237,7 +240,14 @@ def _note_missing_views(collection: Collection, embedder: Embedder, report: Inge
 _Event: TypeAlias = ReadPage | ReadError | End
 
 
-_Waiting: TypeAlias = tuple[_Job, BaseNode, dict[View, Content]]
+@dataclass(frozen=True)
+class _Waiting:
+    """A node that is to be embedded and written."""
+
+    job: _Job
+    node: BaseNode
+    views: dict[View, Content]
+    terms: NodeTerms
 
 
 class _Writer:
@@ -277,13 +287,15 @@ class _Writer:
         if not batch:
             return
         vectors = self._embed(batch)
-        self._collection.write([node for _, node, _ in batch], vectors)
+        self._collection.write(
+            [each.node for each in batch], vectors, [each.terms for each in batch]
+        )
         self._report.nodes += len(batch)
         self._report.pages += self._pages_waiting
         self._pages_waiting = 0
-        jobs = list(dict.fromkeys(job for job, _, _ in batch))
-        for job, _, _ in batch:
-            job.waiting -= 1
+        jobs = list(dict.fromkeys(each.job for each in batch))
+        for each in batch:
+            each.job.waiting -= 1
         for job in jobs:
             self._finish_if_complete(job)
         self._tell(jobs[-1])
@@ -293,15 +305,19 @@ class _Writer:
             log.info("%s, page %s: %s", job.name, page.page, warning)
         job.pages += 1
         job.nodes += len(page.nodes)
+        for node in page.nodes:
+            job.terms.read(node_text(node))
         stored = self._collection.existing([node.node_id for node in page.nodes])
         missing = [node for node in page.nodes if node.node_id not in stored]
         self._pages_waiting += bool(missing)
         views = self._collection.settings.views
         cut = any(node.metadata.get("kind") == "passage" for node in page.nodes)
         for node in missing:
-            self._waiting.append((job, node, node_views(node, views, self._embedder, cut)))
+            contents = node_views(node, views, self._embedder, cut)
+            terms = job.terms.of(node_text(node))
+            self._waiting.append(_Waiting(job, node, contents, terms))
             job.waiting += 1
-            if sum(len(contents) for _, _, contents in self._waiting) >= _BATCH_ITEMS:
+            if sum(len(each.views) for each in self._waiting) >= _BATCH_ITEMS:
                 self.flush()
 
     def _end(self, job: _Job, error: Exception | None) -> None:
@@ -350,12 +366,12 @@ class _Writer:
         (self._report.replaced if job.stale else self._report.indexed).append(job.name)
 
     def _embed(self, batch: Sequence[_Waiting]) -> list[dict[View, NDArray[np.float32]]]:
-        keys = [(row, view) for row, (_, _, views) in enumerate(batch) for view in views]
-        results = self._encode([batch[row][2][view] for row, view in keys])
+        keys = [(row, view) for row, each in enumerate(batch) for view in each.views]
+        results = self._encode([batch[row].views[view] for row, view in keys])
         vectors: list[dict[View, NDArray[np.float32]]] = [{} for _ in batch]
         for (row, view), result in zip(keys, results, strict=True):
             if isinstance(result, ContentError):
-                job, node, _ = batch[row]
+                job, node = batch[row].job, batch[row].node
                 message = (
                     f"the {view} view of a {node.metadata.get('kind')} has no vector: {result}"
                 )

@@ -27,9 +27,21 @@ from mmrag.nodes import node_image, node_text
 from mmrag.queries import Where
 from mmrag.reading.files import IMAGES_MARK
 from mmrag.store.edge import EdgeEngine
-from mmrag.store.engine import AnyOf, Between, Condition, Engine, Filter, Point, Schema, Scored
+from mmrag.store.engine import (
+    LANGUAGE_FIELD,
+    AnyOf,
+    Between,
+    Condition,
+    Engine,
+    Filter,
+    Point,
+    Schema,
+    Scored,
+)
 from mmrag.store.server import ServerEngine
 from mmrag.store.settings import CollectionSettings, View, refuse_other
+from mmrag.store.terms import AUTO_LANGUAGE, DocumentTerms, NodeTerms, has_terms, query_terms
+from mmrag.store.upgrade import rebuild_terms
 
 if TYPE_CHECKING:
     from llama_index.vector_stores.qdrant import QdrantVectorStore
@@ -48,13 +60,13 @@ __all__ = [
 
 log = logging.getLogger(__name__)
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 _NAMESPACE = UUID("5a3c1f0e-6f0b-4d57-9f5e-0d6c2f3b8a11")
 _SETTINGS_ID = str(uuid5(_NAMESPACE, "settings"))
 _BOOKKEEPING = AnyOf("kind", ("file", "settings"))
 _FILES = Filter(must=(AnyOf("kind", ("file",)),))
-_KEYWORDS = ("file", "kind", "sha256", "doc_id")
+_KEYWORDS = ("file", "kind", "sha256", "doc_id", LANGUAGE_FIELD)
 _INTEGERS = ("page",)
 _SHARD = "qdrant"
 _IMAGES = "images"
@@ -145,14 +157,55 @@ class Collection:
             ) from error
         return cls(engine, stored, place)
 
-    def write(self, nodes: Sequence[BaseNode], vectors: Sequence[Mapping[View, Any]]) -> None:
+    @classmethod
+    def upgrade(
+        cls,
+        location: str | Path | QdrantClient,
+        *,
+        name: str = "mmrag",
+        api_key: str | None = None,
+        images_dir: str | Path | None = None,
+    ) -> int:
+        """Bring a collection that an older mmrag built up to date, keeping its vectors.
+
+        Returns: how many nodes were rewritten; 0 where nothing was to be done.
+
+        Raises: as ``open``.
+        """
+        place = _Place.at(location, name, api_key, images_dir)
+        engine = place.engine(None)
+        try:
+            point = _settings_point(engine, place)
+            if point is None or point.payload["schema"] >= SCHEMA_VERSION:
+                return 0
+            settings = dict(point.payload["settings"])
+            if settings["language"] == "english":  # what schema 1 had unless told otherwise
+                settings["language"] = AUTO_LANGUAGE
+            upgraded = CollectionSettings.from_json(settings)
+            engine.drop_index("text")  # schema 1 ranked by it
+            engine.create_indexes(_schema(upgraded))
+            n_nodes = rebuild_terms(engine, upgraded.language)
+            _store_settings(engine, upgraded)
+            return n_nodes
+        finally:
+            engine.close()
+
+    def write(
+        self,
+        nodes: Sequence[BaseNode],
+        vectors: Sequence[Mapping[View, Any]],
+        terms: Sequence[NodeTerms] | None = None,
+    ) -> None:
         """Store nodes, each with the vectors of the views it has; equal ids are replaced.
 
         vectors: for each node, view to (dim,) float32; may be empty.
+        terms: what BM25 finds each node by; None makes them from its text and file name alone.
         """
+        if terms is None:
+            terms = [self._own_terms(node) for node in nodes]
         points = [
-            Point(node.node_id, self._payload(node), self._checked(node, of_node))
-            for node, of_node in zip(nodes, vectors, strict=True)
+            Point(node.node_id, self._payload(node, of_text), self._checked(node, of_node))
+            for node, of_node, of_text in zip(nodes, vectors, terms, strict=True)
         ]
         if points:
             self._engine.upsert(points)
@@ -223,9 +276,10 @@ class Collection:
         return self._engine.nearest(view, vector, limit, condition) if condition else []
 
     def search_text(self, query: str, limit: int, where: Where | None = None) -> list[Scored]:
-        """The nodes whose text ranks highest by BM25, best first."""
+        """The nodes that rank highest by BM25, best first; see ``mmrag.store.terms``."""
         condition = self._filter(where)
-        return self._engine.bm25(query, limit, condition) if condition and query.strip() else []
+        terms = query_terms(query, self._engine.facet(LANGUAGE_FIELD))
+        return self._engine.bm25(terms, limit, condition) if condition and terms else []
 
     def node(self, payload: Mapping[str, Any]) -> BaseNode:
         """The node a payload was made from, with its pictures' paths as they are here."""
@@ -278,11 +332,18 @@ class Collection:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _payload(self, node: BaseNode) -> dict[str, Any]:
+    def _payload(self, node: BaseNode, terms: NodeTerms) -> dict[str, Any]:
         stored = _with_image_paths(node.model_copy(deep=True), self._place.portable)
         payload = node_to_metadata_dict(stored)
+        if text := node_text(node):
+            payload["text"] = text
+        return payload | terms.to_payload() if has_terms(payload) else payload
+
+    def _own_terms(self, node: BaseNode) -> NodeTerms:
         text = node_text(node)
-        return payload | {"text": text} if text else payload
+        document = DocumentTerms(node.metadata.get("file", ""), self.settings.language)
+        document.read(text)
+        return dataclasses.replace(document.of(text), first_words="")
 
     def _checked(
         self, node: BaseNode, vectors: Mapping[View, Any]
@@ -307,7 +368,8 @@ class Collection:
     def _at_path(self, point: Point, path: str) -> Point:
         node = metadata_dict_to_node(point.payload)
         node.metadata["file"] = path
-        return dataclasses.replace(point, payload=self._payload(node))
+        terms = NodeTerms.from_payload(point.payload).renamed(path)
+        return dataclasses.replace(point, payload=self._payload(node, terms))
 
     def _remove(self, of: AnyOf) -> int:
         """Delete the file's own point first: cut short, it leaves an unfinished file."""
@@ -483,29 +545,43 @@ def _agree(engine: Engine, wanted: CollectionSettings | None, place: _Place) -> 
                 f"{place} was not made by mmrag: it has other vectors. Choose another name."
             )
         engine.create(_schema(wanted))
-    payload = {"kind": "settings", "schema": SCHEMA_VERSION, "settings": wanted.to_json()}
-    engine.upsert([Point(_SETTINGS_ID, payload)])
-    engine.flush()
+    _store_settings(engine, wanted)
     return wanted
 
 
+def _store_settings(engine: Engine, settings: CollectionSettings) -> None:
+    payload = {"kind": "settings", "schema": SCHEMA_VERSION, "settings": settings.to_json()}
+    engine.upsert([Point(_SETTINGS_ID, payload)])
+    engine.flush()
+
+
 def _stored_settings(engine: Engine, place: _Place) -> CollectionSettings | None:
-    found = engine.retrieve([_SETTINGS_ID])
-    if not found:
+    point = _settings_point(engine, place)
+    if point is None:
         return None
-    payload = found[0].payload
-    if payload["schema"] > SCHEMA_VERSION:
+    payload = point.payload
+    if payload["schema"] < SCHEMA_VERSION:
         raise CollectionError(
-            f"{place} was built by a newer mmrag (schema {payload['schema']}, this version knows "
-            f"{SCHEMA_VERSION}). Upgrade: pip install -U mmrag"
+            f"{place} was built by an older mmrag, which kept other terms for BM25 (schema "
+            f"{payload['schema']}, this version writes {SCHEMA_VERSION}). Bring it up to date: "
+            "mmrag upgrade -c FOLDER_OR_URL. Nothing is embedded again."
         )
     return CollectionSettings.from_json(payload["settings"])
+
+
+def _settings_point(engine: Engine, place: _Place) -> Point | None:
+    found = engine.retrieve([_SETTINGS_ID])
+    if found and found[0].payload["schema"] > SCHEMA_VERSION:
+        raise CollectionError(
+            f"{place} was built by a newer mmrag (schema {found[0].payload['schema']}, this "
+            f"version knows {SCHEMA_VERSION}). Upgrade: pip install -U mmrag"
+        )
+    return found[0] if found else None
 
 
 def _schema(settings: CollectionSettings) -> Schema:
     return Schema(
         vectors=dict.fromkeys(settings.views, settings.dim),
-        language=settings.language,
         keywords=_KEYWORDS,
         integers=_INTEGERS,
     )

@@ -17,9 +17,8 @@ from typing_extensions import override
 from mmrag.errors import CollectionError
 from mmrag.store.engine import (
     FACET_LIMIT,
-    NO_LANGUAGE,
     SCROLL_PAGE,
-    TEXT_FIELD,
+    TERMS_FIELD,
     Engine,
     Filter,
     Point,
@@ -80,8 +79,7 @@ class EdgeEngine(Engine):
         try:
             with _edge_errors(f"cannot create {folder}"):
                 shard = edge.EdgeShard.create(str(unfinished), config)
-                for name, index in _edge_indexes(schema).items():
-                    shard.update(edge.UpdateOperation.create_field_index(name, index))
+                _create_indexes(shard, schema)
                 shard.flush()
                 shard.close()
             unfinished.rename(folder)
@@ -128,8 +126,8 @@ class EdgeEngine(Engine):
         return self._query(edge.Query.Nearest(vector.tolist(), using=name), limit, where)
 
     @override
-    def bm25(self, query: str, limit: int, where: Filter) -> list[Scored]:
-        return self._query(edge.TextQuery(TEXT_FIELD, query), limit, where)
+    def bm25(self, terms: str, limit: int, where: Filter) -> list[Scored]:
+        return self._query(edge.TextQuery(TERMS_FIELD, terms), limit, where)
 
     @override
     def scroll(self, where: Filter, vectors: bool = False) -> Iterator[Point]:
@@ -152,6 +150,16 @@ class EdgeEngine(Engine):
     def count(self, where: Filter) -> int:
         with self._errors("count in"):
             return int(self._open.count(edge.CountRequest(exact=True, filter=self._filter(where))))
+
+    @override
+    def create_indexes(self, schema: Schema) -> None:
+        with self._errors("index"):
+            _create_indexes(self._open, schema)
+
+    @override
+    def drop_index(self, key: str) -> None:
+        with self._errors("index"):
+            self._open.update(edge.UpdateOperation.delete_field_index(key))
 
     @override
     def facet(self, key: str) -> dict[str, int]:
@@ -187,7 +195,10 @@ class EdgeEngine(Engine):
 
     def _query(self, query: Any, limit: int, where: Filter) -> list[Scored]:
         request = edge.QueryRequest(
-            limit=limit, query=query, filter=self._filter(where), with_payload=True
+            limit=limit,
+            query=query,
+            filter=self._filter(where),
+            with_payload=edge.PayloadSelector.Exclude([TERMS_FIELD]),
         )
         with self._errors("search"):
             found = self._open.query(request)
@@ -202,24 +213,14 @@ class EdgeEngine(Engine):
         return _edge_errors(f"cannot {doing} {self._folder}")
 
 
-def _edge_indexes(schema: Schema) -> dict[str, Any]:
-    text = edge.TextIndexParams(
-        tokenizer=edge.TokenizerType.Word,
-        lowercase=True,
-        scoring=True,
-        stopwords=_member(edge.Language, schema.language),
-        stemmer=(
-            edge.SnowballParams(_member(edge.SnowballLanguage, schema.language))
-            if schema.language != NO_LANGUAGE
-            else edge.DisabledStemmer()
-        ),
+def _create_indexes(shard: edge.EdgeShard, schema: Schema) -> None:
+    terms = edge.TextIndexParams(
+        tokenizer=edge.TokenizerType.Whitespace, lowercase=False, scoring=True
     )
-    return (
-        {TEXT_FIELD: text}
+    indexes = (
+        {TERMS_FIELD: terms}
         | {name: edge.PayloadSchemaType.Keyword for name in schema.keywords}
         | {name: edge.PayloadSchemaType.Integer for name in schema.integers}
     )
-
-
-def _member(enum: Any, language: str) -> Any:
-    return None if language == NO_LANGUAGE else getattr(enum, language.capitalize())
+    for name, index in indexes.items():
+        shard.update(edge.UpdateOperation.create_field_index(name, index))

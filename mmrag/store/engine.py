@@ -8,12 +8,9 @@ from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
-from qdrant_client import models
 
-from mmrag.errors import ConfigError
-
-TEXT_FIELD = "text"
-NO_LANGUAGE = "none"
+TERMS_FIELD = "terms"
+LANGUAGE_FIELD = "terms_language"
 SCROLL_PAGE = 256
 FACET_LIMIT = 1_000_000
 
@@ -32,7 +29,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Scored:
-    """A point found by a search; a higher score is better."""
+    """A point found by a search; a higher score is better. Its payload lacks the terms."""
 
     id: str
     score: float
@@ -72,11 +69,10 @@ class Schema:
     """What a collection is created with.
 
     vectors: name to dimension; distances are cosine.
-    language: stemming and stop words of the BM25 index over ``text``; ``"none"`` for neither.
+    The BM25 index over ``terms`` splits at spaces and changes nothing.
     """
 
     vectors: Mapping[str, int]
-    language: str
     keywords: tuple[str, ...]
     integers: tuple[str, ...]
 
@@ -106,8 +102,8 @@ class Engine(Protocol):
         """The points whose vector ``name`` is nearest by cosine."""
         ...
 
-    def bm25(self, query: str, limit: int, where: Filter) -> list[Scored]:
-        """The points whose ``text`` ranks highest by BM25."""
+    def bm25(self, terms: str, limit: int, where: Filter) -> list[Scored]:
+        """The points whose ``terms`` rank highest by BM25; ``terms`` are separated by spaces."""
         ...
 
     def scroll(self, where: Filter, vectors: bool = False) -> Iterator[Point]:
@@ -116,6 +112,14 @@ class Engine(Protocol):
 
     def count(self, where: Filter) -> int:
         """How many points the filter matches, exactly."""
+        ...
+
+    def create_indexes(self, schema: Schema) -> None:
+        """Create the payload indexes of ``schema``; those there already are kept."""
+        ...
+
+    def drop_index(self, key: str) -> None:
+        """Delete the payload index over ``key``; without one, nothing happens."""
         ...
 
     def facet(self, key: str) -> dict[str, int]:
@@ -133,17 +137,6 @@ class Engine(Protocol):
     def close(self) -> None:
         """Release the store; closing twice is harmless."""
         ...
-
-
-def check_language(language: str) -> None:
-    """Raise ConfigError for a language that has no stemmer or no stop words."""
-    known = sorted(
-        {each.value for each in models.SnowballLanguage} & {each.value for each in models.Language}
-    )
-    if language != NO_LANGUAGE and language not in known:
-        raise ConfigError(
-            f"No stemming for the language {language!r}; use one of {', '.join(known)}, or none."
-        )
 
 
 def translate(

@@ -19,9 +19,8 @@ from typing_extensions import override
 from mmrag.errors import CollectionError, EndpointError
 from mmrag.store.engine import (
     FACET_LIMIT,
-    NO_LANGUAGE,
     SCROLL_PAGE,
-    TEXT_FIELD,
+    TERMS_FIELD,
     Engine,
     Filter,
     Point,
@@ -47,7 +46,7 @@ class ServerEngine(Engine):
 
     Writes go in batches bounded by bytes, and everything is retried with growing pauses while
     the server is away. A client in local mode (``QdrantClient(":memory:")``) works too, for
-    tests: its BM25 neither stems nor drops stop words.
+    tests.
     """
 
     def __init__(self, client: QdrantClient, name: str, *, owned: bool, pause: float = 0.5) -> None:
@@ -77,8 +76,7 @@ class ServerEngine(Engine):
                 for name, dim in schema.vectors.items()
             }
             self._call(lambda: self._client.create_collection(self._name, vectors_config=vectors))
-        for field_name, index in self._indexes(schema).items():
-            self._create_index(field_name, index)
+        self.create_indexes(schema)
 
     @override
     def upsert(self, points: Sequence[Point]) -> None:
@@ -104,8 +102,8 @@ class ServerEngine(Engine):
         return self._query(vector.tolist(), name, limit, where)
 
     @override
-    def bm25(self, query: str, limit: int, where: Filter) -> list[Scored]:
-        return self._query(models.TextQuery(text=query), TEXT_FIELD, limit, where)
+    def bm25(self, terms: str, limit: int, where: Filter) -> list[Scored]:
+        return self._query(models.TextQuery(text=terms), TERMS_FIELD, limit, where)
 
     @override
     def scroll(self, where: Filter, vectors: bool = False) -> Iterator[Point]:
@@ -121,6 +119,32 @@ class ServerEngine(Engine):
         return self._call(
             lambda: self._client.count(self._name, count_filter=self._filter(where), exact=True)
         ).count
+
+    @override
+    def create_indexes(self, schema: Schema) -> None:
+        terms = models.TextIndexParams(
+            type=models.TextIndexType.TEXT,
+            tokenizer=models.TokenizerType.WHITESPACE,
+            lowercase=False,
+            scoring=True,
+        )
+        indexes: dict[str, Any] = (
+            {TERMS_FIELD: terms}
+            | {name: models.PayloadSchemaType.KEYWORD for name in schema.keywords}
+            | {name: models.PayloadSchemaType.INTEGER for name in schema.integers}
+        )
+        if self._local:
+            # Local mode has no other index and no other tokenizer. It takes each run of letters
+            # and digits as a token, and terms are nothing else.
+            plain = models.TextIndexParams(type=models.TextIndexType.TEXT, scoring=True)
+            indexes = {TERMS_FIELD: plain}
+        for name, index in indexes.items():
+            self._create_index(name, index)
+
+    @override
+    def drop_index(self, key: str) -> None:
+        if not self._local:
+            self._call(lambda: self._client.delete_payload_index(self._name, key, wait=True))
 
     @override
     def facet(self, key: str) -> dict[str, int]:
@@ -162,7 +186,7 @@ class ServerEngine(Engine):
                 using=using,
                 limit=limit,
                 query_filter=self._filter(where),
-                with_payload=True,
+                with_payload=models.PayloadSelectorExclude(exclude=[TERMS_FIELD]),
             )
         )
         return [Scored(str(hit.id), float(hit.score), hit.payload or {}) for hit in found.points]
@@ -185,25 +209,8 @@ class ServerEngine(Engine):
         translated: models.Filter = translate(where, models, models.Range)
         return translated
 
-    def _indexes(self, schema: Schema) -> dict[str, Any]:
-        if self._local:
-            if schema.language != NO_LANGUAGE:
-                log.warning("Qdrant's local mode has no stemming: BM25 matches words as they are.")
-            # Local mode has no other index, and ranks only text that is neither stemmed nor
-            # stripped of stop words.
-            return {
-                TEXT_FIELD: models.TextIndexParams(type=models.TextIndexType.TEXT, scoring=True)
-            }
-        return (
-            {TEXT_FIELD: _server_text_index(schema.language)}
-            | {name: models.PayloadSchemaType.KEYWORD for name in schema.keywords}
-            | {name: models.PayloadSchemaType.INTEGER for name in schema.integers}
-        )
-
-    def _create_index(self, field_name: str, index: Any) -> None:
-        self._call(
-            lambda: self._client.create_payload_index(self._name, field_name, index, wait=True)
-        )
+    def _create_index(self, name: str, index: Any) -> None:
+        self._call(lambda: self._client.create_payload_index(self._name, name, index, wait=True))
 
     def _check_version(self) -> None:
         version = str(self._call(self._client.info).version)
@@ -242,21 +249,6 @@ class ServerEngine(Engine):
             f"The Qdrant server refused a request on the collection {self._name!r} "
             f"(status {error.status_code}): {body}"
         )
-
-
-def _server_text_index(language: str) -> models.TextIndexParams:
-    return models.TextIndexParams(
-        type=models.TextIndexType.TEXT,
-        tokenizer=models.TokenizerType.WORD,
-        lowercase=True,
-        scoring=True,
-        stopwords=None if language == NO_LANGUAGE else models.Language(language),
-        stemmer=None
-        if language == NO_LANGUAGE
-        else models.SnowballParams(
-            type=models.Snowball.SNOWBALL, language=models.SnowballLanguage(language)
-        ),
-    )
 
 
 def byte_bounded(

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias, get_args
 
 from mmrag.errors import CollectionError, ConfigError
-from mmrag.store.engine import check_language
+from mmrag.store.terms import AUTO_LANGUAGE, check_language
 
 View: TypeAlias = Literal["image", "text", "fused"]
 VIEWS: tuple[View, ...] = get_args(View)
@@ -22,7 +22,8 @@ class CollectionSettings:
     dim: length of the stored vectors.
     views: the named vectors that nodes may have.
     reading: the options files were read with.
-    language: stemming and stop words of BM25; ``"none"`` for neither.
+    language: stemming for BM25: ``"auto"`` detects it for each document, ``"none"`` leaves words
+        as they are.
     """
 
     embedder: str
@@ -30,7 +31,7 @@ class CollectionSettings:
     dim: int
     views: tuple[View, ...] = ("image", "text")
     reading: Mapping[str, Any] = field(default_factory=dict)
-    language: str = "english"
+    language: str = AUTO_LANGUAGE
 
     def __post_init__(self) -> None:
         if self.dim < 1:

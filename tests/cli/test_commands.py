@@ -436,3 +436,9 @@ def test_help_names_the_exit_codes():
         shown = " ".join(run(*command).stdout.split())
         assert "Exit codes: 0 done; 1 nothing found" in shown
         assert "130 stopped by Ctrl-C" in shown
+
+
+def test_upgrading_what_is_up_to_date(folder):
+    done = run("upgrade", "-c", folder)
+    assert (done.exit_code, done.stdout) == (0, "Already up to date.\n")
+    assert json.loads(run("upgrade", "-c", folder, "--json").stdout)["nodes"] == 0

@@ -9,12 +9,13 @@ import pytest
 from qdrant_client import QdrantClient
 from qdrant_client.http.exceptions import ResponseHandlingException, UnexpectedResponse
 
-from mmrag.errors import CollectionError, ConfigError, EndpointError
+from mmrag.errors import CollectionError, EndpointError
 from mmrag.store.edge import EdgeEngine
-from mmrag.store.engine import AnyOf, Between, Filter, Point, Schema, check_language
+from mmrag.store.engine import AnyOf, Between, Filter, Point, Schema
 from mmrag.store.server import ServerEngine, byte_bounded
+from mmrag.store.terms import index_terms, query_terms
 
-SCHEMA = Schema({"text": 4, "image": 4}, "english", ("file", "kind"), ("page",))
+SCHEMA = Schema({"text": 4, "image": 4}, ("file", "kind"), ("page",))
 ALL = Filter()
 
 
@@ -28,10 +29,12 @@ def uid(number):
 
 
 POINTS = [
-    Point(uid(1), {"file": "a", "page": 1, "text": "red apple tree"}, {"text": unit(1, 0, 0, 0)}),
+    Point(
+        uid(1), {"file": "a", "page": 1, "terms": ["red apple", "tree"]}, {"text": unit(1, 0, 0, 0)}
+    ),
     Point(
         uid(2),
-        {"file": "a", "page": 2, "text": "green apple", "tag": "x", "ok": True, "size": 1.5},
+        {"file": "a", "page": 2, "terms": ["green apple"], "tag": "x", "ok": True, "size": 1.5},
         {"text": unit(0, 1, 0, 0), "image": unit(1, 1, 0, 0)},
     ),
     Point(uid(3), {"file": "b", "page": 3, "tag": 7, "ok": False}, {"image": unit(0, 0, 1, 0)}),
@@ -74,7 +77,7 @@ def test_nearest_ranks_by_cosine_and_skips_points_without_the_vector(filled):
     found = filled.nearest("image", unit(1, 0, 0, 0), 10, ALL)
     assert ids(found) == [2, 3]
     assert found[0].score == pytest.approx(1 / math.sqrt(2), abs=1e-6)
-    assert found[0].payload == POINTS[1].payload
+    assert found[0].payload == {k: v for k, v in POINTS[1].payload.items() if k != "terms"}
 
 
 def test_limit_bounds_the_results(filled):
@@ -83,7 +86,7 @@ def test_limit_bounds_the_results(filled):
 
 
 def test_bm25_is_the_published_formula(filled):
-    """Robertson & Zaragoza 2009, k1 = 1.2, b = 0.75, over the two points that have text."""
+    """Robertson & Zaragoza 2009, k1 = 1.2, b = 0.75, over the two points that have terms."""
     lengths = [3, 2]
     idf = math.log((2 - 1 + 0.5) / (1 + 0.5) + 1)
     expected = idf * 2.2 / (1 + 1.2 * (0.25 + 0.75 * lengths[0] / np.mean(lengths)))
@@ -158,20 +161,41 @@ def test_facet_forgets_values_whose_points_are_gone(filled):
     assert filled.facet("file") == {"b": 2}
 
 
-def test_edge_stems_and_drops_stop_words(tmp_path):
+TEXTS = {
+    "english": "XR-2000/B pumps cost 1,577 euros in FY2015, Q3: naïve ﬁnance.",
+    "german": "Die Züge fahren um 12 500 Kilometer weiter als im Jahr zuvor.",
+    "russian": "Поезда ходили через города и сёла страны.",
+    "hindi": "हिन्दी में लिखा हुआ दस्तावेज़",
+    "none": "差旅费报销必须在三十天内提交 รายงานประจำปี 한국어 문서",
+}
+
+
+def test_both_engines_rank_terms_alike(tmp_path):
+    """Whatever the script: the server's local mode splits at more than spaces, terms do not."""
+    found = []
+    for make in (make_edge, make_server):
+        engine = make(tmp_path)
+        for number, (language, text) in enumerate(TEXTS.items(), start=1):
+            terms = " ".join(index_terms(f"{text} page {number}", language))
+            engine.upsert([Point(uid(number), {"terms": [terms, "annual report"]})])
+        for text in (*TEXTS.values(), "annual page 2.5"):
+            hits = engine.bm25(query_terms(text, TEXTS), 10, ALL)
+            found.append([(hit.id, round(hit.score, 4)) for hit in hits])
+        engine.close()
+    half = len(found) // 2
+    assert found[:half] == found[half:]
+    assert [ranking[0][0] for ranking in found[: len(TEXTS)]] == [uid(n) for n in range(1, 6)]
+
+
+def test_an_index_that_is_dropped_ranks_nothing(tmp_path):
     engine = make_edge(tmp_path)
     engine.upsert(POINTS)
-    assert ids(engine.bm25("apples", 5, ALL)) == [2, 1]
-    assert engine.bm25("the of and", 5, ALL) == []
-    engine.close()
-
-
-def test_edge_without_language_matches_words_as_they_are(tmp_path):
-    schema = Schema({"text": 4}, "none", ("file",), ())
-    engine = EdgeEngine.create(tmp_path / "shard", schema)
-    engine.upsert([Point(uid(1), {"file": "a", "text": "the red apple"})])
-    assert engine.bm25("apples", 5, ALL) == []
-    assert ids(engine.bm25("THE", 5, ALL)) == [1]
+    engine.drop_index("terms")
+    engine.drop_index("terms")
+    with pytest.raises(CollectionError, match="search"):
+        engine.bm25("apple", 5, ALL)
+    engine.create_indexes(SCHEMA)
+    assert ids(engine.bm25("apple", 5, ALL)) == [2, 1]
     engine.close()
 
 
@@ -211,11 +235,6 @@ def test_batches_are_bounded_by_count_and_bytes():
     assert [len(batch) for batch in byte_bounded(points, max_bytes=3600)] == [3, 3, 3, 1]
     assert [len(batch) for batch in byte_bounded(points, max_bytes=10)] == [1] * 10
     assert list(byte_bounded([])) == []
-
-
-def test_unknown_language():
-    with pytest.raises(ConfigError, match=r"'klingon'.*english"):
-        check_language("klingon")
 
 
 class Flaky:
