@@ -70,7 +70,7 @@ class CitedResponse(Response):
         parts: list[str] = []
         by_number = {source.n: source for source in self.cited if source.cited}
         waiting: list[str] = []
-        lines = _harmless(self.response or "").splitlines()
+        lines = harmless(self.response or "").splitlines()
         for line, following in zip(lines, [*lines[1:], ""], strict=True):
             parts.append(line)
             for n in parse_marks(line) if images else ():
@@ -261,7 +261,8 @@ _ACTIVE = {"![": "&#33;[", "<": "&lt;"}
 _MARKUP = re.compile(r"([\\`*_\[\]<>!#|])")
 
 
-def _harmless(text: str) -> str:
+def harmless(text: str) -> str:
+    """Markdown in which images and HTML are text: nothing is loaded when it is shown."""
     for active, harmless in _ACTIVE.items():
         text = text.replace(active, harmless)
     return text
@@ -275,13 +276,14 @@ def _figure(source: Source) -> str | None:
     if source.image is None or not source.image.is_file():
         return None
     caption = " ".join(str(values.get("caption") or source.place).split())
-    return f"![{_literal(caption)}]({quote(source.image.as_posix(), safe='/:')})"
+    return f"![{literal(caption)}]({quote(source.image.as_posix(), safe='/:')})"
 
 
 def _listed(source: Source) -> str:
-    words = f": \u201c{_literal(source.quote)}\u201d" if source.quote else ""
-    return f"- \\[{source.n}\\] {_literal(source.place)}{words}"
+    words = f": \u201c{literal(source.quote)}\u201d" if source.quote else ""
+    return f"- \\[{source.n}\\] {literal(source.place)}{words}"
 
 
-def _literal(text: str) -> str:
+def literal(text: str) -> str:
+    """Plain text for Markdown, its marks escaped."""
     return _MARKUP.sub(r"\\\1", text)

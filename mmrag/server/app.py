@@ -28,7 +28,7 @@ from mmrag.server.keys import ApiKeys
 from mmrag.server.library import Libraries
 from mmrag.server.metrics import CountRequests, Metrics
 from mmrag.server.options import ServerOptions
-from mmrag.server.routes import api, files, status
+from mmrag.server.routes import api, files, openai, status, web
 from mmrag.server.state import ServerState
 
 log = logging.getLogger(__name__)
@@ -59,7 +59,7 @@ def create_app(
         redoc_url=None,
     )
     app.state.server = ServerState(libraries, options, gate, keys, metrics)
-    for routes in (status, api, files):
+    for routes in (status, api, files, openai, web):
         app.include_router(routes.router)
     for kind in (MMRagError, HTTPException, RequestValidationError, Exception):
         app.add_exception_handler(kind, _refuse)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,6 +35,13 @@ class ApiError(MMRagError):
 def not_found(what: str) -> ApiError:
     """404 for a file, page or model that is not there."""
     return ApiError(404, what, "not_found")
+
+
+def no_model(name: str, known: Iterable[str]) -> ApiError:
+    """404 for a model, as OpenAI's client knows it."""
+    return ApiError(
+        404, f"There is no model {name!r} here; use {', '.join(known)}.", "model_not_found"
+    )
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mmrag.embedders.base import Embedder
 from mmrag.errors import ConfigError, MissingCollectionError
 from mmrag.index import DEFAULT_EMBEDDER, UniversalIndex
 from mmrag.queries import MultimodalQuery
+from mmrag.rerankers.base import Scorer
 from mmrag.server.batching import BatchingEmbedder
-from mmrag.server.errors import ApiError, not_found
+from mmrag.server.errors import ApiError, no_model, not_found
 from mmrag.server.jobs import Job, Writer
 from mmrag.server.uploads import clean_incoming
 from mmrag.store.collection import Collection, FileEntry
@@ -194,6 +196,39 @@ class Libraries:
             known = ", ".join(self._by_name)
             raise not_found(f"There is no collection {name!r}; this server has {known}.")
         return self._by_name[name]
+
+    def model_names(self) -> list[str]:
+        """What clients of OpenAI may ask for: collections, embedders, rerankers."""
+        return [*self._by_name, *self.embedders, *self._scorers()]
+
+    def chat_model(self, name: str) -> Library:
+        """The collection that chats under a name. Raises ApiError 404."""
+        if name not in self._by_name:
+            raise no_model(name, self._by_name)
+        return self._by_name[name]
+
+    def embedder(self, name: str) -> Embedder:
+        """An embedder by name. Raises ApiError 404."""
+        if name not in self.embedders:
+            raise no_model(name, self.embedders)
+        return self.embedders[name]
+
+    def judge(self, name: str | None = None) -> Scorer | Embedder:
+        """What reranks: a reranker or embedder by name, else the first. Raises ApiError 404."""
+        judges: dict[str, Scorer | Embedder] = {**self._scorers(), **self.embedders}
+        name = name or next(iter(judges))
+        if name not in judges:
+            raise no_model(name, judges)
+        return judges[name]
+
+    def _scorers(self) -> dict[str, Scorer]:
+        """The rerankers that are loaded, by name."""
+        scorers = (
+            getattr(postprocessor, "scorer", None)
+            for library in self
+            for postprocessor in library.answering.postprocessors
+        )
+        return {scorer.name: scorer for scorer in scorers if isinstance(scorer, Scorer)}
 
     def close(self) -> None:
         """Stop all indexing and release the collections."""

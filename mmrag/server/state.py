@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncIterator, Callable, Generator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, TypeVar
 
 from anyio import to_thread
@@ -29,6 +30,7 @@ class ServerState:
     keys: ApiKeys
     metrics: Metrics
     stopping: bool = False
+    started: int = field(default_factory=lambda: int(time.time()))
 
     @property
     def image_limits(self) -> ImageLimits:

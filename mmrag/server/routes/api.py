@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
 from typing import Any
 
 from anyio import to_thread
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
-from mmrag.server.answers import Event, answer_events, answer_row, hit_row
+from mmrag.server.answers import answer_events, answer_row, hit_row
 from mmrag.server.errors import ApiError
 from mmrag.server.guard import SESSION_COOKIE
 from mmrag.server.schemas import AskRequest, SearchRequest, SessionRequest, query_of
+from mmrag.server.sse import HEADERS, encoded
 from mmrag.server.state import Server
 
 router = APIRouter(prefix="/api")
-
-NO_BUFFER = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-"""Headers of a stream, so that no proxy holds it back."""
 
 
 @router.get("/collections")
@@ -36,6 +33,7 @@ async def collections(server: Server) -> dict[str, Any]:
                 "embedder": settings.embedder,
                 "modalities": sorted(library.index.embedder.modalities),
                 "llm": library.answering.model_name,
+                "dpi": settings.reading.get("dpi", 144),
             }
         )
     return {"collections": rows}
@@ -62,9 +60,10 @@ async def ask(body: AskRequest, request: Request, server: Server) -> Response:
         question, response = await server.run(lambda: library.answer(query, history))
         return JSONResponse({"question": question, **answer_row(response, library.name, base)})
     events = server.stream(answer_events(library, query, history, base))
-    first = await anext(events)  # what fails before the first event is an HTTP error
     return StreamingResponse(
-        _encoded(first, events), media_type="text/event-stream", headers=NO_BUFFER
+        await encoded(events, error_name="error"),
+        media_type="text/event-stream",
+        headers=HEADERS,
     )
 
 
@@ -91,9 +90,3 @@ async def end_session(request: Request, server: Server) -> Response:
     response = Response(status_code=204)
     response.delete_cookie(SESSION_COOKIE)
     return response
-
-
-async def _encoded(first: Event, events: AsyncIterator[Event]) -> AsyncIterator[bytes]:
-    yield first.encode()
-    async for event in events:
-        yield event.encode()

@@ -1,0 +1,172 @@
+/** The conversation: questions, answers that stream, and citations that open their page. */
+
+import { events } from "/static/api.js";
+import { attachment } from "/static/attach.js";
+import { byId, count, el } from "/static/dom.js";
+import { render } from "/static/markdown.js";
+import { current, onCollection, state } from "/static/state.js";
+import { openSource } from "/static/viewer.js";
+
+const history = [];
+let running = null;
+
+export function setUp() {
+  const form = byId("ask-form");
+  const question = byId("question");
+  const image = attachment(form);
+  form.addEventListener("submit", (event) => {
+    event.preventDefault();
+    if (running) running.abort();
+    else if (question.value.trim() || image.value()) {
+      ask(question.value.trim(), image.value());
+      question.value = "";
+      image.clear();
+      fit(question);
+    }
+  });
+  question.addEventListener("input", () => fit(question));
+  question.addEventListener("keydown", (event) => {
+    if (event.key === "Enter" && !event.shiftKey && !event.isComposing) {
+      event.preventDefault();
+      form.requestSubmit();
+    }
+  });
+  byId("new-chat").addEventListener("click", forget);
+  onCollection(about);
+}
+
+/** Grows the field with its text. */
+function fit(field) {
+  field.style.height = "auto";
+  field.style.height = `${Math.min(field.scrollHeight, 200)}px`;
+}
+
+function about() {
+  const { files, pages, llm } = current();
+  const held = `${count(files, "file")}, ${count(pages, "page")}`;
+  const how = llm ? `answered by ${llm}` : "answered by quoting the best sentences";
+  byId("ask-about").textContent = files ? `${held}, ${how}.` : "Nothing is indexed yet. Add files first.";
+}
+
+function forget() {
+  running?.abort();
+  history.length = 0;
+  byId("turns").replaceChildren();
+  byId("ask-empty").hidden = false;
+  byId("new-chat").hidden = true;
+  byId("question").focus();
+}
+
+async function ask(question, image) {
+  byId("ask-empty").hidden = true;
+  byId("new-chat").hidden = false;
+  const turn = newTurn(question, image);
+  running = new AbortController();
+  busy(true);
+  const body = { query: question, image, history, collection: state.collection };
+  try {
+    for await (const [name, data] of events("/api/ask", body, running.signal)) {
+      if (name === "sources") turn.begin(data, question);
+      else if (name === "token") turn.add(data.text);
+      else if (name === "answer") turn.finish(data);
+      else turn.fail(data.error.message);
+    }
+    if (turn.answer) {
+      history.push({ role: "user", content: question || "(an image)" });
+      history.push({ role: "assistant", content: turn.answer });
+    }
+  } catch (error) {
+    turn.fail(error.name === "AbortError" ? "Stopped." : error.message);
+  } finally {
+    running = null;
+    busy(false);
+  }
+}
+
+function busy(on) {
+  const send = byId("ask-form").querySelector(".send");
+  send.textContent = on ? "Stop" : "Ask";
+  send.classList.toggle("stop", on);
+}
+
+/** One question with its answer, growing while it streams. */
+function newTurn(question, image) {
+  const words = el("div", { class: "answer", "aria-busy": "true" });
+  const wait = el("p", { class: "wait quiet" }, "Searching\u2026");
+  const foot = el("div", { class: "foot" });
+  const picture = image ? el("img", { src: image, alt: "The image of the question" }) : null;
+  const asked = el("div", { class: "question" }, picture, el("p", {}, question));
+  const turn = el("article", {}, asked, wait, words, foot);
+  byId("turns").append(turn);
+  turn.scrollIntoView({ block: "start", behavior: "smooth" });
+  let text = "";
+  let sources = [];
+  let drawing = false;
+
+  const draw = () => {
+    drawing = false;
+    words.replaceChildren(render(text, (n) => citation(n, sources)));
+  };
+  const made = {
+    answer: null,
+    begin(data, asked) {
+      sources = data.sources;
+      wait.textContent = "Reading\u2026";
+      if (data.question !== asked) foot.before(el("p", { class: "quiet searched" }, `Searched for: ${data.question}`));
+    },
+    add(piece) {
+      wait.hidden = true;
+      text += piece;
+      if (!drawing) requestAnimationFrame(draw); // many words a frame are drawn once
+      drawing = true;
+    },
+    finish(data) {
+      made.answer = data.answer;
+      wait.hidden = true;
+      [text, sources] = [data.answer, data.sources];
+      draw();
+      words.removeAttribute("aria-busy");
+      foot.replaceChildren(...footOf(data));
+    },
+    fail(message) {
+      wait.hidden = true;
+      words.removeAttribute("aria-busy");
+      foot.append(el("p", { class: "error", role: "alert" }, message));
+    },
+  };
+  return made;
+}
+
+function citation(n, sources) {
+  const source = sources.find((each) => each.n === n);
+  if (!source) return null;
+  const label = `Source ${n}: ${placeOf(source)}`;
+  return el("button", { type: "button", class: "cite", "aria-label": label, title: placeOf(source), onclick: () => openSource(source) }, String(n));
+}
+
+export const placeOf = ({ name, page }) => (page === null ? name : `${name}, page ${page}`);
+
+function footOf({ found, sources, problems }) {
+  const cited = sources.filter((source) => source.cited);
+  const shown = cited.length ? cited : sources.slice(0, 3);
+  const parts = [];
+  if (shown.length) {
+    const title = found && cited.length ? "Sources" : "Nearest pages";
+    parts.push(el("h2", {}, title), el("ul", { class: "sources" }, shown.map(card)));
+  }
+  if (problems.length) {
+    parts.push(el("details", { class: "problems" },
+      el("summary", {}, `Check before you trust it (${problems.length})`),
+      el("ul", {}, problems.map((problem) => el("li", {}, problem)))));
+  }
+  return parts;
+}
+
+function card(source) {
+  const small = source.image ? `${source.image}&width=160` : null;
+  return el("li", {}, el("button", { type: "button", class: "card", onclick: () => openSource(source) },
+    small ? el("img", { src: small, alt: "", loading: "lazy" }) : null,
+    el("span", { class: "words" },
+      el("span", { class: "place" }, el("span", { class: "n" }, String(source.n)), placeOf(source)),
+      source.quote ? el("q", {}, source.quote) : null)));
+}
