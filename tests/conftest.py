@@ -38,3 +38,14 @@ def gme(qwen2_vl_folder):
     from mmrag.embedders import load_embedder
 
     return load_embedder(qwen2_vl_folder, family="gme", device="cpu", token_budget=1500)
+
+
+@pytest.fixture(autouse=True)
+def no_recognition(request, monkeypatch):
+    """Recognition takes seconds a page: only tests marked ``ocr`` have it."""
+    from mmrag.reading import ocr
+
+    if "ocr" not in request.keywords:
+        monkeypatch.setattr(ocr, "available", lambda: False)
+    elif not ocr.available():
+        pytest.skip("needs the ocr extra")

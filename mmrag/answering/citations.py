@@ -25,7 +25,7 @@ from mmrag.embedders.base import Embedder
 from mmrag.errors import MMRagError
 from mmrag.lexical import Idf, sentences, stays_open, terms
 from mmrag.numerals import missing_numbers, numerals, seen_numbers
-from mmrag.reading import locate_quote
+from mmrag.reading import locate_quote, words_path
 
 logger = logging.getLogger(__name__)
 
@@ -197,13 +197,16 @@ def check_answer(
 def locate(source: Source, quote: str) -> Source:
     """The source with ``quote`` and the boxes where it stands; without boxes if it cannot be found.
 
-    A file that has gone or changed since it was indexed loses the boxes, not the answer.
+    The words that indexing kept beside the page's image are enough. Without them, a file that
+    has gone or changed since loses the boxes, not the answer.
     """
     boxes: Sequence[Sequence[float]] = []
     path = Path(source.file)
+    image = source.node.node.metadata.get("page_image")
+    kept = image is not None and words_path(Path(image)).is_file()
     if source.page is not None and path.suffix.lower() == ".pdf":
         try:
-            boxes = locate_quote(path, source.page, quote) if path.is_file() else []
+            boxes = locate_quote(path, source.page, quote, image) if kept or path.is_file() else []
         except (MMRagError, OSError) as error:
             logger.warning("The quote of [%d] cannot be located: %s", source.n, error)
     found = tuple((float(x0), float(y0), float(x1), float(y1)) for x0, y0, x1, y1 in boxes)

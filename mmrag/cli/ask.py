@@ -221,7 +221,8 @@ def _save_pages(response: CitedResponse, folder: Path) -> dict[int, str]:
         try:
             if path.suffix.lower() == ".pdf" and source.page is not None:
                 boxes = source.boxes or ((source.box,) if source.box else ())
-                to = save_marked_page(path, source.page, boxes, Path(f"{to}.png"))
+                image = source.node.node.metadata.get("page_image")
+                to = save_marked_page(path, source.page, boxes, Path(f"{to}.png"), image)
             elif source.image is not None:
                 to = Path(f"{to}{source.image.suffix}")
                 shutil.copyfile(source.image, to)

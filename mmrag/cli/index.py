@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -37,8 +37,13 @@ def index(
         ),
     ] = None,
     ocr: Annotated[
-        bool, typer.Option("--ocr", help="Recognise the text of scans (needs mmrag[ocr]).")
-    ] = False,
+        Literal["auto", "off", "force"] | None,
+        typer.Option(
+            "--ocr",
+            help="Recognise text (needs mmrag[ocr]): auto for pages without a usable text layer, "
+            "the default; off; force for all pages, in place of their text layers.",
+        ),
+    ] = None,
     prune: Annotated[
         bool, typer.Option("--prune", help="Remove files that are gone from the given folders.")
     ] = False,
@@ -55,7 +60,7 @@ def index(
             from mmrag.reading import ReadOptions
 
             # Given only when asked for: a collection keeps the options that built it.
-            options: dict[str, Any] = {"reading": ReadOptions(ocr=True) if ocr else None}
+            options: dict[str, Any] = {"reading": ReadOptions(ocr=ocr) if ocr else None}
             with open_library(collection, embedder, language=language, **options) as library:
                 step("Loading the embedder")
                 _ = library.embedder

@@ -25,7 +25,15 @@ from mmrag.errors import CollectionError, ContentError, ReadError
 from mmrag.ingest.prefetch import End, run_ahead
 from mmrag.ingest.progress import IngestReport, Progress
 from mmrag.nodes import node_image, node_text
-from mmrag.reading import ReadOptions, ReadPage, file_sha256, find_files, read_file
+from mmrag.reading import (
+    INSTALL_OCR,
+    ReadOptions,
+    ReadPage,
+    file_sha256,
+    find_files,
+    ocr_available,
+    read_file,
+)
 from mmrag.store.collection import Collection, FileEntry, folder_of, place_of
 from mmrag.store.settings import View
 from mmrag.store.terms import DocumentTerms, NodeTerms
@@ -34,12 +42,13 @@ log = logging.getLogger(__name__)
 
 _BATCH_ITEMS = 32
 _PAGES_AHEAD = 64
-_LIMITS = ("page_seconds", "max_file_bytes")
+# May differ from run to run: limits, and whether recognition is tried, with the same node ids.
+_PER_RUN = ("page_seconds", "max_file_bytes", "max_pages", "max_memory_bytes", "ocr")
 
 
 def reading_settings(options: ReadOptions) -> dict[str, Any]:
-    """The options that decide which nodes a file gives; limits may differ from run to run."""
-    return {key: value for key, value in asdict(options).items() if key not in _LIMITS}
+    """The options that decide which nodes a file gives."""
+    return {key: value for key, value in asdict(options).items() if key not in _PER_RUN}
 
 
 def ingest(
@@ -90,6 +99,11 @@ def ingest(
         writer.flush()
     finally:
         events.close()
+    if writer.n_needs_ocr and options.ocr == "auto" and not ocr_available():
+        report.notes.append(
+            f"{writer.n_needs_ocr} pages and images have no text that can be read without "
+            f"recognition. To add it: {INSTALL_OCR}, then remove their files and index them again."
+        )
     if prune:
         _prune(paths, collection, report)
     _drop_outdated(plan.places, collection)
@@ -270,6 +284,7 @@ class _Writer:
         self._started = started
         self._waiting: list[_Waiting] = []
         self._pages_waiting = 0
+        self.n_needs_ocr = 0
 
     def take(self, job: _Job, event: _Event) -> None:
         """Deal with one event of reading."""
@@ -307,6 +322,7 @@ class _Writer:
         job.nodes += len(page.nodes)
         for node in page.nodes:
             job.terms.read(node_text(node))
+        self.n_needs_ocr += page.needs_ocr
         stored = self._collection.existing([node.node_id for node in page.nodes])
         missing = [node for node in page.nodes if node.node_id not in stored]
         self._pages_waiting += bool(missing)

@@ -1,14 +1,20 @@
 """Reading: PDF, image and text files become LlamaIndex nodes, page by page.
 
-PyMuPDF is used here alone, in worker processes that a broken file may hang or crash.
+Files are opened in worker processes only, which a broken one may hang or crash. PyMuPDF is used
+here alone.
 """
 
 from mmrag.reading.files import file_sha256, find_files, node_id
-from mmrag.reading.options import Box, ReadOptions
+from mmrag.reading.ocr import INSTALL as INSTALL_OCR
+from mmrag.reading.ocr import available as ocr_available
+from mmrag.reading.options import Box, OcrMode, ReadOptions
+from mmrag.reading.pagewords import words_path
 from mmrag.reading.reader import ReadPage, count_pages, locate_quote, read_file, save_marked_page
 
 __all__ = [
+    "INSTALL_OCR",
     "Box",
+    "OcrMode",
     "ReadOptions",
     "ReadPage",
     "count_pages",
@@ -16,6 +22,8 @@ __all__ = [
     "find_files",
     "locate_quote",
     "node_id",
+    "ocr_available",
     "read_file",
     "save_marked_page",
+    "words_path",
 ]

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from mmrag.reading.options import DEADLINE, Done
+from mmrag.reading.options import DEADLINE, Done, ReadOptions
 
 
 class WorkerDied(Exception):
@@ -55,14 +55,17 @@ class _Worker:
             start_new_session=True,
         )
 
-    def ask(self, seconds: float, operation: str, *arguments: Any) -> Iterator[Any]:
+    def ask(
+        self, options: ReadOptions, operation: str, arguments: tuple[Any, ...]
+    ) -> Iterator[Any]:
         """Yield the answers to a request.
 
         Raises: WorkerDied, RequestFailed.
         """
         assert self.process.stdin is not None and self.process.stdout is not None
         try:
-            request = (seconds, str(Path.cwd()), operation, arguments)
+            limits = (options.page_seconds, options.max_memory_bytes)
+            request = (*limits, str(Path.cwd()), operation, arguments)
             pickle.dump(request, self.process.stdin)
             self.process.stdin.flush()
             while not isinstance(answer := pickle.load(self.process.stdout), Done):
@@ -84,17 +87,18 @@ class _Worker:
 _idle: list[_Worker] = []
 
 
-def ask(seconds: float, operation: str, *arguments: Any) -> Iterator[Any]:
-    """Yield the answers of a worker process; ``seconds`` bounds the time to each.
+def ask(options: ReadOptions, operation: str, *arguments: Any) -> Iterator[Any]:
+    """Yield the answers of a worker process, within the limits on time and memory.
 
     A worker is kept for the next request. Each concurrent request has a worker of its own.
+    Reading all answers keeps the worker; leaving early ends it.
 
     Raises: WorkerDied, RequestFailed.
     """
     worker = _waiting() or _Worker()
     sound = False
     try:
-        yield from worker.ask(seconds, operation, *arguments)
+        yield from worker.ask(options, operation, arguments)
         sound = True
     except RequestFailed:
         sound = True

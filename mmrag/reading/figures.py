@@ -11,7 +11,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mmrag.reading.layout import Word, clean, holds, moved, union
+from mmrag.reading.boxes import area, as_box, clipped, distance, holds, moved, sides, union
+from mmrag.reading.characters import clean
+from mmrag.reading.layout import Word
 from mmrag.reading.options import Box
 
 _MIN_SIDE = 36.0  # points: half an inch
@@ -59,7 +61,7 @@ class _Block:
 
 def find_figures(page: Any, words: Sequence[Word]) -> list[Found]:
     """Figures of a PyMuPDF page, from top to bottom."""
-    bounds = _as_box(page.rect)
+    bounds = as_box(page.rect)
     blocks = _blocks(words, lambda word: word.block)
     labels = _labels(words)
     figures = []
@@ -70,7 +72,7 @@ def find_figures(page: Any, words: Sequence[Word]) -> list[Found]:
         raster = any(art.raster for art in group)
         caption = _caption(box, blocks, drawn=not raster)
         if not raster:
-            box = _clipped(_with_labels(box, labels, caption), bounds)
+            box = clipped(_with_labels(box, labels, caption), bounds)
         mark = "|".join([*sorted({art.shape for art in group})[:4], *(f"{v:.0f}" for v in box)])
         figures.append(Found(box, caption.text if caption else "", mark))
     return sorted(figures, key=lambda figure: (figure.box[1], figure.box[0]))
@@ -80,8 +82,8 @@ def _rasters(page: Any, bounds: Box) -> list[_Art]:
     found = []
     shown = tuple(page.rotation_matrix)
     for info in page.get_image_info(xrefs=True):
-        box = _clipped(moved(info["bbox"], shown), bounds)
-        if min(_sides(box)) >= _THIN and _area(box) <= _MAX_SHARE * _area(bounds):
+        box = clipped(moved(info["bbox"], shown), bounds)
+        if min(sides(box)) >= _THIN and area(box) <= _MAX_SHARE * area(bounds):
             found.append(_Art(box, f"i{info['xref']}:{info['width']}x{info['height']}", True))
     return found
 
@@ -91,9 +93,9 @@ def _drawings(page: Any, bounds: Box) -> list[_Art]:
     found = []
     shown = tuple(page.rotation_matrix)
     for path in page.get_drawings()[:_MAX_PATHS]:
-        box = _clipped(moved(path["rect"], shown), bounds)
+        box = clipped(moved(path["rect"], shown), bounds)
         white = path.get("fill") is not None and min(path["fill"]) > 0.98
-        if max(_sides(box)) < 1 or _area(box) > 0.6 * _area(bounds):
+        if max(sides(box)) < 1 or area(box) > 0.6 * area(bounds):
             continue
         if path.get("color") is None and (path.get("fill") is None or white):
             continue
@@ -101,7 +103,7 @@ def _drawings(page: Any, bounds: Box) -> list[_Art]:
             _Art(
                 box,
                 f"d{len(path['items'])}",
-                ruled=min(_sides(box)) <= _THIN or all(_is_ruled(i) for i in path["items"]),
+                ruled=min(sides(box)) <= _THIN or all(_is_ruled(i) for i in path["items"]),
                 filled=path.get("fill") is not None and not white,
             )
         )
@@ -121,7 +123,7 @@ def _groups(arts: list[_Art]) -> list[list[_Art]]:
         box, members = art.box, [art]
         apart = []
         for other, others in groups:
-            if _distance(box, other) <= _NEAR:
+            if distance(box, other) <= _NEAR:
                 box, members = union((box, other)), others + members
             else:
                 apart.append((other, others))
@@ -133,7 +135,7 @@ def _joined(groups: list[tuple[Box, list[_Art]]]) -> list[list[_Art]]:
     """Groups whose boxes came to touch while they grew, joined until none does."""
     done: list[tuple[Box, list[_Art]]] = []
     for box, members in groups:
-        while touching := [g for g in done if _distance(box, g[0]) <= _NEAR]:
+        while touching := [g for g in done if distance(box, g[0]) <= _NEAR]:
             done = [g for g in done if g not in touching]
             box = union([box, *(g[0] for g in touching)])
             members = members + [art for g in touching for art in g[1]]
@@ -143,16 +145,16 @@ def _joined(groups: list[tuple[Box, list[_Art]]]) -> list[list[_Art]]:
 
 def _is_figure(group: list[_Art], box: Box, bounds: Box, words: Sequence[Word]) -> bool:
     """Large enough, and neither a background, a table's rules, nor a frame around text."""
-    share = _area(box) / max(_area(bounds), 1.0)
-    if min(_sides(box)) < _MIN_SIDE or not _MIN_SHARE <= share <= _MAX_SHARE:
+    share = area(box) / max(area(bounds), 1.0)
+    if min(sides(box)) < _MIN_SIDE or not _MIN_SHARE <= share <= _MAX_SHARE:
         return False
     inside = [word.box for word in words if holds(box, word.box)]
-    if sum(_area(b) for b in inside) > 0.3 * _area(box):
+    if sum(area(b) for b in inside) > 0.3 * area(box):
         return False
     images = [art for art in group if art.raster]
-    if images and _area(union(art.box for art in images)) > 0.5 * _area(box):
+    if images and area(union(art.box for art in images)) > 0.5 * area(box):
         return True
-    solid = [a for a in group if a.filled and min(_sides(a.box)) > _THIN]
+    solid = [a for a in group if a.filled and min(sides(a.box)) > _THIN]
     if all(art.ruled for art in group):
         # Bars of a chart are empty; the shading of a table's cells has words on it.
         shaded = sum(any(holds(art.box, b) for b in inside) for art in solid)
@@ -182,7 +184,7 @@ def _blocks(words: Sequence[Word], key: Callable[[Word], Any]) -> list[_Block]:
             union(w.box for w in group),
             clean(" ".join(w.text for w in group)),
             len(group),
-            max(min(_sides(w.box)) for w in group),
+            max(min(sides(w.box)) for w in group),
         )
         for group in grouped.values()
     ]
@@ -190,7 +192,7 @@ def _blocks(words: Sequence[Word], key: Callable[[Word], Any]) -> list[_Block]:
 
 def _caption(box: Box, blocks: Sequence[_Block], drawn: bool) -> _Block | None:
     """A block near by that says "Figure 3"; else a drawing's title; else what is nearest."""
-    outside = [b for b in blocks if not holds(box, b.box) and _distance(box, b.box) <= 72]
+    outside = [b for b in blocks if not holds(box, b.box) and distance(box, b.box) <= 72]
     near = sorted(((_beside(box, b.box), b) for b in outside), key=lambda item: item[0])
     for _, block in near:
         if _CAPTION.match(block.text):
@@ -200,8 +202,8 @@ def _caption(box: Box, blocks: Sequence[_Block], drawn: bool) -> _Block | None:
     for block in sorted(titles, key=lambda b: b.box[1]):
         if sum(c.isalpha() for c in block.text) > 0.6 * len(block.text):
             return block
-    for distance, block in near:
-        if distance <= 22 and 3 <= block.words <= 40:
+    for gap, block in near:
+        if gap <= 22 and 3 <= block.words <= 40:
             return block
     return None
 
@@ -229,35 +231,12 @@ def _with_labels(box: Box, labels: Sequence[_Block], caption: _Block | None) -> 
         labels = [line for line in labels if not holds(caption.box, line.box)]
     grown = box
     for _ in range(2):  # the labels of an axis, then the legend below them
-        near = [b.box for b in labels if _distance(grown, b.box) <= _reach(b.text)]
+        near = [b.box for b in labels if distance(grown, b.box) <= _reach(b.text)]
         grown = union([grown, *near])
-    wide = _area(grown) > 1.8 * _area(box)
+    wide = area(grown) > 1.8 * area(box)
     return box if wide else (grown[0] - 2, grown[1] - 2, grown[2] + 2, grown[3] + 2)
 
 
 def _reach(label: str) -> float:
     """How far from a drawing its label may stand, in points; the numbers of an axis farther."""
     return 12.0 if any(c.isalpha() for c in label) else 26.0
-
-
-def _as_box(rect: Any) -> Box:
-    x0, y0, x1, y1 = (float(value) for value in rect)
-    return (min(x0, x1), min(y0, y1), max(x0, x1), max(y0, y1))
-
-
-def _clipped(box: Box, bounds: Box) -> Box:
-    x0, y0 = max(box[0], bounds[0]), max(box[1], bounds[1])
-    return (x0, y0, max(x0, min(box[2], bounds[2])), max(y0, min(box[3], bounds[3])))
-
-
-def _sides(box: Box) -> tuple[float, float]:
-    return (box[2] - box[0], box[3] - box[1])
-
-
-def _area(box: Box) -> float:
-    return max(0.0, box[2] - box[0]) * max(0.0, box[3] - box[1])
-
-
-def _distance(one: Box, other: Box) -> float:
-    """The larger of the horizontal and the vertical distance; 0 where they overlap."""
-    return max(one[0] - other[2], other[0] - one[2], one[1] - other[3], other[1] - one[3], 0.0)

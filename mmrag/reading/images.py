@@ -1,4 +1,4 @@
-"""Picture files: one upright PNG or JPEG within the pixel limit for each frame."""
+"""Image files: one upright PNG or JPEG within the pixel limit for each frame; runs in a worker."""
 
 from __future__ import annotations
 
@@ -13,54 +13,114 @@ from PIL import Image
 
 from mmrag.content import FORMATS, ImageLimits, load_image
 from mmrag.errors import ContentError, is_environment_error
+from mmrag.reading import layout, ocr
 from mmrag.reading.files import write
-from mmrag.reading.options import Problem, ReadOptions
+from mmrag.reading.layout import Token
+from mmrag.reading.options import PageRecord, Problem, ReadOptions, Refused, Skipped, Step
+from mmrag.reading.pagewords import PageWords, save_words
 
 _LIMITS = ImageLimits(max_bytes=1 << 40)  # the bytes of the file were checked before
+_JPEG_QUALITY = 90
 
 # Pillow's decoders signal broken files by all of these.
 _BROKEN = (
     ContentError, Image.DecompressionBombError, OSError, SyntaxError, ValueError, EOFError,
-    KeyError, TypeError, struct.error,
+    KeyError, TypeError, MemoryError, struct.error,
 )  # fmt: skip
 
 
 def read_frames(
-    path: Path, folder: Path, options: ReadOptions
-) -> Iterator[tuple[int, Path] | Problem]:
-    """Page number and image of each frame of a TIFF, of the first frame of any other file."""
+    path: Path, folder: Path, options: ReadOptions, first: int, skipped: Skipped
+) -> Iterator[PageRecord | Problem | Step]:
+    """Each frame of a TIFF from ``first`` on; the one or the first image of any other file."""
+    yield Step(None, "open")
+    with _opened(path) as image:
+        many = image.format == "TIFF"
+        suffix = ".jpg" if image.format in ("JPEG", "MPO", "WEBP") else ".png"
+        number = first
+        while number == 1 or many:
+            yield Step(number, "image")
+            if number > options.max_pages:
+                message = f"only the first {options.max_pages:,} frames are read"
+                yield Problem(None, f"{message}: split the file, or raise max_pages")
+                return
+            try:
+                # Frames are not counted before: that would read through the whole file.
+                image.seek(number - 1)
+            except EOFError:
+                return
+            except _BROKEN as error:
+                yield _problem(number, error)
+                return  # where the next frame is stands in this one
+            if (number, "image") not in skipped:
+                yield from _read_frame(
+                    image, number, folder / f"p{number:04d}{suffix}", options, skipped
+                )
+            number += 1
+
+
+def _opened(path: Path) -> Image.Image:
     try:
         with warnings.catch_warnings():
             # load_image has a limit on pixels of its own; Pillow's is a warning only.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(path, formats=FORMATS)
-        frames = getattr(image, "n_frames", 1) if image.format == "TIFF" else 1
+            return Image.open(path, formats=FORMATS)
     except _BROKEN as error:
+        if is_environment_error(error):
+            raise
         message = f"the image cannot be opened ({error}); it is damaged: get it again"
-        yield Problem(None, message, is_environment_error(error))
-        return
-    with image:
-        suffix = ".jpg" if image.format in ("JPEG", "MPO", "WEBP") else ".png"
-        for page in range(1, frames + 1):
-            out = folder / f"p{page:04d}{suffix}"
-            if out.exists():
-                yield page, out
-                continue
-            try:
-                image.seek(page - 1)
-                write(out, _encoded(load_image(image, limits=_LIMITS), out, options))
-            except _BROKEN as error:
-                message = f"the image cannot be decoded ({error}); it is left out"
-                yield Problem(page, message, is_environment_error(error))
-            else:
-                yield page, out
+        raise Refused(message) from error
+
+
+def _read_frame(
+    image: Image.Image, number: int, out: Path, options: ReadOptions, skipped: Skipped
+) -> Iterator[PageRecord | Problem | Step]:
+    if not out.exists():
+        try:
+            if image.format == "JPEG":  # decoded at a half, a quarter or an eighth, if that will do
+                scale = _shrink(image.size, options)
+                image.draft(
+                    "RGB", (math.ceil(image.width * scale), math.ceil(image.height * scale))
+                )
+            write(out, _encoded(load_image(image, limits=_LIMITS), out, options))
+        except _BROKEN as error:
+            if isinstance(error, OSError) and is_environment_error(error):
+                raise
+            yield _problem(number, error)
+            return
+    tokens: list[Token] | None = None
+    if options.ocr != "off" and (number, "recognition") not in skipped:
+        yield Step(number, "recognition")
+        try:
+            tokens = layout.in_reading_order(ocr.recognise(out.read_bytes(), scale=1.0))
+        except Exception as error:  # noqa: BLE001 - the recogniser may raise anything
+            yield Problem(number, f"its text cannot be recognised ({error}); it has none")
+    if tokens:
+        save_words(out, PageWords(tokens, 1.0))
+    yield PageRecord(
+        page=number,
+        image=out.as_posix(),
+        text=layout.text_of(tokens or []),
+        text_layer="ocr" if tokens else "none",
+        needs_ocr=tokens is None,
+    )
+
+
+def _problem(number: int, error: BaseException) -> Problem:
+    message = f"the image cannot be decoded ({error}); it is left out"
+    return Problem(number, message, is_environment_error(error))
+
+
+def _shrink(size: tuple[int, int], options: ReadOptions) -> float:
+    """What width and height are to be multiplied by, 1 at most."""
+    return min(1.0, math.sqrt(options.max_page_pixels / (size[0] * size[1])))
 
 
 def _encoded(image: Image.Image, out: Path, options: ReadOptions) -> bytes:
-    shrink = math.sqrt(options.max_page_pixels / (image.width * image.height))
-    if shrink < 1:
-        size = (max(1, int(image.width * shrink)), max(1, int(image.height * shrink)))
+    scale = _shrink(image.size, options)
+    if scale < 1:
+        size = (max(1, int(image.width * scale)), max(1, int(image.height * scale)))
         image = image.resize(size, Image.Resampling.LANCZOS, reducing_gap=3.0)
     data = io.BytesIO()
-    image.save(data, "JPEG" if out.suffix == ".jpg" else "PNG", quality=90)
+    image.save(data, "JPEG" if out.suffix == ".jpg" else "PNG", quality=_JPEG_QUALITY)
     return data.getvalue()

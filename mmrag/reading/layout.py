@@ -1,4 +1,4 @@
-"""From words with boxes to text in reading order, and from text to passages.
+"""From words with boxes to text in reading order.
 
 Columns are found by cutting a page at white gaps, as the recursive XY cut of Nagy and Seth
 ("Hierarchical representation of optically scanned documents", 1984) does, but a gap between
@@ -8,26 +8,20 @@ columns counts only where both sides are running text: the cells of a table stay
 from __future__ import annotations
 
 import re
-import unicodedata
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Literal, TypeAlias
 
-from mmrag.reading.options import Box, Passage
+from mmrag.reading import bidi
+from mmrag.reading.boxes import holds, sides, union
+from mmrag.reading.characters import clean, is_right_to_left, is_unspaced
+from mmrag.reading.options import Box
 
-Turn: TypeAlias = Literal["none", "down", "up", "back"]
+Turn: TypeAlias = Literal["none", "down", "up", "back", "mirrored"]
+"""Where most of a page's text runs. mirrored: from right to left, as Hebrew and Arabic."""
 
-_LIGATURES = {
-    "\ufb00": "ff", "\ufb01": "fi", "\ufb02": "fl", "\ufb03": "ffi", "\ufb04": "ffl",
-    "\ufb05": "st", "\ufb06": "st",
-}  # fmt: skip
-_BULLETS = dict.fromkeys("\uf0b7\uf0a7\uf0d8\uf076\uf0fc\uf0a8\uf02d", "\u2022")
-_DROPPED = "\u200b\u2060\ufeff\ufffd\ufffe\uffff"
-_SPACES = "\u00a0\u2007\u202f\u2028\u2029\u0085\x0b\x0c"
-_TABLE = str.maketrans(
-    _LIGATURES | _BULLETS | dict.fromkeys(_DROPPED, "") | dict.fromkeys(_SPACES, " ")
-)
 _SENTENCE_END = re.compile(r"[.!?\u3002\uff01\uff1f\u2026][\"'\u2019\u201d)\]]*$")
 _HYPHENS = "-\u2010\u00ad"
 
@@ -57,38 +51,6 @@ class _Line:
     box: Box
 
 
-def clean(text: str) -> str:
-    """Text without ligatures, control characters, lone surrogates and private-use characters."""
-    text = text.translate(_TABLE)
-    if text.isascii() and text.isprintable():
-        return text
-    return "".join(c for c in text if c in "\n\t" or unicodedata.category(c) not in _UNWANTED)
-
-
-_UNWANTED = frozenset({"Cc", "Cs", "Co", "Cn"})
-
-
-def union(boxes: Iterable[Box]) -> Box:
-    """The smallest box around all boxes; there must be one at least."""
-    x0, y0, x1, y1 = zip(*boxes, strict=True)
-    return (min(x0), min(y0), max(x1), max(y1))
-
-
-def moved(corners: Sequence[float], matrix: Sequence[float]) -> Box:
-    """The box around two corners after a matrix (a, b, c, d, e, f) as PDF has them."""
-    a, b, c, d, e, f = matrix
-    x0, y0, x1, y1 = corners
-    left, right = sorted((a * x0 + c * y0 + e, a * x1 + c * y1 + e))
-    top, bottom = sorted((b * x0 + d * y0 + f, b * x1 + d * y1 + f))
-    return (left, top, right, bottom)
-
-
-def holds(box: Box, other: Box) -> bool:
-    """Whether the middle of ``other`` lies in ``box``."""
-    x, y = (other[0] + other[2]) / 2, (other[1] + other[3]) / 2
-    return box[0] <= x <= box[2] and box[1] <= y <= box[3]
-
-
 def text_of(tokens: Sequence[Token]) -> str:
     """The tokens as one string."""
     return "".join(token.gap + token.text for token in tokens).strip()
@@ -108,15 +70,49 @@ def in_reading_order(words: Sequence[Word], apart: Sequence[Box] = ()) -> list[T
 
 
 def _ordered(words: Sequence[Word]) -> list[Token]:
+    words = _columns_joined(words)
     turn = _direction(words)
-    lines = _lines([Word(w.text, _turned(w.box, turn), w.block, w.line) for w in words])
+    lines = _lines([replace(word, box=_turned(word.box, turn)) for word in words])
     tokens: list[Token] = []
     for region in _regions(lines):
-        tokens += _region_tokens(region)
+        tokens += _region_tokens(region, mirrored=turn == "mirrored")
     return [Token(t.text, _turned(t.box, _BACK[turn]), t.gap) for t in _mended(tokens)]
 
 
-_BACK: dict[Turn, Turn] = {"none": "none", "down": "up", "up": "down", "back": "back"}
+def _columns_joined(words: Sequence[Word]) -> list[Word]:
+    """Each column of characters one below the other as one word.
+
+    The engine gives each character of vertical Chinese and Japanese as a line of its own.
+    """
+    steps = [_stands_below(above, below) for above, below in pairwise(words)]
+    n_single = sum(len(word.text) == 1 and is_unspaced(word.text) for word in words)
+    if sum(steps) * 2 <= max(n_single, len(words) - n_single):
+        return list(words)
+    columns: list[list[Word]] = [[word] for word in words[:1]]
+    for word, continues in zip(words[1:], steps, strict=True):
+        if continues:
+            columns[-1].append(word)
+        else:
+            columns.append([word])
+    return [
+        replace(column[0], text="".join(w.text for w in column), box=union(w.box for w in column))
+        for column in columns
+    ]
+
+
+def _stands_below(above: Word, below: Word) -> bool:
+    """Whether two short words are neighbours in a vertical column; two digits may share a cell."""
+    if max(len(above.text), len(below.text)) > 2:
+        return False
+    (x0, y0, x1, y1), (u0, v0, u1, _) = above.box, below.box
+    width, height = max(x1 - x0, u1 - u0), y1 - y0
+    same_column = abs((x0 + x1) - (u0 + u1)) < 0.5 * width
+    return same_column and 0.5 * height < v0 - y0 < 1.6 * height
+
+
+_BACK: dict[Turn, Turn] = {
+    "none": "none", "down": "up", "up": "down", "back": "back", "mirrored": "mirrored",
+}  # fmt: skip
 
 
 def _turned(box: Box, turn: Turn) -> Box:
@@ -131,25 +127,27 @@ def _turned(box: Box, turn: Turn) -> Box:
             return (-y1, x0, -y0, x1)
         case "back":
             return (-x1, -y1, -x0, -y0)
+        case "mirrored":
+            return (-x1, y0, -x0, y1)
 
 
 def _direction(words: Sequence[Word]) -> Turn:
     """Where most of the text runs, by the first and last words of its lines."""
-    votes: dict[Turn, int] = {"none": 0, "down": 0, "up": 0, "back": 0}
+    votes: dict[Turn, int] = dict.fromkeys(_BACK, 0)
     for line in _lines(words):
         first, last = line.words[0].box, line.words[-1].box
         across = abs(last[0] - first[0]) + abs(last[2] - first[2])
         along = (last[1] - first[1]) + (last[3] - first[3])
+        width, height = sides(line.box)
         if abs(along) > across:
             votes["down" if along > 0 else "up"] += len(line.words)
+        elif sum(is_right_to_left(word.text) for word in line.words) * 2 > len(line.words):
+            votes["mirrored"] += len(line.words)
         elif len(line.words) > 1:
-            back = last[2] < first[0] and not _is_right_to_left(line.words[0].text)
-            votes["back" if back else "none"] += len(line.words)
+            votes["back" if last[2] < first[0] else "none"] += len(line.words)
+        elif is_unspaced(line.words[0].text):  # a line without spaces is one word
+            votes["down" if height > 1.5 * width else "none"] += len(line.words[0].text)
     return max(votes, key=lambda turn: votes[turn])
-
-
-def _is_right_to_left(text: str) -> bool:
-    return any(unicodedata.bidirectional(c) in ("R", "AL") for c in text)
 
 
 def _lines(words: Sequence[Word]) -> list[_Line]:
@@ -224,22 +222,45 @@ def _is_prose(lines: Sequence[_Line]) -> bool:
     return long >= 3 and long * 2 > len(lines)
 
 
-def _region_tokens(lines: Sequence[_Line]) -> list[Token]:
-    rows = _rows(lines)
+def _region_tokens(lines: Sequence[_Line], mirrored: bool) -> list[Token]:
     edges: dict[int, float] = defaultdict(lambda: float("-inf"))
     for line in lines:
         block = line.words[0].block
         edges[block] = max(edges[block], line.box[2])
     tokens: list[Token] = []
     above: list[_Line] = []
-    for row in rows:
+    for row in _rows(lines):
         gap = _gap_between(above, row, edges) if above else "\n\n"
-        for line in row:
-            for word in line.words:
-                tokens.append(Token(word.text, word.box, gap))
-                gap = " "
+        before: Word | None = None
+        for word in _row_words(row, mirrored):
+            if before is not None:
+                gap = _gap_within(before, word)
+            tokens.append(Token(word.text, word.box, gap))
+            before = word
         above = row
     return tokens
+
+
+def _row_words(row: Sequence[_Line], mirrored: bool) -> list[Word]:
+    """The words of a row in the order they are read in."""
+    words = [word for line in row for word in line.words]
+    if not any(is_right_to_left(word.text) for word in words):
+        # The row may be of a left-to-right language on a page that is mirrored.
+        lines = reversed(row) if mirrored else row
+        return [word for line in lines for word in line.words]
+    words.sort(key=lambda word: word.box[0], reverse=mirrored)
+    return bidi.in_reading_order(words, lambda word: word.text)
+
+
+def _gap_within(before: Word, word: Word) -> str:
+    """What stands between two words of a row: a space, but not inside of unspaced text."""
+    apart = max(word.box[0] - before.box[2], before.box[0] - word.box[2])
+    near = apart < 0.5 * (word.box[3] - word.box[1])
+    return "" if near and _is_one_run(before.text, word.text) else " "
+
+
+def _is_one_run(last: str, first: str) -> bool:
+    return is_unspaced(last[-1]) and is_unspaced(first[0])
 
 
 def _rows(lines: Sequence[_Line]) -> list[list[_Line]]:
@@ -267,11 +288,15 @@ def _gap_between(above: list[_Line], row: list[_Line], edges: dict[int, float]) 
         edge = max(edges[last.words[0].block], edges[first.words[0].block])
         if _is_broken(last.words[-1].text, first.words[0].text):
             return " "
-        # A line was wrapped if the next line's first word would not have fitted on it.
-        if last.box[2] + (word[2] - word[0]) + 0.25 * height > edge:
+        # A line was wrapped if the next line's first word would not have fitted on it. Text
+        # without spaces breaks anywhere: its first character counts.
+        width = word[2] - word[0]
+        if is_unspaced(first.words[0].text):
+            width /= len(first.words[0].text)
+        if last.box[2] + width + 0.25 * height > edge:
             same = last.words[0].block == first.words[0].block
             if same or _runs_on(last.words[-1].text, first.words[0].text):
-                return " "
+                return "" if _is_one_run(last.words[-1].text, first.words[0].text) else " "
     return "\n" if apart < 0.6 * height else "\n\n"
 
 
@@ -305,86 +330,3 @@ def _mended(tokens: Sequence[Token]) -> list[Token]:
         if text:
             out.append(Token(text, token.box, "" if glued else token.gap))
     return out
-
-
-def passages_of(
-    tokens: Sequence[Token], limit: int, overlap: int, section: Callable[[Box], str | None]
-) -> list[Passage]:
-    """Cut tokens into passages of at most ``limit`` words at ends of sentences and paragraphs.
-
-    Empty if all fits into one passage. section: the heading above a box.
-    """
-    sizes = [_size(token.text) for token in tokens]
-    if sum(sizes) <= limit:
-        return []
-    ends = [i + 1 for i in range(len(tokens)) if _ends_unit(tokens, i)]
-    pieces = []
-    for start, end in cut(sizes, ends, limit, overlap):
-        part = tokens[start:end]
-        pieces.append(Passage(text_of(part), union(t.box for t in part), section(part[0].box)))
-    return pieces
-
-
-def cut(
-    sizes: Sequence[int], ends: Collection[int], limit: int, overlap: int
-) -> list[tuple[int, int]]:
-    """Ranges [start, end) over items of the given sizes, none above ``limit`` where possible.
-
-    ends: where a range may end. Ranges are of about equal size; each begins with up to
-    ``overlap`` of what the one before ended with.
-    """
-    ends = frozenset(ends)
-    total = sum(sizes)
-    fresh = limit - overlap
-    target = -(-total // max(1, -(-total // fresh)))
-    ranges: list[tuple[int, int]] = []
-    start = done = 0
-    while done < len(sizes):
-        stop = _stop(sizes, ends, done, target, limit - sum(sizes[start:done]))
-        ranges.append((start, stop))
-        done = stop
-        start = _overlap_start(sizes, ends, ranges[-1][0], done, overlap)
-    return ranges
-
-
-def _stop(sizes: Sequence[int], ends: Collection[int], done: int, target: int, room: int) -> int:
-    """The end after ``done`` nearest to the target size that keeps within the room."""
-    size, best, reach = 0, done, done
-    for i in range(done, len(sizes)):
-        size += sizes[i]
-        if size > room and i > done:
-            break
-        reach = i + 1
-        if reach in ends:
-            best = reach
-            if size >= target:
-                break
-    return best if best > done else reach
-
-
-def _overlap_start(
-    sizes: Sequence[int], ends: Collection[int], first: int, done: int, overlap: int
-) -> int:
-    """The earliest sentence start whose distance to ``done`` is within the overlap."""
-    size, start = 0, done
-    for i in range(done - 1, first, -1):
-        size += sizes[i]
-        if size > overlap:
-            break
-        if i in ends:
-            start = i
-    return start
-
-
-def _size(text: str) -> int:
-    """Words in a token; scripts without spaces come as long tokens."""
-    return 1 if text.isascii() else max(1, len(text) // 8)
-
-
-def _ends_unit(tokens: Sequence[Token], i: int) -> bool:
-    if i + 1 == len(tokens):
-        return True
-    after = tokens[i + 1]
-    return "\n" in after.gap or (
-        _SENTENCE_END.search(tokens[i].text) is not None and not after.text[:1].islower()
-    )

@@ -10,7 +10,9 @@ from difflib import SequenceMatcher
 
 from PIL import Image, ImageChops, ImageDraw
 
-from mmrag.reading.layout import Token, clean, union
+from mmrag.reading.boxes import union
+from mmrag.reading.characters import clean
+from mmrag.reading.layout import Token
 from mmrag.reading.options import Box
 
 _MARK = (255, 214, 0)

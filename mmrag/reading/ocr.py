@@ -11,6 +11,8 @@ from mmrag.errors import ConfigError
 from mmrag.reading.layout import Word
 from mmrag.reading.options import Box
 
+INSTALL = "pip install 'mmrag[ocr]'"
+
 
 def available() -> bool:
     """Whether the ``ocr`` extra is installed."""
@@ -20,7 +22,7 @@ def available() -> bool:
 def require() -> None:
     """Raise ConfigError with the line to install if the ``ocr`` extra is missing."""
     if not available():
-        raise ConfigError("Reading with ocr=True needs the extra: pip install 'mmrag[ocr]'")
+        raise ConfigError(f"Reading with ocr='force' needs the ocr extra: {INSTALL}")
 
 
 def recognise(png: bytes, scale: float) -> list[Word]:

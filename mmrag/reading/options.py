@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, get_args
 
 from mmrag.errors import ConfigError
 
@@ -11,6 +11,7 @@ Box: TypeAlias = tuple[float, float, float, float]
 """(x0, y0, x1, y1) in points of the page as it is shown, from its top left corner."""
 
 TextLayer: TypeAlias = Literal["pdf", "ocr", "none"]
+OcrMode: TypeAlias = Literal["auto", "off", "force"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,8 +25,17 @@ class ReadOptions:
     figures: find figures on PDF pages.
     passage_words: longest passage, in words; pages and texts longer than this are cut.
     passage_overlap: words that neighbouring passages share, at most.
-    ocr: recognise the text of pages and images that have none; needs the ``ocr`` extra.
+    ocr: ``auto`` recognises the text of pages and images without a usable text layer, where
+        the ``ocr`` extra is installed; ``off`` recognises nothing; ``force`` recognises all
+        pages, in place of their text layers. True and False mean auto and off.
     max_file_bytes: larger files are refused.
+    max_pages: pages of a PDF or frames of a TIFF that are read; more are reported.
+    max_memory_bytes: memory that a worker process may take; what needs more is reported. Has
+        an effect on Linux only.
+
+    Example:
+        >>> ReadOptions(dpi=96, ocr="off").dpi
+        96
     """
 
     dpi: int = 144
@@ -34,12 +44,17 @@ class ReadOptions:
     figures: bool = True
     passage_words: int = 180
     passage_overlap: int = 30
-    ocr: bool = False
+    ocr: OcrMode | bool = "auto"
     max_file_bytes: int = 1024 * 1024 * 1024
+    max_pages: int = 20_000
+    max_memory_bytes: int = 2 * 1024 * 1024 * 1024
 
     def __post_init__(self) -> None:
-        numbers = ("dpi", "max_page_pixels", "page_seconds", "passage_words", "max_file_bytes")
-        for name in numbers:
+        if isinstance(self.ocr, bool):  # as collections built by 0.1 have it
+            object.__setattr__(self, "ocr", "auto" if self.ocr else "off")
+        if self.ocr not in get_args(OcrMode):
+            raise ConfigError(f"ReadOptions.ocr={self.ocr!r}; use auto, off or force.")
+        for name in _POSITIVE:
             if getattr(self, name) <= 0:
                 raise ConfigError(f"ReadOptions.{name} must be above 0.")
         if not 0 <= self.passage_overlap < self.passage_words:
@@ -49,7 +64,12 @@ class ReadOptions:
             )
 
 
-RECOGNITION_PATIENCE = 5.0
+_POSITIVE = (
+    *("dpi", "max_page_pixels", "page_seconds", "passage_words", "max_file_bytes", "max_pages"),
+    "max_memory_bytes",
+)
+
+RECOGNITION_PATIENCE = 5.0  # times page_seconds; the first page of a process loads the models
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,16 +94,23 @@ class Figure:
 
 @dataclass(frozen=True, slots=True)
 class PageRecord:
-    """What was read from one PDF page; ``image`` is the path of its image."""
+    """What was read from one page of a PDF, or one frame of an image file.
+
+    label: the page number printed on it, as the PDF has it; None for a frame.
+    image: path of its image; None if it cannot be rendered.
+    needs_ocr: whether it may hold text that only recognition can read, and was not recognised.
+    warnings: what the PDF engine complained about.
+    """
 
     page: int
-    label: str
-    section: str | None
-    image: str
+    image: str | None
     text: str
     text_layer: TextLayer
+    label: str | None = None
+    section: str | None = None
     passages: tuple[Passage, ...] = ()
     figures: tuple[Figure, ...] = ()
+    needs_ocr: bool = False
     warnings: tuple[str, ...] = ()
 
 
@@ -99,17 +126,24 @@ class Problem:
     retry: bool = False
 
 
+StepName: TypeAlias = Literal["open", "text", "figures", "image", "recognition"]
+
+
 @dataclass(frozen=True, slots=True)
 class Step:
     """Sent before each step, so that a worker that dies is known to have died in it."""
 
     page: int | None
-    name: Literal["open", "text", "figures", "picture", "recognition"]
+    name: StepName
 
     @property
     def patience(self) -> float:
         """How many times ``page_seconds`` the step may take."""
         return RECOGNITION_PATIENCE if self.name == "recognition" else 1.0
+
+
+Skipped: TypeAlias = frozenset[tuple[int, StepName]]
+"""Steps of pages that a worker died in and that are not tried again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +156,10 @@ class Done:
 
     error: str | None = None
     retry: bool = False
+
+
+class Refused(Exception):
+    """A request to a worker that cannot be carried out; the message says what to do."""
 
 
 DEADLINE = 1

@@ -1,24 +1,21 @@
-"""PDF files through PyMuPDF; this module alone imports it, and runs in the worker process.
+"""PDF files through PyMuPDF, page by page; runs in a worker process.
 
-Every box that leaves this module is in points of the page as it is shown: rotated, cut to its
+Every box that leaves this package is in points of the page as it is shown: rotated, cut to its
 crop box, from its top left corner. Times the scale of the image these are its pixels.
 """
 
 from __future__ import annotations
 
 import contextlib
-import struct
-from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pymupdf
 
 from mmrag.errors import is_environment_error
-from mmrag.reading import figures, layout, marking
-from mmrag.reading.files import write
+from mmrag.reading import figures, layout, ocr, overlays
 from mmrag.reading.layout import Token, Word
 from mmrag.reading.options import (
     Box,
@@ -26,241 +23,282 @@ from mmrag.reading.options import (
     PageRecord,
     Problem,
     ReadOptions,
+    Refused,
+    Skipped,
     Step,
-    TextLayer,
 )
+from mmrag.reading.outline import Outline, printed_label
+from mmrag.reading.pagewords import PageWords, save_words
+from mmrag.reading.passages import passages_of
+from mmrag.reading.rendering import rendered, save_image, scale_of
+from mmrag.reading.textlayer import PageText, page_text
 
 # Quiet: what MuPDF complains about is collected and handed on with the page.
 pymupdf.TOOLS.mupdf_display_errors(False)
 pymupdf.TOOLS.mupdf_display_warnings(False)
 
-_TEXT_FLAGS = pymupdf.TEXT_PRESERVE_WHITESPACE | pymupdf.TEXT_MEDIABOX_CLIP
-_SCANNED_SHARE = 0.6
+_MAX_WARNINGS = 20  # of the engine, a page; damaged files repeat one for every object
+_STORE_SHARE_DROPPED = 50  # per cent of the engine's cache after each page
 
-
-@dataclass(frozen=True, slots=True)
-class OpenProblem(Exception):
-    """A file that cannot be opened; the message says what to do."""
-
-    message: str
-
-
-@dataclass(frozen=True, slots=True)
-class Outline:
-    """The headings of a document's outline, in the order of their places."""
-
-    places: list[tuple[int, float]] = field(default_factory=list)
-    headings: list[str] = field(default_factory=list)
-
-    def at(self, page: int, y: float) -> str | None:
-        """The heading that a place lies under, with those above it: ``Plans > Dental``."""
-        index = bisect_right(self.places, (page, y)) - 1
-        return self.headings[index] if index >= 0 else None
-
-    def of_page(self, page: int) -> str | None:
-        """The first heading that begins on the page, else the one that it lies under."""
-        index = bisect_right(self.places, (page, float("-inf")))
-        if index < len(self.places) and self.places[index][0] == page:
-            return self.headings[index]
-        return self.headings[index - 1] if index else None
+Result = TypeVar("Result")
 
 
 def read_pages(
-    path: Path,
-    folder: Path,
-    options: ReadOptions,
-    first: int = 1,
-    plain_pages: frozenset[int] = frozenset(),
+    path: Path, folder: Path, options: ReadOptions, first: int, skipped: Skipped
 ) -> Iterator[PageRecord | Problem | Step]:
-    """Read the pages from ``first`` on; figures are not looked for on ``plain_pages``."""
+    """Read the pages from ``first`` on. skipped: steps that a worker died in before."""
     yield Step(None, "open")
     with contextlib.closing(open_pdf(path)) as document:
-        outline = _outline(document)
-        for page in range(first, document.page_count + 1):
-            plain = options.figures and page not in plain_pages
-            try:
-                yield from _read_page(document, page, folder, options, outline, plain)
-            except Exception as error:  # noqa: BLE001 - any engine error costs one page only
-                message = f"the page cannot be read ({_told(error)}); it is left out"
-                yield Problem(page, message, is_environment_error(error))
+        if overlays.is_dynamic_form(document):
+            raise Refused(
+                "the PDF is a dynamic XFA form: its pages say 'Please wait' until Adobe Reader "
+                "fills them; open it there and print it to a PDF"
+            )
+        reader = _Reader(document, folder, options, skipped)
+        n_pages, complaint = _page_count(document, options)
+        for number in range(first, n_pages + 1):
+            yield from reader.read(number)
             # Fonts and images of pages that are done would otherwise pile up.
-            pymupdf.TOOLS.store_shrink(50)
+            pymupdf.TOOLS.store_shrink(_STORE_SHARE_DROPPED)
+        if complaint:
+            yield Problem(None, complaint)
+        if names := overlays.attachments(document):
+            yield Problem(
+                None,
+                f"files are attached to it that are not read: {', '.join(names)}; save them beside "
+                "it and index them",
+            )
         if document.is_repaired:
             yield Problem(
                 None,
-                f"the file is damaged; {document.page_count} pages could be recovered, others may "
-                "be missing: compare it with the original",
+                f"the file is damaged; {n_pages} pages could be recovered, others may be missing: "
+                "compare it with the original",
             )
+
+
+def _page_count(document: Any, options: ReadOptions) -> tuple[int, str | None]:
+    """How many pages are read, and what is to be said about the others."""
+    stated = document.page_count
+    # Each page is an object of its own: a file that states more pages than it has objects lies.
+    possible = min(stated, document.xref_length())
+    if possible > options.max_pages:
+        return options.max_pages, (
+            f"it has {possible:,} pages; the first {options.max_pages:,} are read: split the file, "
+            "or raise max_pages"
+        )
+    if possible < stated:
+        return possible, f"it states {stated:,} pages, but has {possible:,} objects at most"
+    return stated, None
 
 
 def open_pdf(path: Path) -> Any:
     """A PyMuPDF document with at least one page.
 
-    Raises: OpenProblem.
+    Raises: Refused; OSError if the file cannot be opened.
     """
+    with path.open("rb"):  # a missing file is no damaged one
+        pass
     pymupdf.TOOLS.reset_mupdf_warnings()
     try:
         document = pymupdf.open(path, filetype="pdf")
         locked, pages = document.needs_pass, 0 if document.needs_pass else document.page_count
     except Exception as error:  # the engine raises many types for broken files
-        raise OpenProblem("not a readable PDF; it is damaged or cut off: get it again") from error
+        raise Refused("not a readable PDF; it is damaged or cut off: get it again") from error
     if locked:
-        raise OpenProblem("the PDF is encrypted and needs a password; save a copy without one")
+        raise Refused("the PDF is encrypted and needs a password; save a copy without one")
     if not document.is_pdf:
-        raise OpenProblem("the content is not a PDF; give the file its right suffix")
+        raise Refused("the content is not a PDF; give the file its right suffix")
     if pages == 0:
-        raise OpenProblem("the PDF has no pages; it is empty or damaged: get it again")
+        raise Refused("the PDF has no pages; it is empty or damaged: get it again")
     return document
 
 
-def _read_page(
-    document: Any, number: int, folder: Path, options: ReadOptions, outline: Outline, find: bool
-) -> Iterator[PageRecord | Problem | Step]:
-    pymupdf.TOOLS.reset_mupdf_warnings()
-    yield Step(number, "text")
-    page = document[number - 1]
-    words, layer = page_words(page)
-    found = []
-    if find:
-        yield Step(number, "figures")
-        found = figures.find_figures(page, words)
-    tokens = layout.in_reading_order(words, [f.box for f in found])
-    yield Step(number, "picture")
-    image = folder / f"p{number:04d}.png"
-    _save(page, image, options)
-    drawn = [_drawn(page, image, figure, options, outline) for figure in found]
-    if layer == "none" and options.ocr:
-        yield Step(number, "recognition")
-        tokens = _recognised(image.read_bytes(), _scale(page, options))
-        layer = "ocr" if tokens else "none"
-    passages = layout.passages_of(
-        tokens,
-        options.passage_words,
-        options.passage_overlap,
-        lambda box: outline.at(number, box[1] + 1),
-    )
-    yield PageRecord(
-        page=number,
-        label=page.get_label() or str(number),
-        section=outline.of_page(number),
-        image=image.as_posix(),
-        text=layout.text_of(tokens),
-        text_layer=layer,
-        passages=tuple(passages),
-        figures=tuple(drawn),
-        warnings=_warnings(),
-    )
+@dataclass
+class _Reader:
+    """Reads the pages of one document. problems: of the page that is being read."""
+
+    document: Any
+    folder: Path
+    options: ReadOptions
+    skipped: Skipped
+    problems: list[Problem] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        try:
+            self.outline = Outline.of(self.document)
+        except Exception:  # noqa: BLE001 - a broken outline costs the headings, not the file
+            self.outline = Outline()
+
+    def read(self, number: int) -> Iterator[PageRecord | Problem | Step]:
+        """Read one page; what cannot be read of it is left out and said."""
+        self.problems = []
+        try:
+            yield from self._read(number)
+        except Exception as error:
+            if isinstance(error, OSError) and is_environment_error(error):
+                raise  # a full disk is full for the next page as well
+            message = f"the page cannot be read ({_told(error)}); it is left out"
+            yield Problem(number, message, _is_memory(error))
+        yield from self.problems
+
+    def _read(self, number: int) -> Iterator[PageRecord | Step]:
+        pymupdf.TOOLS.reset_mupdf_warnings()
+        yield Step(number, "text")
+        page = self.document[number - 1]
+        layer = page_text(page)
+        words = self._try(
+            number,
+            "its form fields cannot be read",
+            lambda: overlays.with_fields(page, layer.words),
+            layer.words,
+        )
+        layer = replace(layer, words=words)
+        found: list[figures.Found] = []
+        if self.options.figures and (number, "figures") not in self.skipped:
+            yield Step(number, "figures")
+            found = self._try(
+                number,
+                "the page is kept without its figures, which cannot be looked for",
+                lambda: figures.find_figures(page, words),
+                [],
+            )
+        image: Path | None = None
+        if (number, "image") not in self.skipped:
+            yield Step(number, "image")
+            image = self._try(
+                number,
+                "the page has no image, for it cannot be rendered",
+                lambda: self._image(page, number),
+                None,
+            )
+        recognised: list[Word] | None = None
+        doubted = layer.doubt != "none" and self.options.ocr == "auto"
+        wanted = doubted or self.options.ocr == "force"
+        if wanted and (number, "recognition") not in self.skipped:
+            yield Step(number, "recognition")
+            recognised = self._try(
+                number,
+                "its text cannot be recognised",
+                lambda: recognised_words(page, self.options),
+                None,
+            )
+        yield self._record(page, image, layer, found, recognised)
+
+    def _record(
+        self,
+        page: Any,
+        image: Path | None,
+        layer: PageText,
+        found: Sequence[figures.Found],
+        recognised: Sequence[Word] | None,
+    ) -> PageRecord:
+        """Put together what the steps gave. recognised: None if recognition was not tried."""
+        number = page.number + 1
+        if not recognised:
+            words = layer.as_it_is()
+        elif self.options.ocr == "force":
+            words = list(recognised)
+        else:
+            words = joined(layer.words, recognised)
+        tokens = layout.in_reading_order(words, [figure.box for figure in found])
+        tokens += self._try(number, "its comments cannot be read", lambda: comment_tokens(page), [])
+        drawn: list[Figure] = []
+        if image is not None:
+            drawn = self._try(
+                number,
+                "the page is kept without its figures, which cannot be rendered",
+                lambda: [self._figure(page, image, figure) for figure in found],
+                [],
+            )
+            save_words(image, PageWords(tokens, scale_of(page, self.options)))
+        needs_ocr = recognised is None and layer.doubt != "none"
+        if needs_ocr and layer.doubt == "illegible":
+            message = (
+                f"{layer.n_bad_lines} of its lines look garbled, as if a font did not say what its "
+                f"characters mean; to recognise them, index with --ocr auto ({ocr.INSTALL})"
+            )
+            self.problems.append(Problem(number, message))
+        passages = passages_of(
+            tokens,
+            self.options.passage_words,
+            self.options.passage_overlap,
+            lambda box: self.outline.at(number, box[1] + 1),
+        )
+        return PageRecord(
+            page=number,
+            image=image.as_posix() if image else None,
+            text=layout.text_of(tokens),
+            text_layer="ocr" if recognised else "pdf" if words else "none",
+            label=printed_label(page.get_label()) or str(number),
+            section=self.outline.of_page(number),
+            passages=tuple(passages),
+            figures=tuple(drawn),
+            needs_ocr=needs_ocr,
+            warnings=_warnings(),
+        )
+
+    def _try(
+        self, number: int, message: str, step: Callable[[], Result], otherwise: Result
+    ) -> Result:
+        """The result of a step that the page can do without; if it fails, say so."""
+        try:
+            return step()
+        except Exception as error:
+            if isinstance(error, OSError) and is_environment_error(error):
+                raise
+            self.problems.append(Problem(number, f"{message} ({_told(error)})", _is_memory(error)))
+            return otherwise
+
+    def _image(self, page: Any, number: int) -> Path:
+        image = self.folder / f"p{number:04d}.png"
+        save_image(page, image, self.options)
+        return image
+
+    def _figure(self, page: Any, image: Path, found: figures.Found) -> Figure:
+        """A figure with its image, which is named by its box and kept beside the page's."""
+        name = "-".join(f"{value:.0f}" for value in found.box)
+        crop = image.with_name(f"{image.stem}-{name}.png")
+        save_image(page, crop, self.options, found.box)
+        section = self.outline.at(page.number + 1, found.box[1] + 1)
+        return Figure(found.box, found.caption, crop.as_posix(), found.mark, section)
 
 
-def page_words(page: Any) -> tuple[list[Word], TextLayer]:
-    """The words of a page's text layer; none where it has none that can be used."""
-    shown = tuple(page.rotation_matrix)
-    words = [
-        Word(text, layout.moved((x0, y0, x1, y1), shown), block, line)
-        for x0, y0, x1, y1, text, block, line, _ in page.get_text("words", flags=_TEXT_FLAGS)
-        if not text.isspace()
+def recognised_words(page: Any, options: ReadOptions) -> list[Word]:
+    """The words on a page's image, by OCR."""
+    scale = scale_of(page, options)
+    return ocr.recognise(rendered(page, scale), scale)
+
+
+def joined(words: Sequence[Word], recognised: Sequence[Word]) -> list[Word]:
+    """The words of a text layer, and those recognised where it has none."""
+    first = max((word.block for word in words), default=-1) + 1
+    return [*words] + [
+        Word(word.text, word.box, first, word.line)
+        for word in recognised
+        if not any(_overlap(word.box, own.box) for own in words)
     ]
-    if not words or _is_garbled(words):
-        return [], "none"
-    if len(words) < 20 and _is_scan(page):
-        return [], "none"  # a stamp on a scan
-    return words, "pdf"
 
 
-def _is_garbled(words: Sequence[Word]) -> bool:
-    """Whether most characters have no meaning, as with fonts that lost their encoding."""
-    text = "".join(word.text for word in words)
-    return len(layout.clean(text)) < 0.6 * len(text)
+def _overlap(one: Box, other: Box) -> bool:
+    """Whether two words stand at one place, give or take the edges of their boxes."""
+    width = min(one[2], other[2]) - max(one[0], other[0])
+    height = min(one[3], other[3]) - max(one[1], other[1])
+    least = 0.3 * min(one[3] - one[1], other[3] - other[1])
+    return width > least and height > least
 
 
-def _is_scan(page: Any) -> bool:
-    area = abs(page.rect.width * page.rect.height)
-    images = page.get_image_info()
-    return any(
-        abs((pymupdf.Rect(p["bbox"]) * page.rotation_matrix & page.rect).get_area())
-        > _SCANNED_SHARE * area
-        for p in images
-    )
-
-
-def _recognised(png: bytes, scale: float) -> list[Token]:
-    """The words of a page's image in reading order, by OCR."""
-    from mmrag.reading import ocr
-
-    return layout.in_reading_order(ocr.recognise(png, scale))
-
-
-def _drawn(
-    page: Any, image: Path, found: figures.Found, options: ReadOptions, outline: Outline
-) -> Figure:
-    """A figure with its image, which is named by its box and kept beside the page's."""
-    box = found.box
-    name = "-".join(f"{value:.0f}" for value in box)
-    crop = image.with_name(f"{image.stem}-{name}.png")
-    _save(page, crop, options, box)
-    section = outline.at(page.number + 1, box[1] + 1)
-    return Figure(box, found.caption, crop.as_posix(), found.mark, section)
-
-
-def _save(page: Any, image: Path, options: ReadOptions, clip: Box | None = None) -> None:
-    """Render the page, or a part of it, unless that was done before."""
-    scale = _scale(page, options, clip)
-    expected = (pymupdf.Rect(clip or page.rect) * pymupdf.Matrix(scale, scale)).irect
-    size = _png_size(image)
-    if size and abs(size[0] - expected.width) <= 1 and abs(size[1] - expected.height) <= 1:
-        return
-    write(image, _rendered(page, scale, clip))
-
-
-def _scale(page: Any, options: ReadOptions, clip: Box | None = None) -> float:
-    """Pixels per point, within the limits."""
-    area = pymupdf.Rect(clip or page.rect)
-    if area.width < 1 or area.height < 1:
-        raise ValueError(f"it is {area.width:g} x {area.height:g} points large")
-    return float(
-        min(options.dpi / 72, (options.max_page_pixels / (area.width * area.height)) ** 0.5)
-    )
-
-
-def _rendered(page: Any, scale: float, clip: Box | None = None) -> bytes:
-    matrix = pymupdf.Matrix(scale, scale)
-    png: bytes = page.get_pixmap(matrix=matrix, alpha=False, clip=clip).tobytes("png")
-    return png
-
-
-def _png_size(path: Path) -> tuple[int, int] | None:
-    """Width and height from the header of a PNG; None where there is no such file."""
-    try:
-        with path.open("rb") as file:
-            head = file.read(24)
-    except FileNotFoundError:
-        return None
-    if len(head) < 24:
-        return None
-    width, height = struct.unpack(">II", head[16:24])
-    return width, height
-
-
-def _outline(document: Any) -> Outline:
-    try:
-        entries = document.get_toc(simple=False)
-    except Exception:  # noqa: BLE001 - a broken outline costs the headings, not the file
-        return Outline()
-    path: list[str] = []
-    found: list[tuple[int, float, int, str]] = []
-    for order, (level, title, page, target) in enumerate(entries):
-        title = " ".join(layout.clean(title).split())
-        path = [*path[: level - 1], title]
-        if page > 0 and title:
-            top = getattr(target.get("to"), "y", 0.0)
-            found.append((page, float(top), order, " > ".join(filter(None, path))))
-    found.sort()
-    return Outline([entry[:2] for entry in found], [entry[3] for entry in found])
+def comment_tokens(page: Any) -> list[Token]:
+    """What was noted on a page, as paragraphs behind its text."""
+    return [
+        Token(text, comment.box, " " if i else "\n\n")
+        for comment in overlays.comments(page)
+        for i, text in enumerate(comment.text.split())
+    ]
 
 
 def _warnings() -> tuple[str, ...]:
     text = pymupdf.TOOLS.mupdf_warnings()
-    return tuple(dict.fromkeys(line for line in text.splitlines() if line))[:20]
+    return tuple(dict.fromkeys(line for line in text.splitlines() if line))[:_MAX_WARNINGS]
 
 
 def _told(error: Exception) -> str:
@@ -268,50 +306,6 @@ def _told(error: Exception) -> str:
     return text[:200]
 
 
-def locate(path: Path, page: int, quote: str, ocr: bool) -> Iterator[list[Box]]:
-    """The boxes of a quote on a page; where the page has no text layer, by OCR if asked to."""
-    with contextlib.closing(open_pdf(path)) as document:
-        shown = _page(document, page)
-        words, layer = page_words(shown)
-        apart = [figure.box for figure in figures.find_figures(shown, words)]
-        tokens = layout.in_reading_order(words, apart)
-        if layer == "none" and ocr:
-            scale = _scale(shown, ReadOptions())
-            tokens = _recognised(_rendered(shown, scale), scale)
-    yield marking.find_quote(tokens, quote)
-
-
-def mark(path: Path, page: int, boxes: Sequence[Box], out: Path) -> Iterator[Path]:
-    """Write a PNG of the page with boxes marked."""
-    with contextlib.closing(open_pdf(path)) as document:
-        shown = _page(document, page)
-        scale = _scale(shown, ReadOptions())
-        write(out, marking.mark_boxes(_rendered(shown, scale), boxes, scale))
-    yield out
-
-
-def count_pages(path: Path) -> Iterator[int]:
-    """How many pages a PDF has."""
-    with contextlib.closing(open_pdf(path)) as document:
-        yield document.page_count
-
-
-def recognise(image: Path) -> Iterator[str]:
-    """The text on an image, by OCR."""
-    yield layout.text_of(_recognised(image.read_bytes(), 1.0))
-
-
-def _page(document: Any, page: int) -> Any:
-    if not 1 <= page <= document.page_count:
-        raise OpenProblem(f"there is no page {page}; the file has {document.page_count}")
-    return document[page - 1]
-
-
-OPERATIONS: dict[str, Callable[..., Iterator[Any]]] = {
-    "read": read_pages,
-    "count": count_pages,
-    "locate": locate,
-    "mark": mark,
-    "recognise": recognise,
-}
-"""What a worker can be asked for."""
+def _is_memory(error: Exception) -> bool:
+    """Whether the limit on memory was hit, in Python or in the engine."""
+    return isinstance(error, MemoryError) or "alloc" in str(error)

@@ -2,20 +2,34 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmrag.errors import ReadError
-from mmrag.reading import client, ocr
-from mmrag.reading.files import OnError, file_kind, file_sha256, raise_it, remove_partial
-from mmrag.reading.options import RECOGNITION_PATIENCE, Box, PageRecord, Problem, ReadOptions, Step
+from mmrag.reading import client, marking, ocr
+from mmrag.reading.files import OnError, file_kind, file_sha256, raise_it, remove_partial, write
+from mmrag.reading.options import (
+    RECOGNITION_PATIENCE,
+    Box,
+    PageRecord,
+    Passage,
+    Problem,
+    ReadOptions,
+    Skipped,
+    Step,
+    StepName,
+)
+from mmrag.reading.pagewords import PageWords, load_words
 
 if TYPE_CHECKING:
     from llama_index.core.schema import BaseNode
 
     from mmrag.reading.nodes import Source
+
+log = logging.getLogger(__name__)
 
 _MAX_DEATHS = 3
 
@@ -24,11 +38,13 @@ _MAX_DEATHS = 3
 class ReadPage:
     """The nodes of one page, or of a whole text file, where ``page`` is None.
 
+    needs_ocr: whether it may hold text that only recognition can read, and was not recognised.
     warnings: what the PDF engine complained about on this page.
     """
 
     page: int | None
     nodes: list[BaseNode] = field(default_factory=list)
+    needs_ocr: bool = False
     warnings: tuple[str, ...] = ()
 
 
@@ -45,11 +61,17 @@ def read_file(
     default does. A file gives pages, errors, or both, never nothing.
     sha256: the file's hash, where it is known already.
 
-    Raises: ReadError by default; ConfigError if ``ocr`` is asked for and not installed.
+    Raises: ReadError by default; ConfigError if ``ocr="force"`` and the extra is not installed.
+
+    Example:
+        >>> for page in read_file("handbook.pdf", "images"):  # doctest: +SKIP
+        ...     print(page.page, [node.metadata["kind"] for node in page.nodes])
     """
     path, options = Path(path), options or ReadOptions()
-    if options.ocr:
+    if options.ocr == "force":
         ocr.require()
+    if not ocr.available():
+        options = replace(options, ocr="off")
     try:
         kind = file_kind(path, options)
         sha256 = sha256 or file_sha256(path)
@@ -80,7 +102,7 @@ def _read_pdf(source: Source, options: ReadOptions, report: Report) -> Iterator[
 
     before: PageRecord | None = None
     held: PageRecord | None = None
-    for record in _records(source, options, report):
+    for record in _records("pdf", source, options, report):
         # A page is held back until the next is known, to tell logos from figures.
         if held is not None:
             yield _page(source, held, before, record, page_nodes)
@@ -102,17 +124,21 @@ def _page(
     for figure in record.figures:
         if figure.mark in repeated:
             Path(figure.image).unlink(missing_ok=True)
-    return ReadPage(record.page, page_nodes(source, record, repeated), record.warnings)
+    nodes = page_nodes(source, record, repeated)
+    return ReadPage(record.page, nodes, record.needs_ocr, record.warnings)
 
 
-def _records(source: Source, options: ReadOptions, report: Report) -> Iterator[PageRecord]:
+def _records(
+    operation: str, source: Source, options: ReadOptions, report: Report
+) -> Iterator[PageRecord]:
     """Pages from worker processes; one that dies costs the step it died in."""
-    first, deaths, plain, retry = 1, 0, frozenset[int](), False
+    first, deaths, retry = 1, 0, False
+    skipped: Skipped = frozenset()
     while deaths < _MAX_DEATHS:
         step = Step(None, "open")
-        arguments = (source.path, source.folder, options, first, plain)
+        arguments = (source.path, source.folder, options, first, skipped)
         try:
-            for answer in client.ask(options.page_seconds, "read", *arguments):
+            for answer in client.ask(options, operation, *arguments):
                 match answer:
                     case Step():
                         step = answer
@@ -130,20 +156,22 @@ def _records(source: Source, options: ReadOptions, report: Report) -> Iterator[P
             report(Problem(step.page, _obituary(step, error, options), error.retry))
             if step.page is None:
                 return
-            if step.name == "figures":
-                first, plain = step.page, plain | {step.page}
+            if step.name in _OPTIONAL:
+                first, skipped = step.page, skipped | {(step.page, step.name)}
             else:
                 first = step.page + 1
-    report(Problem(None, f"given up after {_MAX_DEATHS} pages in a row that cannot be read", retry))
+    report(Problem(None, f"given up after {_MAX_DEATHS} failures in a row", retry))
 
 
-_STEPS = {
+# What a worker was doing when it died, and what that costs.
+_STEPS: dict[StepName, tuple[str, str]] = {
     "open": ("opening the file", "it is damaged or too complex: save it anew"),
     "text": ("reading the page's text", "the page is left out"),
-    "picture": ("rendering the page", "the page is left out"),
+    "image": ("making the page's image", "the page is kept without it"),
     "figures": ("looking for figures", "the page is kept without its figures"),
-    "recognition": ("recognising the page's text", "the page is left out"),
+    "recognition": ("recognising the page's text", "the page is kept without it"),
 }
+_OPTIONAL: tuple[StepName, ...] = ("image", "figures", "recognition")
 
 
 def _obituary(step: Step, error: client.WorkerDied, options: ReadOptions) -> str:
@@ -152,44 +180,33 @@ def _obituary(step: Step, error: client.WorkerDied, options: ReadOptions) -> str
         return f"{doing} took longer than {options.page_seconds * step.patience:g} s; {outcome}"
     if error.killed:
         return f"the worker process was killed while {doing}; {outcome}"
-    return f"{doing} crashed the PDF engine; {outcome}"
+    return f"{doing} crashed the worker process; {outcome}"
 
 
 def _read_image(source: Source, options: ReadOptions, report: Report) -> Iterator[ReadPage]:
-    from mmrag.reading.images import read_frames
-
-    seconds = options.page_seconds * RECOGNITION_PATIENCE
-    for frame in read_frames(source.path, source.folder, options):
-        if isinstance(frame, Problem):
-            report(frame)
-            continue
-        page, image = frame
-        text = ""
-        if options.ocr:
-            try:
-                text = next(client.ask(seconds, "recognise", image))
-            except (client.RequestFailed, client.WorkerDied) as error:
-                message = f"recognising its text failed ({error}); it has none"
-                report(Problem(page, message, error.retry))
-        node = source.node("picture", text, page=page, image=image.as_posix())
-        yield ReadPage(page, [node])
+    for record in _records("image", source, options, report):
+        node = source.node("picture", record.text, page=record.page, image=record.image)
+        yield ReadPage(record.page, [node], record.needs_ocr)
 
 
 def _read_text(source: Source, options: ReadOptions, report: Report) -> Iterator[ReadPage]:
-    from mmrag.reading.text import NotText, read_passages
-
+    passages: list[Passage] = []
     try:
-        nodes = [
-            source.node("text", passage.text, index=index, section=passage.section)
-            for index, passage in enumerate(read_passages(source.path, options))
-        ]
-    except NotText:
-        report(Problem(None, "the content is not text; convert it or give it its right suffix"))
+        for answer in client.ask(options, "text", source.path, options):
+            match answer:
+                case Problem():
+                    report(answer)
+                case Passage():
+                    passages.append(answer)
+    except (client.RequestFailed, client.WorkerDied) as error:
+        report(Problem(None, f"its text cannot be read ({error})", error.retry))
         return
+    nodes = [
+        source.node("text", passage.text, index=index, section=passage.section)
+        for index, passage in enumerate(passages)
+    ]
     if nodes:
         yield ReadPage(None, nodes)
-    else:
-        report(Problem(None, "the file holds no text, only white space"))
 
 
 _READERS = {"pdf": _read_pdf, "picture": _read_image, "text": _read_text}
@@ -204,32 +221,77 @@ def count_pages(path: str | Path) -> int:
     return count
 
 
-def locate_quote(path: str | Path, page: int, quote: str) -> list[Box]:
-    """Boxes [x0, y0, x1, y1] of a quote on a PDF page, one a line, in points as shown.
+def locate_quote(
+    path: str | Path, page: int, quote: str, page_image: str | Path | None = None
+) -> list[Box]:
+    """Boxes [x0, y0, x1, y1] of a quote on a page, one a line, in points as shown.
 
-    Empty if the quote is not there. A page without a text layer is read by OCR, if the ``ocr``
-    extra is installed.
+    Empty if the quote is not there.
+
+    Args:
+        path: the original PDF. It is opened only where ``page_image`` has no words beside it;
+            a page whose text layer is of no use is then recognised, if the ``ocr`` extra is
+            installed.
+        page_image: the image of the page as indexing has made it, beside which the page's words
+            are kept.
 
     Raises: ReadError if the page cannot be read.
     """
+    words = _kept_words(path, page_image)
+    if words is not None:
+        return marking.find_quote(words.tokens, quote)
     boxes: list[Box] = _once(path, page, "locate", Path(path), page, quote, ocr.available())
     return boxes
 
 
-def save_marked_page(path: str | Path, page: int, boxes: Sequence[Box], out: str | Path) -> Path:
-    """Write a PNG of a PDF page with boxes (in points as shown) marked, and return its path.
+def save_marked_page(
+    path: str | Path,
+    page: int,
+    boxes: Sequence[Box],
+    out: str | Path,
+    page_image: str | Path | None = None,
+) -> Path:
+    """Write a PNG of a page with boxes (in points as shown) marked, and return its path.
+
+    Args:
+        path: the original PDF, opened only where ``page_image`` has no words beside it.
+        page_image: see ``locate_quote``.
 
     Raises: ReadError if the page cannot be read.
     """
+    words = _kept_words(path, page_image)
+    if words is not None and page_image is not None:
+        try:
+            write(Path(out), marking.mark_boxes(Path(page_image).read_bytes(), boxes, words.scale))
+        except (OSError, ValueError) as error:
+            name = Path(path).as_posix()
+            message = f"its page image {page_image} cannot be marked ({error})"
+            raise ReadError(message, file=name, page=page) from error
+        return Path(out)
     result: Path = _once(path, page, "mark", Path(path), page, list(boxes), Path(out))
     return result
 
 
+def _kept_words(path: str | Path, page_image: str | Path | None) -> PageWords | None:
+    """The words that indexing kept of a page; None, with a message, if it kept none."""
+    if page_image is None:
+        return None
+    words = load_words(Path(page_image))
+    if words is None:
+        log.warning(
+            "No words are kept beside %s, which an earlier version indexed; %s is opened instead. "
+            "Index it again to do without it.",
+            page_image,
+            path,
+        )
+    return words
+
+
 def _once(path: str | Path, page: int | None, operation: str, *arguments: object) -> Any:
     """The one answer of an operation on a page, or on the file where ``page`` is None."""
+    options = ReadOptions(page_seconds=ReadOptions().page_seconds * RECOGNITION_PATIENCE)
     try:
-        seconds = ReadOptions().page_seconds * RECOGNITION_PATIENCE
-        (answer,) = client.ask(seconds, operation, *arguments)
+        (answer,) = client.ask(options, operation, *arguments)
     except (client.RequestFailed, client.WorkerDied) as error:
         name = Path(path).as_posix()
         what = "file" if page is None else "page"

@@ -1,9 +1,9 @@
-"""The process in which PyMuPDF runs, so that a broken PDF can neither hang nor crash a program.
+"""The process that opens files, so that a broken one can neither hang nor crash a program.
 
-Run as ``python -m mmrag.reading.worker``. It takes pickled ``(seconds, operation, arguments)``
-from its standard input and answers with pickled results, then ``Done``. A watchdog thread of
-the interpreter's own, which needs no lock that MuPDF may hold, ends the process when one step
-takes too long; the end of the pipe tells the other side.
+Run as ``python -m mmrag.reading.worker``. It takes pickled ``(seconds, bytes of memory, folder,
+operation, arguments)`` from its standard input and answers with pickled results, then ``Done``.
+A watchdog thread of the interpreter's own, which needs no lock that MuPDF may hold, ends the
+process when one step takes too long; the end of the pipe tells the other side.
 """
 
 from __future__ import annotations
@@ -13,11 +13,25 @@ import os
 import pickle
 import sys
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from mmrag.errors import is_environment_error
-from mmrag.reading.options import Done, Step
+from mmrag.reading.options import Done, Refused, Step
+
+OPERATIONS = {
+    "pdf": ("mmrag.reading.pdf", "read_pages"),
+    "image": ("mmrag.reading.images", "read_frames"),
+    "text": ("mmrag.reading.text", "read_passages"),
+    "count": ("mmrag.reading.evidence", "count_pages"),
+    "locate": ("mmrag.reading.evidence", "locate"),
+    "mark": ("mmrag.reading.evidence", "mark"),
+}
+"""What a worker can be asked for: a function that yields answers, and its module.
+
+A module is imported when it is needed: text files need no PDF engine.
+"""
 
 
 def main() -> None:
@@ -34,22 +48,43 @@ def main() -> None:
             return
 
 
-def _serve(request: tuple[float, str, str, tuple[Any, ...]], answers: BinaryIO) -> None:
-    from mmrag.reading import pdf
-
-    seconds, folder, operation, arguments = request
+def _serve(request: tuple[float, int, str, str, tuple[Any, ...]], answers: BinaryIO) -> None:
+    seconds, memory, folder, operation, arguments = request
     os.chdir(folder)  # relative paths are those of the program as it is now
-    results = pdf.OPERATIONS[operation](*arguments)
+    _limit_memory(memory)
+    module, name = OPERATIONS[operation]
     try:
+        results = getattr(import_module(module), name)(*arguments)
         for result in _watched(results, seconds):
             _send(result, answers)
         _send(Done(), answers)
-    except pdf.OpenProblem as error:
-        _send(Done(error.message), answers)
+    except Refused as error:
+        _send(Done(str(error)), answers)
     except BrokenPipeError:
         raise
     except Exception as error:  # noqa: BLE001 - an engine error is an answer, not our end
-        _send(Done(f"{type(error).__name__}: {error}", is_environment_error(error)), answers)
+        _send(Done(_told(error), is_environment_error(error)), answers)
+
+
+def _told(error: Exception) -> str:
+    if isinstance(error, OSError) and error.errno is not None:
+        return f"{error.strerror}: {error.filename}"
+    if isinstance(error, MemoryError):
+        return "it needs more memory than max_memory_bytes allows"
+    return f"{type(error).__name__}: {error}"
+
+
+def _limit_memory(limit: int) -> None:
+    """Let allocations fail that would take this process over a limit, in bytes."""
+    if sys.platform != "linux":  # other systems know the limit but do not keep it
+        return
+    import resource
+
+    # Data and not address space: thread stacks and arenas reserve much more than they use.
+    _, most = resource.getrlimit(resource.RLIMIT_DATA)
+    if most != resource.RLIM_INFINITY:
+        limit = min(limit, most)
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, most))
 
 
 def _watched(results: Iterator[Any], seconds: float) -> Iterator[Any]:

@@ -25,6 +25,7 @@ from qdrant_client import AsyncQdrantClient, QdrantClient
 from mmrag.errors import CollectionError, ConfigError, MissingCollectionError
 from mmrag.nodes import node_image, node_text
 from mmrag.queries import Where
+from mmrag.reading import words_path
 from mmrag.reading.files import IMAGES_MARK
 from mmrag.store.edge import EdgeEngine
 from mmrag.store.engine import (
@@ -383,6 +384,7 @@ class Collection:
         self._engine.delete(nodes)
         for image in images:
             image.unlink(missing_ok=True)
+            words_path(image).unlink(missing_ok=True)
         for folder in {image.parent for image in images} - {self.images_dir}:
             if folder.is_dir() and not any(folder.iterdir()):
                 folder.rmdir()

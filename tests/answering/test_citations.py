@@ -25,7 +25,7 @@ def no_pdf(monkeypatch, tmp_path):
     (tmp_path / "a.pdf").touch()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(
-        citations, "locate_quote", lambda path, page, quote: [(1, 2, 1 + len(quote), 4)]
+        citations, "locate_quote", lambda path, page, quote, image: [(1, 2, 1 + len(quote), 4)]
     )
 
 

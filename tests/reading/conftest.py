@@ -26,7 +26,7 @@ class Reading:
 
     def text(self, page: int) -> str:
         (node,) = [n for n in self.kind("page") if n.metadata["page"] == page]
-        return node.text_resource.text
+        return node.get_content()
 
 
 @pytest.fixture

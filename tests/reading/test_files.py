@@ -208,4 +208,4 @@ def test_a_large_text_is_cut_in_reasonable_time(read, tmp_path) -> None:
 def test_ocr_without_its_extra_says_what_to_install(read, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(ocr, "available", lambda: False)
     with pytest.raises(ConfigError, match=r"pip install 'mmrag\[ocr\]'"):
-        read(touch(tmp_path / "a.txt"), ocr=True)
+        read(touch(tmp_path / "a.txt"), ocr="force")

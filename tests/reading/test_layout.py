@@ -6,8 +6,10 @@ import random
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmrag.reading.layout import Token, Word, clean, cut, in_reading_order, passages_of, text_of
+from mmrag.reading.characters import clean
+from mmrag.reading.layout import Token, Word, in_reading_order, text_of
 from mmrag.reading.marking import find_quote
+from mmrag.reading.passages import cut, passages_of
 
 
 def line(text: str, x: float, y: float, number: int, block: int = 0) -> list[Word]:

@@ -60,7 +60,7 @@ def test_a_page_is_a_node_with_image_text_and_metadata(make_pdf, read, tmp_path)
     assert hidden <= set(node.excluded_embed_metadata_keys) & set(node.excluded_llm_metadata_keys)
     with Image.open(image) as picture:
         assert picture.size == (1190, 1684)
-    assert [p.name for p in image.parent.iterdir()] == ["p0001.png"]
+    assert {p.name for p in image.parent.iterdir()} == {"p0001.png", "p0001.words.json.gz"}
 
 
 def test_nodes_survive_storage_without_bytes(make_pdf, read) -> None:
@@ -142,9 +142,9 @@ def test_columns_are_read_one_after_the_other_and_table_rows_across(make_pdf, re
 
 def test_pages_without_text_are_marked(make_pdf, read) -> None:
     image = Image.effect_noise((300, 400), 60)
-    reading = read(
-        make_pdf(lambda d: d.new_page().insert_image((0, 0, 595, 842), stream=png(image)))
-    )
+    path = make_pdf(lambda d: d.new_page().insert_image((0, 0, 595, 842), stream=png(image)))
+    reading = read(path)
+    assert reading.pages[0].needs_ocr
     (node,) = reading.nodes  # the scan is the page, not a figure
     assert node.metadata["text_layer"] == "none"
     assert node.text_resource.text == ""
@@ -387,8 +387,10 @@ class Dying:
         self.deadly = deadly
         self.exit_code = exit_code
 
-    def __call__(self, seconds: float, operation: str, *arguments: object) -> Iterator[object]:
-        for answer in ASK(seconds, operation, *arguments):
+    def __call__(
+        self, options: ReadOptions, operation: str, *arguments: object
+    ) -> Iterator[object]:
+        for answer in ASK(options, operation, *arguments):
             yield answer
             if isinstance(answer, Step) and (answer.page, answer.name) in self.deadly:
                 raise client.WorkerDied(self.exit_code)
@@ -403,7 +405,7 @@ def ten_pages(document: pymupdf.Document) -> None:
 
 
 def test_a_crash_of_the_engine_costs_one_page(make_pdf, read, monkeypatch) -> None:
-    monkeypatch.setattr(client, "ask", Dying({(3, "picture"), (6, "text")}))
+    monkeypatch.setattr(client, "ask", Dying({(3, "text"), (6, "text")}))
     reading = read(make_pdf(ten_pages))
     assert [page.page for page in reading.pages] == [1, 2, 4, 5, 7, 8, 9, 10]
     assert [error.page for error in reading.errors] == [3, 6]
@@ -428,12 +430,18 @@ def test_a_full_disk_is_no_defect_of_the_file(make_pdf, read, monkeypatch, tmp_p
     assert all(error.retry for error in reading.errors)
 
 
-def test_a_crash_over_figures_costs_the_figures(make_pdf, read, monkeypatch) -> None:
-    monkeypatch.setattr(client, "ask", Dying({(3, "figures")}))
+@pytest.mark.parametrize(
+    ("step", "said"), [("figures", "without its figures"), ("image", "without it")]
+)
+def test_a_crash_in_a_step_costs_what_the_step_gives(
+    step, said, make_pdf, read, monkeypatch
+) -> None:
+    monkeypatch.setattr(client, "ask", Dying({(3, step)}))
     reading = read(make_pdf(ten_pages))
     assert [page.page for page in reading.pages] == list(range(1, 11))
+    assert all(FOX in reading.text(page) for page in range(1, 11))
     (error,) = reading.errors
-    assert "without its figures" in str(error)
+    assert said in str(error)
 
 
 def test_a_file_whose_pages_all_crash_is_given_up(make_pdf, read, monkeypatch) -> None:
@@ -487,7 +495,13 @@ def test_reading_keeps_the_log_quiet(make_pdf, read, caplog) -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"dpi": 0}, {"page_seconds": -1}, {"passage_words": 20, "passage_overlap": 20}]
+    "wrong",
+    [
+        {"dpi": 0},
+        {"page_seconds": -1},
+        {"passage_words": 20, "passage_overlap": 20},
+        {"ocr": "yes"},
+    ],
 )
 def test_options_that_cannot_work_are_refused(wrong) -> None:
     with pytest.raises(ConfigError, match=list(wrong)[-1]):
@@ -496,7 +510,8 @@ def test_options_that_cannot_work_are_refused(wrong) -> None:
 
 def test_options_have_sensible_defaults() -> None:
     assert ReadOptions().passage_words == 180
-    assert ReadOptions().figures and not ReadOptions().ocr
+    assert ReadOptions().figures and ReadOptions().ocr == "auto"
+    assert ReadOptions(ocr=True).ocr == "auto" and ReadOptions(ocr=False).ocr == "off"
 
 
 def test_real_reports_are_read_whole(shared_data: Path, read) -> None:

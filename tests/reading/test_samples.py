@@ -6,7 +6,7 @@ from pathlib import Path
 import pymupdf
 import pytest
 
-from mmrag.reading import locate_quote, ocr
+from mmrag.reading import locate_quote
 
 QUESTIONS = Path(__file__).parents[2] / "docs" / "samples" / "questions.json"
 
@@ -39,11 +39,11 @@ def test_prose_tables_charts_and_the_scan_are_read(samples, read) -> None:
     assert letter.metadata["text_layer"] == "none"
 
 
-@pytest.mark.skipif(not ocr.available(), reason="needs the ocr extra")
+@pytest.mark.ocr
 @pytest.mark.slow
 def test_the_scan_is_recognised_and_its_lines_are_found(samples, read) -> None:
     path = samples / "well-letter.pdf"
-    (node,) = read(path, ocr=True).nodes
+    (node,) = read(path, ocr="auto").nodes
     assert node.metadata["text_layer"] == "ocr"
     assert "14.5 metres deep and the water stands at 9.2 metres" in node.text_resource.text
     first, second = locate_quote(path, 1, "The new pump delivers 38 litres a minute")
