@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from llama_index.core.bridge.pydantic import Field
+from llama_index.core.bridge.pydantic import BaseModel, Field
 from llama_index.core.schema import (
     BaseNode,
     ImageNode,
@@ -20,6 +20,30 @@ from mmrag.content import Content, ImageSource
 from mmrag.errors import ContentError
 
 
+class Evidence(BaseModel):
+    """A node of a found page that matched: the page itself, a passage, or a figure.
+
+    node_id: of the stored node. kind: page, passage, figure, image or text.
+    box: its part of the page, in PDF points; None for the whole.
+    """
+
+    node_id: str
+    kind: str
+    box: tuple[float, float, float, float] | None = None
+
+
+class Credit(BaseModel):
+    """What one ranking contributed to a hit.
+
+    rank: from 1. score: as the ranking gave it, a cosine or a BM25 score.
+    credit: its part of the hit's retrieval score.
+    """
+
+    rank: int
+    score: float
+    credit: float
+
+
 class Hit(NodeWithScore):
     """A NodeWithScore that also says how it was found.
 
@@ -30,6 +54,8 @@ class Hit(NodeWithScore):
     ranks: rank in each ranking of the retriever, from 1.
     view_scores: raw score in each ranking: a cosine, or a BM25 score.
     box: part of the page that matched best, in PDF points.
+    evidence: every node of the page that was found, best first.
+    explanation: what each ranking contributed, if the retriever was asked to explain.
     rerank_score: the reranker's score in [0, 1]; None if the node was not judged.
     rerank_error: why judging failed.
     rerank_skipped: why the reranker stopped before this node.
@@ -46,6 +72,8 @@ class Hit(NodeWithScore):
     ranks: dict[str, int] = Field(default_factory=dict)
     view_scores: dict[str, float] = Field(default_factory=dict)
     box: tuple[float, float, float, float] | None = None
+    evidence: list[Evidence] = Field(default_factory=list)
+    explanation: dict[str, Credit] | None = None
     rerank_score: float | None = None
     rerank_error: str | None = None
     rerank_skipped: str | None = None

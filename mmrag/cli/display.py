@@ -71,6 +71,9 @@ def hits_view(hits: Sequence[Hit], query: str) -> RenderableType:
         head.append(f"  {hit.score or 0:.2f}", style="green")
         head.append(f"  {ranks}", style="dim")
         rows.append(head)
+        for name, part in (hit.explanation or {}).items():
+            line = f"{name}: rank {part.rank}, score {part.score:.3f}, credit {part.credit:.3f}"
+            rows.append(Padding(Text(line, style="dim"), (0, 0, 0, 4), expand=False))
         words = snippet(hit.text, query)
         shown = marked(words, query) if words else Text("(no text layer)", style="dim")
         rows.append(Padding(shown, (0, 0, 1, 4), expand=False))
@@ -88,6 +91,14 @@ def hit_row(hit: Hit, query: str) -> dict[str, Any]:
         "score": round(hit.score or 0.0, 4),
         "snippet": snippet(hit.text, query),
         "box": hit.box or values.get("box"),
+    } | ({"explanation": _explained(hit)} if hit.explanation is not None else {})
+
+
+def _explained(hit: Hit) -> dict[str, Any]:
+    """What each ranking contributed to a hit, and its nodes that were found, for JSON."""
+    return {
+        "rankings": {name: part.model_dump() for name, part in (hit.explanation or {}).items()},
+        "evidence": [node.model_dump() for node in hit.evidence],
     }
 
 

@@ -32,6 +32,9 @@ def search(
     file: FileOption = None,
     pages: PagesOption = None,
     kind: KindOption = None,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Show rank, score and credit in each ranking.")
+    ] = False,
     collection: CollectionOption = DEFAULT_COLLECTION,
     embedder: EmbedderOption = None,
     as_json: JsonOption = False,
@@ -45,7 +48,9 @@ def search(
             where = where_from(file, pages, kind)
             with open_library(collection, embedder) as library:
                 step("Loading the embedder")
-                retriever = library.as_retriever(similarity_top_k=top_k, where=where)
+                retriever = library.as_retriever(
+                    similarity_top_k=top_k, where=where, explain=explain
+                )
                 step("Searching")
                 hits = retriever.search(query, image)
         words = query or ""

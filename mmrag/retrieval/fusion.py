@@ -4,23 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import Literal, TypeAlias, get_args
 
+from mmrag.errors import ConfigError
 from mmrag.store.engine import Scored
 
 BM25 = "bm25"
 
-
 DEFAULT_WEIGHTS: Mapping[str, float] = {"image": 1.0, "text": 1.0, "fused": 1.0, BM25: 3.0}
-"""Weight of each ranking. The views come from one model and err together; BM25 errs elsewhere,
-so it weighs as much as the three of them. Measured in ``docs/benchmarks.md``."""
+"""Weight of each ranking for an embedder of which nothing is known. The views come from one model
+and err together; BM25 errs elsewhere. Measured in ``docs/benchmarks.md``."""
 
+FuseBy: TypeAlias = Literal["scores", "ranks"]
 
 RRF_K = 5
 """How slowly the credit of a rank falls off. The paper's 60 suits lists of a thousand: the first
 ten places then count almost alike. For the handful of pages that an answer takes, the first
 places have to tell."""
 
+_SCALE_OVER = 100  # hits of a ranking that its scores are scaled over
 
 Rankings: TypeAlias = Mapping[str, Sequence[Scored]]
 
@@ -29,20 +31,27 @@ Rankings: TypeAlias = Mapping[str, Sequence[Scored]]
 class Fused:
     """One page (or node) after fusion.
 
-    score: in (0, 1]; 1 means first in every ranking.
-    ranks: its place in each ranking that has it, from 1.
+    score: in [0, 1]; 1 means first in every ranking.
+    ranks: its rank in each ranking that has it, from 1.
     scores: the raw score of its best node in each ranking: cosine, or BM25.
-    best: the node of it that the rankings together place highest.
+    credits: what each ranking contributed to ``score``; they add up to it.
+    nodes: every node of it that was found, best first: the page, its passages, its figures.
     shown: the node that stands for it: ``best``, or its page if that is a passage of a page
         that was found too; the page has the passage's text, and the image.
     """
 
     key: Hashable
     score: float
-    best: Scored
+    nodes: tuple[Scored, ...]
     shown: Scored
     ranks: dict[str, int] = field(default_factory=dict)
     scores: dict[str, float] = field(default_factory=dict)
+    credits: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def best(self) -> Scored:
+        """The node that the rankings together place highest."""
+        return self.nodes[0]
 
 
 def page_key(hit: Scored) -> Hashable:
@@ -55,45 +64,77 @@ def fuse(
     rankings: Rankings,
     weights: Mapping[str, float] = DEFAULT_WEIGHTS,
     *,
+    by: FuseBy = "scores",
     key: Callable[[Scored], Hashable] = page_key,
     k: int = RRF_K,
 ) -> list[Fused]:
-    """Weighted reciprocal-rank fusion, best first; equal scores in the order of their keys.
+    """Weighted sum of the rankings, best first; equal scores in the order of their keys.
 
-    Nodes with the same ``key`` are one entry, at the place of the best of them in each ranking.
+    Nodes with the same ``key`` are one entry, with the credit of the best of them in each
+    ranking.
+
+    Args:
+        by: ``"scores"`` adds scores that are scaled to [0, 1] (see ``scaled``); ``"ranks"`` is
+            reciprocal rank fusion (Cormack, Clarke and Buettcher, SIGIR 2009).
+        k: of reciprocal rank fusion.
+
+    Raises: ConfigError for another ``by``.
+
+    Example:
+        >>> hits = [Scored("a", 0.9, {}), Scored("b", 0.5, {}), Scored("c", 0.1, {})]
+        >>> [(each.key, round(each.score, 3)) for each in fuse({"text": hits})]
+        [('a', 1.0), ('b', 0.5), ('c', 0.0)]
     """
-    ranks: dict[Hashable, dict[str, int]] = {}
-    scores: dict[Hashable, dict[str, float]] = {}
-    credit: dict[Hashable, dict[str, float]] = {}
-    nodes: dict[str, Scored] = {}
+    if by not in get_args(FuseBy):
+        raise ConfigError(f"by={by!r}: use one of {', '.join(get_args(FuseBy))}.")
+    total = sum(weights[name] for name in rankings)
+    entries: dict[Hashable, Fused] = {}
+    votes: dict[Hashable, dict[str, float]] = {}
+    found: dict[str, Scored] = {}
     for name, hits in rankings.items():
+        share = weights[name] / total if total else 0.0
+        values = scaled(name, hits) if by == "scores" else _reciprocal(len(hits), k)
         place = 0
-        for position, hit in enumerate(hits, start=1):
-            entry = key(hit)
-            if name not in ranks.setdefault(entry, {}):
+        for hit, value in zip(hits, values, strict=True):
+            entry = entries.setdefault(key(hit), Fused(key(hit), 0.0, (), hit))
+            if name not in entry.ranks:
+                entry.ranks[name] = place + 1
+                entry.scores[name] = hit.score
+                # By ranks, a page counts by its place among pages, not among nodes.
+                entry.credits[name] = share * (value if by == "scores" else values[place])
                 place += 1
-                ranks[entry][name] = place
-                scores.setdefault(entry, {})[name] = hit.score
-            nodes.setdefault(hit.id, hit)
-            votes = credit.setdefault(entry, {})
-            votes[hit.id] = votes.get(hit.id, 0.0) + weights[name] / (k + position)
-    best_possible = sum(weights[name] for name in rankings) / (k + 1)
-    fused: list[Fused] = []
-    for entry, places in ranks.items():
-        order = sorted(credit[entry], key=lambda id_: (-credit[entry][id_], id_))
-        found = [nodes[id_] for id_ in order]
-        score = sum(weights[name] / (k + rank) for name, rank in places.items())
-        fused.append(
-            Fused(
-                key=entry,
-                score=score / best_possible,
-                best=found[0],
-                shown=_shown(found),
-                ranks=places,
-                scores=scores[entry],
-            )
-        )
+            found.setdefault(hit.id, hit)
+            of_entry = votes.setdefault(entry.key, {})
+            of_entry[hit.id] = of_entry.get(hit.id, 0.0) + share * value
+    fused = []
+    for entry in entries.values():
+        of_entry = votes[entry.key]
+        order = sorted(of_entry, key=lambda id_: (-of_entry[id_], id_))
+        nodes = tuple(found[id_] for id_ in order)
+        score = sum(entry.credits.values())
+        kept = (entry.ranks, entry.scores, entry.credits)
+        fused.append(Fused(entry.key, score, nodes, _shown(nodes), *kept))
     return sorted(fused, key=lambda entry: (-entry.score, str(entry.key)))
+
+
+def scaled(name: str, hits: Sequence[Scored]) -> list[float]:
+    """The scores of a ranking, scaled so that the best is 1.
+
+    BM25 has a zero of its own: no word in common. Cosines have none, and each model spreads them
+    otherwise; their zero is the hundredth hit, or the last.
+    """
+    if not hits:
+        return []
+    high = hits[0].score
+    low = 0.0 if name == BM25 else hits[:_SCALE_OVER][-1].score
+    if high <= low:
+        return [1.0] * len(hits)
+    return [max(0.0, (hit.score - low) / (high - low)) for hit in hits]
+
+
+def _reciprocal(count: int, k: int) -> list[float]:
+    """Credit of each rank, scaled so that the first is 1."""
+    return [(k + 1) / (k + rank) for rank in range(1, count + 1)]
 
 
 def _shown(found: Sequence[Scored]) -> Scored:

@@ -1,32 +1,30 @@
-"""UniversalRetriever: ranks every view and BM25 on their own, and fuses the ranks by page.
+"""UniversalRetriever: ranks every view and BM25 on their own, and fuses the rankings by page.
 
-Scores of different views cannot be compared: text beside text is always nearer than text beside
-an image, whatever it says. Ranks can. So each view is searched alone, the nodes of one page
-count as that page at the rank of the best of them, and the page's ranks are added up by weighted
-reciprocal-rank fusion (Cormack, Clarke and Buettcher, SIGIR 2009).
+Raw scores of different views cannot be compared: text beside text is always nearer than text
+beside an image, whatever it says. So each view is searched alone, its scores are scaled to
+[0, 1], the nodes of one page count as that page with the best of them, and the rankings are added
+up with weights.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 from llama_index.core.base.base_retriever import BaseRetriever
 from llama_index.core.callbacks import CallbackManager
 from llama_index.core.schema import NodeWithScore, QueryBundle
-from llama_index.core.vector_stores.types import (
-    MetadataFilters,
-)
+from llama_index.core.vector_stores.types import MetadataFilters
 from numpy.typing import NDArray
 
 from mmrag.content import Content, ImageSource, Modality
 from mmrag.embedders.base import Embedder
 from mmrag.errors import ConfigError
-from mmrag.nodes import Hit, as_hit
-from mmrag.queries import MultimodalQuery, Where
+from mmrag.nodes import Credit, Evidence, Hit, as_hit
+from mmrag.queries import MultimodalQuery, Where, query_content
 from mmrag.retrieval.filters import as_where
-from mmrag.retrieval.fusion import BM25, DEFAULT_WEIGHTS, Fused, fuse, page_key
+from mmrag.retrieval.fusion import BM25, DEFAULT_WEIGHTS, FuseBy, Fused, fuse, page_key
 from mmrag.store.collection import Collection
 from mmrag.store.engine import Scored
 
@@ -44,15 +42,20 @@ class UniversalRetriever(BaseRetriever):
     Args:
         similarity_top_k: how many pages come back.
         where: a ``Where``, or LlamaIndex ``MetadataFilters``.
-        weights: weight of each ranking, over ``DEFAULT_WEIGHTS``; 0 leaves it out.
+        weights: weight of each ranking; 0 leaves it out. Default: those that ``mmrag tune`` saved
+            with the collection, else those of the embedder's calibration, else
+            ``DEFAULT_WEIGHTS``.
         instruction: the task that the query carries: a name in
             ``mmrag.instructions`` or free text. By default it fits the query: see
             ``QUERY_TASKS``.
         collapse: one result per page. Otherwise every node stands for itself.
         depth: how many nodes of each ranking take part; at least four for each page wanted.
+        fuse_by: ``"scores"`` or ``"ranks"``; see ``mmrag.retrieval.fusion.fuse``.
+        explain: say of each hit what each ranking contributed.
 
     Each result is a ``Hit`` with ``ranks`` (rank in each ranking), ``view_scores`` (cosine or
-    BM25 score in each) and the ``box`` that matched; its node is as it was stored.
+    BM25 score in each), the ``box`` that matched and all nodes of the page that were found as
+    ``evidence``; its node is as it was stored.
 
     Raises: ConfigError for unknown or useless weights, filters that cannot be expressed, and
         queries that the embedder cannot embed.
@@ -68,6 +71,8 @@ class UniversalRetriever(BaseRetriever):
         instruction: str | None = None,
         collapse: bool = True,
         depth: int = 100,
+        fuse_by: FuseBy = "scores",
+        explain: bool = False,
         callback_manager: CallbackManager | None = None,
     ) -> None:
         if similarity_top_k < 1 or depth < 1:
@@ -76,10 +81,12 @@ class UniversalRetriever(BaseRetriever):
         self.embedder = embedder
         self.similarity_top_k = similarity_top_k
         self.where = as_where(where)
-        self.weights = _check_weights(weights, collection.settings.views)
+        self.weights = _weights(weights, collection, embedder)
         self.instruction = instruction
         self.collapse = collapse
         self.depth = depth
+        self.fuse_by = fuse_by
+        self.explain = explain
         super().__init__(callback_manager=callback_manager)
 
     def search(
@@ -133,19 +140,14 @@ class UniversalRetriever(BaseRetriever):
         of_query = query_bundle.top_k if isinstance(query_bundle, MultimodalQuery) else None
         top_k = of_query or self.similarity_top_k
         rankings = self.rankings(query_bundle, limit=max(self.depth, 4 * top_k))
-        fused = fuse(rankings, self.weights, key=key)
+        fused = fuse(rankings, self.weights, by=self.fuse_by, key=key)
         return [self._result(entry) for entry in fused[:top_k]]
 
     async def _aretrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
         return await asyncio.to_thread(self._retrieve, query_bundle)
 
     def _content(self, bundle: QueryBundle) -> Content:
-        image = bundle.image if isinstance(bundle, MultimodalQuery) else None
-        image = bundle.image_path if image is None else image
-        text = bundle.query_str if bundle.query_str.strip() else None
-        if text is None and image is None:
-            raise ConfigError("The query is empty: give a text, an image, or both.")
-        content = Content(text=text, image=image)
+        content = query_content(bundle)
         if content.modality not in self.embedder.modalities:
             known = ", ".join(sorted(self.embedder.modalities))
             raise ConfigError(
@@ -175,11 +177,19 @@ class UniversalRetriever(BaseRetriever):
             ranks=entry.ranks,
             view_scores=entry.scores,
             box=entry.best.payload.get("box"),
+            evidence=[
+                Evidence(node_id=hit.id, kind=hit.payload["kind"], box=hit.payload.get("box"))
+                for hit in entry.nodes
+            ],
+            explanation=_explained(entry) if self.explain else None,
         )
 
 
-def _by_score(hit: Scored) -> tuple[float, str]:
-    return -hit.score, hit.id
+def _explained(entry: Fused) -> dict[str, Credit]:
+    return {
+        name: Credit(rank=rank, score=entry.scores[name], credit=entry.credits[name])
+        for name, rank in entry.ranks.items()
+    }
 
 
 def _query(
@@ -191,15 +201,22 @@ def _query(
     return MultimodalQuery(query_str=text or "", image=image, where=as_where(where), top_k=top_k)
 
 
-def _check_weights(weights: Mapping[str, float] | None, views: Sequence[str]) -> dict[str, float]:
-    """All weights that the collection's rankings need. Raises ConfigError."""
-    given = dict(weights or {})
-    unknown = sorted(set(given) - set(DEFAULT_WEIGHTS))
+def _weights(
+    given: Mapping[str, float] | None, collection: Collection, embedder: Embedder
+) -> dict[str, float]:
+    """The weights in force; those given come first. Raises ConfigError."""
+    check_weights(given or {})
+    measured = getattr(getattr(embedder, "calibration", None), "fusion_weights", {})
+    weights = {**DEFAULT_WEIGHTS, **measured, **collection.weights, **(given or {})}
+    if not any(weights[name] for name in (*collection.settings.views, BM25)):
+        raise ConfigError("All weights are 0: no ranking is left to search.")
+    return weights
+
+
+def check_weights(weights: Mapping[str, float]) -> None:
+    """Raise ConfigError for rankings that do not exist and weights below 0."""
+    unknown = sorted(set(weights) - set(DEFAULT_WEIGHTS))
     if unknown:
         raise ConfigError(f"Unknown rankings {unknown}; there are {sorted(DEFAULT_WEIGHTS)}.")
-    if any(weight < 0 for weight in given.values()):
+    if any(weight < 0 for weight in weights.values()):
         raise ConfigError("A weight cannot be negative; 0 leaves a ranking out.")
-    all_weights = {**DEFAULT_WEIGHTS, **given}
-    if not any(all_weights[name] for name in (*views, BM25)):
-        raise ConfigError("All weights are 0: no ranking is left to search.")
-    return all_weights

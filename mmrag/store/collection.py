@@ -191,6 +191,16 @@ class Collection:
         finally:
             engine.close()
 
+    @property
+    def weights(self) -> dict[str, float]:
+        """Weights of the rankings that were fitted for this collection; empty if none were."""
+        point = _settings_point(self._engine, self._place)
+        return dict(point.payload.get("weights", {})) if point else {}
+
+    def save_weights(self, weights: Mapping[str, float]) -> None:
+        """Keep the weights of the rankings with the collection; empty ones forget them."""
+        _store_settings(self._engine, self.settings, weights)
+
     def write(
         self,
         nodes: Sequence[BaseNode],
@@ -551,8 +561,11 @@ def _agree(engine: Engine, wanted: CollectionSettings | None, place: _Place) -> 
     return wanted
 
 
-def _store_settings(engine: Engine, settings: CollectionSettings) -> None:
+def _store_settings(
+    engine: Engine, settings: CollectionSettings, weights: Mapping[str, float] | None = None
+) -> None:
     payload = {"kind": "settings", "schema": SCHEMA_VERSION, "settings": settings.to_json()}
+    payload |= {"weights": dict(weights or {})}
     engine.upsert([Point(_SETTINGS_ID, payload)])
     engine.flush()
 

@@ -47,7 +47,7 @@ def evaluate_pages(
         library: folder to keep the index in, so that a second run is fast; default: none kept.
         weights: of the fusion, over the retriever's own.
 
-    Returns: metrics per ranking (``text``, ``image``, ``bm25``, ``fused ranks``), over all
+    Returns: metrics per ranking (``text``, ``image``, ``bm25``, ``fused``), over all
         questions and per kind of question.
     """
     asked = read_questions(questions)
@@ -108,7 +108,7 @@ def _ask_all(
         rankings = retriever.rankings(question["question"])
         ranked = {name: pages_of(hits) for name, hits in rankings.items()}
         fused = fuse(rankings, retriever.weights)
-        ranked["fused ranks"] = pages_of([entry.best for entry in fused])
+        ranked["fused"] = pages_of([entry.best for entry in fused])
         for name, pages in ranked.items():
             metrics = metrics_of(pages[: CUTS[-1]], relevant)
             found[name].append(metrics)

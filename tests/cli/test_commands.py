@@ -442,3 +442,12 @@ def test_upgrading_what_is_up_to_date(folder):
     done = run("upgrade", "-c", folder)
     assert (done.exit_code, done.stdout) == (0, "Already up to date.\n")
     assert json.loads(run("upgrade", "-c", folder, "--json").stdout)["nodes"] == 0
+
+
+def test_search_explains_each_hit(folder):
+    shown = run("search", "eye examination", "-c", folder, "--explain").stdout
+    assert re.search(r"bm25: rank 1, score \d+\.\d+, credit 0\.\d+", shown)
+    hits = json.loads(run("search", "eye examination", "-c", folder, "--explain", "--json").stdout)
+    (first, *_) = hits["hits"]
+    assert first["explanation"]["rankings"]["bm25"]["rank"] == 1
+    assert first["explanation"]["evidence"][0]["kind"] in ("page", "passage", "text")

@@ -30,8 +30,8 @@ def test_pages_are_found_and_counted(tmp_path):
     assert found["bm25"]["n"] == 2
     assert found["bm25, sea"]["hit@1"] == 1.0
     assert found["bm25, land"]["hit@1"] == 0.0
-    assert found["fused ranks, sea"]["hit@5"] == 1.0
-    assert {"text", "image", "bm25", "fused ranks"} <= set(found)
+    assert found["fused, sea"]["hit@5"] == 1.0
+    assert {"text", "image", "bm25", "fused"} <= set(found)
 
 
 def test_a_question_without_pages_is_named(tmp_path):

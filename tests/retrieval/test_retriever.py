@@ -1,6 +1,8 @@
 import asyncio
+import dataclasses
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 from fakes import FakeEmbedder, make_image, make_node
@@ -23,7 +25,7 @@ from mmrag.errors import ConfigError
 from mmrag.queries import Where
 from mmrag.rerankers.postprocessor import MLLMReranker
 from mmrag.retrieval.filters import as_where
-from mmrag.retrieval.fusion import DEFAULT_WEIGHTS, fuse, page_key
+from mmrag.retrieval.fusion import DEFAULT_WEIGHTS, fuse, page_key, scaled
 from mmrag.retrieval.retriever import UniversalRetriever
 from mmrag.store.collection import Collection, CollectionSettings
 from mmrag.store.engine import Scored
@@ -90,6 +92,46 @@ def test_a_text_finds_its_page_once_though_two_nodes_of_it_match(retriever):
     assert ranks["text"] == ranks["bm25"] == 1
     assert hits[0].score == hits[0].retrieval_score <= 1
     assert hits[0].view_scores["text"] == pytest.approx(0.7, abs=0.3)
+
+
+def test_all_nodes_of_a_page_are_its_evidence(retriever):
+    (hit, *_) = retriever.search("dental cleaning")
+    assert [node.kind for node in hit.evidence] in (["page", "passage"], ["passage", "page"])
+    assert hit.node_id in {node.node_id for node in hit.evidence}
+    assert hit.explanation is None
+
+
+def test_an_explanation_adds_up_to_the_score(collection, embedder):
+    retriever = UniversalRetriever(collection, embedder, 3, explain=True)
+    for hit in retriever.search("dental cleaning"):
+        assert {name: part.rank for name, part in hit.explanation.items()} == hit.ranks
+        assert {name: part.score for name, part in hit.explanation.items()} == hit.view_scores
+        assert sum(part.credit for part in hit.explanation.values()) == pytest.approx(hit.score)
+
+
+def test_weights_come_from_the_user_the_collection_and_the_embedder(tmp_path, embedder):
+    settings = CollectionSettings(embedder.name, embedder.fingerprint, 64, views=("text",))
+    with Collection.open(tmp_path / "c", settings=settings) as library:
+        assert UniversalRetriever(library, embedder).weights == DEFAULT_WEIGHTS
+        measured = FakeEmbedder(dim=64)
+        measured.calibration = SimpleNamespace(fusion_weights={"bm25": 7.0, "text": 2.0})
+        found = UniversalRetriever(library, measured).weights
+        assert (found["bm25"], found["text"], found["image"]) == (7, 2, 1)
+        library.save_weights({"bm25": 5.0})
+        assert UniversalRetriever(library, measured).weights["bm25"] == 5
+        assert UniversalRetriever(library, measured).weights["text"] == 2
+        assert UniversalRetriever(library, measured, weights={"bm25": 4}).weights["bm25"] == 4
+    with Collection.open(tmp_path / "c") as library:
+        assert library.weights == {"bm25": 5.0}
+        library.save_weights({})
+        assert library.weights == {}
+
+
+def test_ranks_can_be_fused_in_place_of_scores(collection, embedder):
+    by_ranks = UniversalRetriever(collection, embedder, 3, fuse_by="ranks")
+    rankings = by_ranks.rankings("dental cleaning")
+    expected = [entry.score for entry in fuse(rankings, by_ranks.weights, by="ranks")[:3]]
+    assert [hit.score for hit in by_ranks.search("dental cleaning")] == expected
 
 
 def test_scores_fall_and_say_first_everywhere_by_one(collection, embedder):
@@ -299,7 +341,7 @@ def test_fusion_is_weighted_reciprocal_rank_by_page():
         "text": [scored("p1", 0.9, 1), scored("p1b", 0.8, 1), scored("p2", 0.7, 2)],
         "bm25": [scored("p2", 12.0, 2), scored("p1", 3.0, 1)],
     }
-    first, second = fuse(rankings, {"text": 1.0, "bm25": 3.0}, k=60)
+    first, second = fuse(rankings, {"text": 1.0, "bm25": 3.0}, by="ranks", k=60)
     best = 4 / 61
     assert first.key == ("a", 2)
     assert first.score == pytest.approx((1 / 62 + 3 / 61) / best)
@@ -310,8 +352,39 @@ def test_fusion_is_weighted_reciprocal_rank_by_page():
     assert second.best.id == "p1"
 
 
-def of_kind(id_, kind, page=1):
-    return Scored(id_, 1.0, {"sha256": "a", "page": page, "kind": kind})
+def test_fusion_adds_scaled_scores():
+    """Cosines from the last hit, BM25 from 0; one page has the credit of its best node."""
+    rankings = {
+        "text": [scored("p1", 0.9, 1), scored("p1b", 0.8, 1), scored("p2", 0.5, 2)],
+        "bm25": [scored("p2", 12.0, 2), scored("p1b", 3.0, 1)],
+    }
+    first, second = fuse(rankings, {"text": 1.0, "bm25": 3.0})
+    assert (first.key, second.key) == (("a", 2), ("a", 1))
+    assert first.score == pytest.approx(3 / 4)
+    assert second.credits == pytest.approx({"text": 1 / 4, "bm25": 3 / 4 * 3 / 12})
+    assert second.score == pytest.approx(sum(second.credits.values()))
+    assert second.scores == {"text": 0.9, "bm25": 3.0}
+    # p1b has 3/4 of the text's share and all of BM25's; p1 has the text's alone.
+    assert [hit.id for hit in second.nodes] == ["p1b", "p1"]
+
+
+def test_scores_are_scaled_over_the_first_hundred():
+    hits = [scored(str(n), 1 - n / 200) for n in range(150)]
+    values = scaled("text", hits)
+    assert values[0] == 1
+    assert values[49] == pytest.approx(1 - 49 / 99)
+    assert values[99:] == [0] * 51
+    assert scaled("text", hits[:1] * 2) == [1, 1]
+    assert scaled("text", []) == []
+
+
+def test_fusion_by_anything_else_is_refused():
+    with pytest.raises(ConfigError, match=r"by='luck'.*scores, ranks"):
+        fuse({}, by="luck")
+
+
+def of_kind(id_, kind, page=1, score=1.0):
+    return Scored(id_, score, {"sha256": "a", "page": page, "kind": kind})
 
 
 def test_a_passage_is_shown_as_its_page_if_that_was_found():
@@ -321,12 +394,14 @@ def test_a_passage_is_shown_as_its_page_if_that_was_found():
         (passage, [figure], passage),
         (figure, [page], figure),
     ):
+        others = [dataclasses.replace(hit, score=0.5) for hit in others]
         (entry,) = fuse({"text": [first, *others]}, {"text": 1.0})
-        assert (entry.best, entry.shown) == (first, shown)
+        assert (entry.best, entry.shown.id) == (first, shown.id)
 
 
 def test_pages_keep_apart_in_fusion_without_collapse():
-    loose = fuse({"text": [of_kind("x", "passage"), of_kind("y", "page")]}, {"text": 1.0}, key=id)
+    hits = [of_kind("x", "passage"), of_kind("y", "page", score=0.5)]
+    loose = fuse({"text": hits}, {"text": 1.0}, key=id)
     assert [entry.shown.id for entry in loose] == ["x", "y"]
 
 
