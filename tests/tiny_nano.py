@@ -13,7 +13,7 @@ from mmrag.embedders.families.nano import NanoModel
 SPECIALS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 
 
-def save_nano(folder: Path, seed: int = 0) -> Path:
+def save_nano(folder: Path, seed: int = 0, fast_on_cpu: bool = False) -> Path:
     """BERT of width 32 whose pieces are characters, a vision tower, and a readout of 24 units."""
     folder.mkdir(parents=True, exist_ok=True)
     letters = [chr(code) for code in range(33, 127) if not chr(code).isupper()]
@@ -54,6 +54,7 @@ def save_nano(folder: Path, seed: int = 0) -> Path:
     pixels |= {"temporal_patch_size": 2, "merge_size": 2}
     (folder / "preprocessor_config.json").write_text(json.dumps(pixels))
     settings = {"family": "nano", "prefers_text": True, "prefers_passages": True}
+    settings["fast_on_cpu"] = fast_on_cpu
     (folder / "mmrag.json").write_text(json.dumps(settings))
     torch.manual_seed(seed)
     weights = NanoModel(BertConfig.from_pretrained(folder)).state_dict()

@@ -243,6 +243,8 @@ def models_view(models: Iterable[KnownModel]) -> RenderableType:
         facts = f"{model.dim} dimensions, {takes}, context {model.context}, {model.family}, "
         rows.append(Text(model.name, style="bold", no_wrap=True, overflow="ignore"))
         rows.append(Padding(Text(facts).append_text(licence), (0, 0, 0, 4), expand=False))
+        if model.note:
+            rows.append(Padding(Text(model.note), (0, 0, 0, 4), expand=False))
     return Group(*rows)
 
 

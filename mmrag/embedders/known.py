@@ -15,6 +15,7 @@ class KnownModel:
     dim: length of the full vector. matryoshka_dims: shorter ones it was trained for.
     context: tokens of the longest input. visual_tokens: most tokens of one image.
     base: the checkpoint a LoRA adapter sits on, if it is one.
+    note: a sentence on what it cannot do, if there is one to know before choosing it.
     """
 
     name: str
@@ -27,15 +28,17 @@ class KnownModel:
     modalities: tuple[str, ...] = ("text", "image", "fused")
     non_commercial: bool = False
     base: str | None = None
+    note: str = ""
 
 
 _APACHE = "Apache-2.0"
+_NANO_NOTE = "English; near chance on scanned pages without recognised text, photographs and charts"
 _MRL_2048 = (64, 128, 256, 512, 1024, 2048)
 _MRL_2560 = (64, 128, 256, 512, 1024, 2560)
 _MRL_4096 = (64, 128, 256, 512, 1024, 2048, 4096)
 
 KNOWN: tuple[KnownModel, ...] = (
-    KnownModel("mmrag-nano", "gme", 384, _APACHE, 2304, 1280),
+    KnownModel("mmrag-nano", "nano", 384, _APACHE, 512, 1280, note=_NANO_NOTE),
     KnownModel("Alibaba-NLP/gme-Qwen2-VL-2B-Instruct", "gme", 1536, _APACHE, 32768, 1280),
     KnownModel("Alibaba-NLP/gme-Qwen2-VL-7B-Instruct", "gme", 3584, _APACHE, 32768, 1280),
     KnownModel(

@@ -83,6 +83,7 @@ def load_embedder(
         that are unknown.
     """
     from mmrag.embedders.local import LocalEmbedder
+    from mmrag.modeling.fast_cpu import use_fast_arithmetic
     from mmrag.modeling.loading import fingerprint
 
     folders = find_folders(name, revision, base)
@@ -91,6 +92,9 @@ def load_embedder(
         return _load_sentence_transformers(name, folders, device, dtype, token_budget, limits)
     backbone = _load(folders, chosen, device, dtype, limits)
     marker = read_marker(folders)
+    on_cpu = next(backbone.model.parameters()).device.type == "cpu"
+    if dtype == "auto" and on_cpu and marker.get("fast_on_cpu"):
+        use_fast_arithmetic(backbone.model)
     return LocalEmbedder(
         backbone,
         name=str(name),

@@ -1,19 +1,20 @@
-"""The table of the model card: mmrag-nano beside MiniLM, the untrained vectors and BM25.
+"""The tables of the model card: mmrag-nano beside MiniLM, BM25, and other checkpoints.
 
     python -m mmrag_recipes.nano.evaluate --xquad xquad/en.jsonl --handbook handbook/
 
 ``--xquad`` is JSON lines of paragraphs with their questions; ``--handbook`` a folder with
-``pdfs/`` and ``questions.jsonl``. With ``--pages`` XQuAD's paragraphs are also rendered to pages
-without a text layer, and the model must find the page. ``--pictures`` is a folder of pictures
-whose file names are their titles, and a title that was not trained on must find its picture.
-``--work``, the folder that ``mmrag_recipes.nano.build`` worked in, adds MiniLM and the vectors
-before training.
+``pdfs/`` and ``questions.jsonl``, and ``--scans`` asks its questions of images of the right pages,
+as if the PDFs had no text layer. With ``--pages FONTS`` XQuAD's paragraphs are also rendered to
+pages without a text layer, and the model must find the page. ``--pictures`` is a folder of
+pictures whose file names are their titles, and a title that was not trained on must find its
+picture. ``--encoder``, the folder of MiniLM, adds it as it was published.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 import tempfile
 from collections.abc import Callable, Sequence
@@ -22,25 +23,24 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from PIL import Image
 from rank_bm25 import BM25Okapi
 
+from mmrag.content import load_image
 from mmrag.embedders import load_embedder
 from mmrag.embedders.base import Embedder
+from mmrag.nodes import node_image
 from mmrag.reading import ReadOptions, find_files, read_file
 from mmrag_recipes.console import ends_cleanly
 from mmrag_recipes.evaluate import Metrics, average, metrics_of, table
-from mmrag_recipes.nano.build import plain_tokenizer
-from mmrag_recipes.nano.distil import piece_bags
-from mmrag_recipes.nano.glyphs import find_fonts, render_page
-from mmrag_recipes.nano.pictures import read_titled
+from mmrag_recipes.nano.images import find_fonts, read_titled, render_page
 
 Scores = NDArray[np.floating[Any]]
 Scorer = Callable[[Sequence[str], Sequence[str]], Scores]
 PASSAGE_WORDS = 180
 PICTURES = 500
+NAMES = ("hit@1", "hit@5", "hit@10", "ndcg@10")
 
 
 def neural(embedder: Embedder) -> Scorer:
@@ -54,7 +54,7 @@ def neural(embedder: Embedder) -> Scorer:
 
 
 def minilm(folder: Path) -> Scorer:
-    """Scores by cosine of MiniLM, the teacher, at its usual 256 tokens."""
+    """Scores by cosine of MiniLM as published, at its 256 tokens."""
     from sentence_transformers import SentenceTransformer
 
     model = SentenceTransformer(str(folder), device="cpu")
@@ -74,18 +74,6 @@ def bm25(queries: Sequence[str], documents: Sequence[str]) -> Scores:
 
 def _words(text: str) -> list[str]:
     return re.findall(r"\w+", text.lower())
-
-
-def untrained(work: Path) -> Scorer:
-    """Scores by cosine of the token vectors before training."""
-    start = torch.from_numpy(np.load(work / "initial.npy")).float()
-    tokenizer = plain_tokenizer(work / "all-MiniLM-L6-v2")
-
-    def score(queries: Sequence[str], documents: Sequence[str]) -> Scores:
-        vectors = [piece_bags(texts, tokenizer).embed(start) for texts in (queries, documents)]
-        return (vectors[0] @ vectors[1].T).numpy()
-
-    return score
 
 
 def ranking_metrics(scores: Scores, relevant: Sequence[set[int]]) -> Metrics:
@@ -144,25 +132,47 @@ def read_handbook(folder: Path) -> Handbook:
     return Handbook(passages, owners, [row["question"] for row in rows], relevant)
 
 
+def read_scans(folder: Path) -> tuple[list[Image.Image], list[str], list[set[int]]]:
+    """Images of all pages that answer a question, the questions, and the right images of each."""
+    lines = (folder / "questions.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines]
+    right = [{(page["file"], page["page"]) for page in row["pages"]} for row in rows]
+    wanted = set().union(*right)
+    scans: dict[tuple[str, int], Image.Image] = {}
+    files, _ = find_files([folder / "pdfs"])
+    with tempfile.TemporaryDirectory() as scratch:
+        for path in files:
+            for page in read_file(path, scratch, ReadOptions(dpi=100, figures=False)):
+                place = (path.name, page.page or 1)
+                image = node_image(page.nodes[0]) if place in wanted and page.nodes else None
+                if image is not None:
+                    scans[place] = load_image(image)
+    places = list(scans)
+    relevant = [{places.index(place) for place in one if place in scans} for one in right]
+    return list(scans.values()), [row["question"] for row in rows], relevant
+
+
 def page_scores(
     embedder: Embedder, queries: Sequence[str], paragraphs: Sequence[str], fonts: Sequence[str]
 ) -> Scores:
-    """Cosine of questions to pictures of pages, the fonts taken in turn."""
+    """Cosine of questions to images of pages, the fonts taken in turn."""
     pages = [render_page(text, fonts[i % len(fonts)]) for i, text in enumerate(paragraphs)]
-    found = embedder.encode(list(queries), "page_for_question")
-    return np.asarray(found @ embedder.encode(pages, progress=True).T)
+    return image_scores(embedder, queries, pages)
 
 
-def picture_scores(
-    embedder: Embedder, titles: Sequence[str], pictures: Sequence[Image.Image]
+def image_scores(
+    embedder: Embedder, queries: Sequence[str], images: Sequence[Image.Image]
 ) -> Scores:
-    """Cosine of titles to pictures, (titles, pictures)."""
-    found = embedder.encode(list(titles), "image_for_caption")
-    return np.asarray(found @ embedder.encode(list(pictures), progress=True).T)
+    """Cosine of texts to images, (queries, images)."""
+    found = embedder.encode(list(queries), "page_for_question")
+    return np.asarray(found @ embedder.encode(list(images), progress=True).T)
 
 
-def _chance_mrr(documents: int) -> float:
-    return sum(1 / rank for rank in range(1, 11)) / documents
+def chance(documents: int) -> dict[str, float]:
+    """Expected metrics of a random order, where one document of ``documents`` is right."""
+    hits = {f"hit@{k}": min(1.0, k / documents) for k in (1, 5, 10)}
+    gains = sum(1 / math.log2(rank + 1) for rank in range(1, min(10, documents) + 1))
+    return hits | {"ndcg@10": gains / documents}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -170,11 +180,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="mmrag_recipes.nano.evaluate", description=__doc__.split("\n")[0]
     )
-    parser.add_argument("--model", default="mmrag-nano")
+    parser.add_argument("--model", nargs="+", default=["mmrag-nano"], help="side by side")
     parser.add_argument("--xquad", type=Path)
     parser.add_argument("--handbook", type=Path)
-    parser.add_argument("--work", type=Path, help="work folder of mmrag_recipes.nano.build")
-    parser.add_argument("--pages", nargs="*", metavar="FOLDER", help="render pages in these fonts")
+    parser.add_argument("--scans", action="store_true", help="the handbook without its text")
+    parser.add_argument("--encoder", type=Path, help="folder of all-MiniLM-L6-v2")
+    parser.add_argument("--pages", type=Path, metavar="FONTS", help="render pages in these fonts")
+    parser.add_argument("--faces", nargs="*", default=[""], help="how names of font files begin")
     parser.add_argument("--pictures", type=Path, help="folder of pictures named by their titles")
     given = parser.parse_args(arguments)
     with ends_cleanly():
@@ -182,34 +194,50 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _measure(given: argparse.Namespace) -> None:
-    embedder = load_embedder(given.model)
-    scorers: dict[str, Scorer] = {given.model: neural(embedder), "BM25": bm25}
-    if given.work:
-        scorers["MiniLM"] = minilm(given.work / "all-MiniLM-L6-v2")
-        scorers["before training"] = untrained(given.work)
-    names = ["hit@1", "hit@5", "hit@10", "mrr@10"]
+    embedders = {name: load_embedder(name) for name in given.model}
+    scorers: dict[str, Scorer] = {name: neural(model) for name, model in embedders.items()}
+    scorers["BM25"] = bm25
+    if given.encoder:
+        scorers["MiniLM"] = minilm(given.encoder)
     if given.xquad:
         paragraphs, questions, right = read_xquad(given.xquad)
         found = {n: ranking_metrics(s(questions, paragraphs), right) for n, s in scorers.items()}
-        print(f"XQuAD, question to paragraph\n\n{table(found, names)}\n")
+        _show("XQuAD, question to paragraph", found)
         if given.pages is not None:
-            fonts = find_fonts(given.pages)
-            scores = page_scores(embedder, questions, paragraphs, fonts)
-            pictures = {given.model: ranking_metrics(scores, right)}
-            print(f"XQuAD, question to picture of a page\n\n{table(pictures, names)}\n")
+            fonts = find_fonts(given.pages, given.faces)
+            found = {
+                name: ranking_metrics(page_scores(model, questions, paragraphs, fonts), right)
+                for name, model in embedders.items()
+            }
+            _show("XQuAD, question to image of a page", found, len(paragraphs))
     if given.handbook:
         book = read_handbook(given.handbook)
         found = {n: ranking_metrics(book.score(s), book.relevant) for n, s in scorers.items()}
-        print(f"Handbook, question to page by its best passage\n\n{table(found, names)}\n")
+        _show("Handbook, question to page by its best passage", found)
+    if given.handbook and given.scans:
+        images, questions, right = read_scans(given.handbook)
+        found = {
+            name: ranking_metrics(image_scores(model, questions, images), right)
+            for name, model in embedders.items()
+        }
+        _show("Handbook, question to image of a page", found, len(images))
     if given.pictures:
         shown_once = {one.title: one for one in read_titled(given.pictures, held_out=True)}
         titles = list(shown_once)[:PICTURES]
-        images = [shown_once[title].picture for title in titles]
+        images = [shown_once[title].image for title in titles]
         right = [{i} for i in range(len(titles))]
-        shown = {given.model: ranking_metrics(picture_scores(embedder, titles, images), right)}
-        chance = {f"hit@{k}": k / len(titles) for k in (1, 5, 10)} | {"n": len(titles)}
-        shown["chance"] = {**shown[given.model], **chance, "mrr@10": _chance_mrr(len(titles))}
-        print(f"Title to picture\n\n{table(shown, names)}")
+        found = {
+            name: ranking_metrics(image_scores(model, titles, images), right)
+            for name, model in embedders.items()
+        }
+        _show("Title to picture", found, len(titles))
+
+
+def _show(title: str, found: dict[str, Metrics], documents: int | None = None) -> None:
+    """Print a table, with the row of chance where the number of documents is given."""
+    if documents is not None:
+        found["chance"] = {"n": next(iter(found.values()))["n"], **chance(documents)}
+    print(f"{title}\n\n{table(found, NAMES)}\n", flush=True)
 
 
 if __name__ == "__main__":

@@ -12,9 +12,11 @@ import json
 import random
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from mmrag.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -119,21 +121,30 @@ READERS: dict[str, Callable[[Path, int], Iterator[Pair]]] = {
 }
 
 
-def read_pairs(data: Path, limits: dict[str, int], words: int, seed: int) -> list[Pair]:
-    """At most ``limits[source]`` pairs of each source, chosen and shuffled by ``seed``.
+# Most pairs of each source; the sources are the sub-folders of the data folder.
+LIMITS = {"medquad": 9000, "wordnet": 15000, "factbook": 4500, "postgresql": 4000, "python": 4000}
+PASSAGE_WORDS = 120
+
+
+def read_pairs(data: Path, seed: int) -> list[Pair]:
+    """At most ``LIMITS[source]`` pairs of each source, chosen and shuffled by ``seed``.
 
     A passage of several sentences also gives a pair (one of its sentences, the rest): the
     inverse cloze task (arXiv 1906.00300).
+
+    Raises: ConfigError if no source is there.
     """
     rng = random.Random(seed)
     chosen: list[Pair] = []
-    for source, limit in limits.items():
+    for source, limit in LIMITS.items():
         if not (data / source).is_dir():
             print(f"no folder {data / source}: source left out")
             continue
-        pairs = list(READERS[source](data / source, words))
+        pairs = list(READERS[source](data / source, PASSAGE_WORDS))
         rng.shuffle(pairs)
         chosen.extend(pairs[:limit])
+    if not chosen:
+        raise ConfigError(f"{data}: none of the folders {', '.join(LIMITS)} is there.")
     chosen.extend([cloze for pair in chosen if (cloze := inverse_cloze(pair, rng))])
     rng.shuffle(chosen)
     return chosen
@@ -148,10 +159,3 @@ def inverse_cloze(pair: Pair, rng: random.Random) -> Pair | None:
     taken = rng.choice(usable)
     rest = " ".join(part for i, part in enumerate(parts) if i != taken)
     return Pair(parts[taken], rest, pair.source)
-
-
-def write_pairs(pairs: list[Pair], path: Path) -> None:
-    """One JSON object a line."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = [json.dumps(asdict(pair), ensure_ascii=False) for pair in pairs]
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
