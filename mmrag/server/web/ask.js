@@ -52,14 +52,17 @@ function forget() {
   running?.abort();
   history.length = 0;
   byId("turns").replaceChildren();
-  byId("ask-empty").hidden = false;
-  byId("new-chat").hidden = true;
+  begun(false);
   byId("question").focus();
 }
 
+function begun(yes) {
+  byId("ask-empty").hidden = yes;
+  byId("ask-title").hidden = byId("new-chat").hidden = !yes;
+}
+
 async function ask(question, image) {
-  byId("ask-empty").hidden = true;
-  byId("new-chat").hidden = false;
+  begun(true);
   const turn = newTurn(question, image);
   running = new AbortController();
   busy(true);

@@ -45,8 +45,9 @@ async function search() {
 }
 
 function shown(hit, words) {
-  const picture = hit.image
-    ? el("img", { src: `${hit.image}&width=400`, alt: "", loading: "lazy" })
+  const plain = hit.image?.replace(/&mark=[^&]*/, ""); // a mark would hide a page this small
+  const picture = plain
+    ? el("img", { src: `${plain}&width=400`, alt: "", loading: "lazy" })
     : el("span", { class: "sheet", "aria-hidden": "true" }, hit.text.slice(0, 400));
   return el("li", {}, el("button", { type: "button", class: "hit", onclick: () => openSource(hit) },
     el("span", { class: "thumb" }, picture),
@@ -65,7 +66,7 @@ function snippet(text, words) {
   return (begin ? "\u2026" : "") + flat.slice(begin, begin + SNIPPET);
 }
 
-const terms = (words) => words.toLowerCase().match(/[\p{L}\p{N}]{3,}/gu) ?? [];
+const terms = (words) => words.toLowerCase().match(/[\p{L}\p{N}]{4,}/gu) ?? [];
 
 function marked(text, words) {
   const wanted = new Set(terms(words));

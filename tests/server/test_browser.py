@@ -1,0 +1,155 @@
+"""The web page in a real Chromium. Skipped where there is none."""
+
+import shutil
+import socket
+import threading
+import time
+
+import pytest
+import uvicorn
+
+pytestmark = pytest.mark.slow
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+FLAGS = [
+    *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
+    *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
+]
+KEY = "a-long-random-key"
+
+
+@pytest.fixture(scope="module")
+def browser():
+    api = pytest.importorskip("playwright.sync_api", reason="needs pip install playwright")
+    if CHROMIUM is None:
+        pytest.skip("needs chromium (apt-get install chromium)")
+    with api.sync_playwright() as playwright:
+        opened = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield opened
+        opened.close()
+
+
+@pytest.fixture
+def url(make_client):
+    client = make_client(api_keys=(KEY,))
+    server = uvicorn.Server(uvicorn.Config(client.app, log_level="warning", lifespan="off"))
+    listener = socket.socket()
+    listener.bind(("127.0.0.1", 0))
+    thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    server.should_exit = True
+    thread.join(10)
+
+
+@pytest.fixture
+def page(browser, url):
+    """The page, open with a key; what it complains of fails the test at the end."""
+    opened = browser.new_page(viewport={"width": 1440, "height": 900})
+    opened.set_default_timeout(20_000)
+    wrong = []
+    opened.on("pageerror", lambda error: wrong.append(str(error)))
+    opened.on(
+        "request",
+        lambda request: (
+            request.url.startswith((url, "data:", "blob:"))
+            or wrong.append(f"asked for {request.url}")
+        ),
+    )
+    opened.on(
+        "console",
+        lambda said: said.type == "error" and "401" not in said.text and wrong.append(said.text),
+    )
+    opened.goto(url)
+    opened.fill("#key", "wrong")
+    opened.press("#key", "Enter")
+    opened.wait_for_selector("#login-error:not(:empty)")
+    opened.fill("#key", KEY)
+    opened.press("#key", "Enter")
+    opened.wait_for_selector("#ask-about:not(:empty)")
+    yield opened
+    opened.close()
+    assert not wrong
+
+
+def test_an_answer_and_its_page_by_keyboard_alone(page):
+    page.keyboard.type("Who gets an eye examination a year?")
+    page.keyboard.press("Enter")
+    page.wait_for_selector(".answer .cite")
+    assert "one eye examination" in page.inner_text(".answer")
+    page.focus(".answer .cite")
+    page.keyboard.press("Enter")
+    image = page.wait_for_selector("#viewer-page img")
+    assert "evidence marked" in image.get_attribute("alt")
+    assert page.inner_text("#page-number") == "1 / 2"
+    width = image.bounding_box()["width"]
+    page.keyboard.press("+")
+    assert image.bounding_box()["width"] > width * 1.2
+    page.keyboard.press("PageDown")
+    page.wait_for_selector("#viewer-page img[alt='Page 2 of plans.pdf']")
+    page.keyboard.press("Escape")
+    assert page.is_hidden("#viewer")
+    assert page.evaluate("document.activeElement.className") == "cite"
+
+
+def test_search_another_collection_and_a_link_to_a_page(page, url):
+    page.select_option("#collection", "boilers")
+    page.click("nav a[data-view=search]")
+    page.fill("#words", "boiler exploded")
+    page.press("#words", "Enter")
+    hit = page.wait_for_selector("#hits .hit")
+    assert "boilers.pdf, page 1" in hit.inner_text()
+    assert hit.query_selector("b").inner_text().lower() == "boiler"
+    hit.click()
+    page.wait_for_selector("#viewer-page img")
+    source = page.get_attribute("#viewer-page img", "src")
+    file_id = source.split("/")[3]
+    page.goto("about:blank")
+    page.goto(f"{url}/#view?collection=boilers&file={file_id}&page=1&mark=72,72,300,90")
+    page.wait_for_selector("#viewer-page img[alt*='evidence marked']")
+    assert page.input_value("#collection") == "boilers"
+
+
+def test_files_are_added_and_removed(page, tmp_path, built):
+    name = f"<b>pump & {tmp_path.name}.txt"
+    (tmp_path / name).write_text("The pump was oiled <img src=x onerror=alert(1)> in spring.")
+    page.click("nav a[data-view=files]")
+    page.set_input_files("#upload", str(tmp_path / name))
+    row = page.wait_for_selector(f"#file-list li:has-text('{tmp_path.name}')")
+    assert row.query_selector(".name").inner_text() == name
+    page.click("nav a[data-view=search]")
+    page.fill("#words", "pump oiled")
+    page.press("#words", "Enter")
+    page.click(f"#hits .hit:has-text('{tmp_path.name}')")
+    assert "<img src=x" in page.inner_text("#viewer-page .passage")
+    page.keyboard.press("Escape")
+    page.click("nav a[data-view=files]")
+    remove = f"button[aria-label='Remove {name}']"
+    page.click(remove)
+    page.click(remove)
+    page.wait_for_selector(f"#file-list li:has-text('{tmp_path.name}')", state="detached")
+    uploads = built / "plans" / "uploads"
+    assert not any(uploads.iterdir())
+
+
+def test_an_image_goes_with_a_question(page, tmp_path):
+    from fakes import make_image
+
+    page.set_input_files("#ask input[type=file]", str(make_image(tmp_path / "a.png")))
+    page.wait_for_selector("#ask .chip img")
+    page.click("#ask .send")
+    page.wait_for_selector(".question img")
+    page.wait_for_selector(".foot > *")
+
+
+@pytest.mark.parametrize("width", [360, 800, 1440])
+def test_nothing_is_wider_than_the_window(page, width):
+    page.set_viewport_size({"width": width, "height": 740})
+    page.fill("#question", "Who gets an eye examination a year? " + "x" * 300)
+    page.press("#question", "Enter")
+    page.wait_for_selector(".foot > *")
+    for view in ("ask", "search", "files"):
+        page.click(f"nav a[data-view={view}]")
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
