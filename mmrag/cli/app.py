@@ -15,6 +15,7 @@ from mmrag.cli.ask import ask
 from mmrag.cli.console import EXIT_CODES
 from mmrag.cli.index import index
 from mmrag.cli.list_files import list_files
+from mmrag.cli.mcp import mcp
 from mmrag.cli.models import models
 from mmrag.cli.remove import remove
 from mmrag.cli.search import search
@@ -30,6 +31,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "upgrade": upgrade,
     "models": models,
     "serve": serve,
+    "mcp": mcp,
 }
 
 app = typer.Typer(

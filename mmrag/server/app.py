@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from importlib import metadata
+from importlib.util import find_spec
 
 from mmrag.errors import ConfigError, MMRagError
 
@@ -16,6 +17,7 @@ try:
     from fastapi.exceptions import RequestValidationError
     from fastapi.responses import JSONResponse
     from prometheus_client import REGISTRY  # noqa: F401
+    from starlette.applications import Starlette
     from starlette.exceptions import HTTPException
     from starlette.middleware.cors import CORSMiddleware
 except ImportError as error:
@@ -46,9 +48,14 @@ def create_app(
     gate, keys = Gate(options.slots, options.waiting), ApiKeys(options.api_keys)
     metrics.watch(gate, libraries)
 
+    mcp = _mcp(libraries, options)
+
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        yield
+        async with AsyncExitStack() as stack:
+            if mcp is not None:
+                await stack.enter_async_context(mcp.router.lifespan_context(mcp))
+            yield
         await to_thread.run_sync(libraries.close)
 
     app = FastAPI(
@@ -61,6 +68,8 @@ def create_app(
     app.state.server = ServerState(libraries, options, gate, keys, metrics)
     for routes in (status, api, files, openai, web):
         app.include_router(routes.router)
+    if mcp is not None:
+        app.router.routes.extend(mcp.routes)
     for kind in (MMRagError, HTTPException, RequestValidationError, Exception):
         app.add_exception_handler(kind, _refuse)
     # The last one added is the first that a request meets.
@@ -96,3 +105,18 @@ def _told(error: RequestValidationError) -> str:
         f"{'.'.join(str(part) for part in each['loc'])}: {each['msg']}" for each in error.errors()
     ]
     return "; ".join(parts)
+
+
+def _mcp(libraries: Libraries, options: ServerOptions) -> Starlette | None:
+    """The application of MCP over HTTP; None without its extra."""
+    if find_spec("mcp") is None:
+        return None
+    from mcp.server.transport_security import TransportSecuritySettings
+
+    from mmrag.server.mcp_tools import create_mcp
+
+    # Names and origins are checked by Guard, for MCP as for everything else.
+    checked = TransportSecuritySettings(enable_dns_rebinding_protection=False)
+    return create_mcp(libraries).streamable_http_app(
+        transport_security=checked, max_request_body_size=options.max_body_bytes
+    )

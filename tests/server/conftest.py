@@ -1,7 +1,12 @@
 """A server over two small collections, with a stand-in embedder."""
 
+import socket
+import threading
+import time
+
 import pymupdf
 import pytest
+import uvicorn
 from chat_server import ChatServer
 from fakes import FakeEmbedder
 from fastapi.testclient import TestClient
@@ -100,3 +105,26 @@ def chat_server():
     server = ChatServer()
     yield server
     server.close()
+
+
+@pytest.fixture
+def listening(make_client):
+    """Serves on loopback; gives the address. Takes what ``make_client`` takes."""
+    running = []
+
+    def start(**options):
+        app = make_client(**options).app
+        server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
+        listener = socket.socket()
+        listener.bind(("127.0.0.1", 0))
+        thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
+        thread.start()
+        while not server.started:
+            time.sleep(0.01)
+        running.append((server, thread))
+        return f"http://127.0.0.1:{listener.getsockname()[1]}"
+
+    yield start
+    for server, thread in running:
+        server.should_exit = True
+        thread.join(10)

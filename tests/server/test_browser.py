@@ -1,12 +1,8 @@
 """The web page in a real Chromium. Skipped where there is none."""
 
 import shutil
-import socket
-import threading
-import time
 
 import pytest
-import uvicorn
 
 pytestmark = pytest.mark.slow
 
@@ -30,18 +26,8 @@ def browser():
 
 
 @pytest.fixture
-def url(make_client):
-    client = make_client(api_keys=(KEY,))
-    server = uvicorn.Server(uvicorn.Config(client.app, log_level="warning", lifespan="off"))
-    listener = socket.socket()
-    listener.bind(("127.0.0.1", 0))
-    thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-    server.should_exit = True
-    thread.join(10)
+def url(listening):
+    return listening(api_keys=(KEY,))
 
 
 @pytest.fixture

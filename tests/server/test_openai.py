@@ -2,44 +2,18 @@
 
 import base64
 import io
-import socket
-import threading
 import time
 
 import httpx
 import numpy as np
 import openai
 import pytest
-import uvicorn
 from fakes import FakeEmbedder
 from judge_server import JudgeServer
 from PIL import Image
 
 from mmrag.rerankers.postprocessor import MLLMReranker
 from mmrag.server.markdown import Linker, closing, url_citations, without_links
-
-
-@pytest.fixture
-def listening(make_client):
-    """Serves on loopback; gives the address. Takes what ``make_client`` takes."""
-    running = []
-
-    def start(**options):
-        app = make_client(**options).app
-        server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off"))
-        listener = socket.socket()
-        listener.bind(("127.0.0.1", 0))
-        thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
-        thread.start()
-        while not server.started:
-            time.sleep(0.01)
-        running.append((server, thread))
-        return f"http://127.0.0.1:{listener.getsockname()[1]}"
-
-    yield start
-    for server, thread in running:
-        server.should_exit = True
-        thread.join(10)
 
 
 @pytest.fixture
