@@ -10,6 +10,32 @@ from collections.abc import Iterable, Sequence
 
 from PIL import Image
 
+PIXELS_PER_TOKEN = 28 * 28  # of the Qwen-VL families; other chat models take fewer tokens
+BYTES_PER_TOKEN = 3  # UTF-8; English has more than 4, so this errs on the safe side
+
+_OPEN, _CLOSE = r"[\[\u3010\uff3b\u3014\u27e6]", r"[\]\u3011\uff3d\u3015\u27e7]"
+_BETWEEN = r"\s{0,3}(?:[,;&\uff0c\u3001\u2013-]|and\b)\s{0,3}(?:(?:source|doc)s?\s{0,3})?"
+# Every repetition is bounded: answers and documents are text from outside.
+CITATION = re.compile(
+    rf"{_OPEN}{{1,2}}\s{{0,3}}(?:(?:sources?|docs?|documents?|refs?)\.?\s{{0,3}}|\^)?"
+    rf"(\d{{1,4}}(?:{_BETWEEN}\d{{1,4}}){{0,40}})"
+    r"(?:\u2020[^\]\u3011\n]{0,80}|\s{0,3}[,:]\s{0,3}p(?:ages?|p?\.)\s{0,3}[\d\u2013-]{1,9})?"
+    rf"\s{{0,3}}{_CLOSE}{{1,2}}",
+    re.IGNORECASE,
+)
+"""A citation in the spellings that models use: ``[1]``, ``[1, 2]``, ``[Source 3]``, ``[^4]``."""
+# Anything like a tag or a chat marker, in half or full width: the markers of models to come are
+# not known. Single letters are the formatting of HTML, but for <s>, which begins a turn. Words in
+# capitals between square brackets are the markers of the Mistral family.
+_TAG = re.compile(
+    r"([<\uff1c]{1,2})(/?(?:s|[|\uff5c!?]?[A-Za-z_|\uff5c][^<>\uff1c\uff1e\n]{1,60}))"
+    r"([>\uff1e]{1,2})",
+    re.IGNORECASE,
+)
+_BRACKET_MARKER = re.compile(
+    r"([\[\uff3b])(/?(?:[A-Z][A-Z_]{1,30}|(?i:inst|system_prompt|think|img)))([\]\uff3d])"
+)
+
 
 def broken_up(text: str, marks: Sequence[str]) -> str:
     """The text with control tokens spelt apart, so that it cannot end its own turn."""
@@ -17,12 +43,6 @@ def broken_up(text: str, marks: Sequence[str]) -> str:
         if mark in text:
             text = text.replace(mark, f"{mark[0]} {mark[1:]}")
     return text
-
-
-PIXELS_PER_TOKEN = 28 * 28  # of the Qwen-VL families; other chat models take fewer tokens
-
-
-BYTES_PER_TOKEN = 3  # UTF-8; English has more than 4, so this errs on the safe side
 
 
 def estimate_tokens(text: str) -> int:
@@ -33,28 +53,14 @@ def estimate_tokens(text: str) -> int:
 def sanitize(text: str) -> str:
     """A document's text made harmless to the format of a prompt; the words stay.
 
-    Chat markers such as ``<|im_end|>`` are broken up, so that no tokenizer takes them for its
-    own; invisible and control characters, which hide instructions from people, are dropped; and
-    ``[3]`` becomes ``(ref 3)``, so that a paper's reference is not copied as our citation.
+    Chat markers and tags such as ``<|im_end|>``, ``<tool_call>`` and ``[INST]`` get spaces
+    inside their brackets, so that no tokenizer takes them for its own; invisible and control
+    characters, which hide instructions from people, are dropped; and ``[3]`` becomes
+    ``(ref 3)``, so that a document's own reference is not taken for a citation.
     """
     visible = "".join(c for c in text if c in "\n\t\u200c\u200d" or not _invisible(c))
-    broken = _CHAT_MARKER.sub(
-        lambda match: f"{match[0][0]} {match[0][1:-1]} {match[0][-1]}", visible
-    )
-    return _REFERENCE.sub(r"(ref \1)", broken)
-
-
-_CHAT_MARKER = re.compile(
-    r"<[|\uff5c][^|\uff5c<>\n]{1,60}[|\uff5c]>|</?s>|<</?SYS>>|</?(?:start|end)_of_turn>"
-    r"|\[/?(?:INST|SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_CALLS|TOOL_RESULTS|THINK|IMG)\]"
-    r"|</?(?:think|thinking|thought|reasoning|image|img|audio|video)>|<(?:bos|eos|pad)>",
-    re.IGNORECASE,
-)
-
-
-_REFERENCE = re.compile(
-    r"[\[\u3010\uff3b\u3014](\d{1,3}(?:\s*[,;\uff0c\u3001\u2013-]\s*\d{1,3})*)[\]\u3011\uff3d\u3015]"
-)
+    apart = _BRACKET_MARKER.sub(r"\1 \2 \3", _TAG.sub(r"\1 \2 \3", visible))
+    return CITATION.sub(r"(ref \1)", apart)
 
 
 def _invisible(char: str) -> bool:

@@ -11,12 +11,17 @@ class ChatServer:
     mode: ``ok``, ``refuse`` (HTTP 400), ``deny`` (401), ``missing`` (404), ``garbage`` (no JSON),
     ``hollow`` (JSON of another shape), ``cut`` (the connection ends in mid-answer), ``stall`` (a
     stream that stops in mid-answer until it closes), ``hang`` (no answer until it closes),
-    ``long`` (the answer ends for want of tokens).
+    ``long`` (the answer ends for want of tokens), ``filter`` (a content filter ends it), ``parts``
+    (content as a list, without a role), ``loading`` (an error with HTTP 200), ``azure`` (only
+    requests with an ``api-version``).
+
+    ``headers`` and ``paths`` are those of the requests.
     """
 
     def __init__(self, answer="", mode="ok", models=({"id": "tiny", "max_model_len": 20_000},)):
         self.answer, self.mode, self.models = answer, mode, list(models)
         self.requests, self.props = [], None
+        self.headers, self.paths = [], []
         self.closed = threading.Event()
         self._http = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
         self.url = f"http://127.0.0.1:{self._http.server_port}/v1"
@@ -49,6 +54,8 @@ class _Handler(BaseHTTPRequestHandler):
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         self.chat.requests.append(body)
+        self.chat.headers.append(dict(self.headers))
+        self.chat.paths.append(self.path)
         match self.chat.mode:
             case "refuse" | "deny" | "missing" as mode:
                 status = {"refuse": 400, "deny": 401, "missing": 404}[mode]
@@ -59,12 +66,18 @@ class _Handler(BaseHTTPRequestHandler):
                 self.chat.closed.wait(20)
             case "hollow":
                 self._json(200, {"surprise": True})
+            case "loading":
+                self._json(200, {"error": {"message": "model is loading", "code": 503}})
+            case "azure" if "api-version=" not in self.path:
+                self._json(404, {"error": {"message": "no version"}})
             case _ if body.get("stream"):
                 self._stream()
             case "cut":
                 self._send(b'{"id": "x"', length=5000)
             case _:
                 message = {"role": "assistant", "content": self.chat.answer}
+                if self.chat.mode == "parts":
+                    message = {"content": [{"type": "text", "text": self.chat.answer}]}
                 choice = {"index": 0, "message": message, "finish_reason": self._why()}
                 self._json(200, _reply("chat.completion", choice))
 
@@ -91,7 +104,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(f"data: {event}\n\ndata: [DONE]\n\n".encode())
 
     def _why(self):
-        return "length" if self.chat.mode == "long" else "stop"
+        return {"long": "length", "filter": "content_filter"}.get(self.chat.mode, "stop")
 
     def _json(self, status, value):
         self._send(json.dumps(value).encode(), status)

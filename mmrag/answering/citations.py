@@ -25,6 +25,7 @@ from mmrag.embedders.base import Embedder
 from mmrag.errors import MMRagError
 from mmrag.lexical import Idf, sentences, stays_open, terms
 from mmrag.numerals import missing_numbers, numerals, seen_numbers
+from mmrag.prompting import CITATION
 from mmrag.reading import locate_quote, words_path
 
 logger = logging.getLogger(__name__)
@@ -43,23 +44,15 @@ SUPPORT_COSINE = 0.85
 _IDLE = SUPPORT / 2  # below it, a source cited beside others adds nothing to a claim
 _TO_EMBED = 32  # passages of a page that are compared by meaning, those with most words first
 
-_OPEN, _CLOSE = r"[\[\u3010\uff3b\u3014]", r"[\]\u3011\uff3d\u3015]"
-_MARK = re.compile(
-    rf"(?<![ \t])[ \t]*{_OPEN}\s*(?:(?:sources?|docs?|documents?|refs?)\.?\s*|\^)?"
-    r"(\d{1,4}(?:\s*(?:[,;&\uff0c\u3001\u2013-]|and\b)\s*(?:source\s*)?\d{1,4})*)"
-    r"(?:\u2020[^\]\u3011]*|\s*[,:]\s*p(?:ages?|p?\.)\s*[\d\u2013-]+)?"
-    rf"\s*{_CLOSE}(?!\()",
-    re.IGNORECASE,
-)
+_MARK = re.compile(rf"[ \t]{{0,3}}(?:{CITATION.pattern})(?!\()", re.IGNORECASE)
 _BULLET = re.compile(r"^\s*(?:[-*\u2022\u25cf\u25e6\u2023\u2043\u00b7#]+\s+|\d{1,2}[.)]\s+)")
 _RANGE = re.compile(r"(\d{1,4})\s*[\u2013-]\s*(\d{1,4})")
 
-_MARKS_BEHIND = rf"(?:\s*{_OPEN}[^\]\u3011\uff3d\u3015\n]{{1,40}}{_CLOSE}(?!\())*"
-_PIECE = re.compile(
-    r"(\s*)(\S.*?(?:"
-    rf"[.!?][\"'\u201d\u2019)*]*{_MARKS_BEHIND}(?=\s|$)"
-    rf"|[。！？।॥؟۔][\"'\u201d\u2019\u300d\u300f\uff09)*]*{_MARKS_BEHIND}|\n|$))",
-    re.DOTALL,
+_END = re.compile(
+    rf"(?:[.!?][\"'\u201d\u2019)*]{{0,5}}(?={CITATION.pattern}|\s|$)"
+    rf"|[。！？।॥؟۔][\"'\u201d\u2019\u300d\u300f\uff09)*]{{0,5}})"
+    rf"(?:\s{{0,3}}(?:{CITATION.pattern})(?!\()){{0,20}}",
+    re.IGNORECASE,
 )
 
 
@@ -273,12 +266,20 @@ def _pieces(text: str) -> list[tuple[str, str]]:
     Marks that follow the full stop, or stand alone, belong to the sentence before them.
     """
     pieces: list[tuple[str, str]] = []
-    for match in _PIECE.finditer(text):
-        space, piece = match[1], match[2]
-        if pieces and _runs_on(pieces[-1][1], space, piece):
-            before, start = pieces.pop()
-            space, piece = before, f"{start}{space}{piece}"
-        pieces.append((space, piece))
+    space = ""
+    for line in text.splitlines(keepends=True):
+        ends = [found.end() for found in _END.finditer(line)]
+        for start, end in pairwise([0, *ends, len(line)]):
+            piece = line[start:end]
+            words = piece.strip()
+            space += piece[: len(piece) - len(piece.lstrip())]
+            if not words:
+                continue
+            if pieces and _runs_on(pieces[-1][1], space, words):
+                before, begun = pieces.pop()
+                space, words = before, f"{begun}{space}{words}"
+            pieces.append((space, words))
+            space = piece[len(piece.rstrip()) :]
     return pieces
 
 

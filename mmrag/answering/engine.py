@@ -42,13 +42,15 @@ from mmrag.answering.response import (
     as_stream,
     ashown,
     in_words,
+    inert,
     says_not_found,
     shown,
 )
 from mmrag.content import Content, load_image
 from mmrag.embedders.base import Embedder
 from mmrag.errors import ConfigError, EndpointError
-from mmrag.llms.endpoint import cut_off, translated_errors, without_reasoning
+from mmrag.llms.endpoint import translated_errors
+from mmrag.llms.replies import why_incomplete, without_reasoning
 from mmrag.prompting import PIXELS_PER_TOKEN, estimate_tokens, image_bytes, new_boundary
 
 logger = logging.getLogger(__name__)
@@ -195,7 +197,7 @@ class CitedQueryEngine(BaseQueryEngine):
         else:
             with translated_errors(_name(self.llm)):
                 reply = self.llm.chat(task.messages)
-            _note_if_cut(task, reply)
+            _note_if_incomplete(task, reply)
             response = self._finish(task, reply.message.content or "")
         dispatcher.event(SynthesizeEndEvent(query=query_bundle, response=response))
         return response
@@ -223,7 +225,7 @@ class CitedQueryEngine(BaseQueryEngine):
         else:
             with translated_errors(_name(self.llm)):
                 reply = await self.llm.achat(task.messages)
-            _note_if_cut(task, reply)
+            _note_if_incomplete(task, reply)
             text = reply.message.content or ""
             response = await asyncio.to_thread(self._finish, task, text)
         dispatcher.event(SynthesizeEndEvent(query=query_bundle, response=response))
@@ -270,7 +272,8 @@ class CitedQueryEngine(BaseQueryEngine):
         boundary = new_boundary([query.query_str, *(source.text for source in sources)])
         system = self._prompts["system_prompt"].format(boundary=boundary, sentinel=SENTINEL)
         packed = self._pack(sources, query, system, asked)
-        user = ChatMessage(role=MessageRole.USER, blocks=[*_blocks(packed, boundary), *asked])
+        blocks = _joined([*_blocks(packed, boundary), *asked])
+        user = ChatMessage(role=MessageRole.USER, blocks=blocks)
         messages = [ChatMessage(role=MessageRole.SYSTEM, content=system), user]
         notes += packed.notes
         for note in notes:
@@ -291,7 +294,7 @@ class CitedQueryEngine(BaseQueryEngine):
         for source in content.images:
             image = load_image(source)
             data, mimetype = image_bytes(image, budget.max_pixels, budget.max_bytes // 2)
-            blocks.append(TextBlock(text="Picture that belongs to the question:"))
+            blocks.append(TextBlock(text="Image of the question:"))
             blocks.append(ImageBlock(image=data, image_mimetype=mimetype))
         return [*blocks, TextBlock(text=prompt)], []
 
@@ -328,15 +331,16 @@ class CitedQueryEngine(BaseQueryEngine):
     def _finish(self, task: _Task, reply: str) -> CitedResponse:
         text = without_reasoning(reply)
         if not text.strip():
+            why = f" ({task.notes[-1]})" if task.notes else ""
             raise EndpointError(
-                "The model returned an empty answer; try again, or another model. One that reasons "
-                "first may need more max_tokens."
+                f"The model returned an empty answer{why}. Try again or use another model; one "
+                "that reasons first may need more max_tokens."
             )
         if says_not_found(text):
             return _response(task, NOT_FOUND, found=False)
         similarity = embedder_similarity(self.embedder) if self.embedder else None
         checked = check_answer(
-            in_words(text),
+            inert(in_words(text)),
             task.sources,
             similarity,
             dangling=self.dangling,
@@ -349,13 +353,13 @@ class CitedQueryEngine(BaseQueryEngine):
     def _tokens(self, llm: LLM, task: _Task) -> Generator[str, None, None]:
         with translated_errors(_name(llm)):
             for reply in llm.stream_chat(task.messages):
-                _note_if_cut(task, reply)
+                _note_if_incomplete(task, reply)
                 yield reply.delta or ""
 
     async def _atokens(self, llm: LLM, task: _Task) -> AsyncGenerator[str, None]:
         with translated_errors(_name(llm)):
             async for reply in await llm.astream_chat(task.messages):
-                _note_if_cut(task, reply)
+                _note_if_incomplete(task, reply)
                 yield reply.delta or ""
 
 
@@ -377,10 +381,11 @@ def _name(llm: LLM) -> str:
     return llm.metadata.model_name
 
 
-def _note_if_cut(task: _Task, reply: ChatResponse) -> None:
-    if cut_off(reply):
-        task.notes.append("the answer is cut off: it reached max_tokens of the model")
-        logger.warning("%s", task.notes[-1])
+def _note_if_incomplete(task: _Task, reply: ChatResponse) -> None:
+    why = why_incomplete(reply)
+    if why is not None and why not in task.notes:
+        task.notes.append(why)
+        logger.warning("%s", why)
 
 
 def _question(query: QueryBundle) -> Content:
@@ -396,10 +401,25 @@ def _blocks(packed: Packed, boundary: str) -> list[TextBlock | ImageBlock]:
         if part.image is None:
             blocks.append(TextBlock(text=fence(part, boundary)))
             continue
-        shown = f"{fence(part, boundary)}\nPicture of source {part.source.n}:"
+        shown = f"{fence(part, boundary)}\nImage of source {part.source.n}:"
         blocks.append(TextBlock(text=shown))
         blocks.append(ImageBlock(image=part.image, image_mimetype=part.mimetype))
     return blocks
+
+
+def _joined(blocks: Sequence[TextBlock | ImageBlock]) -> list[TextBlock | ImageBlock]:
+    """Blocks with neighbouring texts as one, a blank line between them.
+
+    LlamaIndex puts the texts of a message without images together with nothing in between.
+    """
+    joined: list[TextBlock | ImageBlock] = []
+    for block in blocks:
+        last = joined[-1] if joined else None
+        if isinstance(block, TextBlock) and isinstance(last, TextBlock):
+            joined[-1] = TextBlock(text=f"{last.text}\n\n{block.text}")
+        else:
+            joined.append(block)
+    return joined
 
 
 def _common(task: _Task) -> dict[str, Any]:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
-import json
 import logging
 import time
 from collections.abc import Coroutine, Sequence
@@ -38,7 +37,8 @@ from mmrag.answering.response import (
     CitedStreamingResponse,
 )
 from mmrag.errors import ConfigError
-from mmrag.llms.endpoint import translated_errors, without_reasoning
+from mmrag.llms.endpoint import translated_errors
+from mmrag.llms.replies import json_objects
 from mmrag.prompting import new_boundary
 from mmrag.queries import MultimodalQuery, Where
 
@@ -427,17 +427,13 @@ def interleaved(lists: Sequence[Sequence[NodeWithScore]]) -> list[NodeWithScore]
 
 
 def read_reply(text: str) -> _Reply | None:
-    """The first JSON object of a reply, which may stand in a fence or among words."""
-    text, decoder = without_reasoning(text), json.JSONDecoder()
-    start = text.find("{")
-    while start >= 0:
-        try:
-            value, _ = decoder.raw_decode(text, start)
-            if value.keys() & {"questions", "enough"}:
+    """The first JSON object of a reply that is a plan or a judgement; None without one."""
+    for value in json_objects(text):
+        if value.keys() & {"questions", "enough"}:
+            try:
                 return _Reply.model_validate(value)
-        except (json.JSONDecodeError, ValidationError):
-            pass
-        start = text.find("{", start + 1)
+            except ValidationError:
+                continue
     return None
 
 

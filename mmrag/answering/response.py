@@ -6,7 +6,7 @@ import asyncio
 import re
 from collections.abc import AsyncGenerator, Callable, Generator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import quote
 
 from llama_index.core.base.response.schema import (
@@ -17,11 +17,13 @@ from llama_index.core.base.response.schema import (
 
 from mmrag.answering.citations import Claim, parse_marks
 from mmrag.answering.context import Source
-from mmrag.llms.endpoint import REASONING_TAGS, without_reasoning
+from mmrag.llms.replies import LONGEST_END, REASONING_END, REASONING_TAGS
 
 SENTINEL = "NOT_FOUND_IN_SOURCES"
 """What the model is told to reply when the sources do not answer the question."""
 NOT_FOUND = "Not found in these documents."
+_HEAD = 100  # characters after which the beginning of an answer is decided
+_ACTIVE = re.compile(r"!(?=\[)|<(?=[A-Za-z/!?])")
 _SENTINEL = re.compile(SENTINEL.replace("_", r"\\?_"), re.IGNORECASE)  # Markdown escapes it
 
 
@@ -63,14 +65,13 @@ class CitedResponse(Response):
         images: show each cited figure or image behind the line, or the table, that cites it
             first.
 
-        Images and HTML that the model itself wrote are made harmless: a page that is shown
-        must not load what a document told the model to load.
+        Images and HTML that the model itself wrote are not shown as such, see ``inert``.
         """
         shown: set[int] = set()
         parts: list[str] = []
         by_number = {source.n: source for source in self.cited if source.cited}
         waiting: list[str] = []
-        lines = harmless(self.response or "").splitlines()
+        lines = inert(self.response or "").splitlines()
         for line, following in zip(lines, [*lines[1:], ""], strict=True):
             parts.append(line)
             for n in parse_marks(line) if images else ():
@@ -152,6 +153,14 @@ def in_words(text: str) -> str:
     return _SENTINEL.sub(NOT_FOUND, text)
 
 
+def inert(text: str) -> str:
+    """A model's text with its images and HTML taken apart, so that showing it loads nothing.
+
+    A document can tell a model to write an image whose address carries the conversation away.
+    """
+    return _ACTIVE.sub(r"\g<0> ", text)
+
+
 def shown(tokens: Generator[str, None, None]) -> Generator[str, None, None]:
     """The stream without reasoning in front, the sentinel put in words."""
     filtered = _Shown()
@@ -173,32 +182,51 @@ async def ashown(tokens: AsyncGenerator[str, None]) -> AsyncGenerator[str, None]
 
 
 class _Shown:
-    """Holds back of a stream what may turn out to be reasoning or the sentinel."""
+    """Holds back of a stream what may turn out to be reasoning, the sentinel or an image.
+
+    What is held is never longer than a few marks, so that a long stream costs no more per token.
+    """
 
     def __init__(self) -> None:
         self._held = ""
-        self._reasons = self._begun = False
+        self._state: Literal["start", "reasoning", "answer"] = "start"
 
     def add(self, token: str) -> str:
         """What may be shown after a further token."""
         self._held += token
-        if not self._begun:
-            if self._reasons and not {">", "]"} & set(token):
-                return ""  # only a closing tag changes anything, and the text may be long
-            head = without_reasoning(self._held)
-            self._reasons = not without_reasoning(f"{self._held}x")
-            if _may_be_reasoning(self._held) or _may_be_sentinel(head):
+        if self._state == "reasoning":
+            end = 0
+            for found in REASONING_END.finditer(self._held):
+                end = found.end()
+            if not end:
+                self._held = self._held[-LONGEST_END:]
                 return ""
-            self._begun, self._held = True, head
-        whole = in_words(self._held)
-        kept = _sentinel_begun(whole)
+            self._held, self._state = self._held[end:], "start"
+        if self._state == "start":
+            self._held = self._held.lstrip()
+            if self._held[:_HEAD].lower().startswith(REASONING_TAGS):
+                self._state = "reasoning"
+                return self.add("")
+            if len(self._held) < _HEAD and _undecided(self._held):
+                return ""
+            self._state = "answer"
+        whole = inert(in_words(self._held))
+        kept = max(_sentinel_begun(whole), whole.endswith(("!", "<")))
         self._held = whole[len(whole) - kept :]
         return whole[: len(whole) - kept]
 
     def end(self) -> str:
         """What is left to show."""
-        rest = self._held if self._begun else without_reasoning(self._held)
-        return NOT_FOUND if says_not_found(rest) and not self._begun else in_words(rest)
+        rest = "" if self._state == "reasoning" else self._held
+        if self._state == "start" and says_not_found(rest):
+            return NOT_FOUND
+        return inert(in_words(rest))
+
+
+def _undecided(head: str) -> bool:
+    """Whether the first characters of an answer may begin reasoning or the sentinel."""
+    reasons = any(tag.startswith(head.lower()) for tag in REASONING_TAGS)
+    return reasons or _may_be_sentinel(head)
 
 
 def as_stream(response: CitedResponse) -> CitedStreamingResponse:
@@ -238,12 +266,6 @@ def _may_be_sentinel(text: str) -> bool:
     return SENTINEL.startswith(bare.replace("\\", "")[: len(SENTINEL)])
 
 
-def _may_be_reasoning(text: str) -> bool:
-    """Whether a text is the start of a tag that opens reasoning."""
-    bare = text.lstrip().lower()
-    return any(tag.startswith(bare) for tag in REASONING_TAGS)
-
-
 def _sentinel_begun(text: str) -> int:
     """Length of the end of a text that may go on to be the sentinel."""
     tail = text[-len(SENTINEL) - 4 :].upper()
@@ -256,16 +278,7 @@ def _may_begin(tail: str) -> bool:
     return bool(tail) and SENTINEL.startswith(tail)
 
 
-# Entities: a backslash of ours could be undone by one of the model's in front of it.
-_ACTIVE = {"![": "&#33;[", "<": "&lt;"}
 _MARKUP = re.compile(r"([\\`*_\[\]<>!#|])")
-
-
-def harmless(text: str) -> str:
-    """Markdown in which images and HTML are text: nothing is loaded when it is shown."""
-    for active, harmless in _ACTIVE.items():
-        text = text.replace(active, harmless)
-    return text
 
 
 def _figure(source: Source) -> str | None:

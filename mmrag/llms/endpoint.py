@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import json
 import logging
-import re
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import httpx
 import openai
+from llama_index.core.bridge.pydantic import PrivateAttr
+from llama_index.llms.openai_like import OpenAILike
 
 from mmrag.errors import ConfigError, EndpointError
-
-if TYPE_CHECKING:
-    from llama_index.core.base.llms.types import ChatResponse
-    from llama_index.llms.openai_like import OpenAILike
+from mmrag.llms.address import Address, parse_address
+from mmrag.llms.client import AsyncClient, Client
 
 logger = logging.getLogger(__name__)
 
@@ -25,10 +25,40 @@ ASSUMED_WINDOW = 16_384
 """Tokens taken as the context window when neither the user nor the server names one."""
 # What clients raise that take a reply of another shape for a chat completion.
 _UNREADABLE = (json.JSONDecodeError, TypeError, AttributeError, LookupError)
-REASONING_TAGS = ("<think>", "<thinking>", "<thought>", "<reasoning>", "[think]")
-_REASONED = re.compile(r"</(?:think|thinking|thought|reasoning)>|\[/think\]", re.IGNORECASE)
 # What servers call it: vLLM and SGLang, OpenRouter, LM Studio, llama.cpp.
 _WINDOW_KEYS = ("max_model_len", "context_length", "context_window", "max_context_length", "n_ctx")
+
+
+class EndpointLLM(OpenAILike):
+    """A chat model behind an OpenAI-compatible server; made by ``open_llm``.
+
+    The key is in no field, so that no repr, dict, event or pickle holds it. A copy made by pickle
+    takes it from ``OPENAI_API_KEY``.
+    """
+
+    _address: Address | None = PrivateAttr(default=None)
+
+    @classmethod
+    def class_name(cls) -> str:
+        """Name in LlamaIndex's registry."""
+        return "EndpointLLM"
+
+    def _get_credential_kwargs(self, is_async: bool = False) -> dict[str, Any]:
+        address = self._address
+        if address is None:
+            address = parse_address(self.api_base or OPENAI, os.environ.get("OPENAI_API_KEY"))
+        # The client signs requests itself; the SDK only insists on having a key.
+        return super()._get_credential_kwargs(is_async) | {
+            "api_key": "none",
+            "base_url": address.url,
+            "http_client": AsyncClient(address) if is_async else Client(address),
+        }
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._client = self._aclient = None  # they hold sockets, and are made anew when needed
+        state: dict[str, Any] = super().__getstate__()
+        state["__pydantic_private__"] = None
+        return state
 
 
 def open_llm(
@@ -39,47 +69,51 @@ def open_llm(
     context_window: int | None = None,
     max_tokens: int = 1024,
     timeout: float = 120.0,
-) -> OpenAILike:
+) -> EndpointLLM:
     """A chat LLM that takes images, for ``CitedQueryEngine``.
 
     Args:
         model: its name at the server; without it, the only model that the server has.
-        base_url: up to ``/v1``; OpenAI's own by default.
+        base_url: address of the server up to ``/v1``; OpenAI's own by default. It may hold
+            ``user:password@`` for basic authentication, and a query such as ``?api-version=``.
+        api_key: sent as a bearer token, to Azure as ``api-key``. None sends no key.
         context_window: in tokens. By default the server is asked, then LlamaIndex's table of
             OpenAI's models; else it is ``ASSUMED_WINDOW``, with a warning.
-        api_key: sent as a bearer token.
         max_tokens: longest answer; at most a quarter of the context window.
         timeout: seconds for one request, of which there are at most two.
 
-    Raises: ConfigError without a model, EndpointError if one has to be asked for in vain.
+    Raises: ConfigError for an address that is none, without a model, or without a key for
+        OpenAI's own server; EndpointError if the server cannot be asked for its model.
     """
-    from llama_index.llms.openai_like import OpenAILike
-
-    base_url = (base_url or OPENAI).rstrip("/")
-    key = api_key or "none"
+    address = parse_address(base_url or OPENAI, api_key)
+    if address.url == OPENAI and not address.headers:
+        raise ConfigError(
+            "OpenAI's server needs an API key: set OPENAI_API_KEY (api_key=), or give the address "
+            "of another server (--base-url, base_url=)."
+        )
     served: dict[str, int | None] = {}
-    if model is None or (context_window is None and base_url != OPENAI):
+    if model is None or (context_window is None and address.url != OPENAI):
         try:
-            served = served_models(base_url, key)
+            served = _served(address, timeout=10.0)
         except EndpointError:
             if model is None:
                 raise
     if model is None:
-        model = _only(served, base_url)
+        model = _only(served, address.public)
     window = context_window or served.get(model) or _known_window(model)
     if window is None:
         window = ASSUMED_WINDOW
         logger.warning(
-            "%s does not say how long the context of %s is; taking %d tokens. Set the context "
-            "window to use all of it.",
-            base_url,
+            "%s does not report the context window of %s; assuming %d tokens. Set "
+            "context_window= (--context-window) to use all of it.",
+            address.public,
             model,
             window,
         )
-    return OpenAILike(
+    llm = EndpointLLM(
         model=model,
-        api_base=base_url,
-        api_key=key,
+        api_base=address.public,
+        api_key="",
         is_chat_model=True,
         context_window=window,
         max_tokens=min(max_tokens, window // 4),
@@ -87,63 +121,50 @@ def open_llm(
         max_retries=1,
         temperature=0.0,
     )
+    llm._address = address
+    return llm
 
 
 def served_models(
-    base_url: str, api_key: str = "none", timeout: float = 10.0
+    base_url: str, api_key: str | None = None, timeout: float = 10.0
 ) -> dict[str, int | None]:
     """Names of a server's models, each with its context window in tokens where it says so.
 
-    Raises: EndpointError if ``/models`` cannot be read.
+    timeout: seconds for each request.
+
+    Raises: ConfigError for an address that is none, EndpointError if ``/models`` cannot be read.
     """
-    url = f"{base_url.rstrip('/')}/models"
-    try:
-        reply = httpx.get(url, headers={"Authorization": f"Bearer {api_key}"}, timeout=timeout)
-        reply.raise_for_status()
-        rows = reply.json()["data"]
-        windows = {str(row["id"]): _window(row) for row in rows}
-        trained = {str(row["id"]): _trained_window(row) for row in rows}
-    except (httpx.HTTPError, httpx.InvalidURL) as error:
-        raise EndpointError(f"{url} cannot be read: {error}. Is the server running?") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise EndpointError(
-            f"{url} does not answer as an OpenAI-compatible server does."
-        ) from error
-    for name, window in trained.items():
-        if windows[name] is None and window is not None:
-            windows[name] = _started_with(base_url, name, api_key, timeout) or window
+    return _served(parse_address(base_url, api_key), timeout)
+
+
+def _served(address: Address, timeout: float) -> dict[str, int | None]:
+    url = f"{address.url}/models"
+    with Client(address, timeout=timeout) as client:
+        try:
+            reply = client.get(url)
+            reply.raise_for_status()
+            rows = reply.json()["data"]
+            windows = {str(row["id"]): _window(row) for row in rows}
+            trained = {str(row["id"]): _trained_window(row) for row in rows}
+        except httpx.HTTPError as error:
+            raise EndpointError(f"{url} cannot be read: {error}. Is the server running?") from error
+        except (ValueError, KeyError, TypeError) as error:
+            raise EndpointError(f"{url} does not reply as an OpenAI-compatible server.") from error
+        for name, window in trained.items():
+            if windows[name] is None and window is not None:
+                windows[name] = _started_with(client, address.url, name) or window
     return windows
 
 
-def _started_with(base_url: str, model: str, api_key: str, timeout: float) -> int | None:
+def _started_with(client: Client, url: str, model: str) -> int | None:
     """The window that llama.cpp's server was given, which its list of models does not have."""
-    url = f"{base_url.rstrip('/').removesuffix('/v1')}/props"
-    headers = {"Authorization": f"Bearer {api_key}"}
+    asked = {"model": model, "autoload": "false"}  # a router must not load it for this
     try:
-        asked = {"model": model, "autoload": "false"}  # a router must not load it for this
-        reply = httpx.get(url, params=asked, headers=headers, timeout=timeout)
+        reply = client.get(f"{url.removesuffix('/v1')}/props", params=asked)
         window = reply.json()["default_generation_settings"]["n_ctx"]
     except (httpx.HTTPError, ValueError, KeyError, TypeError):
         return None
     return window if isinstance(window, int) and window > 0 else None
-
-
-def without_reasoning(text: str) -> str:
-    """What a model says after the reasoning that it writes, between tags, in front.
-
-    Nothing if the reasoning does not end. Some templates write the opening tag into the prompt,
-    so the closing one counts alone.
-    """
-    if end := list(_REASONED.finditer(text)):
-        return text[end[-1].end() :].lstrip()
-    return "" if text.lstrip().lower().startswith(REASONING_TAGS) else text
-
-
-def cut_off(reply: ChatResponse) -> bool:
-    """Whether a reply ended because it was as long as it may be."""
-    choices = getattr(reply.raw, "choices", None) or ()
-    reasons = {getattr(choice, "finish_reason", None) for choice in choices}
-    return "length" in reasons | {reply.additional_kwargs.get("finish_reason")}
 
 
 @contextmanager
@@ -159,7 +180,9 @@ def translated_errors(model: str) -> Iterator[None]:
             "server is running."
         ) from error
     except openai.AuthenticationError as error:
-        raise EndpointError(f"{model}: the server refuses the API key.") from error
+        raise EndpointError(
+            f"{model}: the server needs an API key, or refuses the one it got. Set OPENAI_API_KEY."
+        ) from error
     except openai.NotFoundError as error:
         raise EndpointError(f"{model}: the server has no such model or path: {error}") from error
     except openai.APIStatusError as error:

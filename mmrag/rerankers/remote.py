@@ -9,7 +9,6 @@ schema, else in words.
 from __future__ import annotations
 
 import base64
-import json
 import logging
 import math
 import re
@@ -24,7 +23,8 @@ import openai
 from mmrag.content import Content, load_image
 from mmrag.errors import ConfigError, ContentError, EndpointError, MMRagError
 from mmrag.instructions import resolve
-from mmrag.llms.endpoint import OPENAI, translated_errors, without_reasoning
+from mmrag.llms.endpoint import OPENAI, translated_errors
+from mmrag.llms.replies import json_objects, without_reasoning
 from mmrag.prompting import image_bytes
 from mmrag.rerankers.base import DeadlineError, Outcome, Pair
 from mmrag.rerankers.prompts import RerankPrompt, prompt_for
@@ -219,8 +219,8 @@ class RemoteScorer:
 
     def _grade(self, text: str) -> float:
         try:
-            grade = float(json.loads(text)["grade"])
-        except (ValueError, TypeError, KeyError):
+            grade = float(next(value["grade"] for value in json_objects(text) if "grade" in value))
+        except (ValueError, TypeError, StopIteration):
             match = _GRADE_IN_TEXT.search(text)
             if match is None:
                 raise EndpointError(

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import json
 import random
 import re
 import threading
@@ -26,6 +25,7 @@ from llama_index.core.base.llms.types import ChatMessage, ImageBlock, TextBlock
 from mmrag.content import load_image
 from mmrag.errors import ConfigError, EndpointError
 from mmrag.lexical import Idf, sentences, terms
+from mmrag.llms.replies import json_objects
 from mmrag.prompting import estimate_tokens, image_bytes
 from mmrag_recipes.config import PROMPTS
 from mmrag_recipes.corpus import Document
@@ -201,7 +201,7 @@ class ModelWriter:
             self._usage["prompt_tokens"] += asked
             self._usage["completion_tokens"] += given
             self._usage["seconds"] += time.perf_counter() - started
-        return find_json(answer)
+        return next(json_objects(answer), {})
 
 
 class ExtractiveWriter:
@@ -267,18 +267,6 @@ class ExtractiveWriter:
     def _weight(self, sentence: str) -> float:
         found = terms(sentence)
         return float(sum(self._idf(term) for term in set(found)) / max(1, len(found)) ** 0.5)
-
-
-def find_json(answer: str) -> Mapping[str, Any]:
-    """The JSON object in a model's answer, whatever stands around it; empty if there is none."""
-    start, end = answer.find("{"), answer.rfind("}")
-    if start < 0 or end < start:
-        return {}
-    try:
-        value = json.loads(answer[start : end + 1])
-    except ValueError:
-        return {}
-    return value if isinstance(value, dict) else {}
 
 
 def data_url(path: Path) -> str:

@@ -1,3 +1,5 @@
+import time
+
 import numpy as np
 import pytest
 from fakes import make_node
@@ -14,6 +16,7 @@ from mmrag.answering.citations import (
 )
 from mmrag.answering.context import Source
 from mmrag.errors import ReadError
+from mmrag.prompting import sanitize
 
 EYES = "The gold plan covers one eye examination a year. Lenses cost 150 dollars."
 TEETH = "Dental cleaning is free for children under 12. Adults pay for crowns."
@@ -273,3 +276,30 @@ def test_a_price_with_and_without_its_cents_is_one_number():
     page = source(1, "The gold plan costs $1,290.00 a year.")
     assert check_answer("The gold plan costs $1,290 a year [1].", [page]).problems == []
     assert check_answer("The gold plan costs $1,209 a year [1].", [page]).problems
+
+
+HOSTILE = [
+    "[1\u2020" * 20_000,
+    "[" * 100_000,
+    "[ " * 50_000,
+    "[1" + ", 1" * 50_000,
+    "." + " " * 100_000 + "x",
+    " " * 100_000,
+    "! " * 50_000,
+    "." + "'" * 100_000,
+    ". [1]" * 20_000,
+    "a" * 200_000,
+    "\n" * 100_000,
+]
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_hostile_answers_take_linear_time(text):
+    """A quadratic pattern takes minutes for these."""
+    started = time.process_time()
+    parse_marks(text)
+    strip_marks(text)
+    pieces = citations._pieces(text)
+    sanitize(text)
+    assert time.process_time() - started < 20
+    assert "".join(space + piece for space, piece in pieces).rstrip() == text.rstrip()

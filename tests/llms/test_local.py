@@ -18,7 +18,7 @@ from transformers.models.auto import AutoModelForImageTextToText, AutoProcessor,
 from mmrag import LocalLLM, UniversalIndex
 from mmrag.cli.ask import chat_model
 from mmrag.errors import ConfigError, ContentError, ModelError
-from mmrag.llms.endpoint import cut_off
+from mmrag.llms.replies import why_incomplete
 from mmrag.modeling.qwen_images import read_image_rule, resize, to_patches
 
 TEMPLATE = (
@@ -168,10 +168,10 @@ def test_a_stream_that_is_left_stops_the_model(endless):
 
 def test_an_answer_that_is_cut_off_says_so(llm):
     reply = llm.chat(MESSAGES, max_tokens=2)
-    assert cut_off(reply)
+    assert why_incomplete(reply)
     llm._model.generation_config.eos_token_id = list(range(420))
     try:
-        assert not cut_off(llm.chat(MESSAGES, max_tokens=2))
+        assert not why_incomplete(llm.chat(MESSAGES, max_tokens=2))
     finally:
         llm._model.generation_config.eos_token_id = None
 

@@ -20,7 +20,7 @@ from mmrag_recipes.config import PAIRS, PROMPTS, SynthesizeConfig
 from mmrag_recipes.corpus import Document, read_corpus
 from mmrag_recipes.rows import ImageStore, Item, Row, check_rows, store_of
 from mmrag_recipes.synthesize import split
-from mmrag_recipes.writers import EndpointModel, LocalModel, find_json
+from mmrag_recipes.writers import EndpointModel, LocalModel
 
 ANIMALS = ["kingfisher", "walrus", "badger", "stork", "lynx", "otter"]
 
@@ -264,20 +264,6 @@ def test_the_command_line_runs_on_extracts(papers, tmp_path, monkeypatch, capsys
 def test_nothing_to_read_is_an_error(tmp_path):
     with pytest.raises(ContentError, match="Nothing could be read"):
         made([tmp_path], tmp_path / "out", CONFIG, FakeEmbedder())
-
-
-@pytest.mark.parametrize(
-    ("answer", "value"),
-    [
-        ('```json\n{"query": "q"}\n```', {"query": "q"}),
-        ("no braces", {}),
-        ("{broken", {}),
-        ("{not: json}", {}),
-        ("[1] {} ", {}),
-    ],
-)
-def test_json_is_found_in_what_models_say(answer, value):
-    assert find_json(answer) == value
 
 
 def test_entities_can_be_drawn_where_the_files_have_no_figures(tmp_path):

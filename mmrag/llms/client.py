@@ -1,0 +1,95 @@
+"""HTTP clients that sign requests and repair replies that stray from OpenAI's format."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import httpx
+import openai
+
+from mmrag.llms.address import Address
+
+
+class Client(openai.DefaultHttpxClient):
+    """An ``httpx.Client`` for one server."""
+
+    def __init__(self, address: Address, **options: Any) -> None:
+        super().__init__(**options)
+        self._address = address
+
+    def send(self, request: httpx.Request, **options: Any) -> httpx.Response:
+        """Sign, send, and repair the reply."""
+        self._address.sign(request)
+        response = super().send(request, **options)
+        if _is_json(response):
+            response.read()
+            return repaired(response)
+        return response
+
+
+class AsyncClient(openai.DefaultAsyncHttpxClient):
+    """An ``httpx.AsyncClient`` for one server."""
+
+    def __init__(self, address: Address, **options: Any) -> None:
+        super().__init__(**options)
+        self._address = address
+
+    async def send(self, request: httpx.Request, **options: Any) -> httpx.Response:
+        """Sign, send, and repair the reply."""
+        self._address.sign(request)
+        response = await super().send(request, **options)
+        if _is_json(response):
+            await response.aread()
+            return repaired(response)
+        return response
+
+
+def _is_json(response: httpx.Response) -> bool:
+    return "json" in response.headers.get("content-type", "")
+
+
+def repaired(response: httpx.Response) -> httpx.Response:
+    """A chat completion as OpenAI would send it.
+
+    Content in parts becomes a text, a missing role the assistant's, and an error that was sent
+    with status 200 gets its own status, so that it is treated as one.
+    """
+    try:
+        value = response.json()
+    except ValueError:
+        return response
+    if not isinstance(value, dict):
+        return response
+    choices = value.get("choices")
+    status = response.status_code
+    if status == 200 and value.get("error") and not choices:
+        status = _status_of(value["error"])
+    for choice in choices if isinstance(choices, list) else ():
+        message = choice.get("message") if isinstance(choice, dict) else None
+        if isinstance(message, dict):
+            message["role"] = message.get("role") or "assistant"
+            message["content"] = _joined(message.get("content"))
+    # The body is decoded already, and its length may be another now.
+    kept = {
+        name: text
+        for name, text in response.headers.items()
+        if name.lower() not in ("content-encoding", "content-length", "transfer-encoding")
+    }
+    body = json.dumps(value).encode()
+    return httpx.Response(
+        status, headers=kept, content=body, request=response.request, extensions=response.extensions
+    )
+
+
+def _status_of(error: object) -> int:
+    code = error.get("code") if isinstance(error, dict) else None
+    return code if isinstance(code, int) and 400 <= code < 600 else 502
+
+
+def _joined(content: object) -> object:
+    """The text of a list of parts; anything else as it is."""
+    if not isinstance(content, list):
+        return content
+    texts = [part.get("text") if isinstance(part, dict) else part for part in content]
+    return "".join(text for text in texts if isinstance(text, str))
