@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmrag.answering.context import Source
+from mmrag.answering.passages import strip_bullet
 from mmrag.embedders.base import Embedder
 from mmrag.errors import MMRagError
 from mmrag.lexical import Idf, sentences, stays_open, terms
@@ -45,7 +46,6 @@ _IDLE = SUPPORT / 2  # below it, a source cited beside others adds nothing to a 
 _TO_EMBED = 32  # passages of a page that are compared by meaning, those with most words first
 
 _MARK = re.compile(rf"[ \t]{{0,3}}(?:{CITATION.pattern})(?!\()", re.IGNORECASE)
-_BULLET = re.compile(r"^\s*(?:[-*\u2022\u25cf\u25e6\u2023\u2043\u00b7#]+\s+|\d{1,2}[.)]\s+)")
 _RANGE = re.compile(r"(\d{1,4})\s*[\u2013-]\s*(\d{1,4})")
 
 _END = re.compile(
@@ -127,11 +127,6 @@ def _numbers_of(inside: str) -> list[int]:
 def strip_marks(text: str) -> str:
     """The text without its citation marks and list bullet."""
     return strip_bullet(_MARK.sub("", text)).strip()
-
-
-def strip_bullet(text: str) -> str:
-    """A list item without its bullet or number."""
-    return _BULLET.sub("", text)
 
 
 def embedder_similarity(embedder: Embedder) -> Similarity:

@@ -44,8 +44,8 @@ class Source:
     n: int
     file: str
     page: int | None
-    node: NodeWithScore
-    text: str
+    node: NodeWithScore = field(repr=False)
+    text: str = field(repr=False)
     image: Path | None = None
     quote: str | None = None
     boxes: tuple[Box, ...] = ()

@@ -31,7 +31,7 @@ from llama_index_instrumentation import get_dispatcher
 
 from mmrag.answering.citations import CheckedAnswer, Choice, check_answer, embedder_similarity
 from mmrag.answering.context import ImageBudget, Packed, Source, fence, pack, select_sources
-from mmrag.answering.extractive import FOUND, extract
+from mmrag.answering.extractive import FOUND, SURE, extract
 from mmrag.answering.response import (
     NOT_FOUND,
     SENTINEL,
@@ -57,8 +57,6 @@ logger = logging.getLogger(__name__)
 dispatcher = get_dispatcher(__name__)
 
 _DEFAULT_BUDGET = ImageBudget()
-
-NO_LLM = "No language model is configured. These sentences are quoted from the documents:"
 
 SYSTEM_PROMPT = PromptTemplate(
     """\
@@ -97,7 +95,7 @@ class CitedQueryEngine(BaseQueryEngine):
     Args:
         retriever: any LlamaIndex retriever; images come with ours.
         llm: any LlamaIndex LLM that takes images in chat messages. None answers by
-            extraction: the sentences that answer best, word for word.
+            extraction: the passages that answer best, as they stand in the documents.
         node_postprocessors: rerankers and filters, run in order.
         streaming: whether ``query`` returns a stream.
         images: False sends text alone, for models that take no images.
@@ -106,8 +104,10 @@ class CitedQueryEngine(BaseQueryEngine):
             ``mmrag.answering.context.calibrate_threshold``. None keeps all up to ``max_sources``.
         context_window: of the model, in tokens; by default as the LLM says.
         image_budget: size limits of the images of one request.
-        least_evidence: below it, extraction finds no answer: the ``evidence`` of
-            ``mmrag.answering.extractive`` for the question in the pages, from 0 to 1.
+        least_evidence: without an LLM, nothing is found below it: the ``evidence`` of
+            ``mmrag.answering.extractive``, from 0 to 1.
+        sure_evidence: without an LLM, passages below it may answer the question, and
+            ``response.certain`` is False.
         embedder: for extraction and for checking paraphrases; by default the retriever's.
         dangling: ``flag`` or ``remove`` citations that point to no source.
         unsupported: ``flag`` or ``remove`` sentences that their sources do not support. A
@@ -130,6 +130,7 @@ class CitedQueryEngine(BaseQueryEngine):
         context_window: int | None = None,
         image_budget: ImageBudget = _DEFAULT_BUDGET,
         least_evidence: float = FOUND,
+        sure_evidence: float = SURE,
         embedder: Embedder | None = None,
         dangling: Choice = "flag",
         unsupported: Choice = "flag",
@@ -152,6 +153,7 @@ class CitedQueryEngine(BaseQueryEngine):
         self.threshold = threshold
         self.image_budget = image_budget
         self.least_evidence = least_evidence
+        self.sure_evidence = sure_evidence
         self.embedder = embedder or getattr(retriever, "embedder", None)
         self.dangling: Choice = dangling
         self.unsupported: Choice = unsupported
@@ -322,11 +324,17 @@ class CitedQueryEngine(BaseQueryEngine):
         if task.sources:
             content = _question(task.query)
             answer = extract(
-                content, task.sources, self.embedder, least_evidence=self.least_evidence
+                content,
+                task.sources,
+                self.embedder,
+                least_evidence=self.least_evidence,
+                sure_evidence=self.sure_evidence,
             )
         if answer is None:
             return _response(task, NOT_FOUND, found=False)
-        return _response(task, f"{NO_LLM}\n\n{answer.text}", checked=answer)
+        response = _response(task, inert(answer.answer.text), checked=answer.answer)
+        response.extractive, response.certain = True, answer.certain
+        return response
 
     def _finish(self, task: _Task, reply: str) -> CitedResponse:
         text = without_reasoning(reply)

@@ -1,108 +1,120 @@
-"""Answers without a language model: the sentences of the found pages that answer best.
+"""Answers without a language model: the passages of the found pages that answer best.
 
-A sentence is judged by the question's words that it has, weighted by how rare they are, and by
+A passage is judged by the question's words that it has, weighted by how rare they are, and by
 its cosine to the question where an embedder is given. Nothing is written that the documents do
-not say word for word.
+not say.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mmrag.answering.citations import CheckedAnswer, Claim, locate, strip_bullet
+from mmrag.answering.citations import CheckedAnswer, Claim, locate
 from mmrag.answering.context import Source
+from mmrag.answering.passages import Passage, passages, running_lines
 from mmrag.content import Content
 from mmrag.embedders.base import Embedder
 from mmrag.lexical import Idf, sentences, terms
-from mmrag.nodes import as_hit
 from mmrag.prompting import sanitize
 
 FOUND = 0.4
-"""Least ``evidence`` that the pages answer the question; set for ``mmrag-nano``."""
-_NEAR = 0.75  # share of the best sentence's score that a further sentence must reach
-_WITH_LIST = 320  # characters of a sentence with the list that it announces
-_TO_EMBED = 64  # sentences that are compared by meaning, those with most words first
+"""Least ``evidence`` that the pages may answer the question. docs/answering.md has the error
+rates at both limits, and the command that measures them."""
+SURE = 0.55
+"""``evidence`` from which on the passages are taken for the answer."""
+_NEAR = 0.75  # share of the best passage's score that a further passage must reach
+_TO_EMBED = 64  # passages that are compared by meaning, those with most words first
 _PLACE_WORTH = 0.02  # lost with each place of the page in the ranking; decides between equals
+
+
+@dataclass(frozen=True)
+class Extract:
+    """Quoted passages.
+
+    answer: with claims and marked sources. certain: False where they may not answer the question.
+    """
+
+    answer: CheckedAnswer
+    certain: bool
 
 
 @dataclass(frozen=True)
 class _Candidate:
     source: Source
-    text: str
-    words: list[str]
+    passage: Passage
 
 
 def extract(
     question: Content,
     sources: Sequence[Source],
     embedder: Embedder | None = None,
-    max_sentences: int = 3,
+    max_passages: int = 3,
     least_evidence: float = FOUND,
-) -> CheckedAnswer | None:
-    """The best sentences, each with its ``[n]``; None if no page has ``least_evidence``.
+    sure_evidence: float = SURE,
+) -> Extract | None:
+    """The best passages, each with its ``[n]``; None below ``least_evidence``.
 
     A question without content words (an image alone, say) is answered by what the embedder
-    finds nearest.
+    finds nearest, and never with certainty.
     """
-    candidates = [
-        _Candidate(source, text, terms(text))
-        for source in sources
-        for text in _quotable(sentences(source.text))
-    ]
     wanted = terms(question.text or "")
-    if not candidates or (not wanted and embedder is None):
+    if not wanted and embedder is None:
         return None
-    idf = Idf([candidate.words for candidate in candidates])
-    if wanted and evidence(wanted, sources, idf) < least_evidence:
+    found = evidence(wanted, sources) if wanted else 0.0
+    if wanted and found < least_evidence:
         return None
-    scores = _scores(question, wanted, candidates, idf, embedder)
-    return _answer(_choose(candidates, scores, max_sentences), sources)
+    running = running_lines([source.text for source in sources])
+    candidates = [
+        _Candidate(source, passage)
+        for source in sources
+        for passage in passages(source.text, running)
+    ]
+    if not candidates:
+        return None
+    scores = _scores(question, wanted, candidates, embedder)
+    chosen = _choose(candidates, scores, max_passages)
+    return Extract(_answer(chosen, sources), bool(wanted) and found >= sure_evidence)
 
 
-def _quotable(pieces: Sequence[str]) -> list[str]:
-    """Sentences that can stand alone: one that announces a list is followed by the list."""
-    found: list[str] = []
-    for i, piece in enumerate(pieces):
-        whole = strip_bullet(piece)
-        if whole.endswith(":"):
-            for item in pieces[i + 1 :]:
-                if len(whole) + len(item) >= _WITH_LIST:
-                    break
-                whole += f" {item}"
-        found.append(whole)
-    return found
+def evidence(wanted: Sequence[str], sources: Sequence[Source]) -> float:
+    """How far the pages have the words ``wanted`` of a question, in [0, 1].
 
-
-def evidence(wanted: Sequence[str], sources: Sequence[Source], idf: Idf) -> float:
-    """How likely it is that the pages answer a question with the content words ``wanted``.
-
-    The share of the weight of its words that the best page has; where our retriever ranked the
-    text view, the mean of that and the best cosine there.
+    The share of their weight that a page's text and the name of its file have, of the page
+    ranked first and of the best page, averaged: one of several pages on a subject has the words
+    by chance, the first seldom. A word weighs more the fewer sentences of all pages have it.
     """
-    words = max(idf.coverage(wanted, terms(f"{each.file} {each.text}")) for each in sources)
-    scores = (as_hit(each.node).view_scores.get("text") for each in sources)
-    known = [float(score) for score in scores if score is not None]
-    return (words + max(known)) / 2 if known else words
+    read = [source for source in sources if source.text.strip()]
+    if not read:
+        return 0.0
+    idf = Idf([terms(sentence) for source in read for sentence in sentences(source.text)])
+    shared = [idf.coverage(wanted, terms(f"{Path(each.file).stem} {each.text}")) for each in read]
+    return (shared[0] + max(shared)) / 2
 
 
 def _scores(
     question: Content,
     wanted: list[str],
     candidates: Sequence[_Candidate],
-    idf: Idf,
     embedder: Embedder | None,
 ) -> NDArray[np.float32]:
     """Mean of word coverage and cosine, less a little for each place in the ranking."""
-    words = np.asarray([idf.coverage(wanted, c.words) for c in candidates], dtype=np.float32)
+    idf = Idf([candidate.passage.words for candidate in candidates])
+    # All rows of a table have the words of its head: their own decide between them.
+    shared = [
+        (idf.coverage(wanted, c.passage.words) + idf.coverage(wanted, terms(c.passage.quote))) / 2
+        for c in candidates
+    ]
+    words = np.asarray(shared, dtype=np.float32)
     places = np.asarray([c.source.n - 1 for c in candidates], dtype=np.float32)
     if embedder is None:
         return words - _PLACE_WORTH * places
     likely = np.argsort(-(words - _PLACE_WORTH * places), kind="stable")[:_TO_EMBED]
-    vectors = embedder.encode([candidates[i].text for i in likely])
+    vectors = embedder.encode([candidates[i].passage.text for i in likely])
     task = "passage_for_question" if question.modality == "text" else "passage_for_image"
     asked = embedder.encode([question], instruction=task)[0]
     alike = np.zeros_like(words)
@@ -114,28 +126,35 @@ def _scores(
 def _choose(
     candidates: Sequence[_Candidate], scores: NDArray[np.float32], limit: int
 ) -> list[_Candidate]:
-    """The best sentences, none of which repeats another."""
+    """The best passages, none of which repeats another."""
     order = sorted(range(len(candidates)), key=lambda i: (-float(scores[i]), i))
     best = float(scores[order[0]])
     chosen: list[_Candidate] = []
     for i in order:
         if len(chosen) == limit or float(scores[i]) < _NEAR * best:
             break
-        words = set(candidates[i].words)
-        if all(len(words & set(c.words)) < 0.8 * len(words | set(c.words)) for c in chosen):
+        words = set(candidates[i].passage.words)
+        others = [set(each.passage.words) for each in chosen]
+        if all(len(words & other) < 0.8 * len(words | other) for other in others):
             chosen.append(candidates[i])
     return chosen
 
 
 def _answer(chosen: Sequence[_Candidate], sources: Sequence[Source]) -> CheckedAnswer:
-    claims = tuple(Claim(c.text, (c.source.n,), supported=True) for c in chosen)
+    claims = tuple(Claim(c.passage.text, (c.source.n,), supported=True) for c in chosen)
     first: dict[int, str] = {}
     for candidate in chosen:
-        first.setdefault(candidate.source.n, candidate.text)
+        first.setdefault(candidate.source.n, candidate.passage.quote)
     marked = tuple(
         locate(replace(source, cited=True), first[source.n]) if source.n in first else source
         for source in sources
     )
-    # A document's own [3] must not pass for one of ours.
-    lines = [f"\u201c{sanitize(c.text)}\u201d [{c.source.n}]" for c in chosen]
-    return CheckedAnswer("\n".join(lines), claims, marked)
+    return CheckedAnswer("\n".join(_line(each) for each in chosen), claims, marked)
+
+
+def _line(candidate: _Candidate) -> str:
+    """A passage as it is shown; a row of a table is put together, so it is no literal quote."""
+    # A document's own [3] must not be taken for one of ours.
+    text = sanitize(candidate.passage.text)
+    quoted = text if candidate.passage.row else f"\u201c{text}\u201d"
+    return f"{quoted} [{candidate.source.n}]"

@@ -35,6 +35,8 @@ class CitedResponse(Response):
     found: False where the documents do not answer the question.
     claims: the sentences of the answer, checked; ``problems`` says what is wrong with them.
     notes: what was cut, left out or missing on the way to the model.
+    extractive: passages quoted from the documents, because there is no language model.
+    certain: False where these passages may answer the question, and may not.
     """
 
     sources: list[Source] = field(default_factory=list)
@@ -42,6 +44,17 @@ class CitedResponse(Response):
     claims: tuple[Claim, ...] = ()
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    extractive: bool = False
+    certain: bool = True
+
+    @property
+    def notice(self) -> str | None:
+        """What to show above an extract, which is no part of the answer; None for others."""
+        if not self.extractive:
+            return None
+        if self.certain:
+            return "No language model is configured. Quoted from the documents:"
+        return "No language model is configured. These passages may answer the question:"
 
     @property
     def cited(self) -> list[Source]:
@@ -56,6 +69,8 @@ class CitedResponse(Response):
             "question": question,
             "found": self.found,
             "answer": self.response,
+            "extractive": self.extractive,
+            "certain": self.certain,
             "sources": [source.to_dict() for source in self.cited],
         }
 
@@ -65,13 +80,13 @@ class CitedResponse(Response):
         images: show each cited figure or image behind the line, or the table, that cites it
             first.
 
-        Images and HTML that the model itself wrote are not shown as such, see ``inert``.
+        Images and HTML that the model itself wrote are escaped.
         """
         shown: set[int] = set()
         parts: list[str] = []
         by_number = {source.n: source for source in self.cited if source.cited}
         waiting: list[str] = []
-        lines = inert(self.response or "").splitlines()
+        lines = harmless(self.response or "").splitlines()
         for line, following in zip(lines, [*lines[1:], ""], strict=True):
             parts.append(line)
             for n in parse_marks(line) if images else ():
@@ -278,7 +293,16 @@ def _may_begin(tail: str) -> bool:
     return bool(tail) and SENTINEL.startswith(tail)
 
 
+# Entities: a backslash of ours could be undone by one of the model's in front of it.
+_ESCAPED = {"![": "&#33;[", "<": "&lt;"}
 _MARKUP = re.compile(r"([\\`*_\[\]<>!#|])")
+
+
+def harmless(text: str) -> str:
+    """Markdown in which images and HTML are text, whatever ``inert`` left: all of it is escaped."""
+    for active, escaped in _ESCAPED.items():
+        text = text.replace(active, escaped)
+    return text
 
 
 def _figure(source: Source) -> str | None:

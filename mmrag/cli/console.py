@@ -68,10 +68,17 @@ def print_json(value: Any) -> None:
 
 
 class _Warnings(logging.Handler):
-    """Writes to the stderr of the moment, which a progress bar may have replaced."""
+    """Writes each warning once, to the stderr of the moment, which a bar may have replaced."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._said: set[str] = set()
 
     def emit(self, record: logging.LogRecord) -> None:
-        say(f"{record.levelname}: {record.getMessage()}")
+        line = f"{record.levelname}: {record.getMessage()}"
+        if line not in self._said:
+            self._said.add(line)
+            say(line)
 
 
 @contextmanager

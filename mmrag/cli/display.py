@@ -116,8 +116,11 @@ def marked(text: str, query: str) -> Text:
 
 
 def answer_view(response: CitedResponse) -> RenderableType:
-    """The answer as the model gave it."""
-    return Text(clean(str(response)))
+    """The answer, under what is to be said about it."""
+    answer = Text(clean(str(response)))
+    if response.notice is None:
+        return answer
+    return Group(Text(response.notice, style="dim"), Text(), answer)
 
 
 def sources_view(response: CitedResponse, saved: dict[int, str]) -> RenderableType:

@@ -53,6 +53,7 @@ def answer_row(response: CitedResponse, collection: str, base: str) -> dict[str,
     return {
         "found": response.found,
         "answer": response.response,
+        "notice": response.notice,
         "sources": [source_row(source, collection, base) for source in response.sources],
         "problems": response.problems,
         "notes": response.notes,

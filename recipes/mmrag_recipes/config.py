@@ -306,7 +306,9 @@ class EvaluateAnswersConfig(Options):
     pdfs: Path
     """Folder of the PDFs."""
     foreign: Path
-    """Questions that the PDFs do not answer: JSON lines."""
+    """Questions about something else than the PDFs: JSON lines."""
+    near: Path | None = None
+    """Questions about what the PDFs could say and do not: JSON lines."""
     count: int = Field(120, ge=1)
     """How many of them are drawn."""
     seed: int = 0

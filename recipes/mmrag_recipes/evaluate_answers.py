@@ -1,9 +1,11 @@
-"""How often the engine answers, and how often it should not have: with the extractive answerer.
+r"""How often the engine answers, and how often it should not have: with the extractive answerer.
 
-    python -m mmrag_recipes evaluate_answers questions.jsonl --pdfs papers/ --foreign other.jsonl
+    python -m mmrag_recipes evaluate_answers questions.jsonl --pdfs papers/ --foreign other.jsonl \
+        --near near-misses.jsonl
 
 Questions are as in ``mmrag_recipes.evaluate_pages``. Foreign questions, JSON lines with
-``question``, are about something that the PDFs do not say: every answer to one is wrong.
+``question``, are about something else than the PDFs; near misses, about what the PDFs could say
+and do not. Every answer to one is wrong. An answer is certain, or of passages that may answer.
 """
 
 from __future__ import annotations
@@ -24,12 +26,15 @@ from mmrag_recipes.evaluate_pages import read_questions
 
 
 def evaluate_answers(
-    engine: CitedQueryEngine, own: Sequence[Mapping[str, Any]], foreign: Sequence[str]
+    engine: CitedQueryEngine,
+    own: Sequence[Mapping[str, Any]],
+    foreign: Sequence[str],
+    near: Sequence[str] = (),
 ) -> dict[str, int]:
     """Ask every question. Returns counts.
 
-    ``own``, ``answered`` (of them), ``right_page`` (answers citing a right page), ``foreign``,
-    ``foreign_answered``.
+    ``own``, ``answered`` (of them), ``certain`` (of those), ``right_page`` (answers citing a
+    right page); ``foreign``, ``foreign_answered``, ``foreign_certain``; the same of ``near``.
     """
     answers = [_ask(engine, question["question"]) for question in own]
     right = 0
@@ -37,13 +42,17 @@ def evaluate_answers(
         pages = {(page["file"], int(page["page"])) for page in question["pages"]}
         cited = {(Path(source.file).name, source.page) for source in answer.cited}
         right += answer.found and bool(pages & cited)
-    return {
-        "own": len(own),
-        "answered": sum(answer.found for answer in answers),
-        "right_page": right,
-        "foreign": len(foreign),
-        "foreign_answered": sum(_ask(engine, question).found for question in foreign),
-    }
+    counts = {"own": len(own), **_found(answers), "right_page": right}
+    for name, questions in (("foreign", foreign), ("near", near)):
+        found = _found([_ask(engine, question) for question in questions])
+        counts[name] = len(questions)
+        counts |= {f"{name}_{key}": count for key, count in found.items()}
+    return counts
+
+
+def _found(answers: Sequence[CitedResponse]) -> dict[str, int]:
+    found = [answer for answer in answers if answer.found]
+    return {"answered": len(found), "certain": sum(answer.certain for answer in found)}
 
 
 def _ask(engine: CitedQueryEngine, question: str) -> CitedResponse:
@@ -77,8 +86,12 @@ def run(options: EvaluateAnswersConfig) -> None:
                 index.as_query_engine(),
                 read_questions(options.questions),
                 read_foreign(options.foreign, options.count, options.seed),
+                read_foreign(options.near, options.count, options.seed) if options.near else [],
             )
-    print("| | |\n|---|---|")
-    print(f"| own questions answered | {counts['answered']} of {counts['own']} |")
-    print(f"| own questions with a right page cited | {counts['right_page']} of {counts['own']} |")
-    print(f"| foreign questions answered | {counts['foreign_answered']} of {counts['foreign']} |")
+    print("| questions | n | quoted as the answer | as what may answer | not found |")
+    print("|---|---|---|---|---|")
+    for name, prefix in (("own", ""), ("near miss", "near_"), ("foreign", "foreign_")):
+        n = counts[prefix.removesuffix("_") or "own"]
+        answered, certain = counts[f"{prefix}answered"], counts[f"{prefix}certain"]
+        print(f"| {name} | {n} | {certain} | {answered - certain} | {n - answered} |")
+    print(f"\nA right page is cited for {counts['right_page']} of {counts['own']} own questions.")

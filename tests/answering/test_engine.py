@@ -24,11 +24,10 @@ from pydantic import PrivateAttr
 from mmrag.answering import citations
 from mmrag.answering.citations import parse_marks
 from mmrag.answering.context import ImageBudget
-from mmrag.answering.engine import NO_LLM, CitedQueryEngine
+from mmrag.answering.engine import CitedQueryEngine
 from mmrag.answering.response import NOT_FOUND, SENTINEL, says_not_found, shown
 from mmrag.errors import ConfigError, EndpointError
 from mmrag.llms.endpoint import ASSUMED_WINDOW, open_llm, served_models
-from mmrag.nodes import Hit
 
 EYES = "The gold plan covers one eye examination a year. Lenses cost 150 dollars."
 TEETH = "Dental cleaning is free for children under 12. Adults pay for crowns."
@@ -131,6 +130,8 @@ def test_the_answer_is_tied_to_file_page_quote_and_box(engine):
         "question": QUESTION,
         "found": True,
         "answer": ANSWER,
+        "extractive": False,
+        "certain": True,
         "sources": [
             {
                 "n": 1,
@@ -449,10 +450,10 @@ def test_events_and_callbacks_are_those_of_llama_index(hits, llm):
 
 def test_without_a_model_the_best_sentences_are_quoted_and_it_is_said(hits):
     response = CitedQueryEngine(Found(hits)).query(QUESTION)
-    assert str(response) == (
-        f"{NO_LLM}\n\n\u201cThe gold plan covers one eye examination a year.\u201d [1]"
-    )
+    assert str(response) == "\u201cThe gold plan covers one eye examination a year.\u201d [1]"
     assert response.found
+    assert (response.extractive, response.certain) == (True, True)
+    assert response.notice == "No language model is configured. Quoted from the documents:"
     (cited,) = response.cited
     assert (cited.n, cited.page, cited.box) == (1, 4, (1, 2, 3, 4))
     assert cited.quote == "The gold plan covers one eye examination a year."
@@ -478,12 +479,19 @@ def test_without_a_model_an_announced_list_is_quoted_with_its_announcement():
     )
 
 
-@pytest.mark.parametrize(("cosine", "found"), [(0.1, False), (0.9, True)])
-def test_without_a_model_the_retrievers_cosine_helps_to_decide(hits, cosine, found):
-    scores = {"text": cosine, "bm25": 9.0}
-    hits = [Hit(node=hit.node, score=hit.score, view_scores=scores) for hit in hits]
-    question = "Does insurance reimburse an annual optometrist eye examination abroad?"
-    assert CitedQueryEngine(Found(hits)).query(question).found == found
+def test_without_a_model_passages_that_may_answer_are_called_so(hits):
+    question = "Does insurance pay for the eye examination of the gold plan abroad?"
+    response = CitedQueryEngine(Found(hits)).query(question)
+    assert (response.found, response.certain) == (True, False)
+    assert "may answer" in response.notice
+    assert "may answer" not in str(response)
+    assert CitedQueryEngine(Found(hits), sure_evidence=0.2).query(question).certain
+    assert response.to_dict(question)["certain"] is False
+
+
+def test_an_answer_of_a_model_has_no_notice(engine):
+    response = engine.query(QUESTION)
+    assert (response.extractive, response.certain, response.notice) == (False, True, None)
 
 
 def test_without_a_model_a_question_of_common_words_is_not_found(hits):

@@ -1,4 +1,3 @@
-import re
 import time
 from pathlib import Path
 
@@ -53,7 +52,7 @@ def test_figures_are_an_option_and_uncited_ones_are_left_out(figure, page):
 def test_images_and_html_of_the_model_are_not_loaded(page, attack):
     text = markdown(f"Rain fell [2]. {attack}", page)
     assert "![" not in text
-    assert not re.search("<[a-zA-Z/!]", text)
+    assert "<" not in text
 
 
 def test_not_found_has_no_sources(figure):

@@ -137,6 +137,11 @@ def test_filters(folder, options, pages):
     assert {hit["page"] for hit in json.loads(result.stdout)["hits"]} == pages
 
 
+def test_a_pattern_without_a_file_is_warned_of_once(folder):
+    result = run("search", "eye", "-c", folder, "--file", "nope*")
+    assert result.stderr.count("nope*") == 1
+
+
 def test_nothing_found_is_1(folder):
     result = run("search", "eye", "-c", folder, "--file", "other.pdf")
     assert (result.exit_code, result.stdout) == (1, "Nothing found.\n")
@@ -153,7 +158,7 @@ def test_asking_without_a_model_quotes_and_says_so(folder):
 def test_ask_json_has_the_agreed_fields(folder):
     result = run("ask", "What does the gold plan cover for the eye?", "-c", folder, "--json")
     answer = json.loads(result.stdout)
-    assert set(answer) == {"question", "found", "answer", "sources"}
+    assert set(answer) == {"question", "found", "answer", "extractive", "certain", "sources"}
     source = answer["sources"][0]
     assert (source["n"], source["page"], source["quote"]) == (1, 1, EYES)
     x0, y0, x1, y1 = source["box"]

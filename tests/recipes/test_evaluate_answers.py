@@ -29,13 +29,12 @@ def test_answers_and_abstentions_are_counted(tmp_path):
     foreign = ["How tall is the lighthouse of Genoa?", "What do whales eat in oceans?"]
     with UniversalIndex(tmp_path / "library", FakeEmbedder()) as index:
         index.add(folder)
-        counts = evaluate_answers(index.as_query_engine(), own, foreign)
+        near = ["Do tigers of the northern forests hunt wild boar?"]
+        counts = evaluate_answers(index.as_query_engine(), own, foreign, near)
     assert counts == {
-        "own": 3,
-        "answered": 2,
-        "right_page": 1,
-        "foreign": 2,
-        "foreign_answered": 1,
+        **{"own": 3, "answered": 2, "certain": 2, "right_page": 1},
+        **{"foreign": 2, "foreign_answered": 1, "foreign_certain": 1},
+        **{"near": 1, "near_answered": 1, "near_certain": 0},
     }
 
 

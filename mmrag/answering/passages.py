@@ -1,0 +1,182 @@
+"""What of a page can be quoted on its own: sentences, list items and rows of tables.
+
+A page's text layer also holds headings, running heads, page numbers and the ticks of axes. They
+have the words of many questions, and answer none.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from mmrag.lexical import sentences, terms
+
+_SENTENCE_END = re.compile(r"[.!:;。！।॥۔…][\"'\u201d\u2019)\]\u300d\u300f]*$")
+_QUESTION_END = re.compile(r"[?？؟][\"'\u201d\u2019)\]]*$")
+_LIST_ITEM = re.compile(
+    r"\s*(?:[\u2022\u25cf\u25e6\u2023\u2043\u00b7\uf0b7*\u2013-]\s|\(?\d{1,2}[.)]\s)"
+)
+_BULLET = re.compile(r"^\s*(?:[-*\u2022\u25cf\u25e6\u2023\u2043\u00b7\uf0b7#]+\s+|\d{1,2}[.)]\s+)")
+_CAPTION = re.compile(
+    r"(?:figure|fig|table|chart|abbildung|abb|tabelle|tableau|图|表|図)\b\.?\s*\d", re.I
+)
+_STARTS_TEXT = (_LIST_ITEM.match, _CAPTION.match)
+_CELL_START = re.compile(r"[-+(]?[€$£¥]?\d")
+_HEADING_WORDS = 10
+_HEADING_LENGTH = 60  # characters; a longer line without an end mark is a wrapped sentence
+_ROW_WORDS = 25
+_WITH_LIST = 320  # characters of a sentence with the list that it announces
+
+
+@dataclass(frozen=True)
+class Passage:
+    """A piece of a page.
+
+    text: as it is shown. quote: its words as they stand on the page.
+    row: whether it is a row of a table, with the heads of its columns.
+    words: what it is judged by.
+    """
+
+    text: str
+    quote: str
+    words: tuple[str, ...]
+    row: bool = False
+
+
+def strip_bullet(text: str) -> str:
+    """A list item without its bullet or number."""
+    return _BULLET.sub("", text)
+
+
+def running_lines(pages: Sequence[str]) -> frozenset[str]:
+    """Lines that stand on two pages or more, page numbers apart: running heads and feet."""
+    seen = Counter(line for page in pages for line in {_bare(line) for line in page.splitlines()})
+    return frozenset(line for line, times in seen.items() if times > 1 and line)
+
+
+def passages(text: str, running: frozenset[str] = frozenset()) -> list[Passage]:
+    """The sentences, list items and table rows of a page, in order.
+
+    running: lines to leave out; see ``running_lines``. A page that holds nothing but headings
+    gives these.
+    """
+    lines = [line for line in text.splitlines() if _bare(line) not in running]
+    rows, rest = _tables(lines)
+    prose = "\n".join("" if _is_heading(rest, i) else line for i, line in enumerate(rest))
+    found = [*_sentences(prose), *rows]
+    return found or [
+        _passage(piece) for piece in sentences(text) if not _QUESTION_END.search(piece)
+    ]
+
+
+def _bare(line: str) -> str:
+    """A line without its numbers: running heads differ in these."""
+    return " ".join(re.sub(r"\d+", " ", line).split())
+
+
+def _passage(piece: str) -> Passage:
+    return Passage(piece, piece, tuple(terms(piece)))
+
+
+def _is_heading(lines: Sequence[str], index: int) -> bool:
+    """Whether a line is a heading, a page number or a tick of an axis.
+
+    It has no end mark, is short, and is not the continuation of the line before it.
+    """
+    line = lines[index].strip()
+    if not line or any(mark(line) for mark in (_SENTENCE_END.search, *_STARTS_TEXT)):
+        return False
+    if not any(char.isalpha() for char in line):
+        return True
+    before = lines[index - 1].strip() if index else ""
+    after = lines[index + 1].strip() if index + 1 < len(lines) else ""
+    if len(line) >= _HEADING_LENGTH or len(line.split()) > _HEADING_WORDS:
+        return False
+    # The last line of a paragraph is short too; the line before it is long and does not end.
+    wrapped = len(before) >= _HEADING_LENGTH and not _SENTENCE_END.search(before)
+    return not (wrapped or after[:1].islower() or line[:1].islower())
+
+
+def _sentences(prose: str) -> list[Passage]:
+    """Sentences that can stand alone: one that announces a list is followed by the list."""
+    pieces = sentences(prose)
+    found: list[Passage] = []
+    for i, piece in enumerate(pieces):
+        whole = strip_bullet(piece)
+        if _QUESTION_END.search(whole):
+            continue
+        if whole.endswith(":"):
+            for item in pieces[i + 1 :]:
+                if len(whole) + len(item) >= _WITH_LIST:
+                    break
+                whole += f" {item}"
+            if whole.endswith(":"):
+                continue
+        found.append(_passage(whole))
+    return found
+
+
+def _tables(lines: Sequence[str]) -> tuple[list[Passage], list[str]]:
+    """The rows of tables with the heads of their columns, and the lines that are no part of one."""
+    rows: list[Passage] = []
+    rest = list(lines)
+    filled = [i for i, line in enumerate(lines) if line.strip()]
+    place = 0
+    while place < len(filled):
+        run = place
+        while run < len(filled) and _cells(lines[filled[run]]):
+            run += 1
+        if run - place < 2:
+            place += 1
+            continue
+        head = lines[filled[place - 1]].strip() if place else ""
+        if not _is_head(head):
+            head = ""
+        for i in filled[place:run]:
+            rows += [_row(head, lines[i])] if head else []
+            rest[i] = ""
+        if head:
+            rest[filled[place - 1]] = ""
+        place = run
+    return rows, rest
+
+
+def _cells(line: str) -> list[str]:
+    """The head of a row and its cells, each of which begins with a number; empty if it is none."""
+    words = line.split()
+    if not 2 <= len(words) <= _ROW_WORDS or _SENTENCE_END.search(line) or _LIST_ITEM.match(line):
+        return []
+    starts = [i for i, word in enumerate(words) if _CELL_START.match(word)]
+    if not starts or starts[0] == 0 or not words[0][0].isalpha():
+        return []
+    # A cell is a number and a unit or two; longer text behind a number is a sentence.
+    ends = [*starts[1:], len(words)]
+    if any(end - start > 3 for start, end in zip(starts, ends, strict=True)):
+        return []
+    bounds = zip([0, *starts], [*starts, len(words)], strict=True)
+    return [" ".join(words[start:end]) for start, end in bounds]
+
+
+def _is_head(line: str) -> bool:
+    words = line.split()
+    return 1 < len(words) <= _ROW_WORDS and not _SENTENCE_END.search(line)
+
+
+def _row(head: str, line: str) -> Passage:
+    """A row with the heads of its columns.
+
+    Where each head begins with a capital and there is one for each cell, they are put together:
+    ``Full plot: Full fee 150 euros, Reduced fee 75 euros``. Otherwise heads and row follow one
+    another.
+    """
+    cells = _cells(line)
+    heads = re.split(r"\s+(?=[A-Z])", head)
+    quote = " ".join(line.split())
+    if len(heads) == len(cells):
+        pairs = [f"{name} {cell}" for name, cell in zip(heads[1:], cells[1:], strict=True)]
+        text = f"{cells[0]}: {', '.join(pairs)}"
+    else:
+        text = f"{' '.join(head.split())}: {quote}"
+    return Passage(text, quote, tuple(terms(f"{head} {line}")), row=True)
