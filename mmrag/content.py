@@ -22,7 +22,7 @@ from typing import Any, Literal, TypeAlias, cast
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from mmrag.errors import ContentError
 
@@ -37,19 +37,15 @@ _WEB_ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP", "JPEG2000", "AVIF", "PPM", "ICO")
 # What Pillow's decoders raise for broken files.
 _BROKEN = (
-    *(OSError, SyntaxError, ValueError, EOFError, MemoryError, RuntimeError, OverflowError),
+    *(OSError, SyntaxError, ValueError, EOFError, RuntimeError, OverflowError),
     *(TypeError, AttributeError, LookupError, struct.error, zlib.error),
 )
-_EXIF_ORIENTATION = 0x0112
-_TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
+_ON_THEIR_SIDE = (5, 6, 7, 8)  # EXIF orientations that swap width and height
+# A progressive JPEG is decoded once for each of its scans: ten or so, but a hostile one has
+# thousands. Pixels times scans may be this many times the limit on pixels.
+_MOST_SCANS = 20
+_START_OF_SCAN = b"\xff\xda"  # stands nowhere else in the coded pixels of a JPEG
+_STRIP = 1 << 20  # pixels of a deep image that are scaled at once
 _SIXTEEN_BIT_MODES = ("I;16", "I;16B", "I;16L", "I;16N", "I", "F")
 
 
@@ -153,9 +149,9 @@ def load_image(
     name = describe(source)
     with _decoding(name), _open(source, limits, loader) as image:
         _check_pixels(image.size, name, limits)
+        _check_scans(image, name, limits)
         image.load()
-        turn = _TURNS.get(_orientation(image.getexif()))
-        return _to_rgb(image if turn is None else image.transpose(turn), on_white)
+        return _to_rgb(_upright(image, own=image is not source), on_white)
 
 
 def image_size(
@@ -177,7 +173,7 @@ def image_size(
         # PngImageFile.getexif would decode the whole image to look behind its pixels.
         orientation = _orientation(Image.Image.getexif(image))
     # Pillow states the size of a TIFF as it will be once turned.
-    turned = orientation in (5, 6, 7, 8) and image.format != "TIFF"
+    turned = orientation in _ON_THEIR_SIDE and image.format != "TIFF"
     return (height, width) if turned else (width, height)
 
 
@@ -198,9 +194,13 @@ def describe(source: ImageSource) -> str:
 
 @contextmanager
 def _decoding(name: str) -> Iterator[None]:
-    """Turn what Pillow raises for a broken image into a ContentError."""
+    """Turn what Pillow raises for a broken image, or one too large for memory, into our error."""
     try:
         yield
+    except MemoryError as error:
+        raise ContentError(
+            f"{name}: there is not enough memory to decode the image; make it smaller."
+        ) from error
     except _BROKEN as error:
         raise ContentError(
             f"{name}: the image is broken and cannot be decoded ({error})."
@@ -346,9 +346,37 @@ def _check_pixels(size: tuple[int, int], name: str, limits: ImageLimits) -> None
         )
 
 
+def _check_scans(image: Image.Image, name: str, limits: ImageLimits) -> None:
+    """Raise ContentError for a JPEG that takes minutes to decode."""
+    stream = getattr(image, "fp", None)
+    if stream is None or not image.info.get("progressive"):
+        return
+    place = stream.tell()
+    stream.seek(0)
+    n_scans = stream.read(limits.max_bytes).count(_START_OF_SCAN)
+    stream.seek(place)
+    if n_scans * image.width * image.height > _MOST_SCANS * limits.max_pixels:
+        raise ContentError(
+            f"{name}: {image.width}x{image.height} pixels in {n_scans:,} scans take too long to "
+            "decode; save the image anew, as a JPEG that is not progressive or as a PNG."
+        )
+
+
 def _orientation(exif: Image.Exif) -> int:
-    value = exif.get(_EXIF_ORIENTATION, 1)
+    value = exif.get(ExifTags.Base.Orientation, 1)
     return value if isinstance(value, int) else 1
+
+
+def _upright(image: Image.Image, own: bool) -> Image.Image:
+    """The image turned as its EXIF data say. own: whether it may be changed."""
+    if _orientation(image.getexif()) == 1:
+        return image
+    # Pillow would write the EXIF data anew, and fail over damaged ones that it has just read.
+    upright = image if own else image.copy()
+    upright.getexif()
+    upright.info.pop("exif", None)
+    ImageOps.exif_transpose(upright, in_place=True)
+    return upright
 
 
 def _to_rgb(image: Image.Image, on_white: bool) -> Image.Image:
@@ -363,13 +391,30 @@ def _to_rgb(image: Image.Image, on_white: bool) -> Image.Image:
 
 def _from_deep(image: Image.Image) -> Image.Image:
     """Scale 16-bit and float grey images to 8 bits; Pillow's own convert clips them at 255."""
-    values = np.nan_to_num(np.asarray(image, dtype=np.float64))
-    if image.mode == "F":
-        top = 1.0 if values.max(initial=0.0) <= 1.0 else 255.0
-    else:
-        top = 255.0 if image.mode == "I" and values.max(initial=0.0) <= 255 else 65535.0
-    scaled = np.clip(values / top, 0, 1) * 255
+    white = _white_of(image)
     transparent = image.info.get("transparency")  # one grey value, where a PNG declares it
-    if isinstance(transparent, int):
-        scaled[values == transparent] = 255
-    return Image.fromarray(np.round(scaled).astype(np.uint8))
+    out = np.empty((image.height, image.width), np.uint8)
+    for top, values in _strips(image):
+        scaled = np.clip(values / white, 0, 1) * 255
+        if isinstance(transparent, int):
+            scaled[values == transparent] = 255
+        out[top : top + len(values)] = np.round(scaled)
+    return Image.fromarray(out)
+
+
+def _strips(image: Image.Image) -> Iterator[tuple[int, NDArray[np.float64]]]:
+    """The values of a grey image, some rows at a time, so that memory stays bounded."""
+    rows = max(1, _STRIP // image.width)
+    for top in range(0, image.height, rows):
+        strip = image.crop((0, top, image.width, min(top + rows, image.height)))
+        yield top, np.nan_to_num(np.asarray(strip, dtype=np.float64))
+
+
+def _white_of(image: Image.Image) -> float:
+    """The value of white: floats are in [0, 1] or [0, 255], integers of 8 or 16 bits."""
+    if image.mode not in ("F", "I"):
+        return 65535.0
+    brightest = max((float(values.max()) for _, values in _strips(image)), default=0.0)
+    if image.mode == "F":
+        return 1.0 if brightest <= 1.0 else 255.0
+    return 255.0 if brightest <= 255 else 65535.0

@@ -19,6 +19,7 @@ SUFFIXES: dict[str, FileKind] = {
     ".pdf": "pdf",
     ".png": "picture", ".jpg": "picture", ".jpeg": "picture", ".webp": "picture",
     ".gif": "picture", ".bmp": "picture", ".tif": "picture", ".tiff": "picture",
+    ".avif": "picture", ".jp2": "picture", ".j2k": "picture", ".jpx": "picture",
     ".txt": "text", ".text": "text", ".md": "text", ".markdown": "text",
 }  # fmt: skip
 
@@ -29,6 +30,8 @@ _MAGIC: tuple[tuple[bytes, str, FileKind | None], ...] = (
     (b"GIF8", "GIF picture", "picture"),
     (b"II*\0", "TIFF picture", "picture"),
     (b"MM\0*", "TIFF picture", "picture"),
+    (b"\0\0\0\x0cjP  \r\n\x87\n", "JPEG 2000 picture", "picture"),
+    (b"\xff\x4f\xff\x51", "JPEG 2000 picture", "picture"),
     (b"PK\x03\x04", "ZIP archive or Office document", None),
     (b"\xd0\xcf\x11\xe0", "old Office document", None),
     (b"\x1f\x8b", "gzip archive", None),
@@ -156,10 +159,19 @@ def file_kind(path: Path, options: ReadOptions) -> FileKind:
 def _content(head: bytes) -> tuple[str | None, FileKind | None]:
     if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
         return "WebP picture", "picture"
+    if head[4:8] == b"ftyp":  # a container: its brands say of what
+        brands = head[8:64]
+        if b"avif" in brands or b"avis" in brands:
+            return "AVIF picture", "picture"
+        if brands[:4] in _HEIC_BRANDS:
+            return "HEIC picture (as phones take them), which is not read", None
     for magic, title, kind in _MAGIC:
         if head.startswith(magic):
             return title, kind
     return None, None
+
+
+_HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 
 
 def _unknown(path: Path) -> str:

@@ -108,7 +108,8 @@ def _read_frame(
 
 def _problem(number: int, error: BaseException) -> Problem:
     message = f"the image cannot be decoded ({error}); it is left out"
-    return Problem(number, message, is_environment_error(error))
+    retry = is_environment_error(error) or isinstance(error.__cause__, MemoryError)
+    return Problem(number, message, retry)
 
 
 def _shrink(size: tuple[int, int], options: ReadOptions) -> float:

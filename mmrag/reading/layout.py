@@ -139,12 +139,14 @@ def _direction(words: Sequence[Word]) -> Turn:
         across = abs(last[0] - first[0]) + abs(last[2] - first[2])
         along = (last[1] - first[1]) + (last[3] - first[3])
         width, height = sides(line.box)
+        n_mirrored = sum(is_right_to_left(word.text) for word in line.words)
         if abs(along) > across:
             votes["down" if along > 0 else "up"] += len(line.words)
-        elif sum(is_right_to_left(word.text) for word in line.words) * 2 > len(line.words):
+        elif n_mirrored * 2 >= len(line.words):
             votes["mirrored"] += len(line.words)
         elif len(line.words) > 1:
-            votes["back" if last[2] < first[0] else "none"] += len(line.words)
+            back = last[2] < first[0] and not n_mirrored
+            votes["back" if back else "none"] += len(line.words)
         elif is_unspaced(line.words[0].text):  # a line without spaces is one word
             votes["down" if height > 1.5 * width else "none"] += len(line.words[0].text)
     return max(votes, key=lambda turn: votes[turn])

@@ -8,7 +8,7 @@ from llama_index.core.schema import Node, TextNode
 from PIL import EpsImagePlugin, Image
 
 from mmrag.errors import ConfigError
-from mmrag.reading import find_files, ocr
+from mmrag.reading import ReadOptions, find_files, ocr, reader
 from mmrag.reading.files import IMAGES_MARK
 
 
@@ -68,7 +68,7 @@ def test_page_images_of_a_collection_are_passed_over(tmp_path) -> None:
 # Images
 
 
-@pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "gif", "bmp", "tiff"])
+@pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "gif", "bmp", "tiff", "avif", "jp2"])
 def test_an_image_file_is_one_node(suffix, read, tmp_path) -> None:
     path = tmp_path / f"a.{suffix}"
     Image.new("RGB", (60, 40), (200, 30, 30)).save(path)
@@ -139,10 +139,29 @@ def test_misnamed_files_are_reported(read, make_pdf, tmp_path) -> None:
         touch(tmp_path / "a.txt", pdf): "PDF",
         touch(tmp_path / "b.md", image.read_bytes()): "PNG",
         touch(tmp_path / "c.pdf", b"PK\x03\x04 and so on"): "ZIP",
+        touch(tmp_path / "d.jpg", b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + b"\0" * 90): "HEIC",
     }
     for path, title in cases.items():
         (error,) = read(path).errors
         assert title in str(error) and "rename" in str(error)
+
+
+@pytest.mark.parametrize("name", ["a.pdf", "a.png", "a.txt"])
+def test_a_file_that_has_gone_is_not_called_damaged(name, read, tmp_path, monkeypatch) -> None:
+    """It is deleted between the look at its first bytes and reading it."""
+    look = reader.file_kind
+
+    def look_and_delete(path: Path, options: ReadOptions) -> str:
+        kind = look(path, options)
+        path.unlink()
+        return kind
+
+    path = touch(tmp_path / name, b"%PDF-1.7" if name == "a.pdf" else b"text")
+    monkeypatch.setattr(reader, "file_kind", look_and_delete)
+    monkeypatch.setattr(reader, "file_sha256", lambda _: "0" * 64)
+    (error,) = read(path).errors
+    assert "No such file" in str(error) and "damaged" not in str(error)
+    assert error.retry
 
 
 # Text
