@@ -12,6 +12,7 @@ import io
 import os
 import re
 import struct
+import threading
 import warnings
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -46,6 +47,8 @@ _ON_THEIR_SIDE = (5, 6, 7, 8)  # EXIF orientations that swap width and height
 _MOST_SCANS = 20
 _START_OF_SCAN = b"\xff\xda"  # stands nowhere else in the coded pixels of a JPEG
 _STRIP = 1 << 20  # pixels of a deep image that are scaled at once
+# For images of the caller, each of which may be used by several threads at once.
+_LOCKS = tuple(threading.RLock() for _ in range(32))
 _SIXTEEN_BIT_MODES = ("I;16", "I;16B", "I;16L", "I;16N", "I", "F")
 
 
@@ -213,7 +216,9 @@ def _open(
 ) -> Iterator[Image.Image]:
     """Open an image lazily, header only; an image of the caller stays open."""
     if isinstance(source, Image.Image):
-        yield source
+        # Pillow reads a file when its pixels are asked for: two threads would share its handle.
+        with _LOCKS[id(source) // 64 % len(_LOCKS)]:
+            yield source
     elif isinstance(source, np.ndarray):
         yield _from_array(source, limits)
     else:

@@ -6,10 +6,11 @@ import asyncio
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from inspect import signature
-from typing import Any, get_args
+from typing import Any, TypedDict, Unpack, get_args
 
 from llama_index.core.base.embeddings.base import Embedding
 from llama_index.core.bridge.pydantic import Field, PrivateAttr, SecretStr
+from llama_index.core.callbacks import CallbackManager
 from llama_index.core.callbacks.schema import CBEventType, EventPayload
 from llama_index.core.embeddings.multi_modal_base import MultiModalEmbedding
 from llama_index.core.instrumentation.events.embedding import (
@@ -25,12 +26,31 @@ from mmrag.embedders.base import Embedder
 from mmrag.errors import ConfigError
 from mmrag.instructions import resolve
 from mmrag.nodes import NodeView, node_content
+from mmrag.queries import query_content
 
 DEFAULT_MODEL = "mmrag-nano"
 # The settings that say which embedder to load, and how.
 _LOADING = ("family", "device", "dtype", "revision", "base_url", "api_key", "options")
 
 dispatcher = get_dispatcher(__name__)
+
+
+class EmbeddingSettings(TypedDict, total=False):
+    """The fields of ``UniversalEmbedding``, as its constructor takes them."""
+
+    family: str | None
+    device: str
+    dtype: str
+    revision: str | None
+    dim: int | None
+    query_instruction: str | None
+    node_view: NodeView
+    base_url: str | None
+    api_key: str | SecretStr | None
+    options: Mapping[str, Any]
+    embed_batch_size: int
+    num_workers: int | None
+    callback_manager: CallbackManager | None
 
 
 class UniversalEmbedding(MultiModalEmbedding):
@@ -50,6 +70,10 @@ class UniversalEmbedding(MultiModalEmbedding):
 
     Raises: ConfigError for settings that are unknown or contradict each other. What loading
         raises comes with the first use.
+
+    >>> model = UniversalEmbedding("mmrag-nano", device="cpu")
+    >>> len(model.get_query_embedding("wind energy"))
+    384
     """
 
     family: str | None = Field(None, description="The recipe to follow; by default the model's.")
@@ -81,11 +105,16 @@ class UniversalEmbedding(MultiModalEmbedding):
     _engine: _Engine = PrivateAttr()
 
     def __init__(
-        self, model_name: str | None = None, *, embedder: Embedder | None = None, **settings: Any
+        self,
+        model_name: str | None = None,
+        *,
+        embedder: Embedder | None = None,
+        **settings: Unpack[EmbeddingSettings],
     ) -> None:
         _check_settings(model_name, embedder, settings, set(type(self).model_fields))
         name = embedder.name if embedder is not None else model_name or DEFAULT_MODEL
-        super().__init__(model_name=name, **settings)
+        fields: dict[str, Any] = {**settings}
+        super().__init__(model_name=name, **fields)
         resolve(self.query_instruction)
         self._engine = _Engine(embedder)
 
@@ -180,8 +209,8 @@ class UniversalEmbedding(MultiModalEmbedding):
         return rows
 
     def get_query_embedding(self, query: str | QueryBundle) -> Embedding:
-        """Embed a question in words, an image, or both (a QueryBundle with ``image_path``)."""
-        return self.embed_contents([_query_content(query)], self.query_instruction)[0]
+        """Embed a question in words, an image, or both; a bundle's ``image`` or ``image_path``."""
+        return self.embed_contents([query_content(query)], self.query_instruction)[0]
 
     async def aget_query_embedding(self, query: str | QueryBundle) -> Embedding:
         """As ``get_query_embedding``, off the event loop."""
@@ -292,14 +321,6 @@ class _Engine:
 
     def __reduce__(self) -> tuple[type[_Engine], tuple[Embedder | None]]:
         return _Engine, (self.given,)
-
-
-def _query_content(query: str | QueryBundle) -> Content:
-    if isinstance(query, str):
-        return Content(query)
-    if query.image_path:
-        return Content(query.query_str or None, query.image_path)
-    return Content(query.query_str)
 
 
 def _label(content: Content) -> str:

@@ -14,6 +14,8 @@ Each message says what was wrong and what to do about it.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 
 
@@ -79,3 +81,12 @@ def is_environment_error(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or (
         isinstance(error, OSError) and error.errno is not None
     )
+
+
+@contextmanager
+def naming(item: str) -> Iterator[None]:
+    """Begin the message of a ContentError with the item that it is about."""
+    try:
+        yield
+    except ContentError as error:
+        raise ContentError(f"{item}: {error}") from error

@@ -42,23 +42,32 @@ TASKS: dict[str, str] = {
     ),
 }
 
-# A bare ASCII word, or words joined by _ or -: meant as a name, not as a sentence.
-_NAME = re.compile(r"[A-Za-z0-9]+([_-]+[A-Za-z0-9]+)*")
+# ASCII words joined by _ are meant as a name; those joined by - are if they resemble one.
+_NAME = re.compile(r"[A-Za-z0-9]+([_-]+[A-Za-z0-9]+)+")
 
 
 def resolve(instruction: str | None) -> str | None:
-    """The sentence for a task's name; free text as it is; ``None`` for ``None`` or blank text.
+    """The sentence for a task's name; free text as it is; ``None`` for ``None``.
+
+    Blank text is an instruction that says nothing: it marks a query, where a family marks them.
 
     Raises: ConfigError for a name that is not in ``TASKS``, with the nearest that are.
+
+    >>> resolve("page_for_question")
+    'Find a document page that answers the question.'
+    >>> resolve("Identify")
+    'Identify'
     """
-    if instruction is None or not (text := instruction.strip()):
+    if instruction is None:
         return None
+    text = instruction.strip()
     if text in TASKS:
         return TASKS[text]
     if _NAME.fullmatch(text):
-        names = difflib.get_close_matches(text.lower().replace("-", "_"), TASKS) or list(TASKS)
-        raise ConfigError(
-            f"There is no task instruction named {text!r}. Did you mean: {', '.join(names)}? "
-            "An instruction of your own must be a sentence."
-        )
+        near = difflib.get_close_matches(text.lower().replace("-", "_"), TASKS)
+        if near or "_" in text:
+            raise ConfigError(
+                f"There is no task instruction named {text!r}. Did you mean: "
+                f"{', '.join(near or TASKS)}? An instruction of your own must be a sentence."
+            )
     return text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import re
 import secrets
@@ -75,17 +76,29 @@ def new_boundary(texts: Iterable[str]) -> str:
     return boundary
 
 
-def image_bytes(image: Image.Image, max_pixels: int, max_bytes: int) -> tuple[bytes, str]:
-    """An image scaled and encoded, with its type: PNG where that is small enough, else JPEG."""
+def image_bytes(image: Image.Image, max_pixels: int, max_bytes: int | None) -> tuple[bytes, str]:
+    """An image scaled and encoded, with its type: PNG where that is small enough, else JPEG.
+
+    ``max_bytes`` of None is no bound: always PNG.
+    """
     image = _scaled(image, max_pixels)
     data = _saved(image, "PNG")
-    if len(data) <= max_bytes:
+    if max_bytes is None or len(data) <= max_bytes:
         return data, "image/png"
     data = _saved(image, "JPEG")
     while len(data) > max_bytes and image.width * image.height > 1:
         image = _scaled(image, max(1, image.width * image.height // 2))
         data = _saved(image, "JPEG")
     return data, "image/jpeg"
+
+
+def data_url(
+    image: Image.Image, max_pixels: int | None = None, max_bytes: int | None = None
+) -> str:
+    """An image as servers take it, within bounds on its pixels and bytes; None: no bound."""
+    pixels = image.width * image.height if max_pixels is None else max_pixels
+    data, mimetype = image_bytes(image, pixels, max_bytes)
+    return f"data:{mimetype};base64,{base64.b64encode(data).decode()}"
 
 
 def _scaled(image: Image.Image, pixels: int) -> Image.Image:

@@ -42,11 +42,21 @@ class MultimodalQuery(QueryBundle):
     top_k: int | None = None
 
 
-def query_content(bundle: QueryBundle) -> Content:
-    """Text and image of a query. Raises ConfigError if it has neither."""
-    image = getattr(bundle, "image", None)
-    image = bundle.image_path if image is None else image
-    text = bundle.query_str if bundle.query_str.strip() else None
-    if text is None and not image:
+def query_content(query: str | QueryBundle) -> Content:
+    """Text and image of a query, the one reader of both.
+
+    Raises: ConfigError if it has neither.
+
+    >>> query_content(QueryBundle("", image_path="page.png"))
+    Content(text=None, image='page.png', instruction=None)
+    """
+    if isinstance(query, str):
+        return Content(query)
+    image = getattr(query, "image", None)
+    image = query.image_path if image is None else image
+    if isinstance(image, str) and not image:  # never by truth: an array has none
+        image = None
+    text = query.query_str if query.query_str.strip() else None
+    if text is None and image is None:
         raise ConfigError("The query is empty: give a text, an image, or both.")
-    return Content(text, image or None)
+    return Content(text, image)

@@ -46,6 +46,7 @@ from mmrag.embedding import UniversalEmbedding
 from mmrag.errors import ConfigError, ContentError, ModelError
 from mmrag.instructions import TASKS, resolve
 from mmrag.nodes import node_content
+from mmrag.queries import MultimodalQuery
 
 
 class Stub:
@@ -162,6 +163,18 @@ def test_query_bundle_is_embedded_by_what_it_holds(model, stub, red, text, has_i
     ((content, instruction),) = stub.last
     assert content.modality == modality
     assert instruction == TASKS["page_for_question"]
+
+
+def test_the_image_of_a_multimodal_query_is_embedded(model, stub, red):
+    image = np.zeros((4, 4, 3), np.uint8)
+    model.get_query_embedding(MultimodalQuery("what?", image=image))
+    ((content, _),) = stub.last
+    assert content.text == "what?"
+    assert content.images[0] is image
+    model.get_query_embedding(MultimodalQuery("", image=image, image_path=red))
+    ((content, _),) = stub.last
+    assert content.modality == "image"
+    assert content.images[0] is image
 
 
 def test_dim_keeps_leading_dimensions(stub):

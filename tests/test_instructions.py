@@ -12,9 +12,15 @@ def test_names_become_sentences_and_sentences_stay():
     assert resolve("找到回答问题的页面") == "找到回答问题的页面"
 
 
-@pytest.mark.parametrize("nothing", [None, "", "  \n"])
-def test_nothing_is_no_instruction(nothing):
-    assert resolve(nothing) is None
+def test_nothing_is_no_instruction_and_blank_one_says_nothing():
+    """An empty instruction marks a query, where a family marks them; none marks a document."""
+    assert resolve(None) is None
+    assert resolve("") == resolve("  \n") == ""
+
+
+@pytest.mark.parametrize("word", ["Identify", "Re-identify", "zzz", "Retrieve"])
+def test_a_bare_word_is_an_instruction(word):
+    assert resolve(word) == word
 
 
 @pytest.mark.parametrize("name", ["page_for_questions", "page-for-question", "Page_For_Question"])
@@ -25,7 +31,7 @@ def test_misspelt_name_is_told_with_the_nearest(name):
 
 def test_unlike_name_is_told_with_all_names():
     with pytest.raises(ConfigError) as error:
-        resolve("zzz")
+        resolve("zzz_qqq")
     assert all(name in str(error.value) for name in TASKS)
 
 

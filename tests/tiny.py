@@ -8,6 +8,8 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
+from mmrag.modeling.qwen_images import cut_patches
+
 QWEN_SPECIALS = [
     "<|endoftext|>",
     "<|im_start|>",
@@ -41,6 +43,12 @@ def save_qwen_tokenizer(folder: Path) -> dict[str, int]:
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     return {token: tokenizer.token_to_id(token) for token in QWEN_SPECIALS}
+
+
+def seen(item, rule):
+    """Grids and patches of the images of one item, as the vision tower gets them."""
+    grids = [[1, i.shape[0] // rule.patch, i.shape[1] // rule.patch] for i in item.images]
+    return grids, torch.cat([cut_patches(image.unsqueeze(0), rule) for image in item.images])
 
 
 def save_qwen2_vl(folder: Path, seed: int = 0) -> Path:

@@ -31,6 +31,7 @@ from tiny_qwen3 import add_words, save_qwen3_vl, save_wemm
 
 from mmrag.content import Content
 from mmrag.embedders import Embedder, load_embedder
+from mmrag.modeling.backbone import inputs_of
 from mmrag.rerankers import load_scorer
 
 ROUNDS = 3
@@ -80,7 +81,7 @@ def engine(folder: Path) -> None:
     rows = [
         ("one at a time", base),
         ("16 at a time, padded to the longest", timed(lambda: sixteen(10**9))),
-        (f"by tokens ({embedder.token_budget:,})", timed(lambda: embedder.encode(contents))),
+        (f"by tokens ({embedder.budget.full:,})", timed(lambda: embedder.encode(contents))),
     ]
     print("| batches | items/s | against one at a time |\n|---|---|---|")
     for name, seconds in rows:
@@ -136,7 +137,7 @@ def _step(model: str, batch: int, chunk: int, answer: multiprocessing.Queue[list
     torch.set_num_threads(1)
     backbone = load_backbone(model, family="gme", device="cpu")
     backbone.model.train()
-    inputs = [backbone.prepare(Content("word " * 200), None) for _ in range(batch)]
+    inputs = [inputs_of(backbone, Content("word " * 200), None) for _ in range(batch)]
 
     def step() -> None:
         for parameter in backbone.model.parameters():

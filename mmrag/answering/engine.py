@@ -46,12 +46,13 @@ from mmrag.answering.response import (
     says_not_found,
     shown,
 )
-from mmrag.content import Content, load_image
+from mmrag.content import load_image
 from mmrag.embedders.base import Embedder
 from mmrag.errors import ConfigError, EndpointError
 from mmrag.llms.endpoint import translated_errors
 from mmrag.llms.replies import why_incomplete, without_reasoning
 from mmrag.prompting import PIXELS_PER_TOKEN, estimate_tokens, image_bytes, new_boundary
+from mmrag.queries import query_content
 
 logger = logging.getLogger(__name__)
 dispatcher = get_dispatcher(__name__)
@@ -286,7 +287,7 @@ class CitedQueryEngine(BaseQueryEngine):
         self, query: QueryBundle
     ) -> tuple[list[TextBlock | ImageBlock], list[str]]:
         """The question with its image, and what is missing from it."""
-        content = _question(query)
+        content = query_content(query)
         asked = content.text or "What do the sources say about this image?"
         prompt = self._prompts["question_prompt"].format(question=asked, sentinel=SENTINEL)
         if content.images and not self.images:
@@ -322,7 +323,7 @@ class CitedQueryEngine(BaseQueryEngine):
     def _without_llm(self, task: _Task) -> CitedResponse:
         answer = None
         if task.sources:
-            content = _question(task.query)
+            content = query_content(task.query)
             answer = extract(
                 content,
                 task.sources,
@@ -394,12 +395,6 @@ def _note_if_incomplete(task: _Task, reply: ChatResponse) -> None:
     if why is not None and why not in task.notes:
         task.notes.append(why)
         logger.warning("%s", why)
-
-
-def _question(query: QueryBundle) -> Content:
-    image = getattr(query, "image", None)
-    text = query.query_str if query.query_str.strip() else None
-    return Content(text=text, image=query.image_path if image is None else image)
 
 
 def _blocks(packed: Packed, boundary: str) -> list[TextBlock | ImageBlock]:

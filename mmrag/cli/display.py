@@ -239,13 +239,13 @@ def models_view(models: Iterable[KnownModel]) -> RenderableType:
     """The known embedders: each name on a line of its own, to be copied whole."""
     rows: list[RenderableType] = []
     for model in models:
-        licence = Text(model.licence)
+        license = Text(model.license)
         if model.non_commercial:
-            licence.append(" (non-commercial)", style="yellow")
+            license.append(" (non-commercial)", style="yellow")
         takes = ", ".join(kind for kind in model.modalities if kind != "fused")
         facts = f"{model.dim} dimensions, {takes}, context {model.context}, {model.family}, "
         rows.append(Text(model.name, style="bold", no_wrap=True, overflow="ignore"))
-        rows.append(Padding(Text(facts).append_text(licence), (0, 0, 0, 4), expand=False))
+        rows.append(Padding(Text(facts).append_text(license), (0, 0, 0, 4), expand=False))
         if model.note:
             rows.append(Padding(Text(model.note), (0, 0, 0, 4), expand=False))
     return Group(*rows)

@@ -4,8 +4,25 @@
 ``registry.FAMILIES``.
 """
 
-from mmrag.embedders.base import Embedder
+from mmrag.embedders.base import Calibration, Embedder, calibration_of
 from mmrag.embedders.known import KNOWN, KnownModel
-from mmrag.embedders.registry import FAMILIES, load_backbone, load_embedder
+from mmrag.embedders.registry import (
+    FAMILIES,
+    FamilyOptions,
+    all_families,
+    load_backbone,
+    load_embedder,
+)
 
-__all__ = ["FAMILIES", "KNOWN", "Embedder", "KnownModel", "load_backbone", "load_embedder"]
+__all__ = [
+    "FAMILIES",
+    "KNOWN",
+    "Calibration",
+    "Embedder",
+    "FamilyOptions",
+    "KnownModel",
+    "all_families",
+    "calibration_of",
+    "load_backbone",
+    "load_embedder",
+]

@@ -1,21 +1,53 @@
-"""The protocols of the engine, and the small tensor functions that every family shares.
-
-torch is imported only by the functions that take tensors: a remote embedder needs none.
-"""
+"""The protocol of embedders, and what every one of them does with its arguments. No torch."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+import io
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
-from mmrag.content import ContentLike, Modality
-from mmrag.errors import ConfigError
+from mmrag.content import Content, ContentLike, Modality, as_content
+from mmrag.errors import ConfigError, ContentError, naming
+from mmrag.instructions import resolve
 
-if TYPE_CHECKING:
-    pass
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """What was measured for one embedder and does not hold for another.
+
+    None, or a ranking that is not listed, means: not measured; the reader's own default holds.
+
+    fusion_weights: weight of each ranking in fusion: ``image``, ``text``, ``fused``, ``bm25``.
+    found: least cosine of query and evidence at which an answer counts as found.
+    support_cosine: least cosine of a claim and a sentence of its source that supports it.
+
+    >>> Calibration(fusion_weights={"bm25": 3.0}, found=0.4).support_cosine is None
+    True
+    """
+
+    fusion_weights: Mapping[str, float] = field(default_factory=dict)
+    found: float | None = None
+    support_cosine: float | None = None
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Calibration:
+        """From the ``calibration`` of a checkpoint's ``mmrag.json``.
+
+        Raises: ConfigError for keys that are unknown and values that are no numbers.
+        """
+        if unknown := sorted(set(values) - set(cls.__dataclass_fields__)):
+            raise ConfigError(f"calibration: {', '.join(unknown)} unknown in mmrag.json.")
+        weights = values.get("fusion_weights") or {}
+        numbers = [*weights.values(), *(values.get(key) for key in ("found", "support_cosine"))]
+        if not all(number is None or isinstance(number, (int, float)) for number in numbers):
+            raise ConfigError("calibration in mmrag.json must hold numbers.")
+        return cls(**values)
 
 
 @runtime_checkable
@@ -27,6 +59,15 @@ class Embedder(Protocol):
     dim: length of its full vectors.
     modalities: what it can embed.
     fingerprint: changes when the weights or any setting that moves vectors change.
+
+    An embedder may have a ``calibration`` besides; ``calibration_of`` reads it.
+
+    >>> from mmrag import load_embedder
+    >>> embedder = load_embedder("mmrag-nano", device="cpu")
+    >>> isinstance(embedder, Embedder)
+    True
+    >>> embedder.encode(["a text", {"text": "another"}]).shape == (2, embedder.dim)
+    True
     """
 
     name: str
@@ -47,7 +88,8 @@ class Embedder(Protocol):
         Args:
             contents: texts, images, or both; see ``mmrag.content.as_content``.
             instruction: the task, for queries: free text or the name of a task in
-                ``mmrag.instructions``. ``None`` means documents.
+                ``mmrag.instructions``. ``None`` means documents; an empty one means queries
+                without a task, which most families embed as documents.
             dim: keep this many leading dimensions (Matryoshka), then normalise again.
             progress: show a progress bar on stderr.
 
@@ -60,12 +102,58 @@ class Embedder(Protocol):
         ...
 
 
-def check_dim(dim: int | None, full: int) -> int:
-    """The dimension to keep. Raises ConfigError if the model has fewer, or for less than 1."""
+def calibration_of(embedder: Embedder) -> Calibration:
+    """What was measured for an embedder; nothing for one that has no ``calibration``."""
+    return getattr(embedder, "calibration", None) or Calibration()
+
+
+def as_items(
+    embedder: Embedder, contents: Sequence[ContentLike], instruction: str | None
+) -> list[Content]:
+    """Contents that the embedder takes, each with the sentence of its own instruction.
+
+    Raises: ContentError for a single content in place of a sequence, and for an item that cannot
+        be used; ConfigError for the name of a task that does not exist.
+    """
+    single = (str, bytes, bytearray, io.BytesIO, os.PathLike, Mapping, np.ndarray, Image.Image)
+    if isinstance(contents, (*single, Content)) or not isinstance(contents, Iterable):
+        kind = type(contents).__name__
+        raise ContentError(
+            f"encode takes a sequence of contents, got one {kind}: put it in a list."
+        )
+    task = resolve(instruction)
+    items = []
+    for index, value in enumerate(contents):
+        with naming(f"item {index}"):
+            content = as_content(value)
+        if content.modality not in embedder.modalities:
+            able = ", ".join(sorted(embedder.modalities))
+            raise ContentError(
+                f"item {index}: {embedder.name} cannot embed {content.modality}, only {able}."
+            )
+        own = resolve(content.instruction) if content.instruction is not None else task
+        items.append(Content(content.text, content.image, own))
+    return items
+
+
+def check_dim(dim: int | None, full: int, trained: Sequence[int] = ()) -> int:
+    """The dimension to keep.
+
+    Args:
+        full: length of the model's vectors.
+        trained: shorter lengths that the model was trained for (Matryoshka); none: not known,
+            and every length is taken.
+
+    Raises: ConfigError if the model has fewer, for less than 1, and for a length it was not
+        trained for.
+    """
     if dim is None:
         return full
     if not 1 <= dim <= full:
         raise ConfigError(f"dim={dim} is not possible: this model has {full} dimensions.")
+    if trained and dim not in (*trained, full):
+        lengths = ", ".join(map(str, sorted({*trained, full})))
+        raise ConfigError(f"dim={dim}: this model was trained for {lengths} dimensions.")
     return dim
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from mmrag.embedders.base import Calibration
+
 # The family of an Embedder that is not a Backbone: any model sentence-transformers loads.
 SENTENCE_TRANSFORMERS = "sentence-transformers"
 
@@ -16,12 +18,16 @@ class KnownModel:
     context: tokens of the longest input. visual_tokens: most tokens of one image.
     base: the checkpoint a LoRA adapter sits on, if it is one.
     note: a sentence on what it cannot do, if there is one to know before choosing it.
+    calibration: what was measured for it; None for nothing.
+
+    >>> find_known("mmrag-nano").family
+    'nano'
     """
 
     name: str
     family: str
     dim: int
-    licence: str
+    license: str
     context: int
     visual_tokens: int
     matryoshka_dims: tuple[int, ...] = ()
@@ -29,10 +35,12 @@ class KnownModel:
     non_commercial: bool = False
     base: str | None = None
     note: str = ""
+    calibration: Calibration | None = None
 
 
 _APACHE = "Apache-2.0"
 _NANO_NOTE = "English; near chance on scanned pages without recognised text, photographs and charts"
+_MRL_VDR = (512, 1024, 1536)
 _MRL_2048 = (64, 128, 256, 512, 1024, 2048)
 _MRL_2560 = (64, 128, 256, 512, 1024, 2560)
 _MRL_4096 = (64, 128, 256, 512, 1024, 2048, 4096)
@@ -78,6 +86,36 @@ KNOWN: tuple[KnownModel, ...] = (
         32768,
         2560,
         matryoshka_dims=(512, 1536),
+        modalities=("text", "image"),
+    ),
+    KnownModel(
+        "llamaindex/vdr-2b-multi-v1",
+        "vdr",
+        1536,
+        _APACHE,
+        32768,
+        768,
+        matryoshka_dims=_MRL_VDR,
+        modalities=("text", "image"),
+    ),
+    KnownModel(
+        "llamaindex/vdr-2b-v1",
+        "vdr",
+        1536,
+        _APACHE,
+        32768,
+        768,
+        matryoshka_dims=_MRL_VDR,
+        modalities=("text", "image"),
+    ),
+    KnownModel(
+        "marco/mcdse-2b-v1",
+        "mcdse",
+        1536,
+        _APACHE,
+        32768,
+        960,
+        matryoshka_dims=(256, 512, 768, 1024, 1536),
         modalities=("text", "image"),
     ),
     KnownModel("code-kunkun/LamRA-Ret", "lamra", 3584, "not stated", 32768, 16384),

@@ -1,56 +1,99 @@
 """Which embedders there are, and loading one by name or from a folder.
 
 A family is one file with a ``load_*`` function that returns a ``Backbone``, and one row of
-``FAMILIES``.
+``FAMILIES``; packages outside add theirs by entry points of the group ``mmrag.families``.
 """
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
-from mmrag.embedders.base import Embedder
-from mmrag.embedders.known import KNOWN, SENTENCE_TRANSFORMERS, KnownModel, find_known
+from mmrag.embedders.base import Calibration, Embedder
+from mmrag.embedders.known import KNOWN, KnownModel, find_known
 from mmrag.errors import ConfigError, ModelError
 
 if TYPE_CHECKING:
     from mmrag.modeling.backbone import Backbone
+    from mmrag.modeling.loading import DeviceMap, Placement, Quantization
+    from mmrag.modeling.prompts import PromptStyle
 
-__all__ = ["FAMILIES", "KNOWN", "Embedder", "KnownModel", "load_backbone", "load_embedder"]
+__all__ = [
+    "FAMILIES",
+    "GROUP",
+    "KNOWN",
+    "Embedder",
+    "FamilyOptions",
+    "KnownModel",
+    "all_families",
+    "load_backbone",
+    "load_embedder",
+]
 
 logger = logging.getLogger(__name__)
 
+GROUP = "mmrag.families"
+"""Entry points of this group name a family and the function that loads it."""
+
+_HERE = "mmrag.embedders.families"
 # family: module and function that load it
-FAMILIES: dict[str, tuple[str, str]] = {
-    "gme": ("gme", "load_gme"),
-    "qwen3_vl": ("qwen3_vl", "load_qwen3_vl"),
-    "wemm": ("wemm", "load_wemm"),
-    "vlm2vec_qwen2vl": ("vlm2vec_qwen2vl", "load_vlm2vec_v1"),
-    "vlm2vec_v2": ("vlm2vec_qwen2vl", "load_vlm2vec_v2"),
-    "vlm2vec_llava_next": ("llava_next", "load_vlm2vec_llava_next"),
-    "vlm2vec_phi3v": ("phi3v", "load_phi3v"),
-    "mm_embed": ("mm_embed", "load_mm_embed"),
-    "e5_v": ("llava_next", "load_e5_v"),
-    "ops_mm": ("qwen2_vl_recipes", "load_ops_mm"),
-    "dse": ("qwen2_vl_recipes", "load_dse"),
-    "lamra": ("qwen2_vl_recipes", "load_lamra"),
-    "unite": ("qwen2_vl_recipes", "load_unite"),
-    "nomic_multimodal": ("nomic_multimodal", "load_nomic_multimodal"),
-    "moca": ("moca", "load_moca"),
-    "nano": ("nano", "load_nano"),
+FAMILIES: dict[str, str] = {
+    "gme": f"{_HERE}.gme:load_gme",
+    "qwen3_vl": f"{_HERE}.qwen3_vl:load_qwen3_vl",
+    "wemm": f"{_HERE}.wemm:load_wemm",
+    "vlm2vec_qwen2vl": f"{_HERE}.vlm2vec_qwen2vl:load_vlm2vec_v1",
+    "vlm2vec_v2": f"{_HERE}.vlm2vec_qwen2vl:load_vlm2vec_v2",
+    "vlm2vec_llava_next": f"{_HERE}.llava_next:load_vlm2vec_llava_next",
+    "vlm2vec_phi3v": f"{_HERE}.phi3v:load_phi3v",
+    "mm_embed": f"{_HERE}.mm_embed:load_mm_embed",
+    "e5_v": f"{_HERE}.llava_next:load_e5_v",
+    "ops_mm": f"{_HERE}.qwen2_vl_recipes:load_ops_mm",
+    "dse": f"{_HERE}.qwen2_vl_recipes:load_dse",
+    "vdr": f"{_HERE}.qwen2_vl_recipes:load_vdr",
+    "mcdse": f"{_HERE}.qwen2_vl_recipes:load_mcdse",
+    "lamra": f"{_HERE}.qwen2_vl_recipes:load_lamra",
+    "unite": f"{_HERE}.qwen2_vl_recipes:load_unite",
+    "nomic_multimodal": f"{_HERE}.nomic_multimodal:load_nomic_multimodal",
+    "moca": f"{_HERE}.moca:load_moca",
+    "nano": f"{_HERE}.nano:load_nano",
 }
 
-# What a folder is taken for when nothing else tells: its config's model_type.
-_BY_MODEL_TYPE = {
-    "qwen2_vl": "gme",
-    "qwen3_vl": "qwen3_vl",
-    "qwen3_5": "wemm",
-    "phi3_v": "vlm2vec_phi3v",
-}
+# Not a Backbone but an Embedder of its own, for any other model.
+SENTENCE_TRANSFORMERS = "sentence-transformers"
+
+
+class FamilyOptions(TypedDict, total=False):
+    """What families take beyond the common arguments; each takes some of these.
+
+    max_length: tokens of the longest input, visual ones included; longer texts are cut.
+    min_image_tokens, max_image_tokens: bounds of one image, in visual tokens.
+    keep_end: cut a long text before the prompt's end (``qwen3_vl``).
+    style: ``demo`` or ``mmeb`` (the VLM2Vec families).
+    squash: side of the square that images are resized to, in pixels (VLM2Vec).
+    num_crops: most tiles of an image (``vlm2vec_phi3v``).
+    batch_size: items in a batch (``sentence-transformers``).
+    prompt_format: where the instruction goes, with ``{instruction}`` (``sentence-transformers``).
+    """
+
+    max_length: int
+    min_image_tokens: int | None
+    max_image_tokens: int | None
+    keep_end: bool
+    style: PromptStyle
+    squash: int | None
+    num_crops: int | None
+    batch_size: int
+    prompt_format: str | None
+
+
+def all_families() -> dict[str, EntryPoint]:
+    """Every family by its key: mmrag's own, and those that installed packages bring."""
+    own = {key: EntryPoint(key, value, GROUP) for key, value in FAMILIES.items()}
+    return {point.name: point for point in entry_points(group=GROUP)} | own
 
 
 def load_embedder(
@@ -62,46 +105,67 @@ def load_embedder(
     revision: str | None = None,
     base: str | Path | None = None,
     token_budget: int | None = None,
-    **limits: Any,
+    workers: int | None = None,
+    quantize: Quantization | None = None,
+    device_map: DeviceMap | None = None,
+    **options: Unpack[FamilyOptions],
 ) -> Embedder:
     """Load an embedder by name or from a folder.
 
     Args:
         name: ``mmrag-nano``, a checkpoint folder, or a name on the hub; a checkpoint may be a
             LoRA adapter.
-        family: the recipe to follow, a key of ``FAMILIES`` or ``sentence-transformers``; by
+        family: the recipe to follow, a key of ``all_families()`` or ``sentence-transformers``; by
             default that of the known checkpoint, or what the folder says of itself.
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:1``, ``mps``.
         dtype: ``auto``, ``float32``, ``bfloat16``, ``float16``.
         revision: branch, tag or commit on the hub.
         base: folder or name of the model that an adapter sits on, instead of the one it states.
         token_budget: tokens of a padded batch, visual ones included.
-        limits: what the family takes: ``max_length``, ``min_image_tokens``,
-            ``max_image_tokens`` and the like.
+        workers: threads that prepare texts and images; None: one for each core, at most 16.
+        quantize: ``8bit`` or ``4bit``, by bitsandbytes; None: as ``dtype`` says.
+        device_map: ``auto`` spreads a model over all devices; None: one device.
+        options: what the family takes; see ``FamilyOptions``.
 
     Raises: ModelError if it cannot be found or does not load exactly, ConfigError for options
         that are unknown.
+
+    >>> embedder = load_embedder("mmrag-nano", device="cpu", max_length=512)
+    >>> embedder.encode(["a page about wind energy"]).shape
+    (1, 384)
     """
     from mmrag.embedders.local import LocalEmbedder
+    from mmrag.modeling.checkpoints import fingerprint
     from mmrag.modeling.fast_cpu import use_fast_arithmetic
-    from mmrag.modeling.loading import fingerprint
+    from mmrag.modeling.loading import place
 
     folders = find_folders(name, revision, base)
     chosen = _choose(name, folders, family)
+    placement = place(device, dtype, quantize=quantize, device_map=device_map)
     if chosen == SENTENCE_TRANSFORMERS:
-        return _load_sentence_transformers(name, folders, device, dtype, token_budget, limits)
-    backbone = _load(folders, chosen, device, dtype, limits)
-    marker = read_marker(folders)
-    on_cpu = next(backbone.model.parameters()).device.type == "cpu"
-    if dtype == "auto" and on_cpu and marker.get("fast_on_cpu"):
+        if token_budget is not None or workers is not None:
+            raise ConfigError(f"family {chosen!r} takes batch_size, no token_budget or workers.")
+        return _load_sentence_transformers(name, folders, placement, options)
+    backbone = _load(folders, chosen, placement, options)
+    about, known = read_marker(folders), find_known(str(name))
+    on_cpu = placement.device.type == "cpu" and placement.device_map is None
+    if dtype == "auto" and on_cpu and about.get("fast_on_cpu"):
+        # No part of the fingerprint: a collection may be asked on another processor.
         use_fast_arithmetic(backbone.model)
+    calibration = known.calibration if known else None
+    if "calibration" in about:
+        calibration = Calibration.from_dict(about["calibration"])
+    moves = {"dtype": str(placement.dtype), "quantize": quantize, **backbone.settings()}
     return LocalEmbedder(
         backbone,
         name=str(name),
-        fingerprint=fingerprint(folders, backbone.settings()),
+        fingerprint=fingerprint(folders, moves),
         token_budget=token_budget,
-        prefers_text=bool(marker.get("prefers_text", False)),
-        prefers_passages=bool(marker.get("prefers_passages", False)),
+        prefers_text=bool(about.get("prefers_text", False)),
+        prefers_passages=bool(about.get("prefers_passages", False)),
+        matryoshka_dims=_matryoshka_dims(folders, known),
+        calibration=calibration,
+        workers=workers,
     )
 
 
@@ -113,18 +177,20 @@ def load_backbone(
     dtype: str = "auto",
     revision: str | None = None,
     base: str | Path | None = None,
-    **limits: Any,
+    **options: Unpack[FamilyOptions],
 ) -> Backbone:
-    """Load the Backbone alone, as training does; arguments as in ``load_embedder``."""
+    """Load the Backbone alone, as training does; arguments and errors as in ``load_embedder``."""
+    from mmrag.modeling.loading import place
+
     folders = find_folders(name, revision, base)
-    return _load(folders, _choose(name, folders, family), device, dtype, limits)
+    return _load(folders, _choose(name, folders, family), place(device, dtype), options)
 
 
 def find_folders(
     name: str | Path, revision: str | None = None, base: str | Path | None = None
 ) -> list[Path]:
     """Folder of the checkpoint, or those of the base model and of the adapter on it."""
-    from mmrag.modeling.loading import find_base, find_checkpoint, is_adapter
+    from mmrag.modeling.checkpoints import find_base, find_checkpoint, is_adapter
 
     folder = find_checkpoint(name, revision)
     if is_adapter(folder):
@@ -137,57 +203,73 @@ def find_folders(
 
 def read_marker(folders: list[Path]) -> dict[str, Any]:
     """What the folders say of themselves in mmrag's own file."""
-    from mmrag.modeling.loading import MARKER, read_json
+    from mmrag.modeling.checkpoints import MARKER, read_json
 
     return {key: value for folder in folders for key, value in read_json(folder / MARKER).items()}
 
 
 def _choose(name: str | Path, folders: list[Path], family: str | None) -> str:
-    """The recipe asked for, the folder's own, that of the known checkpoint, or a guess."""
+    """The recipe asked for, the folder's own, or that of the known checkpoint. Never a guess.
+
+    Checkpoints of one architecture are trained with different prompts, and with another one
+    every vector is wrong without any sign of it.
+    """
+    from mmrag.modeling.checkpoints import read_json
+
     known = find_known(str(name))
     if known is not None and known.non_commercial:
-        logger.warning("%s: its licence (%s) forbids commercial use.", name, known.licence)
+        logger.warning("%s: its license (%s) forbids commercial use.", name, known.license)
     own: str | None = read_marker(folders).get("family") or (known.family if known else None)
-    return family or own or _guess(folders)
+    if family or own:
+        return family or own or ""
+    folder = folders[-1]
+    if len(folders) == 1 and (folder / "modules.json").is_file():
+        logger.info("%s: a sentence-transformers model; loaded as that.", name)
+        return SENTENCE_TRANSFORMERS
+    model_type = read_json(folders[0] / "config.json").get("model_type", "unknown")
+    raise ModelError(
+        f"{name}: this checkpoint (model_type {model_type}) is not among the known ones and does "
+        f"not say which recipe it follows. Pass family=, one of {', '.join(all_families())}, or "
+        f"{SENTENCE_TRANSFORMERS}."
+    )
+
+
+def _matryoshka_dims(folders: list[Path], known: KnownModel | None) -> tuple[int, ...]:
+    from mmrag.modeling.checkpoints import read_json
+
+    own = read_marker(folders).get("matryoshka_dims") or read_json(folders[0] / "config.json").get(
+        "matryoshka_dimensions"  # as WeMM publishes it
+    )
+    return tuple(own or (known.matryoshka_dims if known else ()))
 
 
 def _load_sentence_transformers(
-    name: str | Path,
-    folders: list[Path],
-    device: str,
-    dtype: str,
-    token_budget: int | None,
-    limits: dict[str, Any],
+    name: str | Path, folders: list[Path], placement: Placement, options: Mapping[str, Any]
 ) -> Embedder:
     from mmrag.embedders.sentence_transformers import load_sentence_transformers as load
-    from mmrag.modeling.loading import place
 
     if len(folders) > 1:
         raise ConfigError(f"family={SENTENCE_TRANSFORMERS!r} takes no adapters: merge it first.")
-    if token_budget is not None:
-        raise ConfigError(f"token_budget: family {SENTENCE_TRANSFORMERS!r} takes batch_size.")
-    _check_options(load, SENTENCE_TRANSFORMERS, limits)
-    return load(folders[0], place(device, dtype), str(name), **limits)
-
-
-def _check_options(load: Callable[..., Any], family: str, limits: dict[str, Any]) -> None:
-    unknown = sorted(set(limits) - _options(load))
-    if unknown:
-        able = ", ".join(sorted(_options(load)))
-        raise ConfigError(f"{', '.join(unknown)}: unknown to family {family!r}; it takes {able}.")
+    _check_options(load, SENTENCE_TRANSFORMERS, options)
+    return load(folders[0], placement, str(name), **options)
 
 
 def _load(
-    folders: list[Path], family: str, device: str, dtype: str, limits: dict[str, Any]
+    folders: list[Path], family: str, placement: Placement, options: Mapping[str, Any]
 ) -> Backbone:
-    from mmrag.modeling.loading import place
-
-    load = _loader(family)
+    if family == SENTENCE_TRANSFORMERS:
+        raise ConfigError(f"family={family!r} embeds only, through load_embedder.")
+    if (point := all_families().get(family)) is None:
+        able = ", ".join([*all_families(), SENTENCE_TRANSFORMERS])
+        raise ConfigError(f"family={family!r} is not known: use one of {able}.")
+    load: Callable[..., Backbone] = point.load()
     own = {key: value for key, value in read_marker(folders).items() if key in _options(load)}
     if "modalities" in own:
         own["modalities"] = frozenset(own["modalities"])
-    _check_options(load, family, limits)
-    backbone = load(folders[0], place(device, dtype), **{**own, **limits})
+    _check_options(load, family, options)
+    if len(folders) > 1 and placement.quantize is not None:
+        raise ConfigError("quantize= cannot be had with an adapter: export it merged first.")
+    backbone = load(folders[0], placement, **{**own, **options})
     for adapter in folders[1:]:
         from mmrag.modeling.adapters import merge_adapter
 
@@ -195,43 +277,15 @@ def _load(
     return backbone
 
 
-def _loader(family: str) -> Callable[..., Backbone]:
-    if family == SENTENCE_TRANSFORMERS:
-        raise ConfigError(f"family={family!r} embeds only, through load_embedder.")
-    if family not in FAMILIES:
-        able = ", ".join([*FAMILIES, SENTENCE_TRANSFORMERS])
-        raise ConfigError(f"family={family!r} is not known: use one of {able}.")
-    module, function = FAMILIES[family]
-    loader: Callable[..., Backbone] = getattr(
-        importlib.import_module(f"mmrag.embedders.families.{module}"), function
-    )
-    return loader
+def _check_options(load: Callable[..., Any], family: str, options: Mapping[str, Any]) -> None:
+    able = _options(load)
+    if unknown := sorted(set(options) - able):
+        raise ConfigError(
+            f"{', '.join(unknown)}: unknown to family {family!r}; it takes "
+            f"{', '.join(sorted(able))}."
+        )
 
 
 def _options(load: Callable[..., Any]) -> set[str]:
     parameters = inspect.signature(load).parameters.values()
     return {p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
-
-
-def _guess(folders: list[Path]) -> str:
-    """Take a folder without a name or marker by its architecture, and say so."""
-    from mmrag.modeling.loading import read_json
-
-    folder = folders[-1]
-    if len(folders) > 1:
-        raise ModelError(
-            f"{folder}: cannot tell which recipe this adapter follows. Pass family=, one of "
-            f"{', '.join(FAMILIES)}."
-        )
-    config = read_json(folder / "config.json")
-    model_type = config.get("model_type", "")
-    family = _BY_MODEL_TYPE.get(model_type)
-    if family is None and (folder / "modules.json").is_file():
-        family = SENTENCE_TRANSFORMERS
-    if family is None:
-        raise ModelError(
-            f"{folder}: cannot tell which recipe this checkpoint follows (model_type "
-            f"{model_type!r}). Pass family=, one of {', '.join(FAMILIES)}."
-        )
-    logger.warning("%s: does not say its recipe; taken for family %r.", folder, family)
-    return family

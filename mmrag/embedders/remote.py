@@ -7,45 +7,32 @@ extension of the protocol and takes one item a request
 
 from __future__ import annotations
 
-import base64
 import hashlib
-import io
 import json
 import logging
 import math
-import random
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
 import numpy as np
 from numpy.typing import NDArray
-from rich.console import Console
-from rich.progress import Progress
 
-from mmrag.content import (
-    DEFAULT_LIMITS,
-    Content,
-    ContentLike,
-    ImageLimits,
-    ImageSource,
-    Modality,
-    as_content,
-    load_image,
-)
-from mmrag.embedders.base import check_dim, truncate_normalise
+from mmrag.content import DEFAULT_LIMITS, Content, ContentLike, ImageLimits, Modality, load_image
+from mmrag.embedders.base import Calibration, as_items, check_dim, truncate_normalise
+from mmrag.embedders.known import find_known
+from mmrag.embedders.progress import progress_bar
 from mmrag.errors import ConfigError, ContentError, EndpointError
 from mmrag.instructions import resolve
+from mmrag.prompting import data_url
+from mmrag.retries import RETRIED_STATUS, BusyError, Deadline, with_retries
 
 logger = logging.getLogger(__name__)
 
 ALL_MODALITIES: frozenset[Modality] = frozenset(("text", "image", "fused"))
-_RETRIED_STATUS = frozenset((408, 425, 429, 500, 502, 503, 504))
-_FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 8.0  # seconds between tries, doubled each time
 
 
 class RemoteEmbedder:
@@ -72,7 +59,13 @@ class RemoteEmbedder:
         retries: how often a request is repeated after a busy, broken or absent answer.
         limits: bounds on images. They are sent as PNG, upright, at full size.
 
-    Raises: EndpointError if ``dim`` is not given and the server does not answer.
+    Raises: EndpointError if ``dim`` is not given and the server does not answer; ConfigError for
+        options that make no sense.
+
+    >>> embedder = RemoteEmbedder(
+    ...     "Qwen/Qwen3-VL-Embedding-2B", "http://localhost:8000/v1", dim=2048, chat=True
+    ... )
+    >>> embedder.encode(["wind energy"])  # doctest: +SKIP
     """
 
     family = "remote"
@@ -115,6 +108,9 @@ class RemoteEmbedder:
         self._url = _embeddings_url(base_url)
         self._api_key = _checked_key(api_key)
         self._connect()
+        known = find_known(model)
+        self.matryoshka_dims = known.matryoshka_dims if known else ()
+        self.calibration: Calibration | None = known.calibration if known else None
         self.dim = self._find_dim() if dim is None else dim
         self.fingerprint = self._fingerprint()
 
@@ -143,7 +139,7 @@ class RemoteEmbedder:
 
     def _find_dim(self) -> int:
         item = Content(text="How long are the vectors?")
-        return int(self._post(self._body([item]), 1, _Call(self.deadline)).shape[1])
+        return int(self._post(self._body([item]), 1, Deadline(self.deadline)).shape[1])
 
     def encode(
         self,
@@ -157,16 +153,14 @@ class RemoteEmbedder:
         Raises: EndpointError if the server refuses, stays silent or answers nonsense; the
             vectors of the other items are lost with it.
         """
-        kept = check_dim(dim, self.dim)
-        task = resolve(instruction)
-        items = [self._item(index, value, task) for index, value in enumerate(contents)]
+        kept = check_dim(dim, self.dim, self.matryoshka_dims)
+        items = as_items(self, contents, instruction)
         vectors = np.zeros((len(items), self.dim), dtype=np.float32)
-        call = _Call(self.deadline)
+        call = Deadline(self.deadline)
         with (
             ThreadPoolExecutor(self.concurrency, thread_name_prefix="mmrag-remote") as pool,
-            Progress(console=Console(stderr=True), disable=not progress) as bar,
+            progress_bar(len(items), progress) as advance,
         ):
-            shown = bar.add_task("embedding", total=len(items))
             jobs = {
                 pool.submit(self._embed, [items[i] for i in job], job, call): job
                 for job in self._jobs(items)
@@ -174,25 +168,12 @@ class RemoteEmbedder:
             try:
                 for future in as_completed(jobs):
                     vectors[jobs[future]] = future.result()
-                    bar.advance(shown, len(jobs[future]))
+                    advance(len(jobs[future]))
             finally:
                 call.stop.set()
                 for future in jobs:
                     future.cancel()
         return truncate_normalise(vectors, kept)
-
-    def _item(self, index: int, value: ContentLike, task: str | None) -> Content:
-        try:
-            content = as_content(value)
-        except ContentError as error:
-            raise ContentError(f"item {index}: {error}") from error
-        if content.modality not in self.modalities:
-            able = ", ".join(sorted(self.modalities))
-            raise ContentError(
-                f"item {index}: {self.name} cannot embed {content.modality}, only {able}."
-            )
-        own = resolve(content.instruction) if content.instruction is not None else task
-        return Content(content.text, content.image, own or self.document_instruction)
 
     def _jobs(self, items: Sequence[Content]) -> Iterator[list[int]]:
         """Indices of the items of each request: texts together, images alone."""
@@ -203,7 +184,7 @@ class RemoteEmbedder:
         yield from ([i] for i in range(len(items)) if i not in together)
 
     def _embed(
-        self, items: Sequence[Content], indices: Sequence[int], call: _Call
+        self, items: Sequence[Content], indices: Sequence[int], call: Deadline
     ) -> NDArray[np.float32]:
         where = f"item {indices[0]}" if len(indices) == 1 else f"items {indices[0]}-{indices[-1]}"
         try:
@@ -224,31 +205,39 @@ class RemoteEmbedder:
             return {**body, "messages": self._messages(items[0])}
         return {**body, "input": [self._text(item) for item in items]}
 
+    def _task(self, item: Content) -> str | None:
+        """The instruction of an item; an empty one is none at all."""
+        task = self.document_instruction if item.instruction is None else item.instruction
+        return task or None
+
     def _text(self, item: Content) -> str:
-        if self.chat or item.instruction is None:
+        task = self._task(item)
+        if self.chat or task is None:
             return item.text or ""
-        return self.instruction_format.format(
-            instruction=item.instruction, text=item.text or ""
-        ).rstrip()
+        return self.instruction_format.format(instruction=task, text=item.text or "").rstrip()
 
     def _messages(self, item: Content) -> list[dict[str, Any]]:
         parts: list[dict[str, Any]] = [
-            {"type": "image_url", "image_url": {"url": _data_url(image, self.limits)}}
-            for image in item.images
+            {"type": "image_url", "image_url": {"url": data_url(load_image(i, limits=self.limits))}}
+            for i in item.images
         ]
         text = self._text(item)
         if text or not parts:
             parts.append({"type": "text", "text": text})
         user = {"role": "user", "content": parts}
-        if not self.chat or item.instruction is None:
+        task = self._task(item)
+        if not self.chat or task is None:
             return [user]
-        task = [{"type": "text", "text": item.instruction}]
-        return [{"role": "system", "content": task}, user]
+        return [{"role": "system", "content": [{"type": "text", "text": task}]}, user]
 
-    def _post(self, body: dict[str, Any], n: int, call: _Call) -> NDArray[np.float32]:
+    def _post(self, body: dict[str, Any], n: int, call: Deadline) -> NDArray[np.float32]:
         """Vectors of one request, tried again with growing pauses. Shape (n, dim)."""
         raw = json.dumps(body).encode()
-        for attempt in range(self.retries + 1):
+        tries = 0
+
+        def ask() -> bytes:
+            nonlocal tries
+            tries += 1
             asked: float | None = None
             try:
                 status, answer, asked = self._send(raw, call)
@@ -256,22 +245,16 @@ class RemoteEmbedder:
                 problem = f"cannot be reached ({type(error).__name__}: {error})"
             else:
                 if status == 200:
-                    return self._vectors(answer, n)
+                    return answer
                 problem = f"answers {status}: {_excerpt(answer)}"
-                if status not in _RETRIED_STATUS:
+                if status not in RETRIED_STATUS:
                     raise self._error(problem + _hint(status))
-            pause = min(_FIRST_PAUSE * 2**attempt, _LONGEST_PAUSE) * random.uniform(1.0, 1.25)
-            if asked is not None:
-                pause = min(asked, self.timeout)
-            failure = self._error(f"{problem}, tried {attempt + 1} times")
-            if attempt == self.retries or pause >= call.left():
-                raise failure
-            logger.info("%s Trying again in %.1f s.", failure, pause)
-            if call.stop.wait(pause):
-                raise failure
-        raise AssertionError("unreachable")
+            pause = None if asked is None else min(asked, self.timeout)
+            raise BusyError(self._error(f"{problem}, tried {tries} times"), pause)
 
-    def _send(self, raw: bytes, call: _Call) -> tuple[int, bytes, float | None]:
+        return self._vectors(with_retries(ask, self.retries, call), n)
+
+    def _send(self, raw: bytes, call: Deadline) -> tuple[int, bytes, float | None]:
         """Status, body and the pause that the server asks for; raises httpx.RequestError."""
         if not self._slots.acquire(timeout=min(call.left(), threading.TIMEOUT_MAX)):
             raise httpx.PoolTimeout("the deadline passed while waiting for a free connection")
@@ -314,21 +297,6 @@ class RemoteEmbedder:
         return EndpointError(message.replace(self._api_key, "***") if self._api_key else message)
 
 
-@dataclass(frozen=True)
-class _Call:
-    """One call of ``encode``: when it must be over, and whether it already is."""
-
-    seconds: float | None
-    started: float = field(default_factory=time.monotonic)
-    stop: threading.Event = field(default_factory=threading.Event)
-
-    def left(self) -> float:
-        """Seconds to the deadline."""
-        if self.seconds is None:
-            return math.inf
-        return max(0.0, self.started + self.seconds - time.monotonic())
-
-
 def _embeddings_url(base_url: str) -> str:
     if not base_url.startswith(("http://", "https://")):
         raise ConfigError("base_url must begin with http:// or https://.")
@@ -352,12 +320,6 @@ def _shown(url: str) -> str:
     scheme, _, rest = url.partition("://")
     host, slash, path = rest.partition("/")
     return f"{scheme}://{host.rpartition('@')[2]}{slash}{path.partition('?')[0]}"
-
-
-def _data_url(image: ImageSource, limits: ImageLimits) -> str:
-    buffer = io.BytesIO()
-    load_image(image, limits=limits).save(buffer, "PNG", compress_level=1)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 def _retry_after(response: httpx.Response) -> float | None:

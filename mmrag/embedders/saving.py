@@ -11,7 +11,7 @@ import torch
 
 from mmrag.errors import ModelError
 from mmrag.modeling.backbone import Backbone
-from mmrag.modeling.loading import MARKER, read_json
+from mmrag.modeling.checkpoints import MARKER, read_json
 
 # Weights and their index are written anew; everything else of the source describes them.
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".index.json")

@@ -7,6 +7,7 @@ never run.
 
 from __future__ import annotations
 
+import json
 import logging
 import threading
 from collections.abc import Sequence
@@ -15,15 +16,14 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from rich.console import Console
-from rich.progress import Progress
 
-from mmrag.content import Content, ContentLike, Modality, as_content, load_image
-from mmrag.embedders.base import check_dim, truncate_normalise
+from mmrag.content import Content, ContentLike, Modality, load_image
+from mmrag.embedders.base import Calibration, as_items, check_dim, truncate_normalise
 from mmrag.embedders.known import SENTENCE_TRANSFORMERS
-from mmrag.errors import ConfigError, ContentError, ModelError
-from mmrag.instructions import resolve
-from mmrag.modeling.loading import Placement, fingerprint
+from mmrag.embedders.progress import progress_bar
+from mmrag.errors import ConfigError, ContentError, ModelError, naming
+from mmrag.modeling.checkpoints import fingerprint
+from mmrag.modeling.loading import Placement, check_finite, check_weights, quiet
 
 logger = logging.getLogger(__name__)
 
@@ -39,8 +39,17 @@ class SentenceTransformersEmbedder:
     goes: into ``prompt_format``, such as ``"Instruct: {instruction} Query: "``, if given; into
     the system turn of a model with a chat template; else nowhere, for a model without either
     was not trained on instructions.
+
+    >>> from sentence_transformers import SentenceTransformer  # doctest: +SKIP
+    >>> model = SentenceTransformer("sentence-transformers/all-MiniLM-L6-v2")  # doctest: +SKIP
+    >>> embedder = SentenceTransformersEmbedder(
+    ...     model, name="MiniLM", fingerprint="1"
+    ... )  # doctest: +SKIP
+    >>> embedder.encode(["a text"]).shape  # doctest: +SKIP
+    (1, 384)
     """
 
+    calibration: Calibration | None = None
     family = SENTENCE_TRANSFORMERS
 
     def __init__(
@@ -81,30 +90,16 @@ class SentenceTransformersEmbedder:
     ) -> NDArray[np.float32]:
         """Embed contents of any mix of modalities; see ``Embedder.encode``."""
         kept = check_dim(dim, self.dim)
-        task = resolve(instruction)
-        items = [self._item(index, value, task) for index, value in enumerate(contents)]
+        items = as_items(self, contents, instruction)
+        for index, item in enumerate(items):
+            if len(item.images) > 1:
+                raise ContentError(f"item {index}: {self.name} takes one image per item.")
         vectors = np.zeros((len(items), self.dim), dtype=np.float32)
-        with Progress(console=Console(stderr=True), disable=not progress) as bar:
-            task_id = bar.add_task("embedding", total=len(items))
+        with progress_bar(len(items), progress) as advance:
             for indices in self._batches(items):
                 vectors[indices] = self._run(indices, items)
-                bar.advance(task_id, len(indices))
+                advance(len(indices))
         return truncate_normalise(vectors, kept)
-
-    def _item(self, index: int, value: ContentLike, task: str | None) -> Content:
-        try:
-            content = as_content(value)
-        except ContentError as error:
-            raise ContentError(f"item {index}: {error}") from error
-        if content.modality not in self.modalities:
-            able = ", ".join(sorted(self.modalities))
-            raise ContentError(
-                f"item {index}: {self.name} cannot embed {content.modality}, only {able}."
-            )
-        if len(content.images) > 1:
-            raise ContentError(f"item {index}: {self.name} takes one image per item.")
-        own = resolve(content.instruction) if content.instruction is not None else task
-        return Content(content.text, content.image, own)
 
     def _batches(self, items: Sequence[Content]) -> list[list[int]]:
         """Indices of items that share modality and instruction, longest text first."""
@@ -134,10 +129,8 @@ class SentenceTransformersEmbedder:
     def _input(self, index: int, item: Content) -> Any:
         if not item.images:
             return item.text
-        try:
+        with naming(f"item {index}"):
             image = load_image(item.images[0])
-        except ContentError as error:
-            raise ContentError(f"item {index}: {error}") from error
         return image if item.text is None else {"image": image, "text": item.text}
 
     def _prompt(self, instruction: str) -> str | None:
@@ -167,20 +160,24 @@ def load_sentence_transformers(
         raise ConfigError(
             "sentence-transformers is not installed: pip install 'mmrag[st]'."
         ) from error
+    if placement.quantize is not None or placement.device_map is not None:
+        raise ConfigError(f"family {SENTENCE_TRANSFORMERS!r} takes no quantize or device_map.")
     if not (folder / "modules.json").is_file():
         raise ModelError(
             f"{folder}: modules.json is missing, so it is no sentence-transformers model, and how "
             "it pools is not known."
         )
     try:
-        model = SentenceTransformer(
-            str(folder),
-            device=str(placement.device),
-            model_kwargs={"dtype": placement.dtype},
-            local_files_only=True,
-        )
+        with quiet():
+            model = SentenceTransformer(
+                str(folder),
+                device=str(placement.device),
+                model_kwargs={"dtype": placement.dtype},
+                local_files_only=True,
+            )
     except (OSError, ValueError, KeyError, RuntimeError, TypeError, ImportError) as error:
         raise ModelError(f"{folder}: sentence-transformers cannot load it ({error}).") from error
+    _check_transformers(model, folder)
     if max_length is not None:
         model.max_seq_length = max_length
     settings = {
@@ -189,6 +186,7 @@ def load_sentence_transformers(
         "default_prompt": model.default_prompt_name,
         "prompt_format": prompt_format,
         "max_length": max_length,
+        "dtype": str(placement.dtype),
     }
     modules = sorted(path for path in folder.iterdir() if path.is_dir())
     return SentenceTransformersEmbedder(
@@ -198,3 +196,26 @@ def load_sentence_transformers(
         batch_size=batch_size,
         prompt_format=prompt_format,
     )
+
+
+def _check_transformers(model: Any, folder: Path) -> None:
+    """Raise ModelError for weights that are not in the files, or not finite.
+
+    sentence-transformers fills what is missing at random, with no more than a log line.
+    """
+    described = json.loads((folder / "modules.json").read_text(encoding="utf-8"))
+    for part, row in zip(model.children(), described, strict=True):
+        inner = getattr(part, "auto_model", None)
+        if inner is None:
+            continue
+        # A pooler that no modality reads may be missing, as in models trained without one.
+        outputs = [how.get("method_output_name") for how in part.modality_config.values()]
+        ignored = () if "pooler_output" in outputs else ("pooler.",)
+        check_weights(
+            type(inner),
+            folder / row["path"],
+            unused=("",),
+            missing_unused=ignored,
+            config=inner.config,
+        )
+    check_finite(model, folder)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from mmrag.content import as_content
 from mmrag.embedders import load_backbone
+from mmrag.modeling.backbone import inputs_of
 
 
 class UniversalModule(InputModule):  # type: ignore[misc]
@@ -41,7 +42,7 @@ class UniversalModule(InputModule):  # type: ignore[misc]
     ) -> dict[str, Any]:
         """Prepare inputs; they stay on the CPU until ``forward``."""
         contents = [as_content(value) for value in inputs]
-        items = [self.backbone.prepare(content, prompt or None) for content in contents]
+        items = [inputs_of(self.backbone, content, prompt or None) for content in contents]
         return {"prepared": items}
 
     def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from llama_index.core.base.llms.types import (
     TextBlock,
 )
 from llama_index.core.bridge.pydantic import Field, PrivateAttr
+from llama_index.core.callbacks import CallbackManager
 from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_callback
 from llama_index.core.llms.custom import CustomLLM
 from PIL import Image
@@ -37,9 +38,11 @@ from transformers.models.auto import AutoModelForImageTextToText
 from mmrag.content import load_image
 from mmrag.errors import ConfigError, ContentError, ModelError
 from mmrag.modeling.chat import NATIVE, load_processor, process, special_marks
-from mmrag.modeling.loading import find_checkpoint, load_exact, place, read_json
+from mmrag.modeling.checkpoints import find_checkpoint, read_json
+from mmrag.modeling.loading import DeviceMap, Quantization, load_exact, place
+from mmrag.modeling.prompts import expand
 from mmrag.modeling.qwen_images import ImageRule, read_image_rule, resize, to_patches
-from mmrag.modeling.qwen_vl import expand, load_tokenizer, use_matmul_patch_embed
+from mmrag.modeling.qwen_vl import load_qwen_parts
 from mmrag.prompting import broken_up
 
 Inputs = dict[str, Any]
@@ -54,15 +57,19 @@ class LocalLLM(CustomLLM):
 
     Args:
         model: a name on the hub or a checkpoint folder, of any image-text-to-text model.
-        device, dtype, revision: as in ``load_embedder``.
+        device, dtype, revision, quantize, device_map: as in ``load_embedder``.
         context_window: in tokens; by default what the checkpoint says.
         max_tokens: longest answer.
         max_image_tokens: most visual tokens of one image, 1280 by default; for the Qwen-VL
             families alone.
+        system_prompt: stands before every conversation; None: nothing does.
 
     Raises: ConfigError for options that make no sense, ModelError if the checkpoint cannot be
         found or does not load exactly. Chats raise ContentError for a prompt that does not fit,
         and for blocks that are no text or image.
+
+    >>> llm = LocalLLM("Qwen/Qwen3-VL-2B-Instruct", dtype="bfloat16")  # doctest: +SKIP
+    >>> print(llm.complete("What makes wind?"))  # doctest: +SKIP
     """
 
     model_name: str = Field(description="Name or folder.")
@@ -84,21 +91,22 @@ class LocalLLM(CustomLLM):
         context_window: int | None = None,
         max_tokens: int = 1024,
         max_image_tokens: int | None = None,
-        **kwargs: Any,
+        quantize: Quantization | None = None,
+        device_map: DeviceMap | None = None,
+        system_prompt: str | None = None,
+        callback_manager: CallbackManager | None = None,
     ) -> None:
         if max_tokens < 1:
             raise ConfigError(f"max_tokens={max_tokens}: give at least 1.")
         folder = find_checkpoint(model, revision)
-        placement = place(device, dtype)
+        placement = place(device, dtype, quantize=quantize, device_map=device_map)
         kind = read_json(folder / "config.json").get("model_type")
         prepare: Prepare
         if kind in NATIVE:
-            tokenizer = load_tokenizer(folder)
+            loaded, tokenizer = load_qwen_parts(NATIVE[kind][0], folder, placement)
             most = _MOST_IMAGE_TOKENS if max_image_tokens is None else max_image_tokens
             rule = read_image_rule(folder).with_tokens(None, most)
             prepare = _QwenInputs(tokenizer, _template(folder, tokenizer), rule)
-            loaded = load_exact(NATIVE[kind][0], folder, placement)
-            use_matmul_patch_embed(loaded.model.visual)
         elif max_image_tokens is not None:
             raise ConfigError(f"max_image_tokens is for the Qwen-VL families, not for {kind}.")
         else:
@@ -110,7 +118,8 @@ class LocalLLM(CustomLLM):
             model_name=str(model),
             context_window=window,
             max_tokens=min(max_tokens, window // 4),
-            **kwargs,
+            system_prompt=system_prompt,
+            callback_manager=callback_manager or CallbackManager(),
         )
         self._model, self._tokenizer, self._prepare = loaded, tokenizer, prepare
         self._marks = special_marks(tokenizer)
@@ -343,5 +352,5 @@ def _template(folder: Path, tokenizer: Any) -> str:
 def _window(model: Any) -> int:
     window = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if not isinstance(window, int):
-        raise ModelError("The checkpoint does not say how long its context is: context_window=.")
+        raise ModelError("config.json has no max_position_embeddings; pass context_window=.")
     return window

@@ -27,7 +27,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mmrag.errors import ModelError
-from mmrag.modeling.loading import ADAPTER_CONFIG, check_keys
+from mmrag.modeling.checkpoints import ADAPTER_CONFIG
+from mmrag.modeling.loading import check_keys
 
 _PREFIX = "base_model.model."
 _PART = re.compile(r"(?P<module>.+?)\.(?P<part>lora_[AB]\.(?:weight|bias)|lora_magnitude_vector)")

@@ -3,12 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from mmrag.content import Content, Modality
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """One item as it will be shown to the model, before any image is decoded.
+
+    content: the item, its instruction included.
+    ids: tokens, images widened to their visual ones.
+    sizes: width and height of each image as the model sees it, in pixels.
+    """
+
+    content: Content
+    ids: list[int]
+    sizes: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def n_tokens(self) -> int:
+        """Length of the sequence the decoder sees, visual tokens included."""
+        return len(self.ids)
 
 
 class Inputs(Protocol):
@@ -23,8 +43,14 @@ class Inputs(Protocol):
 class Backbone(Protocol):
     """One model family: its prompt, image rule, positions, pooling and end token.
 
-    ``prepare`` runs on the CPU in threads; ``forward`` runs the model, differentiably, and is
-    the very function that training uses.
+    ``plan`` and ``prepare`` run on the CPU in threads; ``forward`` runs the model,
+    differentiably, and is the very function that training uses.
+
+    >>> from mmrag.embedders import load_backbone
+    >>> backbone = load_backbone("mmrag-nano", device="cpu")
+    >>> plan = backbone.plan(Content("wind energy"), None)
+    >>> backbone.forward([backbone.prepare(plan)]).shape
+    torch.Size([1, 384])
     """
 
     family: str
@@ -32,12 +58,17 @@ class Backbone(Protocol):
     modalities: frozenset[Modality]
     model: torch.nn.Module
 
-    def cost(self, content: Content, instruction: str | None) -> int:
-        """Number of tokens, visual ones included, without decoding any image."""
+    def plan(self, content: Content, instruction: str | None) -> Plan:
+        """Tokens of one item and the sizes of its images, by their headers alone.
+
+        ``None`` means a document; an empty instruction a query without a task.
+
+        Raises: ContentError if it cannot be used.
+        """
         ...
 
-    def prepare(self, content: Content, instruction: str | None) -> Inputs:
-        """Token ids and pixels of one item. Raises ContentError if it cannot be used."""
+    def prepare(self, plan: Plan) -> Inputs:
+        """Token ids and pixels of one item. Raises ContentError if an image is broken."""
         ...
 
     def forward(self, batch: Sequence[Any]) -> Tensor:
@@ -45,5 +76,10 @@ class Backbone(Protocol):
         ...
 
     def settings(self) -> dict[str, Any]:
-        """Everything besides the weights that moves vectors: limits, prompts, pooling."""
+        """Everything besides the checkpoint that moves vectors: limits, prompts, pooling."""
         ...
+
+
+def inputs_of(backbone: Backbone, content: Content, instruction: str | None) -> Any:
+    """Inputs of one item, planned and prepared at once, for those who batch by themselves."""
+    return backbone.prepare(backbone.plan(content, instruction))

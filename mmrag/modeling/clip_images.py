@@ -1,4 +1,4 @@
-"""Pictures for CLIP towers, which see squares of one size: squashing, cutting into tiles.
+"""Images for CLIP towers, which see squares of one size: squashing, cutting into tiles.
 
 An image becomes one view of the whole, squashed to a square, and in most families tiles of a
 larger version of it. A tile's patches are its features, in rows; the rows of all tiles together
@@ -14,16 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
 from mmrag.content import Content, ImageSource
 from mmrag.errors import ContentError, ModelError
-from mmrag.modeling.loading import read_json
-from mmrag.modeling.qwen_images import CLIP_MEAN, CLIP_STD
+from mmrag.modeling.checkpoints import read_json
+from mmrag.modeling.qwen_images import CLIP_MEAN, CLIP_STD, pixels_of
 
 # Weights of towers are published one level deeper than transformers has them since 5.6; not
 # every release renames them by itself.
@@ -49,17 +47,18 @@ class ClipRule:
         """Features in a row of a tile."""
         return self.side // self.patch
 
-    def pixels(self, image: Image.Image) -> Tensor:
-        """Normalised pixels of an RGB image, (3, height, width), float32."""
-        mean, std = np.array(self.mean, np.float32), np.array(self.std, np.float32)
-        scaled = np.asarray(image, dtype=np.float32) / np.float32(255)
-        normalised: NDArray[np.float32] = (scaled - mean) / std
-        return torch.from_numpy(np.ascontiguousarray(normalised.transpose(2, 0, 1)))
+    def normalise(self, pixels: Tensor) -> Tensor:
+        """Scale and normalise (images, 3, height, width), uint8, to float32, on their device."""
+        # Divided by tensors, not by numbers: see ``qwen_images.cut_patches``.
+        white = torch.tensor(255, dtype=torch.float32, device=pixels.device)
+        mean = torch.tensor(self.mean, device=pixels.device).view(3, 1, 1)
+        std = torch.tensor(self.std, device=pixels.device).view(3, 1, 1)
+        return (pixels.float() / white - mean) / std
 
     def whole(self, image: Image.Image) -> Tensor:
-        """The image squashed to one square view, (1, 3, side, side)."""
+        """The image squashed to one square view, (1, 3, side, side), uint8."""
         squashed = image.resize((self.side, self.side), Image.Resampling.BICUBIC)
-        return self.pixels(squashed).unsqueeze(0)
+        return channels_first(squashed).unsqueeze(0)
 
     def grid(self, width: int, height: int) -> tuple[int, int]:
         """(height, width) among ``grids`` that keeps most of an image and wastes least."""
@@ -72,7 +71,7 @@ class ClipRule:
         return max(self.grids, key=kept_and_spared)
 
     def anyres(self, image: Image.Image) -> Tensor:
-        """The whole view and then the tiles of the image on black, (tiles, 3, side, side)."""
+        """The whole view, then the tiles of the image on black: (tiles, 3, side, side), uint8."""
         width, height = image.size
         grid_height, grid_width = self.grid(width, height)
         if grid_width / width < grid_height / height:
@@ -82,7 +81,7 @@ class ClipRule:
         canvas = Image.new("RGB", (grid_width, grid_height))
         corner = (grid_width - size[0]) // 2, (grid_height - size[1]) // 2
         canvas.paste(image.resize(size, Image.Resampling.BICUBIC), corner)
-        return torch.cat([self.whole(image), cut(self.pixels(canvas), self.side)])
+        return torch.cat([self.whole(image), cut(channels_first(canvas), self.side)])
 
     def inner(self, width: int, height: int) -> tuple[slice, slice]:
         """Rows and columns of the feature map that show the image and not its black border."""
@@ -113,6 +112,11 @@ def read_clip_rule(folder: Path, patch: int) -> ClipRule:
     )
 
 
+def channels_first(image: Image.Image) -> Tensor:
+    """Pixels of an RGB image, (3, height, width), uint8."""
+    return pixels_of(image).permute(2, 0, 1)
+
+
 def cut(pixels: Tensor, side: int) -> Tensor:
     """Cut (channels, height, width) into squares, row by row: (tiles, channels, side, side)."""
     channels, height, width = pixels.shape
@@ -130,6 +134,7 @@ def join(features: Tensor, rows: int, columns: int) -> Tensor:
 def tower_features(tower: Any, pixels: Tensor, layer: int) -> Tensor:
     """States of a CLIP tower after ``layer``, without the class token: (tiles, n * n, dim).
 
+    ``pixels`` are normalised, (tiles, 3, side, side).
     Layers count as hidden states do: 0 is before the first, -1 after the last.
     """
     # Asking the tower for its hidden states would leave hooks in it that cannot be pickled.
@@ -145,7 +150,7 @@ def place_features(embeds: Tensor, places: Tensor, features: Sequence[Tensor]) -
     """Put the features of images, in order, where ``places`` (batch, length) is true."""
     if not features:
         return embeds
-    flat = torch.cat(list(features)).to(embeds.dtype)
+    flat = torch.cat(list(features)).to(embeds.device, embeds.dtype)
     return embeds.masked_scatter(places.unsqueeze(-1).expand_as(embeds), flat)
 
 

@@ -1,4 +1,4 @@
-"""Finding a checkpoint, placing it, and loading it exactly: no weight is ever made up.
+"""Placing a model and loading it exactly: no weight is ever made up.
 
 Every family loads through ``load_exact``, which compares the names and shapes in the file with
 those of the model and refuses anything but a perfect match.
@@ -6,55 +6,77 @@ those of the model and refuses anything but a perfect match.
 
 from __future__ import annotations
 
-import hashlib
-import json
-import logging
+import pickle
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from mmrag.errors import ConfigError, ModelError
+from mmrag.modeling.checkpoints import check_weight_files, read_json
 
-logger = logging.getLogger(__name__)
-
-SHIPPED = Path(__file__).parents[1] / "models"
-MARKER = "mmrag.json"
-ADAPTER_CONFIG = "adapter_config.json"
-_WHOLE_BYTES = 1 << 28
-_SAMPLES, _SAMPLE_BYTES = 1024, 1 << 16
-_HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.bin"]
+Quantization: TypeAlias = Literal["8bit", "4bit"]
+DeviceMap: TypeAlias = Literal["auto"]
+_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+# What transformers raises for checkpoints that it cannot use.
+_UNLOADABLE = (
+    *(OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError, ImportError),
+    *(EOFError, pickle.UnpicklingError),
+)
 
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """Where and how a model runs; ``attention`` is a name that transformers knows."""
+    """Where and how a model runs.
+
+    attention: an implementation that transformers knows.
+    quantize: of the linear layers, by bitsandbytes; None for none.
+    device_map: ``auto`` spreads a model over all devices, by accelerate; None for one device.
+    """
 
     device: torch.device
     dtype: torch.dtype
     attention: str
+    quantize: Quantization | None = None
+    device_map: DeviceMap | None = None
 
 
-def place(device: str = "auto", dtype: str | torch.dtype = "auto") -> Placement:
+def place(
+    device: str = "auto",
+    dtype: str | torch.dtype = "auto",
+    *,
+    quantize: Quantization | None = None,
+    device_map: DeviceMap | None = None,
+) -> Placement:
     """Choose CUDA, then MPS, then the CPU; bfloat16 on CUDA where it has it, else float32.
 
-    Raises: ConfigError for a device that is not here or a dtype that is unknown.
+    Raises: ConfigError for a device that is not here, a dtype or a way to quantise that is
+        unknown, and for libraries that are missing.
     """
     try:
         chosen = torch.device(_best_device() if device == "auto" else device)
     except RuntimeError as error:
         raise ConfigError(f"device={device!r} is not known: use auto, cpu, cuda or mps.") from error
-    if chosen.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"device={device!r}: torch sees no CUDA device here; use cpu or auto.")
+    if chosen.type == "meta":
+        raise ConfigError("device='meta' holds no weights: use auto, cpu, cuda or mps.")
+    try:
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        first = str(error).partition("\n")[0]
+        raise ConfigError(f"device={device!r} is not here ({first}); use auto or cpu.") from error
+    if device_map not in (None, *get_args(DeviceMap)):
+        raise ConfigError(f"device_map={device_map!r} is not known: use auto, or leave it out.")
+    if device_map is not None and device != "auto":
+        raise ConfigError("device_map chooses the devices itself: leave out device.")
+    _check_quantize(quantize)
     precision = _dtype(dtype, chosen)
     half = precision in (torch.float16, torch.bfloat16)
     flash = chosen.type == "cuda" and half and _has_flash_attention()
-    return Placement(chosen, precision, "flash_attention_2" if flash else "sdpa")
+    attention = "flash_attention_2" if flash else "sdpa"
+    return Placement(chosen, precision, attention, quantize, device_map)
 
 
 def _best_device() -> str:
@@ -70,10 +92,21 @@ def _dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
         if device.type != "cuda":
             return torch.float32
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
-    named = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-    if dtype not in named:
-        raise ConfigError(f"dtype={dtype!r} is not known: use auto, {', '.join(named)}.")
-    return named[dtype]
+    if dtype not in _DTYPES:
+        raise ConfigError(f"dtype={dtype!r} is not known: use auto, {', '.join(_DTYPES)}.")
+    return _DTYPES[dtype]
+
+
+def _check_quantize(quantize: Quantization | None) -> None:
+    if quantize is None:
+        return
+    if quantize not in get_args(Quantization):
+        ways = ", ".join(get_args(Quantization))
+        raise ConfigError(f"quantize={quantize!r} is not known: use {ways}, or leave it out.")
+    from transformers.utils import is_bitsandbytes_available
+
+    if not is_bitsandbytes_available():
+        raise ConfigError("quantize= needs bitsandbytes: pip install bitsandbytes.")
 
 
 def _has_flash_attention() -> bool:
@@ -82,106 +115,175 @@ def _has_flash_attention() -> bool:
     return bool(is_flash_attn_2_available())
 
 
-def find_checkpoint(name: str | Path, revision: str | None = None) -> Path:
-    """Folder of a checkpoint: a folder as given, one shipped with mmrag, or one from the hub.
-
-    Raises: ModelError if there is neither such a folder nor such a model within reach.
-    """
-    folder = Path(name)
-    if folder.is_dir():
-        return folder
-    shipped = SHIPPED / str(name)
-    if "/" not in str(name) and shipped.is_dir():
-        return shipped
-    try:
-        return Path(snapshot_download(str(name), revision=revision, allow_patterns=_HUB_FILES))
-    except HFValidationError as error:
-        raise ModelError(f"{name}: there is no such folder, and it is not a hub name.") from error
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise ModelError(
-            f"{name}: there is no such folder, and it could not be downloaded from the hub "
-            f"({type(error).__name__}). Check the name and the network, or give a folder."
-        ) from error
-
-
-def is_adapter(folder: Path) -> bool:
-    """Whether a folder holds an adapter, which needs a base model."""
-    return (folder / ADAPTER_CONFIG).is_file()
-
-
-def find_base(adapter: Path, base: str | Path | None = None, known: str | None = None) -> Path:
-    """Folder of the model that an adapter sits on: ``base``, else what the adapter states.
-
-    That is often a path on the machine it was trained on; where there is no such folder here,
-    ``known``, the base of a published adapter, goes first.
-
-    Raises: ModelError if the adapter does not say and nothing else is given.
-    """
-    if base is not None:
-        return find_checkpoint(base)
-    config = read_json(adapter / ADAPTER_CONFIG)
-    stated = config.get("base_model_name_or_path")
-    if known is not None and not (stated and Path(stated).is_dir()):
-        return find_checkpoint(known)
-    if not stated:
-        raise ModelError(f"{adapter}: {ADAPTER_CONFIG} does not name the base model; pass base=.")
-    return find_checkpoint(stated, config.get("revision"))
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Content of a JSON file of a checkpoint; empty if there is no such file."""
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ModelError(f"{path}: not valid JSON ({error}).") from error
-    if not isinstance(value, dict):
-        raise ModelError(f"{path}: a JSON object is expected.")
-    return value
-
-
 def load_exact(
     model_class: Any,
     folder: Path,
     placement: Placement,
     *,
     unused: Iterable[str] = (),
-    **kwargs: Any,
+    config: Any = None,
+    key_mapping: dict[str, str] | None = None,
 ) -> Any:
     """Load a transformers model in evaluation mode, with every weight accounted for.
 
-    ``unused`` are prefixes of weight names that the file may hold and this use does not need,
-    such as ``lm_head.``; ``kwargs`` go to ``from_pretrained``.
+    Args:
+        unused: prefixes of weight names that the file may hold and this use does not need,
+            such as ``lm_head.``.
+        config: in place of the folder's own ``config.json``.
+        key_mapping: patterns of weight names in the file, and what they are in the model.
 
     Raises: ModelError that lists the names missing from the file, unknown to the model, or of
-        another shape.
+        another shape; for a checkpoint that is incomplete, quantised, of another architecture,
+        too large for the memory, or has weights that are not finite.
     """
-    try:
-        with _quiet():
-            model, info = model_class.from_pretrained(
-                folder,
-                dtype=placement.dtype,
-                attn_implementation=placement.attention,
-                output_loading_info=True,
-                local_files_only=True,
-                ignore_mismatched_sizes=True,  # reported below, by name
-                **kwargs,
-            )
-    except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
-        raise ModelError(f"{folder}: the checkpoint cannot be loaded ({error}).") from error
-    allowed = tuple(unused)
-    extra = [key for key in info["unexpected_keys"] if not (allowed and key.startswith(allowed))]
-    check_keys(folder, missing=info["missing_keys"], unexpected=extra)
-    if info.get("mismatched_keys"):
+    if config is None:
+        check_architecture(model_class, folder)
+    check_weight_files(folder)
+    options: dict[str, Any] = {"dtype": placement.dtype, "key_mapping": key_mapping}
+    options |= {"attn_implementation": placement.attention, "local_files_only": True}
+    options |= {} if config is None else {"config": config}
+    # First without any memory, on the meta device: a configuration that does not fit the file
+    # would allocate a model of its own size, and fill it with noise.
+    check_weights(model_class, folder, unused=tuple(unused), **options)
+    model = _from_pretrained(model_class, folder, **options, **_distribution(placement))
+    model = model.eval()
+    if placement.quantize is None and placement.device_map is None:
+        with memory_errors(f"{folder}: the model does not fit in the memory of the device"):
+            model = model.to(placement.device)
+    check_finite(model, folder)
+    return model
+
+
+def _distribution(placement: Placement) -> dict[str, Any]:
+    """Arguments of ``from_pretrained`` for quantised models and those on several devices."""
+    if placement.quantize is None:
+        return {} if placement.device_map is None else {"device_map": placement.device_map}
+    from transformers import BitsAndBytesConfig
+
+    eight = placement.quantize == "8bit"
+    quantization = BitsAndBytesConfig(
+        load_in_8bit=eight,
+        load_in_4bit=not eight,
+        bnb_4bit_compute_dtype=placement.dtype,
+        bnb_4bit_quant_type="nf4",  # for weights that are normally distributed (QLoRA, 2305.14314)
+    )
+    # A quantised model cannot be moved afterwards.
+    where = placement.device_map or {"": placement.device}
+    return {"quantization_config": quantization, "device_map": where}
+
+
+def check_architecture(model_class: Any, folder: Path) -> None:
+    """Raise ModelError without a config.json, for a quantised one, or of another model type."""
+    published = read_json(folder / "config.json")
+    if not published:
         raise ModelError(
-            f"{folder}: weights of another shape: {_few(map(str, info['mismatched_keys']))}."
+            f"{folder}: config.json is missing or empty; the checkpoint is incomplete. Download "
+            "it again."
         )
-    return model.eval().to(placement.device)
+    if "quantization_config" in published:
+        raise ModelError(
+            f"{folder}: the checkpoint was stored quantised. Use the original one, with quantize= "
+            "if it has to be small."
+        )
+    config_class = getattr(model_class, "config_class", None)
+    wanted, found = getattr(config_class, "model_type", None), published.get("model_type")
+    # Some name their own class, as UNITE does: unite_qwen2_vl.
+    if wanted and found != wanted and not str(found).endswith(f"_{wanted}"):
+        raise ModelError(
+            f"{folder}: model_type is {found!r} in config.json, and this family needs {wanted!r}. "
+            "Pass another family=."
+        )
+
+
+def check_weights(
+    model_class: Any,
+    folder: Path,
+    *,
+    unused: tuple[str, ...] = (),
+    missing_unused: tuple[str, ...] = (),
+    **options: Any,
+) -> None:
+    """Compare names and shapes of a checkpoint's weights with the model's; loads nothing.
+
+    Args:
+        unused: prefixes of names that the file may hold and the model lacks.
+        missing_unused: prefixes of names that the file may lack.
+        options: of ``from_pretrained``.
+
+    Raises: ModelError that lists what differs.
+    """
+    _, info = _from_pretrained(
+        model_class,
+        folder,
+        **options,
+        device_map={"": "meta"},
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # reported below, by name
+    )
+    check_keys(
+        folder,
+        missing=[key for key in info["missing_keys"] if not key.startswith(missing_unused)],
+        unexpected=[key for key in info["unexpected_keys"] if not key.startswith(unused)],
+    )
+    if info.get("mismatched_keys"):
+        names = map(str, info["mismatched_keys"])
+        raise ModelError(f"{folder}: weights of another shape: {_few(names)}.")
+
+
+def _from_pretrained(model_class: Any, folder: Path, **options: Any) -> Any:
+    try:
+        with quiet(), memory_errors(f"{folder}: the model does not fit in memory"):
+            return model_class.from_pretrained(folder, **options)
+    except _UNLOADABLE as error:
+        if "weights_only" in str(error):
+            # torch advises to load the file unsafely, which runs whatever code it holds.
+            raise ModelError(
+                f"{folder}: a .bin file holds more than tensors or is broken, and loading it may "
+                "run foreign code. Use a checkpoint in the safetensors format."
+            ) from None
+        raise ModelError(f"{folder}: the checkpoint cannot be loaded ({error}).") from error
+
+
+def check_finite(model: torch.nn.Module, folder: Path) -> None:
+    """Raise ModelError for weights that are not numbers, or infinite."""
+    broken = []
+    for name, weight in model.named_parameters():
+        if weight.is_floating_point() and weight.numel():
+            low, high = torch.aminmax(weight.detach())  # both are NaN if any weight is
+            if not (torch.isfinite(low) and torch.isfinite(high)):
+                broken.append(name)
+    if broken:
+        raise ModelError(
+            f"{folder}: weights that are not finite: {_few(broken)}. The checkpoint is damaged, "
+            "or its training diverged; a half precision too small for it also does this."
+        )
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, on any device: torch has an error of its own for CUDA alone."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    text = str(error)
+    return isinstance(error, RuntimeError) and (
+        "DefaultCPUAllocator" in text or "not enough memory" in text or "out of memory" in text
+    )
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def memory_errors(problem: str) -> Iterator[None]:
+    """Turn errors of memory into a ModelError that begins with ``problem`` and says what helps."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise ModelError(
+            f"{problem}. Use dtype='bfloat16', quantize=, or a smaller checkpoint."
+        ) from error
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
     """Silence transformers' progress bar and its own table of keys: ours is an error."""
     from transformers.utils import logging as chatter
 
@@ -214,27 +316,3 @@ def _few(names: Iterable[str], most: int = 8) -> str:
     listed = list(names)
     more = f" and {len(listed) - most} more" if len(listed) > most else ""
     return ", ".join(listed[:most]) + more
-
-
-def fingerprint(folders: Iterable[Path], settings: dict[str, Any]) -> str:
-    """Hash of the weights and of every setting that moves vectors: 16 hexadecimal digits.
-
-    A weight file up to 256 MiB is read whole: training may change a single matrix. Of a larger
-    one its size, its start (which holds the tensor table) and 1024 samples spread over it are
-    read, so that a checkpoint of many gigabytes takes a moment.
-    """
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
-    for folder in folders:
-        # An adapter's configuration holds its scale.
-        files = ("*.safetensors", "*.bin", ADAPTER_CONFIG)
-        for path in sorted(path for pattern in files for path in folder.glob(pattern)):
-            size = path.stat().st_size
-            digest.update(f"{path.name}:{size}".encode())
-            with path.open("rb") as file:
-                if size <= _WHOLE_BYTES:
-                    digest.update(hashlib.file_digest(file, "sha256").digest())
-                    continue
-                for step in range(_SAMPLES):
-                    file.seek(size * step // _SAMPLES)
-                    digest.update(file.read(_SAMPLE_BYTES))
-    return digest.hexdigest()[:16]

@@ -13,12 +13,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
 from mmrag.errors import ContentError, ModelError
-from mmrag.modeling.loading import read_json
+from mmrag.modeling.checkpoints import read_json
 
 MAX_ASPECT = 200
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -113,19 +112,37 @@ def resize(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     return image if image.size == size else image.resize(size, Image.Resampling.BICUBIC)
 
 
-def to_patches(image: Image.Image, rule: ImageRule) -> tuple[Tensor, tuple[int, int, int]]:
-    """Cut an RGB image, sized by ``rule.size``, into normalised patches.
+def pixels_of(image: Image.Image) -> Tensor:
+    """Pixels of an RGB image, (height, width, 3), uint8."""
+    return torch.from_numpy(np.array(image, dtype=np.uint8))
 
-    Returns: patches of shape (rows * columns, 3 * temporal * patch * patch), float32, in the
-        order of the merger; and the grid (1, rows, columns) in patches.
+
+def cut_patches(pixels: Tensor, rule: ImageRule) -> Tensor:
+    """Normalise images of one size and cut them into patches, on the device they are on.
+
+    Args:
+        pixels: (images, height, width, 3), uint8, sized by ``rule.size``.
+
+    Returns: (images * rows * columns, 3 * temporal * patch * patch), float32, in the order of
+        the merger.
     """
-    mean, std = np.array(rule.mean, np.float32), np.array(rule.std, np.float32)
-    scaled = np.asarray(image, dtype=np.float32) / np.float32(255)
-    pixels: NDArray[np.float32] = (scaled - mean) / std  # (height, width, 3)
-    rows, columns = image.height // rule.patch, image.width // rule.patch
+    # Divided by tensors: torch multiplies by the reciprocal of a number on CUDA, which rounds
+    # otherwise than the published processors do.
+    white = torch.tensor(255, dtype=torch.float32, device=pixels.device)
+    mean = torch.tensor(rule.mean, dtype=torch.float32, device=pixels.device)
+    std = torch.tensor(rule.std, dtype=torch.float32, device=pixels.device)
+    normalised = (pixels.float() / white - mean) / std
+    n, height, width, _ = pixels.shape
     m, p = rule.merge, rule.patch
-    blocks = pixels.reshape(rows // m, m, p, columns // m, m, p, 3)
-    blocks = blocks.transpose(0, 3, 1, 4, 6, 2, 5)  # (R/m, C/m, m, m, 3, p, p)
+    rows, columns = height // p, width // p
+    blocks = normalised.view(n, rows // m, m, p, columns // m, m, p, 3)
+    blocks = blocks.permute(0, 1, 4, 2, 5, 7, 3, 6)  # (n, R/m, C/m, m, m, 3, p, p)
     # A still image fills every frame of the temporal patch.
-    frames = np.repeat(blocks[:, :, :, :, :, None], rule.temporal, axis=5)
-    return torch.from_numpy(frames.reshape(rows * columns, -1)), (1, rows, columns)
+    frames = blocks.unsqueeze(6).expand(-1, -1, -1, -1, -1, -1, rule.temporal, -1, -1)
+    return frames.reshape(n * rows * columns, -1)
+
+
+def to_patches(image: Image.Image, rule: ImageRule) -> tuple[Tensor, tuple[int, int, int]]:
+    """Patches of one RGB image, sized by ``rule.size``, and its grid (1, rows, columns)."""
+    grid = (1, image.height // rule.patch, image.width // rule.patch)
+    return cut_patches(pixels_of(image).unsqueeze(0), rule), grid

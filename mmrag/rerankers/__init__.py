@@ -5,6 +5,15 @@
 
 from mmrag.rerankers.base import Scorer
 from mmrag.rerankers.prompts import PROMPTS, RerankPrompt, find_prompt
-from mmrag.rerankers.registry import load_scorer
+from mmrag.rerankers.registry import RERANKERS, ScorerOptions, all_rerankers, load_scorer
 
-__all__ = ["PROMPTS", "RerankPrompt", "Scorer", "find_prompt", "load_scorer"]
+__all__ = [
+    "PROMPTS",
+    "RERANKERS",
+    "RerankPrompt",
+    "Scorer",
+    "ScorerOptions",
+    "all_rerankers",
+    "find_prompt",
+    "load_scorer",
+]

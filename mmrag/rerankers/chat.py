@@ -1,35 +1,46 @@
 """Any image-text-to-text model of transformers as a reranker, through its own processor.
 
-As ``answers``, for the families that have no place there: LLaVA-NeXT, on which MM-Embed was
-tried, and others. The processor's template makes the prompt, each pair goes through the model
-whole, and only the logits of last positions are computed.
+As ``qwen``, for the families that have no place there: LLaVA-NeXT, on which MM-Embed was tried,
+and others. The processor's template makes the prompt, each pair goes through the model whole,
+and only the logits of last positions are computed.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
+from torch import Tensor
 from transformers.models.auto import AutoModelForImageTextToText
 
 from mmrag.content import Content, load_image
-from mmrag.errors import ContentError, ModelError
-from mmrag.instructions import resolve
-from mmrag.modeling.batching import CPU_TOKEN_BUDGET, GPU_TOKEN_BUDGET, plan_batches
+from mmrag.errors import ContentError
 from mmrag.modeling.chat import answer_ids, load_processor, process, special_marks
 from mmrag.modeling.loading import Placement, load_exact
 from mmrag.prompting import broken_up
-from mmrag.rerankers.base import Outcome, Pair, isolate, sigmoid
+from mmrag.rerankers.base import Pair
+from mmrag.rerankers.local import Group, LocalScorer
 from mmrag.rerankers.prompts import RerankPrompt, prompt_for
 
 
-class ChatScorer:
-    """Scores pairs by the answer of a chat model; arguments as of ``AnswerScorer``."""
+@dataclass(frozen=True, slots=True)
+class ChatPlan:
+    """A pair, its literal prompt and the length of that in tokens."""
+
+    pair: Pair
+    prompt: str
+    n_tokens: int
+
+
+class ChatAsker:
+    """An Asker over a chat model and its processor.
+
+    Raises: ModelError if an answer of the prompt is not one token to the model.
+    """
 
     def __init__(
         self,
@@ -39,76 +50,78 @@ class ChatScorer:
         name: str,
         prompt: RerankPrompt | None = None,
         max_length: int = 8192,
-        token_budget: int | None = None,
     ) -> None:
-        on_cpu = model.device.type == "cpu"
         self.model = model
         self.processor = processor
         self.name = name
         self.prompt = prompt
         self.max_length = max_length
-        self.token_budget = token_budget or (CPU_TOKEN_BUDGET if on_cpu else GPU_TOKEN_BUDGET)
         self._marks = special_marks(processor.tokenizer)
-        self._lock = threading.Lock()  # the processor's state is not for several threads either
-        answer_ids(processor.tokenizer, (prompt or prompt_for(None)).answers, name)
+        self._lock = threading.Lock()  # the processor's state is not for several threads
+        self._ids: dict[tuple[str, str], tuple[int, int]] = {}
+        self._answers((prompt or prompt_for(None)).answers)
 
-    def score(self, pairs: Sequence[Pair], instruction: str | None = None) -> NDArray[np.float32]:
-        """Probability of yes against no for each pair, (len(pairs),); see ``AnswerScorer``."""
-        return sigmoid(self.logits(pairs, instruction))
+    def _answers(self, words: tuple[str, str]) -> tuple[int, int]:
+        """Ids of the two words, looked up once: tokenising them takes longer than a small batch."""
+        if words not in self._ids:
+            self._ids[words] = answer_ids(self.processor.tokenizer, words, self.name)
+        return self._ids[words]
 
-    def judge(self, pairs: Sequence[Pair], instruction: str | None = None) -> list[Outcome]:
-        """As ``score``, with the error of each pair that cannot be used in its place."""
-        return isolate(lambda some: self.score(some, instruction), pairs)
-
-    def logits(self, pairs: Sequence[Pair], instruction: str | None = None) -> NDArray[np.float32]:
-        """What ``score`` takes the sigmoid of: the logit of yes minus that of no."""
-        task = resolve(instruction)
-        logits = np.zeros(len(pairs), dtype=np.float32)
-        with self._lock, torch.inference_mode():
-            fitted = [self._fit(place, pair, task) for place, pair in enumerate(pairs)]
-            # Not all processors take items with and without images together.
-            for seeing in (False, True):
-                places = [i for i, pair in enumerate(pairs) if bool(_images(pair)) == seeing]
-                costs = [fitted[place][1] for place in places]
-                for batch in plan_batches(costs, self.token_budget):
-                    some = [places[index] for index in batch]
-                    texts = [fitted[place][0] for place in some]
-                    logits[some] = self._run(texts, [pairs[place] for place in some])
-        return logits
-
-    def _fit(self, place: int, pair: Pair, task: str | None) -> tuple[str, int]:
-        """The prompt of a pair and its tokens; a long document loses words from its end."""
-        query, document = pair
+    def plan(self, pair: Pair, task: str | None) -> ChatPlan:
+        """The prompt of a pair; a long document loses words from its end."""
+        document = pair[1]
         text = (document.text if document else None) or ""
-        try:
-            prompt = self._render(query, document, text, task)
+        prompt = self._render(pair, text, task)
+        tokens = self._length(prompt, pair)
+        if tokens > self.max_length:
+            ids = self.processor.tokenizer(text, add_special_tokens=False)["input_ids"]
+            kept = len(ids) - (tokens - self.max_length)
+            if kept < 0:
+                raise ContentError(
+                    f"the images and the query alone are over max_length={self.max_length} "
+                    "tokens; raise max_length."
+                )
+            text = self.processor.tokenizer.decode(ids[:kept])
+            prompt = self._render(pair, text, task)
             tokens = self._length(prompt, pair)
-            if tokens > self.max_length:
-                ids = self.processor.tokenizer(text, add_special_tokens=False)["input_ids"]
-                kept = len(ids) - (tokens - self.max_length)
-                if kept < 0:
-                    raise ContentError(
-                        f"the images and the query alone are over max_length={self.max_length} "
-                        "tokens; raise max_length."
-                    )
-                text = self.processor.tokenizer.decode(ids[:kept])
-                prompt = self._render(query, document, text, task)
-                tokens = self._length(prompt, pair)
-        except ContentError as error:
-            raise ContentError(f"pair {place}: {error}") from error
-        return prompt, tokens
+        return ChatPlan(pair, prompt, tokens)
+
+    def groups(self, pairs: Sequence[Pair], plans: Sequence[ChatPlan]) -> list[Group]:
+        """Pairs with images and those without: not all processors take both together."""
+        seeing = [bool(_images(pair)) for pair in pairs]
+        parts = [[i for i, sees in enumerate(seeing) if sees == kind] for kind in (False, True)]
+        return [Group(places) for places in parts if places]
+
+    def prefix(self, group: Group, first: ChatPlan) -> None:
+        """Nothing is shared: processors differ in where they put images."""
+
+    def prepare(self, plan: ChatPlan, group: Group) -> ChatPlan:
+        """The plan itself: the processor takes a batch as a whole."""
+        return plan
+
+    def forward(self, batch: Sequence[ChatPlan], group: Group, prefix: None) -> Tensor:
+        """See ``Asker.forward``."""
+        inputs = self._process([item.prompt for item in batch], [item.pair for item in batch])
+        inputs = inputs.to(self.model.device, self.model.dtype)
+        last = inputs["attention_mask"].sum(dim=1) - 1
+        kept, rows = torch.unique(last, return_inverse=True)
+        logits = self.model(**inputs, logits_to_keep=kept, use_cache=False).logits.float()
+        values = []
+        for index, item in enumerate(batch):
+            yes, no = self._answers((self.prompt or prompt_for(item.pair[0])).answers)
+            at = logits[index, rows[index]]
+            values.append(at[yes] - at[no])
+        return torch.stack(values)
 
     def _length(self, prompt: str, pair: Pair) -> int:
         return int(self._process([prompt], [pair])["input_ids"].shape[1])
 
-    def _render(
-        self, query: Content | None, document: Content | None, text: str, task: str | None
-    ) -> str:
+    def _render(self, pair: Pair, text: str, task: str | None) -> str:
         """The literal prompt by the model's own template."""
+        query, document = pair
         prompt = self.prompt or prompt_for(query)
         before, between, after = prompt.split()
-        own = (resolve(query.instruction) if query else None) or task
-        asked = f"Task: {own}\n{before}" if own else before
+        asked = f"Task: {broken_up(task, self._marks)}\n{before}" if task else before
         wanted = broken_up((query.text if query else None) or "", self._marks)
         pieces: list[str | None] = [asked, *_places(query), f"{wanted}{between}"]
         pieces += [*_places(document), f"{broken_up(text, self._marks)}{after}"]
@@ -123,31 +136,8 @@ class ChatScorer:
 
     def _process(self, texts: Sequence[str], pairs: Sequence[Pair]) -> Any:
         images = [[load_image(source) for source in _images(pair)] for pair in pairs]
-        return process(self.processor, texts, images)
-
-    def _run(self, texts: Sequence[str], pairs: Sequence[Pair]) -> NDArray[np.float32]:
-        """Logits of one batch, halved as often as memory asks for."""
-        inputs = self._process(texts, pairs).to(self.model.device, self.model.dtype)
-        last = inputs["attention_mask"].sum(dim=1) - 1
-        kept, rows = torch.unique(last, return_inverse=True)
-        try:
-            logits = self.model(**inputs, logits_to_keep=kept, use_cache=False).logits.float()
-        except torch.OutOfMemoryError as error:
-            if len(texts) == 1:
-                raise ModelError(
-                    f"{self.name}: one pair of {int(last[0]) + 1} tokens does not fit in memory; "
-                    "lower max_length, or use a smaller dtype."
-                ) from error
-            middle = len(texts) // 2
-            first = self._run(texts[:middle], pairs[:middle])
-            return np.concatenate([first, self._run(texts[middle:], pairs[middle:])])
-        values = []
-        for index, (query, _) in enumerate(pairs):
-            answers = (self.prompt or prompt_for(query)).answers
-            yes, no = answer_ids(self.processor.tokenizer, answers, self.name)
-            at = logits[index, rows[index]]
-            values.append(float(at[yes] - at[no]))
-        return np.asarray(values, dtype=np.float32)
+        with self._lock:
+            return process(self.processor, texts, images)
 
 
 def _images(pair: Pair) -> list[Any]:
@@ -165,8 +155,9 @@ def load_chat_scorer(
     name: str,
     prompt: RerankPrompt | None = None,
     token_budget: int | None = None,
+    workers: int | None = None,
     max_length: int = 8192,
-) -> ChatScorer:
+) -> LocalScorer:
     """Load a checkpoint with a processor and a chat template.
 
     Raises: ModelError if either is missing or cannot be used here, or the weights do not load
@@ -174,11 +165,5 @@ def load_chat_scorer(
     """
     processor = load_processor(folder, name)
     model = load_exact(AutoModelForImageTextToText, folder, placement)
-    return ChatScorer(
-        model,
-        processor,
-        name=name,
-        prompt=prompt,
-        max_length=max_length,
-        token_budget=token_budget,
-    )
+    asker = ChatAsker(model, processor, name=name, prompt=prompt, max_length=max_length)
+    return LocalScorer(asker, name=name, token_budget=token_budget, workers=workers)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Unpack
 
 from llama_index.core.bridge.pydantic import Field, PrivateAttr
 from llama_index.core.callbacks import CallbackManager, CBEventType, EventPayload
@@ -22,7 +22,7 @@ from mmrag.errors import ConfigError, ContentError, EndpointError
 from mmrag.nodes import Hit, as_hit, node_content
 from mmrag.prompting import PIXELS_PER_TOKEN, estimate_tokens, sanitize
 from mmrag.queries import query_content
-from mmrag.rerankers import RerankPrompt, Scorer, load_scorer
+from mmrag.rerankers import RerankPrompt, Scorer, ScorerOptions, load_scorer
 from mmrag.rerankers.base import DeadlineError, Outcome
 from mmrag.rerankers.cascade import Depth, filled, final_order, judge_in_steps
 
@@ -31,6 +31,17 @@ dispatcher = get_dispatcher(__name__)
 
 DEFAULT_MODEL = "Qwen/Qwen3-VL-Reranker-2B"
 _MOST_IMAGE_TOKENS = 1280  # an image counts as no more than this against budget_tokens
+
+
+class RerankerOptions(ScorerOptions, total=False):
+    """How the model of a reranker is loaded; see ``load_scorer``."""
+
+    kind: str | None
+    device: str
+    dtype: str
+    revision: str | None
+    quantize: Literal["8bit", "4bit"] | None
+    device_map: Literal["auto"] | None
 
 
 class MLLMReranker(BaseNodePostprocessor):
@@ -50,7 +61,7 @@ class MLLMReranker(BaseNodePostprocessor):
         max_depth: judge no more than this many hits, from the first on.
         budget_ms, budget_tokens: stop before a step that would pass the budget.
         step: hits judged together where any of ``settle`` and the budgets is set.
-        options: what the scorer takes; see ``mmrag.rerankers.load_scorer``.
+        options: how the model is loaded and what the scorer takes; see ``load_scorer``.
 
     Results are ``Hit`` objects with ``retrieval_score`` and ``rerank_score`` (in [0, 1]);
     ``rerank_error`` where judging failed, ``rerank_skipped`` where the cascade stopped before,
@@ -59,6 +70,9 @@ class MLLMReranker(BaseNodePostprocessor):
 
     Raises: ModelError or ConfigError if the model cannot be had. Queries raise EndpointError
         only if a server fails for every hit.
+
+    >>> reranker = MLLMReranker("Qwen/Qwen3-VL-Reranker-2B", top_n=5)  # doctest: +SKIP
+    >>> reranker.postprocess_nodes(hits, query_str="wind energy")  # doctest: +SKIP
     """
 
     model: str = Field(description="Name of the model that judges.")
@@ -87,10 +101,10 @@ class MLLMReranker(BaseNodePostprocessor):
         budget_tokens: int | None = None,
         step: int = 8,
         callback_manager: CallbackManager | None = None,
-        **options: Any,
+        **options: Unpack[RerankerOptions],
     ) -> None:
         loading: dict[str, Any] = {"base_url": base_url, "api_key": api_key, "prompt": prompt}
-        loading = {key: value for key, value in loading.items() if value is not None} | options
+        loading = {key: value for key, value in loading.items() if value is not None} | {**options}
         if scorer is not None and (model is not None or loading):
             given = ", ".join([*(["model"] if model else []), *loading])
             raise ConfigError(f"With scorer= leave out {given}: it is loaded already.")

@@ -1,104 +1,146 @@
-"""Models that judge a query and a document together. ``load_scorer`` is the door to all.
+"""Which rerankers there are, and loading one by name or from a folder.
 
-No LlamaIndex but in what a remote model is sent; torch only for models that run here.
+A kind is one function that loads a Scorer, and one row of ``RERANKERS``; packages outside add
+theirs by entry points of the group ``mmrag.rerankers``. torch only for models that run here.
 """
 
 from __future__ import annotations
 
-import importlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack
 
 from mmrag.errors import ConfigError
 from mmrag.rerankers.base import Scorer
-from mmrag.rerankers.prompts import PROMPTS, RerankPrompt, find_prompt
+from mmrag.rerankers.prompts import RerankPrompt, find_prompt
 
-__all__ = ["PROMPTS", "RerankPrompt", "Scorer", "find_prompt", "load_scorer"]
+if TYPE_CHECKING:
+    from mmrag.modeling.loading import DeviceMap, Quantization
 
-_TRAINED = "qwen3-vl-reranker"
+GROUP = "mmrag.rerankers"
+"""Entry points of this group name a kind of reranker and the function that loads it."""
+
+# kind: module and function that load it, called as ``load_answer_scorer`` is
+RERANKERS: dict[str, str] = {
+    "qwen3_vl_reranker": "mmrag.rerankers.qwen3_vl:load_qwen3_vl_scorer",
+    "qwen_chat": "mmrag.rerankers.qwen:load_answer_scorer",
+    "chat": "mmrag.rerankers.chat:load_chat_scorer",
+}
+
+
+class ScorerOptions(TypedDict, total=False):
+    """What scorers take beyond the common arguments; each kind takes some of these.
+
+    Here: token_budget (tokens of a padded batch), workers (threads that prepare), max_length
+    (tokens of a pair), min_image_tokens, max_image_tokens (visual tokens of one image).
+    On a server: mode, concurrency, timeout, retries, deadline, max_tokens, images, max_pixels,
+    max_bytes; see ``RemoteScorer``.
+    """
+
+    token_budget: int | None
+    workers: int | None
+    max_length: int
+    min_image_tokens: int | None
+    max_image_tokens: int | None
+    mode: Literal["logprobs", "schema", "words"] | None
+    concurrency: int
+    timeout: float
+    retries: int
+    deadline: float | None
+    max_tokens: int
+    images: bool
+    max_pixels: int
+    max_bytes: int
+
+
+def all_rerankers() -> dict[str, EntryPoint]:
+    """Every kind by its key: mmrag's own, and those that installed packages bring."""
+    own = {key: EntryPoint(key, value, GROUP) for key, value in RERANKERS.items()}
+    return {point.name: point for point in entry_points(group=GROUP)} | own
 
 
 def load_scorer(
     model: str | Path,
     *,
+    kind: str | None = None,
     base_url: str | None = None,
     api_key: str | None = None,
     prompt: RerankPrompt | str | None = None,
     device: str = "auto",
     dtype: str = "auto",
     revision: str | None = None,
-    **options: Any,
+    quantize: Quantization | None = None,
+    device_map: DeviceMap | None = None,
+    **options: Unpack[ScorerOptions],
 ) -> Scorer:
     """Load the model of a reranker.
 
     Args:
         model: a name on the hub or a folder. Qwen3-VL-Reranker scores as published; a chat MLLM
             is asked for one of two words. With ``base_url``, the name at a server.
-        base_url: of an OpenAI-compatible server, up to ``/v1``.
+        kind: a key of ``all_rerankers()``; None: as the checkpoint says.
+        base_url: of an OpenAI-compatible server, up to ``/v1``; None: the model runs here.
+        api_key: sent to that server as a bearer token.
         prompt: for models that are asked: a ``RerankPrompt``, the name of one in ``PROMPTS``, or
-            a template with ``{query}`` and ``{document}``. By default it fits the query.
-        device, dtype, revision: as in ``load_embedder``, for models that run here.
-        options: what the kind of scorer takes: ``token_budget``, ``max_length``,
-            ``max_image_tokens`` here; ``mode``, ``concurrency``, ``timeout``, ``retries``,
-            ``deadline`` on a server.
+            a template with ``{query}`` and ``{document}``. None: it fits the query.
+        device, dtype, revision, quantize, device_map: as in ``load_embedder``.
+        options: what the kind of scorer takes; see ``ScorerOptions``.
 
     Raises: ModelError if it cannot be found or used, ConfigError for options that are unknown.
+
+    >>> scorer = load_scorer("Qwen/Qwen3-VL-Reranker-2B", dtype="bfloat16")  # doctest: +SKIP
     """
     asked = None if prompt is None else find_prompt(prompt)
+    here = (device, dtype, revision, quantize, device_map, kind)
     if base_url is not None:
-        if (device, dtype, revision) != ("auto", "auto", None):
-            raise ConfigError("With base_url leave out device, dtype and revision.")
-        remote = importlib.import_module("mmrag.rerankers.remote").RemoteScorer
-        _check(remote, options)
-        scorer: Scorer = remote(str(model), base_url, api_key=api_key, prompt=asked, **options)
-        return scorer
+        if here != ("auto", "auto", None, None, None, None):
+            raise ConfigError(
+                "With base_url leave out device, dtype, revision, quantize, device_map and kind."
+            )
+        from mmrag.rerankers.remote import RemoteScorer
+
+        _check(RemoteScorer, options)
+        remote: dict[str, Any] = dict(options)
+        return RemoteScorer(str(model), base_url, api_key=api_key, prompt=asked, **remote)
     if api_key is not None:
         raise ConfigError("api_key is for a server: give its base_url.")
-    return _load_local(model, asked, device, dtype, revision, options)
-
-
-def _load_local(
-    model: str | Path,
-    prompt: RerankPrompt | None,
-    device: str,
-    dtype: str,
-    revision: str | None,
-    options: dict[str, Any],
-) -> Scorer:
-    from mmrag.modeling.chat import NATIVE
-    from mmrag.modeling.loading import find_checkpoint, place, read_json
-    from mmrag.rerankers.chat import load_chat_scorer
-    from mmrag.rerankers.local import load_answer_scorer
-    from mmrag.rerankers.qwen3_vl import load_qwen3_vl_scorer
+    from mmrag.modeling.checkpoints import find_checkpoint
+    from mmrag.modeling.loading import place
 
     folder = find_checkpoint(model, revision)
-    if is_trained(model, folder):
-        if prompt is not None:
-            raise ConfigError(
-                f"{model} has a prompt of its own: leave out prompt, use instruction."
-            )
-        _check(load_qwen3_vl_scorer, options)
-        return load_qwen3_vl_scorer(model, device=device, dtype=dtype, revision=revision, **options)
-    native = read_json(folder / "config.json").get("model_type") in NATIVE
-    load = load_answer_scorer if native else load_chat_scorer
+    load = _find_loader(kind or _kind(str(model), folder))
     _check(load, options)
-    loaded: Scorer = load(folder, place(device, dtype), name=str(model), prompt=prompt, **options)
+    placement = place(device, dtype, quantize=quantize, device_map=device_map)
+    loaded: Scorer = load(folder, placement, name=str(model), prompt=asked, **options)
     return loaded
 
 
-def is_trained(model: str | Path, folder: Path) -> bool:
-    """Whether a checkpoint is Qwen3-VL-Reranker, by its name or by what it says of itself."""
-    from mmrag.modeling.loading import MARKER, read_json
+def _kind(name: str, folder: Path) -> str:
+    """What a checkpoint is by its own word, by its published name, or by its architecture."""
+    from mmrag.modeling.chat import NATIVE
+    from mmrag.modeling.checkpoints import MARKER, read_json
 
-    own = read_json(folder / MARKER).get("family", "")
-    names = (str(model), folder.resolve().name, str(own).replace("_", "-"))
-    return any(_TRAINED in name.lower() for name in names)
+    own = str(read_json(folder / MARKER).get("family", ""))
+    if own in all_rerankers():
+        return own
+    if any("qwen3-vl-reranker" in part.lower() for part in (name, folder.resolve().name)):
+        return "qwen3_vl_reranker"
+    model_type = read_json(folder / "config.json").get("model_type")
+    return "qwen_chat" if model_type in NATIVE else "chat"
 
 
-def _check(load: Callable[..., object], options: dict[str, Any]) -> None:
-    fixed = {"name", "prompt", "device", "dtype", "revision", "api_key"}
+def _find_loader(kind: str) -> Callable[..., Scorer]:
+    known = all_rerankers()
+    if kind not in known:
+        raise ConfigError(f"kind={kind!r} is not known: use one of {', '.join(known)}.")
+    load: Callable[..., Scorer] = known[kind].load()
+    return load
+
+
+def _check(load: Callable[..., object], options: Mapping[str, Any]) -> None:
+    fixed = {"name", "prompt", "api_key"}
     known = {
         parameter.name
         for parameter in inspect.signature(load).parameters.values()

@@ -8,12 +8,10 @@ schema, else in words.
 
 from __future__ import annotations
 
-import base64
 import logging
 import math
 import re
 import threading
-import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any, Literal
@@ -25,9 +23,10 @@ from mmrag.errors import ConfigError, ContentError, EndpointError, MMRagError
 from mmrag.instructions import resolve
 from mmrag.llms.endpoint import OPENAI, translated_errors
 from mmrag.llms.replies import json_objects, without_reasoning
-from mmrag.prompting import image_bytes
+from mmrag.prompting import data_url
 from mmrag.rerankers.base import DeadlineError, Outcome, Pair
 from mmrag.rerankers.prompts import RerankPrompt, prompt_for
+from mmrag.retries import RETRIED_STATUS, BusyError, Deadline, with_retries
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +51,8 @@ _SCHEMA = {
         },
     },
 }
-_BUSY = (408, 409, 429)
+# A pair that any model judges: it tells whether a refusal is about the mode or about a pair.
+_PLAIN: Pair = (Content("What is worth 0.5?"), Content("Half of the whole is worth 0.5."))
 _GRADE_IN_TEXT = re.compile(r'"?grade"?\s*:\s*(\d+(?:\.\d+)?)', re.IGNORECASE)
 
 
@@ -70,7 +70,7 @@ class RemoteScorer:
         prompt: None fits the query, see ``prompt_for``.
         mode: how scores are asked for: by ``logprobs``, by a grade under a ``schema``, or by a
             grade in ``words``. By default the first of these that the server answers is taken,
-            found out with the first pair.
+            found out with the first pair; one that only that pair is refused in stays.
         concurrency: requests under way at once.
         timeout: seconds for one request; retries: how often it is repeated after a busy, broken
             or absent answer.
@@ -78,6 +78,12 @@ class RemoteScorer:
         max_tokens: of a grade; models that think before they answer need more.
         images: False sends text alone, for models that take no images.
         max_pixels, max_bytes: of one image; larger ones are scaled down.
+
+    Raises: ConfigError for options that make no sense.
+
+    >>> scorer = RemoteScorer("Qwen/Qwen3-VL-8B-Instruct", "http://localhost:8000/v1")
+    >>> scorer.judge([(Content("wind"), Content("Turbines make power."))])  # doctest: +SKIP
+    [0.97]
     """
 
     def __init__(
@@ -125,17 +131,18 @@ class RemoteScorer:
     def judge(self, pairs: Sequence[Pair], instruction: str | None = None) -> list[Outcome]:
         """Outcomes of all pairs, asked for at once; see ``Scorer.judge``."""
         task = resolve(instruction)
-        ends = math.inf if self.deadline is None else time.monotonic() + self.deadline
+        ends = Deadline(self.deadline)
         pool = ThreadPoolExecutor(self.concurrency, thread_name_prefix="mmrag-rerank")
         try:
             futures: list[Future[float]] = []
             for pair in pairs:
                 futures.append(pool.submit(self._score, pair, task, ends))
                 if self.mode is None and len(futures) == 1:  # it finds out how to ask the others
-                    wait(futures, timeout=_left(ends))
-            wait(futures, timeout=_left(ends))
+                    wait(futures, timeout=_wait(ends))
+            wait(futures, timeout=_wait(ends))
             return [self._outcome(future) for future in futures]
         finally:
+            ends.stop.set()
             pool.shutdown(wait=False, cancel_futures=True)
 
     def _outcome(self, future: Future[float]) -> Outcome:
@@ -150,7 +157,7 @@ class RemoteScorer:
             return error
         raise error
 
-    def _score(self, pair: Pair, task: str | None, ends: float) -> float:
+    def _score(self, pair: Pair, task: str | None, ends: Deadline) -> float:
         """Probability of one pair, in the first mode that the server answers."""
         known = self.mode
         refusal: Exception | None = None
@@ -158,6 +165,9 @@ class RemoteScorer:
             try:
                 choice = self._ask(pair, task, mode, ends)
             except _UnsupportedError as error:
+                if known is not None or self._takes(mode, ends):
+                    self._settle(mode, refusal)
+                    raise EndpointError(f"{self.name}: refuses this pair ({error}).") from error
                 refusal = error
                 continue
             self._settle(mode, refusal)
@@ -167,6 +177,14 @@ class RemoteScorer:
                     return answer_probability(choice.logprobs, prompt.answers)
                 return self._grade(without_reasoning(choice.message.content or ""))
         raise EndpointError(f"{self.name}: no score can be had from this server ({refusal}).")
+
+    def _takes(self, mode: Mode, ends: Deadline) -> bool:
+        """Whether the server answers in a mode at all, asked with a pair that is harmless."""
+        try:
+            self._ask(_PLAIN, None, mode, ends)
+        except _UnsupportedError:
+            return False
+        return True
 
     def _settle(self, mode: Mode, refusal: Exception | None) -> None:
         with self._lock:
@@ -182,8 +200,8 @@ class RemoteScorer:
                 _GRADE,
             )
 
-    def _ask(self, pair: Pair, task: str | None, mode: Mode, ends: float) -> Any:
-        """The model's answer. Raises _UnsupportedError where the server has not got the mode."""
+    def _ask(self, pair: Pair, task: str | None, mode: Mode, ends: Deadline) -> Any:
+        """The model's answer. Raises _UnsupportedError where it is refused in this mode."""
         prompt = self.prompt or prompt_for(pair[0])
         options: dict[str, Any] = {"max_tokens": 1, "logprobs": True, "top_logprobs": _TOP}
         if mode != "logprobs":
@@ -195,27 +213,31 @@ class RemoteScorer:
             try:
                 reply = self._create(ends, messages=messages, **options)
             except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
-                if self.mode is None and mode != "words":
-                    raise _UnsupportedError(error) from error
-                raise
+                if mode == "words":
+                    raise
+                raise _UnsupportedError(error) from error
             choice = reply.choices[0]
             if mode == "logprobs" and not (choice.logprobs and choice.logprobs.content):
                 raise _UnsupportedError("the answer came without any")
             return choice
 
-    def _create(self, ends: float, **request: Any) -> Any:
+    def _create(self, ends: Deadline, **request: Any) -> Any:
         """The reply to a request, which is repeated only while there is time."""
-        for attempt in range(self.retries + 1):
-            left = self.timeout if ends == math.inf else max(_left(ends) or 0.0, 0.001)
-            client = self._client.with_options(timeout=min(left, self.timeout))
+
+        def ask() -> Any:
+            client = self._client.with_options(timeout=max(min(ends.left(), self.timeout), 0.001))
             try:
                 return client.chat.completions.create(model=self.name, temperature=0.0, **request)
-            except (openai.APIConnectionError, openai.APIStatusError) as error:
-                pause = _pause(error, attempt)
-                if attempt == self.retries or pause is None or time.monotonic() + pause >= ends:
+            except openai.APIStatusError as error:
+                if error.status_code not in RETRIED_STATUS and error.status_code < 500:
                     raise
-                time.sleep(pause)
-        raise AssertionError("a request ends in a reply or an error")
+                asked: str = error.response.headers.get("retry-after", "")
+                pause = float(asked) if re.fullmatch(r"[1-9]\d?", asked) else None
+                raise BusyError(error, pause) from error
+            except openai.APIConnectionError as error:
+                raise BusyError(error) from error
+
+        return with_retries(ask, self.retries, ends)
 
     def _grade(self, text: str) -> float:
         try:
@@ -255,8 +277,7 @@ class RemoteScorer:
         return [{"type": "text", "text": label}, *images, {"type": "text", "text": text}]
 
     def _image(self, source: Any) -> dict[str, Any]:
-        data, mimetype = image_bytes(load_image(source), self.max_pixels, self.max_bytes)
-        url = f"data:{mimetype};base64,{base64.b64encode(data).decode()}"
+        url = data_url(load_image(source), self.max_pixels, self.max_bytes)
         return {"type": "image_url", "image_url": {"url": url}}
 
 
@@ -285,17 +306,6 @@ def answer_probability(logprobs: Any, answers: tuple[str, str]) -> float:
     return yes / (yes + no)
 
 
-def _pause(error: openai.APIError, attempt: int) -> float | None:
-    """Seconds to wait before a request is repeated; None if that would not help."""
-    grown: float = min(8.0, 0.5 * 2**attempt)
-    if not isinstance(error, openai.APIStatusError):
-        return grown
-    if error.status_code not in _BUSY and error.status_code < 500:
-        return None
-    asked: str = error.response.headers.get("retry-after", "")
-    return float(asked) if re.fullmatch(r"[1-9]\d?", asked) else grown
-
-
 def _in_words(content: Content | None) -> Content | None:
     """A side without its images. Raises ContentError if nothing is left."""
     if content is None or not content.images:
@@ -316,6 +326,6 @@ def _joined(parts: Sequence[dict[str, Any]]) -> Any:
     return joined[0]["text"] if len(joined) == 1 else joined
 
 
-def _left(ends: float) -> float | None:
-    """Seconds to a point in time; None for one that never comes."""
-    return None if ends == math.inf else max(0.0, ends - time.monotonic())
+def _wait(ends: Deadline) -> float | None:
+    """Seconds to wait, as ``concurrent.futures`` takes them."""
+    return None if ends.seconds is None else ends.left()

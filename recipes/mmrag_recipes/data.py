@@ -162,13 +162,13 @@ def _costs_from(start: int) -> tuple[NDArray[np.int32], list[Problem]]:
 
 def _cost(row: Row, store: ImageStore, backbone: Backbone, hard_negatives: int) -> int:
     """Tokens of query, first positive and negatives; a negative without its image costs none."""
-    total = backbone.cost(store.content(row.query), resolve(row.instruction))
+    total = backbone.plan(store.content(row.query), resolve(row.instruction)).n_tokens
     for positive in row.positives[1:]:
         store.content(positive)  # its image must be there too
-    total += backbone.cost(store.content(row.positives[0]), None)
+    total += backbone.plan(store.content(row.positives[0]), None).n_tokens
     for item in row.negatives[:hard_negatives]:
         try:
-            total += backbone.cost(store.content(item), None)
+            total += backbone.plan(store.content(item), None).n_tokens
         except ContentError:
             continue  # said when its turn comes
     return total

@@ -11,7 +11,7 @@ import numpy as np
 
 from mmrag.content import image_size
 from mmrag.instructions import resolve
-from mmrag.modeling.backbone import Backbone
+from mmrag.modeling.backbone import Backbone, inputs_of
 from mmrag_recipes.config import TrainConfig
 from mmrag_recipes.data import Dataset
 from mmrag_recipes.run_log import read_log
@@ -46,7 +46,7 @@ def _describe(dataset: Dataset, backbone: Backbone) -> str:
     sides = [("query", row.query, row.instruction), ("positive", row.positives[0], None)]
     sides += [("negative", item, None) for item in row.negatives[:1]]
     for name, item, instruction in sides:
-        inputs: Any = backbone.prepare(dataset.store.content(item), resolve(instruction))
+        inputs: Any = inputs_of(backbone, dataset.store.content(item), resolve(instruction))
         shown = repr(
             item.text if item.text is None or len(item.text) < 90 else item.text[:87] + "..."
         )

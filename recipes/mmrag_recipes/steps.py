@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mmrag.errors import ContentError
 from mmrag.instructions import resolve
-from mmrag.modeling.backbone import Backbone
+from mmrag.modeling.backbone import Backbone, inputs_of
 from mmrag_recipes import distributed
 from mmrag_recipes.batches import Batch, shard
 from mmrag_recipes.config import TrainConfig
@@ -142,7 +142,7 @@ class Feeder:
         row: Row = dataset.rows[index]
 
         def submit(item: Item, task: str | None) -> Future[Any]:
-            return pool.submit(lambda: self.backbone.prepare(dataset.store.content(item), task))
+            return pool.submit(lambda: inputs_of(self.backbone, dataset.store.content(item), task))
 
         documents = documents_of(row, epoch, self.hard_negatives)
         return _Waiting(

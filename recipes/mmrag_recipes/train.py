@@ -29,7 +29,7 @@ from mmrag.embedders.base import check_dim
 from mmrag.embedders.registry import find_folders
 from mmrag.errors import ConfigError, ModelError
 from mmrag.modeling.backbone import Backbone
-from mmrag.modeling.loading import fingerprint
+from mmrag.modeling.checkpoints import fingerprint
 from mmrag_recipes import distributed, gradcache
 from mmrag_recipes.batches import Source, plan
 from mmrag_recipes.checkpoints import (

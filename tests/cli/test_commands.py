@@ -359,7 +359,7 @@ def test_names_of_models_can_be_copied(monkeypatch, columns):
     rows = json.loads(run("models", "--json").stdout)["models"]
     assert {row["name"] for row in rows} <= set(lines)
     assert max(map(len, lines)) <= columns
-    assert {"name", "dim", "modalities"} <= set(rows[0])
+    assert {"name", "dim", "license", "modalities"} <= set(rows[0])
 
 
 def test_the_language_of_keyword_search(docs, tmp_path):

@@ -13,8 +13,8 @@ import pytest
 from embedding_server import DIM, Server, answer, answering, rows, vector_of
 from PIL import Image
 
+from mmrag import retries
 from mmrag.content import Content, load_image
-from mmrag.embedders import remote
 from mmrag.embedders.base import Embedder
 from mmrag.embedders.remote import RemoteEmbedder
 from mmrag.errors import ConfigError, ContentError, EndpointError
@@ -23,7 +23,7 @@ from mmrag.instructions import TASKS
 
 @pytest.fixture
 def server(monkeypatch):
-    monkeypatch.setattr(remote, "_FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(retries, "_FIRST_PAUSE", 0.01)
     with Server() as served:
         yield served
 
@@ -255,7 +255,7 @@ def test_refusal_is_not_tried_again(server, embedder, status, hint):
 
 
 def test_nobody_listening_is_an_endpoint_error(monkeypatch):
-    monkeypatch.setattr(remote, "_FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(retries, "_FIRST_PAUSE", 0.01)
     with pytest.raises(EndpointError, match="cannot be reached"):
         RemoteEmbedder("m", "http://127.0.0.1:9/v1", retries=1)
 

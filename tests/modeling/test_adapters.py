@@ -13,7 +13,7 @@ from transformers import Qwen2VLModel
 
 from mmrag.embedders import load_backbone, load_embedder
 from mmrag.errors import ConfigError, ModelError
-from mmrag.modeling.loading import find_base
+from mmrag.modeling.checkpoints import find_base
 
 Q_PROJ = "base_model.model.model.layers.1.self_attn.q_proj"
 

@@ -86,7 +86,25 @@ def test_dimensions_that_the_model_lacks_are_refused(tiny_model, text_rows):
 
 def test_a_missing_file_is_a_message(tiny_model, tmp_path):
     with pytest.raises(SystemExit, match="cannot be read"):
-        main(["evaluate", str(tmp_path / "none.jsonl"), "--model", str(tiny_model)])
+        main(
+            [
+                "evaluate",
+                str(tmp_path / "none.jsonl"),
+                "--model",
+                str(tiny_model),
+                "--family",
+                "gme",
+            ]
+        )
     (tmp_path / "empty.jsonl").write_text("\n")
     with pytest.raises(SystemExit, match="there are no rows"):
-        main(["evaluate", str(tmp_path / "empty.jsonl"), "--model", str(tiny_model)])
+        main(
+            [
+                "evaluate",
+                str(tmp_path / "empty.jsonl"),
+                "--model",
+                str(tiny_model),
+                "--family",
+                "gme",
+            ]
+        )

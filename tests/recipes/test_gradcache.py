@@ -6,6 +6,7 @@ from one_step import prepare_step
 
 from mmrag.content import Content
 from mmrag.embedders import load_backbone
+from mmrag.modeling.backbone import inputs_of
 from mmrag_recipes import gradcache
 from mmrag_recipes.batches import Batch
 from mmrag_recipes.config import DataConfig, LoraConfig, TrainConfig
@@ -109,7 +110,7 @@ def test_memory_stays_flat_as_the_batch_grows(tiny_model, text_rows):
     config = config_of(tiny_model, text_rows, device="cuda")
     backbone = load_backbone(config.model, family="gme", device="cuda", dtype="float32")
     make_trainable(backbone, config)
-    inputs = [backbone.prepare(Content("word " * 60), None) for _ in range(64)]
+    inputs = [inputs_of(backbone, Content("word " * 60), None) for _ in range(64)]
     for count in (16, 64):
         torch.cuda.reset_peak_memory_stats()
         gradcache.step(backbone.forward, inputs[:count], lambda v: v.square().sum(), chunk=8)

@@ -19,7 +19,9 @@ from tokenizers import Tokenizer
 from mmrag.content import Content
 from mmrag.embedders import load_backbone, load_embedder
 from mmrag.errors import ConfigError
-from mmrag.modeling.loading import SHIPPED
+from mmrag.modeling.backbone import inputs_of
+from mmrag.modeling.checkpoints import SHIPPED
+from mmrag.modeling.vision import run_tower
 from mmrag_recipes.nano import build, carry, evaluate, fit, images, texts
 
 FONT = font_manager.findfont("DejaVu Sans")
@@ -167,8 +169,8 @@ def test_images_come_over_by_the_map_of_texts(encoder, old, tmp_path, monkeypatc
     page = images.render_page("a page", FONT).crop((0, 0, 112, 84))
     found = load_embedder(tmp_path, device="cpu", dtype="float32").encode([page])[0]
 
-    prepared = backbone.prepare(Content(image=page), None)
-    codes = backbone.model.visual(prepared.patches, grid_thw=prepared.grid).pooler_output
+    prepared = inputs_of(backbone, Content(image=page), None)
+    codes = run_tower(backbone.model.visual, [prepared.image], backbone.rule).pooler_output
     codes[:, 29:] = torch.tensor([64.0, -1.0, 1.0])  # what the old decoder added or had learned
     gate, up, down = (weights[f"{mlp}{name}_proj.weight"] for name in ("gate", "up", "down"))
     gate, up = gate.clone(), up.clone()

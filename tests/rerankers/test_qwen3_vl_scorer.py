@@ -7,11 +7,15 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from tiny import seen
 from tiny_qwen3 import save_qwen3_vl
 from transformers import AutoImageProcessor, AutoTokenizer, Qwen3VLForConditionalGeneration
 
 from mmrag.content import Content
 from mmrag.errors import ContentError, ModelError
+from mmrag.modeling.loading import place
+from mmrag.rerankers import load_scorer
+from mmrag.rerankers.local import Group
 from mmrag.rerankers.qwen3_vl import load_qwen3_vl_scorer, rerank_prompt
 
 IMAGE_BLOCK = "<|vision_start|><|image_pad|><|vision_end|>"
@@ -23,6 +27,10 @@ PROMPT = (
 DEFAULT = "Given a search query, retrieve relevant candidates that answer the query."
 
 
+def load(folder, **options):
+    return load_qwen3_vl_scorer(folder, place("cpu", "float32"), name="tiny", **options)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return save_qwen3_vl(
@@ -32,7 +40,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def scorer(folder):
-    return load_qwen3_vl_scorer(folder, device="cpu")
+    return load(folder)
 
 
 @pytest.fixture(scope="module")
@@ -49,8 +57,7 @@ def reference(golden):
         asked = Content(query.text, query.image, case["instruction"])
         by_length.setdefault(case["max_length"], []).append((case, (asked, side(case["document"]))))
     return [
-        (load_qwen3_vl_scorer(root / "checkpoint", device="cpu", max_length=length), pairs)
-        for length, pairs in by_length.items()
+        (load(root / "checkpoint", max_length=length), pairs) for length, pairs in by_length.items()
     ]
 
 
@@ -69,15 +76,17 @@ def test_scores_equal_those_of_the_reference_code(reference):
 def test_ids_and_grids_equal_those_of_the_reference_code(reference):
     for scorer, cases in reference:
         for case, pair in cases:
-            item = scorer.prepare(pair, case["instruction"])
+            plan = scorer.asker.plan(pair, case["instruction"])
+            item = scorer.asker.prepare(plan, Group([0]))
             ids = item.ids.tolist()
             assert len(ids) == case["n_tokens"]
             assert ids[: len(case["head_ids"])] == case["head_ids"]
             assert ids[-len(case["tail_ids"]) :] == case["tail_ids"]
-            assert rerank_prompt(*pair, case["instruction"]) == case["prompt"]
+            assert str(rerank_prompt(*pair, case["instruction"])) == case["prompt"]
             if case["grid_thw"]:
-                assert item.grids.tolist() == case["grid_thw"]
-                assert abs(item.pixels.mean().item() - case["pixel_mean"]) < 1e-4
+                grids, patches = seen(item, scorer.asker.rule)
+                assert grids == case["grid_thw"]
+                assert abs(patches.mean().item() - case["pixel_mean"]) < 1e-4
 
 
 def independent_logit(folder, prompt: str, images: list[Image.Image]) -> float:
@@ -102,7 +111,7 @@ def independent_logit(folder, prompt: str, images: list[Image.Image]) -> float:
 @torch.no_grad()
 def test_logits_equal_an_independent_computation(tmp_path, tied):
     folder = save_qwen3_vl(tmp_path / "tiny", tied=tied, words=("yes", "no"))
-    scorer = load_qwen3_vl_scorer(folder, device="cpu")
+    scorer = load(folder)
     noise = np.random.default_rng(0).integers(0, 255, (131, 217, 3), dtype=np.uint8)
     wide, small = Image.fromarray(noise), Image.fromarray(noise[:64, :96])
     sized = wide.resize((224, 128), Image.Resampling.BICUBIC)  # 6.8 and 4.1 times 32, rounded
@@ -126,20 +135,20 @@ def test_logits_equal_an_independent_computation(tmp_path, tied):
 
 
 def test_long_documents_lose_words_but_no_image_and_no_template(folder):
-    whole = load_qwen3_vl_scorer(folder, device="cpu")
-    short = load_qwen3_vl_scorer(folder, device="cpu", max_length=300)
+    whole = load(folder)
+    short = load(folder, max_length=300)
     pair = (Content("q"), Content("word " * 400, Image.new("RGB", (96, 96))))
-    full, cut = (s.prepare(pair, None).ids.tolist() for s in (whole, short))
+    full, cut = (s.asker.plan(pair, None).ids for s in (whole, short))
     assert len(cut) == 305
     assert cut[:300] == full[:300]
     assert cut[-5:] == full[-5:]
     after = (Content("q" * 400), Content(image=Image.new("RGB", (96, 96))))
-    image_id = short.model.config.image_token_id
-    assert short.prepare(after, None).ids.tolist().count(image_id) == 9
+    image_id = short.asker.model.config.image_token_id
+    assert short.asker.plan(after, None).ids.count(image_id) == 9
 
 
 def test_images_that_leave_no_room_are_refused(folder):
-    scorer = load_qwen3_vl_scorer(folder, device="cpu", max_length=50)
+    scorer = load(folder, max_length=50)
     with pytest.raises(ContentError, match=r"pair 1: .*max_length=50"):
         scorer.score([(Content("a"), Content("b")), (Content("a"), _blank(320))])
 
@@ -175,20 +184,21 @@ def test_a_checkpoint_without_its_head_is_refused(tmp_path):
     del weights["lm_head.weight"]
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ModelError, match=r"lm_head\.weight"):
-        load_qwen3_vl_scorer(folder, device="cpu")
+        load(folder)
 
 
 def test_logits_can_be_differentiated(scorer):
-    item = scorer.prepare((Content("q"), Content("d")), None)
-    scorer.forward([item, item]).sum().backward()
-    weight = scorer.model.model.language_model.layers[0].mlp.up_proj.weight
+    asker = scorer.asker
+    item = asker.prepare(asker.plan((Content("q"), Content("d")), None), Group([0]))
+    asker.forward([item, item], Group([0, 1]), None).sum().backward()
+    weight = asker.model.model.language_model.layers[0].mlp.up_proj.weight
     assert weight.grad.abs().sum() > 0
-    scorer.model.zero_grad(set_to_none=True)
+    asker.model.zero_grad(set_to_none=True)
 
 
 @pytest.mark.hub
 def test_the_published_2b_tells_right_from_wrong():
-    scorer = load_qwen3_vl_scorer("Qwen/Qwen3-VL-Reranker-2B")
+    scorer = load_scorer("Qwen/Qwen3-VL-Reranker-2B")
     query = Content("What is the capital of China?")
     right, wrong = scorer.score(
         [

@@ -75,6 +75,19 @@ def test_asks_for_grades_where_there_are_no_log_probabilities(serve, caplog, str
     assert sum("gives no log-probabilities" in r.message for r in caplog.records) == 1
 
 
+@pytest.mark.parametrize("able", [["logprobs", "schema", "words"], ["schema"]])
+def test_a_refused_pair_does_not_make_the_scorer_coarse(serve, able):
+    """A pair that is too long, say, is refused in every mode: the mode is not at fault."""
+    server = serve(able=able, strict=True, fail=lambda t: 400 if "worth 0.2" in t else None)
+    judge = scorer(server)
+    bad, good = judge.judge(pairs(0.2, 0.8))
+    assert isinstance(bad, EndpointError)
+    assert good == pytest.approx(0.8)
+    assert judge.mode == able[0]
+    (again,) = judge.judge(pairs(0.9))
+    assert again == pytest.approx(0.9)
+
+
 def test_images_tasks_and_system_turns_are_sent(serve):
     server = serve()
     query = Content("Which?", Image.new("RGB", (40, 30)))
@@ -191,7 +204,7 @@ def test_a_server_that_takes_no_mode_seriously_is_asked_once_for_each(serve):
     server.answer = "I would rather not."
     outcomes = scorer(server, concurrency=1).judge(pairs(0.5, 0.5, 0.5))
     assert all(isinstance(outcome, EndpointError) for outcome in outcomes)
-    assert len(server.requests) == 1 + 3
+    assert len(server.requests) == 2 + 3  # one with a pair that cannot be at fault
 
 
 def test_other_words_than_the_answers_are_an_error(serve):

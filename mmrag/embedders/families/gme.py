@@ -12,10 +12,10 @@ from mmrag.modeling.loading import Placement
 from mmrag.modeling.prompts import Prompt
 from mmrag.modeling.qwen_vl import (
     ALL_MODALITIES,
-    IMAGE,
-    Qwen2VLBackbone,
+    IMAGE_BLOCK,
+    QwenBackbone,
     Recipe,
-    load_qwen2_vl,
+    load_qwen,
     qwen_fetch_size,
 )
 
@@ -24,7 +24,7 @@ GME_DEFAULT = "You are a helpful assistant."
 
 def gme_prompt(content: Content, instruction: str | None) -> Prompt:
     """GME's literal prompt: instruction in the system turn, image right before the text."""
-    image = f"<|vision_start|>{IMAGE}<|vision_end|>" if content.images else ""
+    image = IMAGE_BLOCK if content.images else ""
     system = f"<|im_start|>system\n{instruction or GME_DEFAULT}<|im_end|>\n"
     return Prompt(
         before=f"{system}<|im_start|>user\n{image}",
@@ -42,7 +42,9 @@ def load_gme(
     max_length: int = 1800,
     min_image_tokens: int | None = None,
     max_image_tokens: int | None = None,
-) -> Qwen2VLBackbone:
+) -> QwenBackbone:
     """Load a checkpoint of GME's layout: gme-Qwen2-VL-2B/7B, or any of that shape."""
     recipe = Recipe(family, gme_prompt, qwen_fetch_size, max_length)
-    return load_qwen2_vl(folder, placement, recipe, min_image_tokens, max_image_tokens, modalities)
+    return load_qwen(
+        folder, placement, recipe, min_image_tokens, max_image_tokens, modalities=modalities
+    )

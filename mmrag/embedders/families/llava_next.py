@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from transformers import LlavaNextModel, PreTrainedTokenizerBase
 
 from mmrag.content import Content, Modality, image_size, load_image
-from mmrag.modeling.batching import pad
+from mmrag.modeling.backbone import Plan
+from mmrag.modeling.batching import pad, send
 from mmrag.modeling.clip_images import (
     TOWER_NAMES,
     ClipRule,
@@ -34,13 +35,14 @@ from mmrag.modeling.pooling import last_token
 from mmrag.modeling.prompts import (
     Prompt,
     PromptStyle,
-    load_fast_tokenizer,
+    expand,
+    harmless,
     tokenize,
     vlm2vec_prompt,
-    without_token,
 )
 from mmrag.modeling.qwen_images import resize
-from mmrag.modeling.qwen_vl import ALL_MODALITIES, expand
+from mmrag.modeling.qwen_vl import ALL_MODALITIES
+from mmrag.modeling.tokenizers import load_tokenizer
 
 IMAGE = "<image>"
 _HEADS = ("lm_head.", "language_model.lm_head.")
@@ -48,7 +50,7 @@ _HEADS = ("lm_head.", "language_model.lm_head.")
 
 @dataclass(frozen=True, slots=True)
 class LlavaInputs:
-    """One item: ids (length,), tiles (n, 3, side, side), and the picture's width and height."""
+    """One item: ids (length,), tiles (n, 3, side, side), uint8, and the image's size in pixels."""
 
     ids: Tensor
     tiles: Tensor | None = None
@@ -111,21 +113,24 @@ class LlavaNextBackbone:
             "prompts": [str(render(Content("x"), None)), str(render(Content("x"), "y"))],
         }
 
-    def cost(self, content: Content, instruction: str | None) -> int:
-        """Tokens of the item, without decoding its image."""
+    def plan(self, content: Content, instruction: str | None) -> Plan:
+        """Tokens of the item; see ``Backbone.plan``."""
         source = only_image(content, self.family)
-        size = None if source is None else self.recipe.fit(*image_size(source))
-        return len(self._ids(content, instruction, size))
+        item, task = harmless(content, instruction, (IMAGE,))
+        sizes = () if source is None else (self.recipe.fit(*image_size(source)),)
+        return Plan(item, self._ids(item, task, sizes), sizes)
 
-    def prepare(self, content: Content, instruction: str | None) -> LlavaInputs:
+    def prepare(self, plan: Plan) -> LlavaInputs:
         """Ids and tiles of the item."""
-        source = only_image(content, self.family)
-        if source is None:
-            return LlavaInputs(torch.tensor(self._ids(content, instruction, None)))
-        image = load_image(source)
+        item = plan.content
+        if not item.images:
+            return LlavaInputs(torch.tensor(plan.ids))
+        image = load_image(item.images[0])
         image = resize(image, self.recipe.fit(*image.size))
-        ids = torch.tensor(self._ids(content, instruction, image.size))
-        return LlavaInputs(ids, self.rule.anyres(image), image.size)
+        # Some files say only behind their pixels that they lie on their side.
+        stands = plan.sizes == (image.size,)
+        ids = plan.ids if stands else self._ids(item, item.instruction, (image.size,))
+        return LlavaInputs(torch.tensor(ids), self.rule.anyres(image), image.size)
 
     def forward(self, batch: Sequence[LlavaInputs]) -> Tensor:
         """State of each item's last token, (len(batch), dim), not normalised."""
@@ -144,8 +149,9 @@ class LlavaNextBackbone:
         if not shown:
             return []
         counts = [len(tiles) for tiles, _ in shown]
-        pixels = torch.cat([tiles for tiles, _ in shown])
-        states = tower_features(self.model.vision_tower, pixels, self._layer)
+        tower = self.model.vision_tower
+        pixels = send(torch.cat([tiles for tiles, _ in shown]), tower.device)
+        states = tower_features(tower, self.rule.normalise(pixels), self._layer)
         projected = self.model.multi_modal_projector(states)  # (all tiles, n * n, dim)
         parts = torch.split(projected, counts)
         return [self._pack(part, size) for part, (_, size) in zip(parts, shown, strict=True)]
@@ -163,13 +169,12 @@ class LlavaNextBackbone:
         return self.rule.across**2 + int(rows * (columns + 1))
 
     def _ids(
-        self, content: Content, instruction: str | None, size: tuple[int, int] | None
+        self, content: Content, instruction: str | None, sizes: Sequence[tuple[int, int]]
     ) -> list[int]:
-        visual = [self._visual_tokens(size)] if size else []
-        prompt = self.recipe.render(without_token(content, IMAGE), instruction)
+        visual = [self._visual_tokens(size) for size in sizes]
+        prompt = self.recipe.render(content, instruction)
         room = self.recipe.max_length + len(visual) - sum(visual)
-        ids = tokenize(self.tokenizer, prompt, room)
-        return expand(ids, self._image_id, visual)
+        return expand(tokenize(self.tokenizer, prompt, room), self._image_id, visual)
 
 
 def load_vlm2vec_llava_next(
@@ -198,7 +203,9 @@ def _load(folder: Path, placement: Placement, recipe: LlavaRecipe) -> LlavaNextB
     model = load_exact(LlavaNextModel, folder, placement, unused=_HEADS, key_mapping=TOWER_NAMES)
     rule = read_clip_rule(folder, int(model.config.vision_config.patch_size))
     rule = replace(rule, grids=tuple((h, w) for h, w in model.config.image_grid_pinpoints))
-    return LlavaNextBackbone(model, load_fast_tokenizer(folder), rule, recipe)
+    rows = model.get_input_embeddings().num_embeddings
+    tokenizer = load_tokenizer(folder, rows=rows, tokens={IMAGE: model.config.image_token_id})
+    return LlavaNextBackbone(model, tokenizer, rule, recipe)
 
 
 def e5_v_prompt(content: Content, instruction: str | None) -> Prompt:

@@ -21,7 +21,9 @@ from transformers import LlavaNextConfig, LlavaNextModel, PreTrainedTokenizerBas
 
 from mmrag.content import Content, Modality, load_image
 from mmrag.errors import ContentError, ModelError
-from mmrag.modeling.batching import pad
+from mmrag.modeling.backbone import Plan
+from mmrag.modeling.batching import pad, send
+from mmrag.modeling.checkpoints import read_json
 from mmrag.modeling.clip_images import (
     TOWER_NAMES,
     ClipRule,
@@ -30,10 +32,11 @@ from mmrag.modeling.clip_images import (
     read_clip_rule,
     tower_features,
 )
-from mmrag.modeling.loading import Placement, load_exact, read_json
+from mmrag.modeling.loading import Placement, load_exact
 from mmrag.modeling.pooling import mean_tokens
-from mmrag.modeling.prompts import Prompt, load_fast_tokenizer, tokenize, without_token
-from mmrag.modeling.qwen_vl import ALL_MODALITIES, expand
+from mmrag.modeling.prompts import Prompt, expand, harmless, tokenize
+from mmrag.modeling.qwen_vl import ALL_MODALITIES
+from mmrag.modeling.tokenizers import load_tokenizer
 
 IMAGE = "<image>"
 
@@ -150,7 +153,7 @@ class MMEmbedModel(LlavaNextModel):  # type: ignore[misc]
 
 @dataclass(frozen=True, slots=True)
 class MMEmbedInputs:
-    """One item: ids (length,), its image (1, 3, side, side), and tokens left out of the mean."""
+    """One item: ids (length,), image (1, 3, side, side), uint8, and tokens left out of the mean."""
 
     ids: Tensor
     tiles: Tensor | None
@@ -186,23 +189,27 @@ class MMEmbedBackbone:
         """The limit, which moves vectors of long texts."""
         return {"family": self.family, "max_length": self.max_length}
 
-    def cost(self, content: Content, instruction: str | None) -> int:
-        """Tokens of the item, without decoding its image."""
-        return len(self._ids(content, instruction))
+    def plan(self, content: Content, instruction: str | None) -> Plan:
+        """Tokens of the item; an empty instruction marks a query without one."""
+        only_image(content, self.family)
+        item, task = harmless(content, instruction, (IMAGE,))
+        ids = tokenize(self.tokenizer, mm_embed_prompt(item, task), self.max_length - 1)
+        # Tokens beyond the vocabulary, such as padding, are embedded as the end token.
+        known = [i if i < self._vocabulary or i == self._image_id else self._end_id for i in ids]
+        visual = [self.rule.across**2 + 1] if item.images else []
+        return Plan(item, [*expand(known, self._image_id, visual), self._end_id])
 
-    def prepare(self, content: Content, instruction: str | None) -> MMEmbedInputs:
-        """Ids and pixels of the item; an empty instruction marks a query without one."""
-        source = only_image(content, self.family)
-        ids = torch.tensor(self._ids(content, instruction))
+    def prepare(self, plan: Plan) -> MMEmbedInputs:
+        """Ids and pixels of the item."""
+        task, images = plan.content.instruction, plan.content.images
         # As published, transparency is dropped, not laid on white.
-        image = None if source is None else load_image(source, on_white=False)
-        tiles = None if image is None else self.rule.whole(image)
-        masked = self._masked(instruction) if instruction else 0
-        if masked >= len(ids):
+        tiles = self.rule.whole(load_image(images[0], on_white=False)) if images else None
+        masked = self._masked(task) if task else 0
+        if masked >= plan.n_tokens:
             raise ContentError(
                 f"the instruction alone is over max_length={self.max_length} tokens; raise it."
             )
-        return MMEmbedInputs(ids, tiles, masked)
+        return MMEmbedInputs(torch.tensor(plan.ids), tiles, masked)
 
     def forward(self, batch: Sequence[MMEmbedInputs]) -> Tensor:
         """Mean over each item's tokens behind its instruction, (len(batch), dim)."""
@@ -210,7 +217,7 @@ class MMEmbedBackbone:
         ids, mask = pad([item.ids for item in batch], self._end_id)
         ids, mask = ids.to(device), mask.to(device)
         places = ids == self._image_id
-        # The picture's token has no embedding of its own.
+        # The image's token has no embedding of its own.
         embeds = self.model.get_input_embeddings()(ids.masked_fill(places, 0))
         embeds = place_features(embeds, places, self._features(batch))
         output = self.model.language_model(
@@ -226,18 +233,12 @@ class MMEmbedBackbone:
         tiles = [item.tiles for item in batch if item.tiles is not None]
         if not tiles:
             return []
-        states = tower_features(self.model.vision_tower, torch.cat(tiles), self._layer)
+        tower = self.model.vision_tower
+        pixels = self.rule.normalise(send(torch.cat(tiles), tower.device))
+        states = tower_features(tower, pixels, self._layer)
         projected = self.model.multi_modal_projector(states)  # (images, n * n, dim)
         newline = self.model.image_newline.to(projected.dtype).expand(len(projected), 1, -1)
         return list(torch.cat([projected, newline], dim=1))
-
-    def _ids(self, content: Content, instruction: str | None) -> list[int]:
-        prompt = mm_embed_prompt(without_token(content, IMAGE), instruction)
-        cut = tokenize(self.tokenizer, prompt, self.max_length - 1)
-        # Tokens beyond the vocabulary, such as padding, are embedded as the end token.
-        ids = [i if i < self._vocabulary or i == self._image_id else self._end_id for i in cut]
-        visual = [self.rule.across**2 + 1] if content.images else []
-        return [*expand(ids, self._image_id, visual), self._end_id]
 
     def _masked(self, instruction: str) -> int:
         """Length of the instruction with its start and end tokens.
@@ -263,7 +264,9 @@ def load_mm_embed(folder: Path, placement: Placement, *, max_length: int = 512) 
     config = read_config(folder)
     model = load_exact(MMEmbedModel, folder, placement, config=config, key_mapping=TOWER_NAMES)
     rule = read_clip_rule(folder, int(config.vision_config.patch_size))
-    return MMEmbedBackbone(model, load_fast_tokenizer(folder), rule, max_length)
+    rows = model.get_input_embeddings().num_embeddings
+    tokenizer = load_tokenizer(folder, rows=rows, tokens={IMAGE: config.image_token_id})
+    return MMEmbedBackbone(model, tokenizer, rule, max_length)
 
 
 def read_config(folder: Path) -> LlavaNextConfig:
@@ -272,6 +275,8 @@ def read_config(folder: Path) -> LlavaNextConfig:
     Raises: ModelError for a decoder that is neither NV-Embed-v1 nor described in the folder.
     """
     published = read_json(folder / "config.json")
+    if published.get("model_type") != "llava_next":
+        raise ModelError(f"{folder}: config.json is missing or is not MM-Embed's.")
     retriever = read_json(folder / "retriever" / "config.json")
     named = published.get("retriever")
     if not retriever and named != "nvidia/NV-Embed-v1":

@@ -12,7 +12,7 @@ from transformers import Qwen2_5_VLModel
 from mmrag.content import Content
 from mmrag.modeling.loading import Placement
 from mmrag.modeling.prompts import REPRESENT_WITH_TEXT, Prompt
-from mmrag.modeling.qwen_vl import ALL_MODALITIES, IMAGE, Qwen2VLBackbone, Recipe, load_qwen2_vl
+from mmrag.modeling.qwen_vl import IMAGE_BLOCK, QwenBackbone, Recipe, load_qwen
 
 PAGE = "Represent the given document image."
 _LEAST_SIDE = 28
@@ -25,17 +25,16 @@ def load_moca(
     max_length: int = 2048,
     min_image_tokens: int = 256,
     max_image_tokens: int = 1024,
-) -> Qwen2VLBackbone:
+) -> QwenBackbone:
     """Load MoCa-Qwen25VL-3B/7B: M-RoPE positions, bidirectional decoder, mean pooling."""
     recipe = Recipe("moca", moca_prompt, moca_fit, max_length, mrope=True, bidirectional=True)
-    backbone = load_qwen2_vl(
+    backbone = load_qwen(
         folder,
         placement,
         recipe,
         min_image_tokens,
         max_image_tokens,
-        ALL_MODALITIES,
-        Qwen2_5_VLModel,
+        model_class=Qwen2_5_VLModel,
     )
     for layer in backbone.model.language_model.layers:
         layer.self_attn.is_causal = False  # what attention goes by where it gets no mask
@@ -47,7 +46,7 @@ def moca_prompt(content: Content, instruction: str | None) -> Prompt:
     text = content.text or ""
     if content.images and not instruction:
         instruction = REPRESENT_WITH_TEXT if text else PAGE
-    image = f"<|vision_start|>{IMAGE}<|vision_end|>" if content.images else ""
+    image = IMAGE_BLOCK if content.images else ""
     task = (instruction or "") + (" " if instruction and text else "")
     # Nothing at all is no input to the reference code; a newline makes it one.
     return Prompt(image + task, text, "\n" if instruction or not text else "")

@@ -22,13 +22,18 @@ from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLVisionCon
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VisionTransformerPretrainedModel
 
 from mmrag.content import Content, Modality, image_size, load_image
+from mmrag.modeling.backbone import Plan
 from mmrag.modeling.batching import pad
 from mmrag.modeling.clip_images import only_image
 from mmrag.modeling.loading import Placement, load_exact
 from mmrag.modeling.pooling import mean_tokens
-from mmrag.modeling.prompts import Prompt, load_fast_tokenizer, tokenize
-from mmrag.modeling.qwen_images import ImageRule, read_image_rule, resize, to_patches
-from mmrag.modeling.qwen_vl import ALL_MODALITIES, use_matmul_patch_embed
+from mmrag.modeling.prompts import Prompt, tokenize
+from mmrag.modeling.qwen_images import ImageRule, pixels_of, read_image_rule, resize
+from mmrag.modeling.qwen_vl import ALL_MODALITIES, cells
+from mmrag.modeling.tokenizers import load_tokenizer
+from mmrag.modeling.vision import run_tower, speed_up
+
+_VISUAL = -1  # stands for a visual token, which is in no vocabulary
 
 
 class Readout(nn.Module):
@@ -66,15 +71,14 @@ class NanoModel(BertModel):  # type: ignore[misc]
 
 @dataclass(frozen=True, slots=True)
 class NanoInputs:
-    """One item: ids (length,), patches (n, 3 * temporal * patch * patch) and grid (1, 3).
+    """One item: ids (length,) of its text, and its image (height, width, 3), uint8.
 
-    None stands for what the item has not: ids without a text, patches and grid without an image.
+    None stands for a text or an image that the item does not have.
     """
 
     n_tokens: int
     ids: Tensor | None
-    patches: Tensor | None
-    grid: Tensor | None
+    image: Tensor | None
 
 
 class NanoBackbone:
@@ -105,31 +109,33 @@ class NanoBackbone:
             "pixels": [self.rule.min_pixels, self.rule.max_pixels],
         }
 
-    def cost(self, content: Content, instruction: str | None) -> int:
-        """Tokens of the text and visual tokens of the image, without decoding the image."""
+    def plan(self, content: Content, instruction: str | None) -> Plan:
+        """Tokens of the text, then one for each visual token; see ``Backbone.plan``."""
         source = only_image(content, self.family)
-        size = None if source is None else self.rule.size(*image_size(source))
-        return len(self._ids(content)) + (self.rule.n_tokens(*size) if size else 0)
+        sizes = () if source is None else (self.rule.size(*image_size(source)),)
+        ids: list[int] = []
+        if content.text is not None:
+            ids = tokenize(self.tokenizer, Prompt("", content.text, ""), self.max_length)
+        visual = sum(self.rule.n_tokens(*size) for size in sizes)
+        return Plan(content, ids + [_VISUAL] * visual, sizes)
 
-    def prepare(self, content: Content, instruction: str | None) -> NanoInputs:
-        """Ids and patches of the item."""
-        ids = self._ids(content)
-        text = None if content.text is None else torch.tensor(ids)
-        source = only_image(content, self.family)
-        if source is None:
-            return NanoInputs(len(ids), text, None, None)
-        image = load_image(source)
-        image = resize(image, self.rule.size(*image.size))
-        patches, grid = to_patches(image, self.rule)
-        n_tokens = len(ids) + self.rule.n_tokens(*image.size)
-        return NanoInputs(n_tokens, text, patches, torch.tensor([grid]))
+    def prepare(self, plan: Plan) -> NanoInputs:
+        """Ids and pixels of the item."""
+        ids = [token for token in plan.ids if token != _VISUAL]
+        text = None if plan.content.text is None else torch.tensor(ids)
+        if not plan.content.images:
+            return NanoInputs(plan.n_tokens, text, None)
+        image = load_image(plan.content.images[0])
+        return NanoInputs(
+            plan.n_tokens, text, pixels_of(resize(image, self.rule.size(*image.size)))
+        )
 
     def forward(self, batch: Sequence[NanoInputs]) -> Tensor:
         """The sum of the unit vectors of each item's text and image, (len(batch), dim)."""
         device = self.model.device
         vectors = torch.zeros(len(batch), self.dim, device=device)
         texts = {row: item.ids for row, item in enumerate(batch) if item.ids is not None}
-        images = {row: item for row, item in enumerate(batch) if item.patches is not None}
+        images = {row: item.image for row, item in enumerate(batch) if item.image is not None}
         if texts:
             rows = torch.tensor(list(texts), device=device)
             vectors = vectors.index_add(0, rows, self._texts(list(texts.values())))
@@ -145,21 +151,13 @@ class NanoBackbone:
         hidden = self.model(input_ids=ids, attention_mask=mask).last_hidden_state
         return F.normalize(mean_tokens(hidden.float(), mask), dim=1)
 
-    def _images(self, items: Sequence[NanoInputs]) -> Tensor:
-        """Unit vectors of images, (len(items), dim)."""
-        visual, device = self.model.visual, self.model.device
-        patches = torch.cat([item.patches for item in items if item.patches is not None])
-        grids = torch.cat([item.grid for item in items if item.grid is not None])
-        output = visual(patches.to(device, visual.dtype), grid_thw=grids.to(device))
+    def _images(self, images: Sequence[Tensor]) -> Tensor:
+        """Unit vectors of images, (len(images), dim)."""
+        output = run_tower(self.model.visual, images, self.rule)
         added = self.model.readout(output.pooler_output).float()
-        counts = (grids.prod(dim=1) // self.rule.merge**2).tolist()
-        sums = torch.stack([part.sum(0) for part in added.split(counts)])
+        counts = [rows * columns for rows, columns in cells(images, self.rule)]
+        sums = torch.stack([part.sum(0) for part in torch.split(added, counts)])
         return F.normalize(sums, dim=1)
-
-    def _ids(self, content: Content) -> list[int]:
-        if content.text is None:
-            return []
-        return tokenize(self.tokenizer, Prompt("", content.text, ""), self.max_length)
 
 
 def load_nano(
@@ -173,6 +171,7 @@ def load_nano(
 ) -> NanoBackbone:
     """Load ``mmrag-nano``, or a checkpoint adapted from it."""
     model = load_exact(NanoModel, folder, placement)
-    use_matmul_patch_embed(model.visual)
+    speed_up(model.visual)
     rule = read_image_rule(folder).with_tokens(min_image_tokens, max_image_tokens)
-    return NanoBackbone(model, load_fast_tokenizer(folder), rule, max_length, modalities)
+    tokenizer = load_tokenizer(folder, rows=model.get_input_embeddings().num_embeddings)
+    return NanoBackbone(model, tokenizer, rule, max_length, modalities)

@@ -31,10 +31,13 @@ from transformers import (
 
 from mmrag.content import Content, Modality, image_size, load_image
 from mmrag.errors import ConfigError, ModelError
-from mmrag.modeling.batching import pad
+from mmrag.modeling.backbone import Plan
+from mmrag.modeling.batching import pad, send
+from mmrag.modeling.checkpoints import read_json
 from mmrag.modeling.clip_images import (
     TOWER_NAMES,
     ClipRule,
+    channels_first,
     cut,
     join,
     only_image,
@@ -42,10 +45,11 @@ from mmrag.modeling.clip_images import (
     read_clip_rule,
     tower_features,
 )
-from mmrag.modeling.loading import Placement, load_exact, read_json
+from mmrag.modeling.loading import Placement, load_exact
 from mmrag.modeling.pooling import last_token
-from mmrag.modeling.prompts import PromptStyle, load_fast_tokenizer, tokenize, vlm2vec_prompt
+from mmrag.modeling.prompts import PromptStyle, tokenize, vlm2vec_prompt
 from mmrag.modeling.qwen_vl import ALL_MODALITIES
+from mmrag.modeling.tokenizers import load_tokenizer
 
 _IMAGE_BLOCK = -1  # stands for an image's token, which is in no vocabulary
 
@@ -121,11 +125,10 @@ class Phi3VModel(Phi3Model):  # type: ignore[misc]
 
 @dataclass(frozen=True, slots=True)
 class Phi3VInputs:
-    """One item: ids (length,), -1 for an image's tokens, and the picture's tiles and grid."""
+    """One item: ids (length,), -1 for an image's tokens; its image (3, height, width), uint8."""
 
     ids: Tensor
-    tiles: Tensor | None = None
-    grid: tuple[int, int] = (0, 0)
+    pixels: Tensor | None = None
 
     @property
     def n_tokens(self) -> int:
@@ -167,23 +170,24 @@ class Phi3VBackbone:
             "max_length": self.max_length,
         }
 
-    def cost(self, content: Content, instruction: str | None) -> int:
-        """Tokens of the item, without decoding its image."""
+    def plan(self, content: Content, instruction: str | None) -> Plan:
+        """Tokens of the item; see ``Backbone.plan``."""
         source = only_image(content, self.family)
+        item = Content(content.text, content.image, instruction)
         if source is None:
-            return len(self._ids(content, instruction, None))
+            return Plan(item, self._ids(item, None))
         size = hd_size(*image_size(source), self.num_crops, self.rule.side)
-        return len(self._ids(content, instruction, self._grid(*size)))
+        return Plan(item, self._ids(item, size), (size,))
 
-    def prepare(self, content: Content, instruction: str | None) -> Phi3VInputs:
-        """Ids and tiles of the item."""
-        source = only_image(content, self.family)
-        if source is None:
-            return Phi3VInputs(torch.tensor(self._ids(content, instruction, None)))
-        image = hd_image(load_image(source), self.num_crops, self.rule.side)
-        grid = self._grid(*image.size)
-        ids = torch.tensor(self._ids(content, instruction, grid))
-        return Phi3VInputs(ids, self._tiles(image), grid)
+    def prepare(self, plan: Plan) -> Phi3VInputs:
+        """Ids and pixels of the item."""
+        item = plan.content
+        if not item.images:
+            return Phi3VInputs(torch.tensor(plan.ids))
+        image = hd_image(load_image(item.images[0]), self.num_crops, self.rule.side)
+        # Some files say only behind their pixels that they lie on their side.
+        ids = plan.ids if plan.sizes == (image.size,) else self._ids(item, image.size)
+        return Phi3VInputs(torch.tensor(ids), channels_first(image))
 
     def forward(self, batch: Sequence[Phi3VInputs]) -> Tensor:
         """State of each item's last token, (len(batch), dim), not normalised.
@@ -203,29 +207,26 @@ class Phi3VBackbone:
         ids, mask = pad([item.ids for item in batch], 0)
         ids, mask = ids.to(device), mask.to(device)
         embeds = self.model.get_input_embeddings()(ids.clamp(min=0))  # (batch, length, dim)
-        images = [(item.tiles, item.grid) for item in batch if item.tiles is not None]
+        images = [self.tiles(item.pixels) for item in batch if item.pixels is not None]
         features = self.model.vision_embed_tokens(images)
         embeds = place_features(embeds, ids == _IMAGE_BLOCK, features)
         # Padded on the right under causal attention, no token sees the padding: no mask is needed.
         output = self.model(inputs_embeds=embeds, use_cache=False)
         return last_token(output.last_hidden_state, mask)
 
-    def _tiles(self, image: Image.Image) -> Tensor:
-        """The whole image and then its tiles, (1 + tiles, 3, side, side)."""
-        pixels, side = self.rule.pixels(image), self.rule.side
-        whole = F.interpolate(pixels.unsqueeze(0), size=(side, side), mode="bicubic")
-        return torch.cat([whole, cut(pixels, side)])
+    def tiles(self, pixels: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        """The whole image and its tiles, (1 + tiles, 3, side, side); their rows and columns."""
+        side = self.rule.side
+        normalised = self.rule.normalise(send(pixels.contiguous(), self.model.device).unsqueeze(0))
+        whole = F.interpolate(normalised, size=(side, side), mode="bicubic")
+        grid = pixels.shape[1] // side, pixels.shape[2] // side
+        return torch.cat([whole, cut(normalised[0], side)]), grid
 
-    def _grid(self, width: int, height: int) -> tuple[int, int]:
-        return height // self.rule.side, width // self.rule.side
-
-    def _ids(
-        self, content: Content, instruction: str | None, grid: tuple[int, int] | None
-    ) -> list[int]:
-        prompt = vlm2vec_prompt(content, instruction, "", self.style)
-        if grid is None:
+    def _ids(self, content: Content, size: tuple[int, int] | None) -> list[int]:
+        prompt = vlm2vec_prompt(content, content.instruction, "", self.style)
+        if size is None:
             return tokenize(self.tokenizer, prompt, self.max_length)
-        rows, columns = grid
+        columns, rows = (length // self.rule.side for length in size)
         across = self.rule.across // 2
         # Tiles and whole image, a separator, and the ends of the rows of both.
         visual = (rows * columns + 1) * across**2 + 1 + (rows + 1) * across
@@ -285,14 +286,15 @@ def load_phi3v(
     crops = num_crops if num_crops is not None else int(said)
     if crops < 1:
         raise ConfigError(f"num_crops={crops} is not possible: an image needs at least 1.")
-    tokenizer = load_fast_tokenizer(folder)
+    rows = model.get_input_embeddings().num_embeddings
+    tokenizer = load_tokenizer(folder, rows=rows, tokens={"<|endoftext|>": config.pad_token_id})
     return Phi3VBackbone(model, tokenizer, rule, style, crops, max_length)
 
 
 def read_config(folder: Path) -> Phi3Config:
     """Phi-3's configuration from Phi-3.5-vision's, with the tower's size beside it."""
     published = read_json(folder / "config.json")
-    if "rope_scaling" not in published:
+    if published.get("model_type") != "phi3_v" or "rope_scaling" not in published:
         raise ModelError(f"{folder}: config.json is missing or is not Phi-3.5-vision's.")
     foreign = ("model_type", "auto_map", "architectures")
     fields = {key: value for key, value in published.items() if key not in foreign}

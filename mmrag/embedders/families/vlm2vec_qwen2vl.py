@@ -14,7 +14,7 @@ from pathlib import Path
 from mmrag.content import Content
 from mmrag.modeling.loading import Placement
 from mmrag.modeling.prompts import REPRESENT, Prompt, PromptStyle, vlm2vec_prompt
-from mmrag.modeling.qwen_vl import IMAGE, Qwen2VLBackbone, Recipe, load_qwen2_vl
+from mmrag.modeling.qwen_vl import IMAGE, QwenBackbone, Recipe, load_qwen
 
 UNDERSTAND = "Understand the content of the provided document image."
 
@@ -33,7 +33,7 @@ def load_vlm2vec_v1(
     max_length: int = 8192,
     min_image_tokens: int = MIN_IMAGE_TOKENS,
     max_image_tokens: int = MAX_IMAGE_TOKENS,
-) -> Qwen2VLBackbone:
+) -> QwenBackbone:
     """Load VLM2Vec-Qwen2VL-2B/7B.
 
     ``squash``: side in pixels of the square that every image is resized to first; the MMEB
@@ -45,7 +45,7 @@ def load_vlm2vec_v1(
         partial(fit, squash=squash),
         max_length,
     )
-    return load_qwen2_vl(folder, placement, recipe, min_image_tokens, max_image_tokens)
+    return load_qwen(folder, placement, recipe, min_image_tokens, max_image_tokens)
 
 
 def load_vlm2vec_v2(
@@ -56,7 +56,7 @@ def load_vlm2vec_v2(
     max_length: int = 8192,
     min_image_tokens: int = MIN_IMAGE_TOKENS,
     max_image_tokens: int = MAX_IMAGE_TOKENS,
-) -> Qwen2VLBackbone:
+) -> QwenBackbone:
     """Load VLM2Vec-V2.0."""
     recipe = Recipe(
         "vlm2vec_v2",
@@ -64,7 +64,7 @@ def load_vlm2vec_v2(
         partial(fit, squash=None),
         max_length,
     )
-    return load_qwen2_vl(folder, placement, recipe, min_image_tokens, max_image_tokens)
+    return load_qwen(folder, placement, recipe, min_image_tokens, max_image_tokens)
 
 
 def render(

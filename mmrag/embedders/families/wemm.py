@@ -18,19 +18,18 @@ from transformers import Qwen3_5Model
 
 from mmrag.content import Content
 from mmrag.errors import ModelError
-from mmrag.modeling.loading import Placement, load_exact
-from mmrag.modeling.prompts import Prompt, load_fast_tokenizer
-from mmrag.modeling.qwen_images import read_image_rule, smart_resize
-from mmrag.modeling.qwen_vl import IMAGE, Qwen2VLBackbone, Recipe, use_matmul_patch_embed
+from mmrag.modeling.loading import Placement
+from mmrag.modeling.prompts import Prompt
+from mmrag.modeling.qwen_images import smart_resize
+from mmrag.modeling.qwen_vl import IMAGE_BLOCK, QwenBackbone, Recipe, load_qwen
 
 EMBEDDING = "<embedding>"
-_IMAGE_BLOCK = f"<|vision_start|>{IMAGE}<|vision_end|>"
 
 
 def wemm_prompt(content: Content, instruction: str | None) -> Prompt:
     """The literal prompt: one user turn, images first, and the token that is pooled."""
     text = content.text or ""
-    opening = _IMAGE_BLOCK * len(content.images) or "\n"
+    opening = IMAGE_BLOCK * len(content.images) or "\n"
     task = instruction or ""
     return Prompt(
         before=f"<|im_start|>user{opening}{task}{' ' if task and text else ''}",
@@ -51,13 +50,18 @@ def load_wemm(
     max_length: int = 32768,
     min_image_tokens: int | None = None,
     max_image_tokens: int | None = None,
-) -> Qwen2VLBackbone:
+) -> QwenBackbone:
     """Load WeMM-Embedding-2B/4B/9B; bounds of None are the checkpoint's own."""
-    tokenizer = load_fast_tokenizer(folder)
-    if EMBEDDING not in tokenizer.get_vocab():
-        raise ModelError(f"{folder}: its tokenizer has no {EMBEDDING}; it is no WeMM-Embedding.")
-    model = load_exact(Qwen3_5Model, folder, placement, unused=("lm_head.", "mtp."))
-    use_matmul_patch_embed(model.visual)
-    rule = read_image_rule(folder).with_tokens(min_image_tokens, max_image_tokens)
     recipe = Recipe("wemm", wemm_prompt, fetch_size, max_length, max_images=sys.maxsize, mrope=True)
-    return Qwen2VLBackbone(model, tokenizer, rule, recipe)
+    backbone = load_qwen(
+        folder,
+        placement,
+        recipe,
+        min_image_tokens,
+        max_image_tokens,
+        model_class=Qwen3_5Model,
+        unused=("lm_head.", "mtp."),
+    )
+    if EMBEDDING not in backbone.tokenizer.get_vocab():
+        raise ModelError(f"{folder}: its tokenizer has no {EMBEDDING}; it is no WeMM-Embedding.")
+    return backbone

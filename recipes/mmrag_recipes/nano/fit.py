@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 from mmrag.content import Content
 from mmrag.embedders.families.nano import NanoBackbone
+from mmrag.modeling.backbone import inputs_of
+from mmrag.modeling.vision import run_tower
 
 STEPS = 600
 _RATE = 3e-3
@@ -52,8 +54,8 @@ def summed_units(backbone: NanoBackbone, images: Sequence[Image.Image]) -> Tenso
     model = backbone.model
     found = []
     for image in images:
-        item = backbone.prepare(Content(image=image), None)
-        tokens = model.visual(item.patches, grid_thw=item.grid).pooler_output
+        item = inputs_of(backbone, Content(image=image), None)
+        tokens = run_tower(model.visual, [item.image], backbone.rule).pooler_output
         count = torch.tensor([float(len(tokens))])  # what the bias is multiplied by
         found.append(torch.cat([model.readout.units(tokens).sum(0), count]))
     return torch.stack(found)

@@ -19,6 +19,7 @@ from transformers import (
 from mmrag.content import Content
 from mmrag.embedders import load_embedder
 from mmrag.errors import ContentError, ModelError
+from mmrag.modeling.backbone import inputs_of
 from mmrag.modeling.clip_images import ClipRule
 from mmrag.testing import check_embedder
 
@@ -61,8 +62,8 @@ def reference(golden):
         backbone = loaded[style, squash]
         image = folder / "images" / case["image"] if case["image"] else None
         content = Content(case["text"], image)
-        assert backbone.cost(content, case["instruction"]) == case["n_tokens"]
-        cases.append((backbone, backbone.prepare(content, case["instruction"]), case))
+        assert backbone.plan(content, case["instruction"]).n_tokens == case["n_tokens"]
+        cases.append((backbone, inputs_of(backbone, content, case["instruction"]), case))
     return cases
 
 
@@ -79,16 +80,17 @@ def test_vectors_equal_those_of_the_reference_code(reference):
 
 
 def test_ids_and_pixels_equal_those_of_the_reference_code(reference):
-    for _, item, case in reference:
+    for backbone, item, case in reference:
         ids = item.ids.tolist()
         assert len(ids) == case["n_tokens"]
         assert ids[: len(case["head_ids"])] == case["head_ids"]
         assert ids[-len(case["tail_ids"]) :] == case["tail_ids"]
         if case["image"]:
+            pixels = backbone.rule.normalise(item.tiles)
             assert list(item.tiles.shape) == case["pixel_shape"]
             assert ids.count(32000) == case["n_image_tokens"]
-            assert math.isclose(item.tiles.mean().item(), case["pixel_mean"], abs_tol=1e-4)
-            assert math.isclose(item.tiles[0].mean().item(), case["pixel_mean_base"], abs_tol=1e-4)
+            assert math.isclose(pixels.mean().item(), case["pixel_mean"], abs_tol=1e-4)
+            assert math.isclose(pixels[0].mean().item(), case["pixel_mean_base"], abs_tol=1e-4)
 
 
 @torch.no_grad()
@@ -173,7 +175,7 @@ def test_prompts_of_the_evaluation(folder, content, instruction, prompt):
 
 def test_token_ids(embedder):
     backbone = embedder.backbone
-    item = backbone.prepare(Content(image=image(112, 56)), None)
+    item = inputs_of(backbone, Content(image=image(112, 56)), None)
     tokens = backbone.tokenizer.convert_ids_to_tokens(item.ids.tolist())
     # One whole view of 4x4 features, then 4 rows of 8 with a newline each.
     images = ["<image>"] * (16 + 4 * 9)
@@ -187,7 +189,9 @@ def test_tiles_equal_those_of_transformers(folder):
     rule = ClipRule(SIDE, PATCH, tuple(map(tuple, GRIDS)))
     for size in [(100, 61), (61, 100), (30, 30), (500, 40), (33, 400), (1, 3), (168, 56)]:
         expected = processor(images=[image(*size)], return_tensors="pt")["pixel_values"][0]
-        torch.testing.assert_close(rule.anyres(image(*size)), expected, atol=1e-5, rtol=0)
+        torch.testing.assert_close(
+            rule.normalise(rule.anyres(image(*size))), expected, atol=1e-5, rtol=0
+        )
 
 
 def test_squashing_comes_before_the_tiles(folder):
@@ -205,12 +209,12 @@ def test_contract(folder):
 
 def test_long_text_keeps_the_end_of_the_prompt(folder, e5_v):
     backbone = load_embedder(folder, family=VLM2VEC, device="cpu", style="mmeb", max_length=150)
-    item = backbone.backbone.prepare(Content("word " * 900, image(112, 56)), "Find the image.")
+    item = inputs_of(backbone.backbone, Content("word " * 900, image(112, 56)), "Find the image.")
     assert item.n_tokens == 150
     assert (item.ids == PIECES).sum() == 52
     tokens = backbone.backbone.tokenizer.convert_ids_to_tokens(item.ids.tolist())
     assert tokens[-3:] == ["▁word", "▁word", "<0x0A>"]
-    long = e5_v.backbone.prepare(Content("word " * 9000), None)
+    long = inputs_of(e5_v.backbone, Content("word " * 9000), None)
     assert long.n_tokens == 8192
     assert e5_v.backbone.tokenizer.decode(long.ids).endswith(f"Summary above sentence{E5_TAIL}")
 
@@ -222,7 +226,7 @@ def test_an_image_that_leaves_no_room_is_refused(folder):
 
 
 def test_placeholders_in_the_text_are_not_images(embedder):
-    item = embedder.backbone.prepare(Content("the <image> token", image(112, 56)), None)
+    item = inputs_of(embedder.backbone, Content("the <image> token", image(112, 56)), None)
     assert (item.ids == PIECES).sum() == 52
     assert np.isfinite(embedder.encode(["<image>"])).all()
 
@@ -245,8 +249,8 @@ def test_a_missing_weight_is_named(folder, tmp_path):
 
 def test_gradients_reach_every_part(embedder):
     backbone = embedder.backbone
-    items = [backbone.prepare(Content("word", image(60, 50)), None)]
-    backbone.forward([*items, backbone.prepare(Content("word"), None)]).square().sum().backward()
+    items = [inputs_of(backbone, Content("word", image(60, 50)), None)]
+    backbone.forward([*items, inputs_of(backbone, Content("word"), None)]).square().sum().backward()
     model = backbone.model
     for part in (model.vision_tower, model.multi_modal_projector, model.language_model):
         assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in part.parameters())

@@ -17,6 +17,7 @@ from mmrag.embedders import load_embedder
 from mmrag.embedders.families.mm_embed import mm_embed_prompt, read_config
 from mmrag.embedders.known import find_known
 from mmrag.errors import ContentError, ModelError
+from mmrag.modeling.backbone import inputs_of
 from mmrag.testing import check_embedder
 
 
@@ -51,8 +52,8 @@ def reference(golden):
         text = "" if case["text"] is None and image is None else case["text"]
         # A bare query is one with an empty instruction.
         task = (case["instruction"] or "") if case["is_query"] else None
-        assert loaded[limit].cost(Content(text, image), task) == case["n_tokens"]
-        cases.append((loaded[limit], loaded[limit].prepare(Content(text, image), task), case))
+        assert loaded[limit].plan(Content(text, image), task).n_tokens == case["n_tokens"]
+        cases.append((loaded[limit], inputs_of(loaded[limit], Content(text, image), task), case))
     return cases
 
 
@@ -69,7 +70,7 @@ def test_vectors_equal_those_of_the_reference_code(reference):
 
 
 def test_ids_and_pixels_equal_those_of_the_reference_code(reference):
-    for _, item, case in reference:
+    for backbone, item, case in reference:
         ids = item.ids.tolist()
         assert len(ids) == case["n_tokens"]
         if case["image"]:
@@ -77,7 +78,8 @@ def test_ids_and_pixels_equal_those_of_the_reference_code(reference):
             assert ids.count(32000) == 577
             ids = ids[: first + 1] + ids[first + 577 :]  # the reference counts before widening
             assert [1, *item.tiles.shape] == case["pixel_shape"]
-            assert math.isclose(item.tiles.mean().item(), case["pixel_mean"], abs_tol=1e-4)
+            pixels = backbone.rule.normalise(item.tiles)
+            assert math.isclose(pixels.mean().item(), case["pixel_mean"], abs_tol=1e-4)
         assert len(ids) == case["n_text_tokens"]
         assert ids[: len(case["head_ids"])] == case["head_ids"]
         assert ids[-len(case["tail_ids"]) :] == case["tail_ids"]
@@ -149,7 +151,7 @@ def test_vectors_equal_an_independent_computation(embedder, folder):
 
 def test_token_ids_and_mask(embedder):
     backbone = embedder.backbone
-    item = backbone.prepare(Content("word", image(50, 40)), "Find the image")
+    item = inputs_of(backbone, Content("word", image(50, 40)), "Find the image")
     tokens = backbone.tokenizer.convert_ids_to_tokens(item.ids.tolist())
     assert "".join(tokens[-4:]) == "<0x0A>word</s>"
     assert tokens.count("<image>") == 17
@@ -165,20 +167,20 @@ def test_contract(folder):
 def test_the_end_token_survives_a_cut(folder, embedder):
     backbone = load_embedder(folder, family="mm_embed", device="cpu", max_length=40).backbone
     words = Content(" ".join(map(str, range(100))))
-    text = backbone.prepare(words, "Find the image")
-    fused = backbone.prepare(Content(words.text, image(9, 9)), None)
+    text = inputs_of(backbone, words, "Find the image")
+    fused = inputs_of(backbone, Content(words.text, image(9, 9)), None)
     assert text.n_tokens == 40
     assert fused.n_tokens == 40 + 16  # an image of 17 tokens counts as one
     assert [int(item.ids[-1]) for item in (text, fused)] == [2, 2]
-    whole = embedder.backbone.prepare(words, "Find the image")
+    whole = inputs_of(embedder.backbone, words, "Find the image")
     assert torch.equal(text.ids[:-1], whole.ids[:39])
     with pytest.raises(ContentError, match="max_length"):
-        backbone.prepare(Content("x"), "Find the image that matches the caption " * 9)
+        inputs_of(backbone, Content("x"), "Find the image that matches the caption " * 9)
 
 
 def test_every_token_of_the_text_has_an_embedding(embedder):
     """The padding token is beyond the decoder's vocabulary, the picture's token marks images."""
-    item = embedder.backbone.prepare(Content("a <pad> and <image> token"), None)
+    item = inputs_of(embedder.backbone, Content("a <pad> and <image> token"), None)
     assert PIECES not in item.ids
     assert int(item.ids.max()) < PIECES
     assert np.isfinite(embedder.encode(["<pad>", "<image>"])).all()
@@ -217,8 +219,8 @@ def test_its_licence_is_told(folder, tmp_path, caplog):
 
 def test_gradients_reach_every_part(embedder):
     backbone = embedder.backbone
-    items = [backbone.prepare(Content("word", image(60, 50)), "Find")]
-    backbone.forward([*items, backbone.prepare(Content("word"), None)]).square().sum().backward()
+    items = [inputs_of(backbone, Content("word", image(60, 50)), "Find")]
+    backbone.forward([*items, inputs_of(backbone, Content("word"), None)]).square().sum().backward()
     model = backbone.model
     parts = [model.vision_tower, model.multi_modal_projector, model.language_model]
     for part in [*parts, model.latent_attention_model]:

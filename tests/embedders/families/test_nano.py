@@ -16,6 +16,7 @@ from mmrag.content import Content
 from mmrag.embedders import load_backbone, load_embedder
 from mmrag.embedders.saving import save_checkpoint
 from mmrag.errors import ContentError, ModelError
+from mmrag.modeling.backbone import inputs_of
 from mmrag.modeling.qwen_images import read_image_rule, resize, to_patches
 from mmrag.testing import check_embedder
 
@@ -103,9 +104,9 @@ def test_embedder_keeps_the_contract(embedder):
 def test_cost_is_what_is_prepared(embedder, page):
     backbone = embedder.backbone
     for content in (Content("a cat"), Content(image=page), Content("a cat", page)):
-        item = backbone.prepare(content, None)
-        assert backbone.cost(content, None) == item.n_tokens
-    assert backbone.prepare(Content("words " * 300), None).n_tokens == 512
+        item = inputs_of(backbone, content, None)
+        assert backbone.plan(content, None).n_tokens == item.n_tokens
+    assert inputs_of(backbone, Content("words " * 300), None).n_tokens == 512
 
 
 def test_more_than_one_image_is_refused(embedder, page):
@@ -121,7 +122,7 @@ def test_folder_says_what_it_prefers(embedder):
 def test_limits_move_the_fingerprint(embedder, folder):
     short = load_embedder(folder, device="cpu", dtype="float32", max_length=64)
     assert short.fingerprint != embedder.fingerprint
-    assert short.backbone.prepare(Content("words " * 300), None).n_tokens == 64
+    assert inputs_of(short.backbone, Content("words " * 300), None).n_tokens == 64
 
 
 def test_missing_and_unknown_weights_are_named(folder, tmp_path):
@@ -144,7 +145,7 @@ def test_saved_folder_gives_the_same_vectors(folder, tmp_path, embedder, page):
 
 def test_gradients_reach_text_and_image(folder, page):
     backbone = load_backbone(folder, device="cpu", dtype="float32")
-    batch = [backbone.prepare(c, None) for c in (Content("a cat"), Content(image=page))]
+    batch = [inputs_of(backbone, c, None) for c in (Content("a cat"), Content(image=page))]
     # Not of the vectors themselves: they have length 1, whatever the weights.
     (backbone.forward(batch) * torch.arange(32)).sum().backward()
     for name in ("embeddings.word_embeddings", "visual.blocks.0.attn.qkv", "readout.down_proj"):

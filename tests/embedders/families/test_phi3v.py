@@ -17,6 +17,7 @@ from mmrag.content import Content
 from mmrag.embedders import load_embedder
 from mmrag.embedders.families.phi3v import hd_image, hd_size
 from mmrag.errors import ConfigError, ContentError, ModelError
+from mmrag.modeling.backbone import inputs_of
 from mmrag.testing import check_embedder
 
 PHI = "vlm2vec_phi3v"
@@ -34,7 +35,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def embedder(folder):
-    return load_embedder(folder, device="cpu")  # its config says phi3_v
+    return load_embedder(folder, family=PHI, device="cpu")
 
 
 @pytest.fixture(scope="module")
@@ -52,8 +53,8 @@ def reference(golden):
             ).backbone
         image = folder / "images" / case["image"] if case["image"] else None
         content = Content(case["text"], image)
-        assert loaded[options].cost(content, case["instruction"]) == case["n_tokens"]
-        item = loaded[options].prepare(content, case["instruction"])
+        assert loaded[options].plan(content, case["instruction"]).n_tokens == case["n_tokens"]
+        item = inputs_of(loaded[options], content, case["instruction"])
         cases.append((loaded[options], item, case))
     return cases
 
@@ -71,16 +72,17 @@ def test_vectors_equal_those_of_the_reference_code(reference):
 
 
 def test_ids_and_pixels_equal_those_of_the_reference_code(reference):
-    for _, item, case in reference:
+    for backbone, item, case in reference:
         ids = item.ids.tolist()
         assert len(ids) == case["n_tokens"]
         assert ids[: len(case["head_ids"])] == case["head_ids"]
         assert ids[-len(case["tail_ids"]) :] == case["tail_ids"]
         if case["image"]:
-            assert [336 * tiles for tiles in item.grid] == case["image_size"]
-            assert len(item.tiles) == case["crops"]
+            tiles, grid = backbone.tiles(item.pixels)
+            assert [336 * n for n in grid] == case["image_size"]
+            assert len(tiles) == case["crops"]
             assert ids.count(-1) == case["n_image_tokens"]
-            whole, mean = item.tiles[0].mean().item(), item.tiles.mean().item()
+            whole, mean = tiles[0].mean().item(), tiles.mean().item()
             assert math.isclose(mean, case["pixel_mean"], abs_tol=1e-4)
             assert math.isclose(whole, case["pixel_mean_global"], abs_tol=1e-4)
 
@@ -175,7 +177,7 @@ def test_vectors_equal_an_independent_computation(embedder, folder):
 
 
 def test_more_crops_equal_an_independent_computation(folder):
-    embedder = load_embedder(folder, device="cpu", num_crops=9)
+    embedder = load_embedder(folder, family=PHI, device="cpu", num_crops=9)
     image = image_of(120, 100)
     prompt = "<|image_1|> Represent the given image."
     tokenizer = embedder.backbone.tokenizer
@@ -186,7 +188,7 @@ def test_more_crops_equal_an_independent_computation(folder):
 def test_a_long_item_leaves_the_others_in_its_batch_alone(embedder):
     """Past the trained length other rotary factors hold: they must not reach the neighbours."""
     backbone = embedder.backbone
-    items = [backbone.prepare(c, None) for c, _, _ in CASES]
+    items = [inputs_of(backbone, c, None) for c, _, _ in CASES]
     assert items[-1].n_tokens > TRAINED_LENGTH > items[0].n_tokens
     with torch.no_grad():
         together = backbone.forward(items)
@@ -195,7 +197,7 @@ def test_a_long_item_leaves_the_others_in_its_batch_alone(embedder):
 
 
 def test_token_ids(embedder):
-    item = embedder.backbone.prepare(Content(image=image_of(112, 112)), None)
+    item = inputs_of(embedder.backbone, Content(image=image_of(112, 112)), None)
     ids = item.ids.tolist()
     # 2x2 tiles and the whole, of 2x2 tokens each, a separator, and the ends of 4 + 2 rows.
     count = 5 * 4 + 1 + 6
@@ -207,11 +209,11 @@ def test_token_ids(embedder):
 
 def test_prompts_of_the_evaluation(folder, embedder):
     style = {"style": "mmeb", "device": "cpu"}
-    evaluation = load_embedder(folder, **style)
+    evaluation = load_embedder(folder, family=PHI, **style)
     tokenizer = embedder.backbone.tokenizer
 
     def tail(content, instruction):
-        ids = evaluation.backbone.prepare(content, instruction).ids
+        ids = inputs_of(evaluation.backbone, content, instruction).ids
         return ids[ids >= 0].tolist()
 
     spoken = "\nRepresent the given image.\n"
@@ -240,24 +242,24 @@ def test_sizes_of_hd_images(size, crops, expected):
 
 
 def test_contract(folder):
-    check_embedder(load_embedder(folder, device="cpu", max_length=230))
+    check_embedder(load_embedder(folder, family=PHI, device="cpu", max_length=230))
 
 
 def test_long_text_is_cut_and_an_image_is_not(folder):
-    backbone = load_embedder(folder, device="cpu", style="mmeb", max_length=60).backbone
-    item = backbone.prepare(Content("word " * 900, image_of(112, 112)), "Find the image.")
+    backbone = load_embedder(folder, family=PHI, device="cpu", style="mmeb", max_length=60).backbone
+    item = inputs_of(backbone, Content("word " * 900, image_of(112, 112)), "Find the image.")
     assert item.n_tokens == 60
     assert (item.ids == -1).sum() == 27
     tokens = backbone.tokenizer.convert_ids_to_tokens(item.ids[-3:].tolist())
     assert tokens == ["▁word", "▁word", "<0x0A>"]
-    small = load_embedder(folder, device="cpu", max_length=20)
+    small = load_embedder(folder, family=PHI, device="cpu", max_length=20)
     with pytest.raises(ContentError, match="max_length"):
         small.encode([image_of(112, 112)])
 
 
 def test_an_impossible_number_of_crops_is_refused(folder):
     with pytest.raises(ConfigError, match="num_crops=0"):
-        load_embedder(folder, device="cpu", num_crops=0)
+        load_embedder(folder, family=PHI, device="cpu", num_crops=0)
 
 
 def test_weights_without_a_place_and_places_without_weights_are_named(folder, tmp_path):
@@ -271,19 +273,19 @@ def test_weights_without_a_place_and_places_without_weights_are_named(folder, tm
     index = tmp_path / "model.safetensors.index.json"
     index.write_text(index.read_text().replace("embed_tokens.glb_GN", "embed_tokens.other"))
     with pytest.raises(ModelError, match=r"not in the file: \S*glb_GN; 1 weights .*other"):
-        load_embedder(tmp_path, device="cpu")
+        load_embedder(tmp_path, family=PHI, device="cpu")
 
 
 def test_another_architecture_is_refused(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "phi3_v"}')
     with pytest.raises(ModelError, match=r"config\.json"):
-        load_embedder(tmp_path, device="cpu")
+        load_embedder(tmp_path, family=PHI, device="cpu")
 
 
 def test_gradients_reach_every_part(embedder):
     backbone = embedder.backbone
-    items = [backbone.prepare(Content("word", image_of(60, 50)), None)]
-    backbone.forward([*items, backbone.prepare(Content("word"), None)]).square().sum().backward()
+    items = [inputs_of(backbone, Content("word", image_of(60, 50)), None)]
+    backbone.forward([*items, inputs_of(backbone, Content("word"), None)]).square().sum().backward()
     images = backbone.model.vision_embed_tokens
     for part in (images.img_processor, images.img_projection, backbone.model.layers):
         assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in part.parameters())

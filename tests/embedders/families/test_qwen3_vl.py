@@ -8,12 +8,14 @@ import pytest
 import torch
 from PIL import Image
 from safetensors import safe_open
+from tiny import seen
 from tiny_qwen3 import save_qwen3_vl
 from transformers import AutoImageProcessor, AutoTokenizer, Qwen3VLModel
 
 from mmrag.content import Content
 from mmrag.embedders import load_embedder
 from mmrag.errors import ContentError
+from mmrag.modeling.backbone import inputs_of
 from mmrag.testing import check_embedder
 
 HEAD = "<|im_start|>system\n{}<|im_end|>\n<|im_start|>user\n"
@@ -29,7 +31,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def embedder(folder):
-    return load_embedder(folder, device="cpu")
+    return load_embedder(folder, family="qwen3_vl", device="cpu")
 
 
 @pytest.fixture(scope="module")
@@ -65,16 +67,16 @@ def test_vectors_equal_those_of_the_reference_code(reference):
 def test_ids_and_grids_equal_those_of_the_reference_code(reference):
     for embedder, pairs in reference:
         for case, content in pairs:
-            item = embedder.backbone.prepare(content, content.instruction)
+            item = inputs_of(embedder.backbone, content, content.instruction)
             ids = item.ids.tolist()
             assert len(ids) == case["n_tokens"]
             assert ids[: len(case["head_ids"])] == case["head_ids"]
             assert ids[-len(case["tail_ids"]) :] == case["tail_ids"]
-            assert embedder.backbone.cost(content, content.instruction) == len(ids)
+            assert embedder.backbone.plan(content, content.instruction).n_tokens == len(ids)
             if case["grid_thw"]:
-                grids = item.grids.tolist()
+                grids, patches = seen(item, embedder.backbone.rule)
                 assert case["grid_thw"] in (grids, grids[0])
-                assert abs(item.pixels.mean().item() - case["pixel_mean"]) < 1e-4
+                assert abs(patches.mean().item() - case["pixel_mean"]) < 1e-4
 
 
 def independent_vector(folder, prompt: str, images: list[Image.Image]) -> np.ndarray:
@@ -140,7 +142,9 @@ def test_an_instruction_ends_as_a_sentence(embedder, instruction, sentence):
 
 
 def test_contract(folder):
-    check_embedder(load_embedder(folder, device="cpu", max_length=300, max_image_tokens=60))
+    check_embedder(
+        load_embedder(folder, family="qwen3_vl", device="cpu", max_length=300, max_image_tokens=60)
+    )
 
 
 def test_published_names_of_weights(folder):
@@ -153,29 +157,36 @@ def test_published_names_of_weights(folder):
 
 def test_long_text_is_cut_as_in_the_reference_or_keeps_the_end(folder):
     long = Content("word " * 500)
-    plain = load_embedder(folder, device="cpu", max_length=64).backbone.prepare(long, None)
-    kept = load_embedder(folder, device="cpu", max_length=64, keep_end=True).backbone
+    plain = inputs_of(
+        load_embedder(folder, family="qwen3_vl", device="cpu", max_length=64).backbone, long, None
+    )
+    kept = load_embedder(
+        folder, family="qwen3_vl", device="cpu", max_length=64, keep_end=True
+    ).backbone
     tail = kept.tokenizer(TAIL)["input_ids"]
     whole = kept.tokenizer(DEFAULT + long.text + TAIL)["input_ids"]
     assert plain.ids.tolist() == whole[:64]
-    assert kept.prepare(long, None).ids.tolist() == whole[: 64 - len(tail)] + tail
+    assert inputs_of(kept, long, None).ids.tolist() == whole[: 64 - len(tail)] + tail
 
 
 def test_fingerprint_tells_how_long_text_is_cut(embedder, folder):
-    kept = load_embedder(folder, device="cpu", keep_end=True)
+    kept = load_embedder(folder, family="qwen3_vl", device="cpu", keep_end=True)
     assert kept.fingerprint != embedder.fingerprint
 
 
 def test_an_image_is_never_cut(folder):
-    embedder = load_embedder(folder, device="cpu", max_length=60)
-    with pytest.raises(ContentError, match=r"item 0: .*max_length=60"):
+    embedder = load_embedder(folder, family="qwen3_vl", device="cpu", max_length=60)
+    with pytest.raises(ContentError, match=r"item 0: .*over max_length"):
         embedder.encode([Image.new("RGB", (320, 320))])
 
 
 def test_vectors_can_be_differentiated(embedder):
     backbone = embedder.backbone
     image = Image.new("RGB", (64, 64), "red")
-    items = [backbone.prepare(Content(image=image), None), backbone.prepare(Content("a"), None)]
+    items = [
+        inputs_of(backbone, Content(image=image), None),
+        inputs_of(backbone, Content("a"), None),
+    ]
     backbone.forward(items).square().sum().backward()
     weight = backbone.model.visual.deepstack_merger_list[0].linear_fc1.weight
     assert weight.grad is not None

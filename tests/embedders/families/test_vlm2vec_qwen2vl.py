@@ -9,12 +9,14 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from tiny import seen
 from tiny_adapters import adapter_weights, merged, save_adapter
 from transformers import AutoImageProcessor, AutoTokenizer, Qwen2VLModel
 
 from mmrag.content import Content
 from mmrag.embedders import load_embedder
 from mmrag.errors import ConfigError
+from mmrag.modeling.backbone import inputs_of
 from mmrag.testing import check_embedder
 
 SETS = {
@@ -69,15 +71,16 @@ def test_prompts_ids_and_grids_equal_those_of_the_reference_code(reference):
         backbone = embedder.backbone
         for case, content in zip(cases, contents, strict=True):
             assert str(backbone.recipe.render(content, content.instruction)) == case["prompt"]
-            item = backbone.prepare(content, content.instruction)
+            item = inputs_of(backbone, content, content.instruction)
             ids = item.ids.tolist()
             assert len(ids) == case["n_tokens"]
             assert ids[: len(case["head_ids"])] == case["head_ids"]
             assert ids[-len(case["tail_ids"]) :] == case["tail_ids"]
-            assert backbone.cost(content, content.instruction) == len(ids)
+            assert backbone.plan(content, content.instruction).n_tokens == len(ids)
             if case["grid_thw"]:
-                assert item.grids.tolist() == [case["grid_thw"]]
-                assert math.isclose(item.pixels.mean().item(), case["pixel_mean"], abs_tol=1e-4)
+                grids, patches = seen(item, backbone.rule)
+                assert grids == [case["grid_thw"]]
+                assert math.isclose(patches.mean().item(), case["pixel_mean"], abs_tol=1e-4)
 
 
 @pytest.fixture(scope="module")
@@ -178,7 +181,7 @@ def test_ids_of_the_tokens(folders):
     embedder = load_embedder(folders[0], family=V2, device="cpu")
     tokenizer = embedder.backbone.tokenizer
     pad = tokenizer.convert_tokens_to_ids("<|image_pad|>")
-    ids = embedder.backbone.prepare(Content(image=image_of(56, 84)), None).ids.tolist()
+    ids = inputs_of(embedder.backbone, Content(image=image_of(56, 84)), None).ids.tolist()
     words = tokenizer(" Understand the content of the provided document image.")["input_ids"]
     assert ids == [pad] * 6 + words
 

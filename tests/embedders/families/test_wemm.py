@@ -8,12 +8,14 @@ import pytest
 import torch
 from PIL import Image
 from safetensors import safe_open
-from tiny_qwen3 import save_qwen3_vl, save_wemm
+from tiny import save_qwen_tokenizer, seen
+from tiny_qwen3 import save_wemm
 from transformers import AutoImageProcessor, PreTrainedTokenizerFast, Qwen3_5Model
 
 from mmrag.content import Content
 from mmrag.embedders import KNOWN, load_embedder
 from mmrag.errors import ModelError
+from mmrag.modeling.backbone import inputs_of
 from mmrag.testing import check_embedder
 
 IMAGE_BLOCK = "<|vision_start|><|image_pad|><|vision_end|>"
@@ -26,7 +28,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def embedder(folder):
-    return load_embedder(folder, device="cpu")
+    return load_embedder(folder, family="wemm", device="cpu")
 
 
 def independent_vector(folder, prompt: str, images: list[Image.Image]) -> np.ndarray:
@@ -89,20 +91,23 @@ def test_published_names_of_weights(folder):
 
 
 def test_contract(folder):
-    check_embedder(load_embedder(folder, device="cpu", max_length=110, max_image_tokens=16))
+    check_embedder(
+        load_embedder(folder, family="wemm", device="cpu", max_length=110, max_image_tokens=16)
+    )
 
 
 def test_images_are_resized_twice(folder):
-    backbone = load_embedder(folder, device="cpu", min_image_tokens=64).backbone
+    backbone = load_embedder(folder, family="wemm", device="cpu", min_image_tokens=64).backbone
     image = Image.new("RGB", (40, 20))
     # fetch_image: 96x64 for at least 4 tokens; the processor: at least 64 tokens.
     assert backbone.recipe.fit(40, 20) == (96, 64)
-    assert backbone.prepare(Content(image=image), None).grids.tolist() == [[1, 14, 20]]
+    item = inputs_of(backbone, Content(image=image), None)
+    assert seen(item, backbone.rule)[0] == [[1, 14, 20]]
 
 
 def test_long_text_keeps_the_token_that_is_pooled(folder):
-    embedder = load_embedder(folder, device="cpu", max_length=40)
-    ids = embedder.backbone.prepare(Content("word " * 100), None).ids.tolist()
+    embedder = load_embedder(folder, family="wemm", device="cpu", max_length=40)
+    ids = inputs_of(embedder.backbone, Content("word " * 100), None).ids.tolist()
     vocabulary = embedder.backbone.tokenizer.get_vocab()
     assert len(ids) == 40
     assert ids[-2:] == [vocabulary["<|im_end|>"], vocabulary["<embedding>"]]
@@ -110,7 +115,9 @@ def test_long_text_keeps_the_token_that_is_pooled(folder):
 
 def test_a_checkpoint_without_the_token_is_refused(tmp_path):
     with pytest.raises(ModelError, match="<embedding>"):
-        load_embedder(save_qwen3_vl(tmp_path / "tiny"), family="wemm", device="cpu")
+        folder = save_wemm(tmp_path / "tiny")
+        save_qwen_tokenizer(folder)
+        load_embedder(folder, family="wemm", device="cpu")
 
 
 def test_known_checkpoints_state_their_dimensions():

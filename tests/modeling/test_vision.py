@@ -1,0 +1,119 @@
+"""Vision towers run fast give what transformers' own code gives, and pixels are bit-equal."""
+
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny import save_qwen2_vl
+from tiny_qwen2_5 import save_qwen2_5_vl
+from tiny_qwen3 import save_qwen3_vl
+from transformers import Qwen2_5_VLModel, Qwen2VLModel, Qwen3VLModel
+
+from mmrag.modeling import vision
+from mmrag.modeling.clip_images import ClipRule, channels_first
+from mmrag.modeling.qwen_images import ImageRule, pixels_of, to_patches
+from mmrag.modeling.vision import attend_by_length, device_patches, run_tower, speed_up
+
+MODELS = {
+    "qwen2_vl": (save_qwen2_vl, Qwen2VLModel, ImageRule(1, 10**6)),
+    "qwen2_5_vl": (save_qwen2_5_vl, Qwen2_5_VLModel, ImageRule(1, 10**6)),
+    "qwen3_vl": (save_qwen3_vl, Qwen3VLModel, ImageRule(1, 10**6, patch=16)),
+}
+
+
+def noise(width, height, seed=0):
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def numpy_patches(image, rule):
+    """The published processors' arithmetic, in numpy and float32."""
+    mean, std = np.array(rule.mean, np.float32), np.array(rule.std, np.float32)
+    pixels = (np.asarray(image, dtype=np.float32) / np.float32(255) - mean) / std
+    rows, columns = image.height // rule.patch, image.width // rule.patch
+    m, p = rule.merge, rule.patch
+    blocks = pixels.reshape(rows // m, m, p, columns // m, m, p, 3)
+    blocks = blocks.transpose(0, 3, 1, 4, 6, 2, 5)
+    frames = np.repeat(blocks[:, :, :, :, :, None], rule.temporal, axis=5)
+    return frames.reshape(rows * columns, -1)
+
+
+@pytest.mark.parametrize("rule", [rule for *_, rule in MODELS.values()])
+def test_patches_are_bit_equal_to_the_published_arithmetic(rule):
+    side = rule.factor
+    images = [noise(3 * side, 2 * side, n) for n in (0, 1)] + [noise(side, 4 * side, 2)]
+    images.insert(1, noise(5 * side, side, 3))
+    expected = np.concatenate([numpy_patches(image, rule) for image in images])
+    cut = device_patches([pixels_of(image) for image in images], rule, torch.device("cpu"))
+    np.testing.assert_array_equal(cut.numpy(), expected)
+    one, grid = to_patches(images[0], rule)
+    np.testing.assert_array_equal(one.numpy(), numpy_patches(images[0], rule))
+    assert grid == (1, 2 * side // rule.patch, 3 * side // rule.patch)
+
+
+def test_clip_pixels_are_bit_equal_to_the_published_arithmetic():
+    rule, image = ClipRule(28, 14), noise(40, 30)
+    mean, std = np.array(rule.mean, np.float32), np.array(rule.std, np.float32)
+    expected = (np.asarray(image, dtype=np.float32) / np.float32(255) - mean) / std
+    got = rule.normalise(channels_first(image).unsqueeze(0))[0]
+    np.testing.assert_array_equal(got.numpy(), expected.transpose(2, 0, 1))
+
+
+@pytest.mark.parametrize("name", MODELS)
+@torch.no_grad()
+def test_towers_give_what_transformers_gives(name, tmp_path):
+    save, model_class, rule = MODELS[name]
+    folder = save(tmp_path / name)
+    plain = model_class.from_pretrained(folder, dtype=torch.float32).eval().visual
+    fast = model_class.from_pretrained(folder, dtype=torch.float32).eval().visual
+    speed_up(fast)
+    side = rule.factor
+    sizes = [(4, 6), (2, 3), (4, 6), (7, 5), (2, 3), (1, 1)]  # in visual tokens
+    images = [noise(w * side, h * side, n) for n, (w, h) in enumerate(sizes)]
+    pixels = [pixels_of(image) for image in images]
+    grids = torch.tensor([(1, i.shape[0] // rule.patch, i.shape[1] // rule.patch) for i in pixels])
+    patches = torch.cat([to_patches(image, rule)[0] for image in images])
+    expected, got = plain(patches, grid_thw=grids), run_tower(fast, pixels, rule)
+    torch.testing.assert_close(got.pooler_output, expected.pooler_output, atol=1e-4, rtol=1e-4)
+    layers = [getattr(output, "deepstack_features", []) for output in (got, expected)]
+    for ours, theirs in zip(*layers, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+    again = run_tower(pickle.loads(pickle.dumps(fast)), pixels, rule)
+    torch.testing.assert_close(again.pooler_output, got.pooler_output)
+
+
+@torch.no_grad()
+def test_images_of_one_size_attend_in_one_call(tmp_path, monkeypatch):
+    folder = save_qwen2_vl(tmp_path / "tiny")
+    visual = Qwen2VLModel.from_pretrained(folder, dtype=torch.float32).eval().visual
+    speed_up(visual)
+    calls = []
+    attend = vision._attend
+
+    def spy(query, key, value, n, scale):
+        calls.append(n)
+        return attend(query, key, value, n, scale)
+
+    monkeypatch.setattr(vision, "_attend", spy)
+    rule = ImageRule(1, 10**6)
+    images = [pixels_of(noise(56, 84, n)) for n in range(20)] + [pixels_of(noise(84, 84))]
+    run_tower(visual, images, rule)
+    assert sorted(calls) == [1] * len(visual.blocks) + [20] * len(visual.blocks)
+
+
+def test_attention_stays_within_segments_and_can_be_differentiated():
+    generator = torch.Generator().manual_seed(0)
+    lengths = [3, 5, 3, 1]
+    q, k, v = (torch.randn(12, 2, 4, generator=generator, requires_grad=True) for _ in range(3))
+    got = attend_by_length(q, k, v, lengths, 0.5)
+    start = 0
+    for length in lengths:
+        part = slice(start, start + length)
+        weights = torch.einsum("qhd,khd->hqk", q[part], k[part]).mul(0.5).softmax(-1)
+        expected = torch.einsum("hqk,khd->qhd", weights, v[part])
+        torch.testing.assert_close(got[part], expected)
+        start += length
+    got.square().sum().backward()
+    assert all(tensor.grad.abs().sum() > 0 for tensor in (q, k, v))
