@@ -20,6 +20,7 @@ from mmrag.cli.models import models
 from mmrag.cli.remove import remove
 from mmrag.cli.search import search
 from mmrag.cli.serve import serve
+from mmrag.cli.tune import tune
 from mmrag.cli.upgrade import upgrade
 
 COMMANDS: dict[str, Callable[..., Any]] = {
@@ -28,6 +29,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "ask": ask,
     "list": list_files,
     "remove": remove,
+    "tune": tune,
     "upgrade": upgrade,
     "models": models,
     "serve": serve,

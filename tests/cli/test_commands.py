@@ -456,3 +456,24 @@ def test_search_explains_each_hit(folder):
     (first, *_) = hits["hits"]
     assert first["explanation"]["rankings"]["bm25"]["rank"] == 1
     assert first["explanation"]["evidence"][0]["kind"] in ("page", "passage", "text")
+
+
+def test_tuning_saves_weights_and_says_what_they_are_worth(docs, tmp_path):
+    folder = tmp_path / "c"
+    assert run("index", docs, "-c", folder).exit_code in (0, 1)
+    with UniversalIndex(folder) as library:
+        hits = library.as_retriever().search("the")
+        places = {(hit.metadata["file"], hit.metadata.get("page")) for hit in hits}
+    rows = [
+        {"question": "eye examination", "pages": [{"file": file, "page": page or 1}]}
+        for file, page in sorted(places)
+    ]
+    questions = tmp_path / "questions.jsonl"
+    questions.write_text("\n".join(json.dumps(row) for row in rows))
+    shown = run("tune", questions, "-c", folder)
+    assert shown.exit_code == 0, shown.stderr
+    assert "documents left out" in shown.stdout
+    found = json.loads(run("tune", questions, "-c", folder, "--json", "--dry-run").stdout)
+    assert found["saved"] is False
+    with UniversalIndex(folder) as library:
+        assert library.collection.weights

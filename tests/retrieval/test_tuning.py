@@ -1,0 +1,90 @@
+"""Weights fitted to questions."""
+
+import json
+
+import numpy as np
+import pytest
+from fakes import FakeEmbedder, make_node
+
+from mmrag.errors import ContentError
+from mmrag.retrieval.retriever import UniversalRetriever
+from mmrag.retrieval.tuning import Question, read_questions, tune
+from mmrag.store.collection import Collection, CollectionSettings
+
+TOPICS = ("apple", "boiler", "copper", "dental", "engine", "falcon", "garden", "harbour")
+
+
+def question(document, topic):
+    return Question(f"{topic} report", frozenset({(f"{document}.pdf", TOPICS.index(topic) + 1)}))
+
+
+@pytest.fixture
+def misled(tmp_path):
+    """Words say which page is right; vectors point at the page behind it."""
+    embedder = FakeEmbedder(dim=64)
+    settings = CollectionSettings(embedder.name, embedder.fingerprint, 64, views=("text",))
+    with Collection.open(tmp_path / "c", settings=settings) as collection:
+        for document in "abc":
+            for page, topic in enumerate(TOPICS, start=1):
+                text = f"{topic} report {document}"
+                other = f"{TOPICS[page - 2]} report"
+                node = make_node(text, file=f"{document}.pdf", sha256=document * 64, page=page)
+                collection.write([node], [{"text": embedder.encode([other])[0]}])
+        yield UniversalRetriever(collection, embedder, weights={"text": 3, "bm25": 0.1})
+
+
+def asked(words="report"):
+    return [
+        Question(f"{topic} {words} {document}", frozenset({(f"{document}.pdf", page)}))
+        for document in "abc"
+        for page, topic in enumerate(TOPICS, start=1)
+    ]
+
+
+def test_the_better_ranking_gets_the_weight(misled):
+    found = tune(misled, asked())
+    assert found.weights["bm25"] > found.weights["text"]
+    assert sum(found.weights.values()) == pytest.approx(1)
+    assert found.after > found.before
+    assert found.low > 0
+    assert not found.within_noise
+    assert (found.n_questions, found.n_documents) == (24, 3)
+
+
+def test_the_gain_is_that_of_documents_left_out(misled):
+    """Judged with the fitted weights, the left-out questions give the same mean."""
+    found = tune(misled, asked())
+    fitted = UniversalRetriever(misled.collection, misled.embedder, 10, weights=found.weights)
+    gains = []
+    for each in asked():
+        pages = [(hit.metadata["file"], hit.metadata["page"]) for hit in fitted.search(each.text)]
+        (right,) = each.pages
+        gains.append(1 / np.log2(pages.index(right) + 2) if right in pages else 0)
+    assert found.after == pytest.approx(np.mean(gains), abs=0.02)
+
+
+def test_no_gain_is_within_noise(misled):
+    best = UniversalRetriever(misled.collection, misled.embedder, weights={"text": 0, "bm25": 1})
+    found = tune(best, asked())
+    assert found.weights == {"bm25": 1.0}
+    assert found.within_noise
+
+
+def test_one_document_is_not_enough(misled):
+    with pytest.raises(ContentError, match="two documents"):
+        tune(misled, asked()[:8])
+
+
+def test_questions_are_read_and_bad_lines_named(tmp_path):
+    path = tmp_path / "q.jsonl"
+    row = {"question": "where?", "pages": [{"file": "in/a.pdf", "page": 3}]}
+    path.write_text(json.dumps(row) + "\n\n")
+    (read,) = read_questions(path)
+    assert (read.pages, read.document) == ({("a.pdf", 3)}, "a.pdf")
+    for bad in ("{", "[]", '{"question": "x"}', '{"question": "x", "pages": []}'):
+        path.write_text(json.dumps(row) + "\n" + bad)
+        with pytest.raises(ContentError, match=r"q.jsonl:2: .*page"):
+            read_questions(path)
+    path.write_text("\n")
+    with pytest.raises(ContentError, match="no question"):
+        read_questions(path)
