@@ -10,10 +10,19 @@ from mmrag.errors import ConfigError
 from mmrag.store.engine import Scored
 
 BM25 = "bm25"
+REFERENCE = "reference"
+"""The ranking of the nodes that a question names: see ``mmrag.retrieval.references``."""
 
-DEFAULT_WEIGHTS: Mapping[str, float] = {"image": 1.0, "text": 1.0, "fused": 1.0, BM25: 3.0}
+DEFAULT_WEIGHTS: Mapping[str, float] = {
+    "image": 1.0,
+    "text": 1.0,
+    "fused": 1.0,
+    BM25: 3.0,
+    REFERENCE: 4.0,
+}
 """Weight of each ranking for an embedder of which nothing is known. The views come from one model
-and err together; BM25 errs elsewhere. Measured in ``docs/benchmarks.md``."""
+and err together; BM25 errs elsewhere; measured in ``docs/benchmarks.md``. A page that the question
+names outright counts as much as one that is first in words and text."""
 
 FuseBy: TypeAlias = Literal["scores", "ranks"]
 
@@ -120,13 +129,13 @@ def fuse(
 def scaled(name: str, hits: Sequence[Scored]) -> list[float]:
     """The scores of a ranking, scaled so that the best is 1.
 
-    BM25 has a zero of its own: no word in common. Cosines have none, and each model spreads them
-    otherwise; their zero is the hundredth hit, or the last.
+    BM25 has a zero of its own, no word in common, and so have references. Cosines have none, and
+    each model spreads them otherwise: their zero is the hundredth hit, or the last.
     """
     if not hits:
         return []
     high = hits[0].score
-    low = 0.0 if name == BM25 else hits[:_SCALE_OVER][-1].score
+    low = 0.0 if name in (BM25, REFERENCE) else hits[:_SCALE_OVER][-1].score
     if high <= low:
         return [1.0] * len(hits)
     return [max(0.0, (hit.score - low) / (high - low)) for hit in hits]

@@ -9,6 +9,7 @@ up with weights.
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from collections.abc import Iterable, Mapping
 
 import numpy as np
@@ -24,7 +25,16 @@ from mmrag.errors import ConfigError
 from mmrag.nodes import Credit, Evidence, Hit, as_hit
 from mmrag.queries import MultimodalQuery, Where, query_content
 from mmrag.retrieval.filters import as_where
-from mmrag.retrieval.fusion import BM25, DEFAULT_WEIGHTS, FuseBy, Fused, fuse, page_key
+from mmrag.retrieval.fusion import (
+    BM25,
+    DEFAULT_WEIGHTS,
+    REFERENCE,
+    FuseBy,
+    Fused,
+    fuse,
+    page_key,
+)
+from mmrag.retrieval.references import named_nodes, only_figures, wants_figures
 from mmrag.store.collection import Collection
 from mmrag.store.engine import Scored
 
@@ -117,30 +127,46 @@ class UniversalRetriever(BaseRetriever):
         """Every ranking of nodes before fusion, best first, by its name.
 
         One embedding and one search per view: ``fuse`` can then be tried with any weights.
+        ``reference`` is there if the question names a page, figure, table or section.
         """
         bundle = QueryBundle(query) if isinstance(query, str) else query
         content = self._content(bundle)
         limit = limit or self.depth
-        where = bundle.where if isinstance(bundle, MultimodalQuery) else None
-        where = where or self.where
+        where = self._where(bundle)
         found: dict[str, list[Scored]] = {}
         views = [v for v in self.collection.settings.views if self.weights[v] > 0]
         if views:
             vector = self._vector(bundle, content)
             for view in views:
                 found[view] = self.collection.search(view, vector, limit, where)
-        if self.weights[BM25] > 0 and content.text:
+        if content.text and self.weights[BM25] > 0:
             found[BM25] = self.collection.search_text(content.text, limit, where)
+        if content.text and self.weights[REFERENCE] > 0:
+            named = named_nodes(self.collection, content.text, where)
+            found |= {REFERENCE: named} if named else {}
         return {
             name: sorted(hits, key=lambda hit: (-hit.score, hit.id)) for name, hits in found.items()
         }
+
+    def _where(self, bundle: QueryBundle) -> Where | None:
+        where = bundle.where if isinstance(bundle, MultimodalQuery) else None
+        return where or self.where
 
     def _retrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
         key = page_key if self.collapse else (lambda hit: hit.id)
         of_query = query_bundle.top_k if isinstance(query_bundle, MultimodalQuery) else None
         top_k = of_query or self.similarity_top_k
-        rankings = self.rankings(query_bundle, limit=max(self.depth, 4 * top_k))
+        limit = max(self.depth, 4 * top_k)
+        rankings = self.rankings(query_bundle, limit=limit)
         fused = fuse(rankings, self.weights, by=self.fuse_by, key=key)
+        figures = only_figures(self._where(query_bundle))
+        if figures is not None and wants_figures(query_bundle.query_str):
+            # What was asked for comes first, and pages after it.
+            wanted = dataclasses.replace(_as_query(query_bundle), where=figures)
+            rankings = self.rankings(wanted, limit=limit)
+            first = fuse(rankings, self.weights, by=self.fuse_by, key=key)
+            keys = {entry.key for entry in first}
+            fused = [*first, *(entry for entry in fused if entry.key not in keys)]
         return [self._result(entry) for entry in fused[:top_k]]
 
     async def _aretrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
@@ -190,6 +216,15 @@ def _explained(entry: Fused) -> dict[str, Credit]:
         name: Credit(rank=rank, score=entry.scores[name], credit=entry.credits[name])
         for name, rank in entry.ranks.items()
     }
+
+
+def _as_query(bundle: QueryBundle) -> MultimodalQuery:
+    """The query as one that has a filter of its own."""
+    if isinstance(bundle, MultimodalQuery):
+        return bundle
+    return MultimodalQuery(
+        **{each.name: getattr(bundle, each.name) for each in dataclasses.fields(bundle)}
+    )
 
 
 def _query(

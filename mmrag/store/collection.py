@@ -12,6 +12,7 @@ import logging
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 from uuid import UUID, uuid5
@@ -30,6 +31,7 @@ from mmrag.reading.files import IMAGES_MARK
 from mmrag.store.edge import EdgeEngine
 from mmrag.store.engine import (
     LANGUAGE_FIELD,
+    TERMS_FIELD,
     AnyOf,
     Between,
     Condition,
@@ -291,6 +293,17 @@ class Collection:
         condition = self._filter(where)
         terms = query_terms(query, self._engine.facet(LANGUAGE_FIELD))
         return self._engine.bm25(terms, limit, condition) if condition and terms else []
+
+    def find(self, where: Where, limit: int) -> list[Scored]:
+        """The first nodes that ``where`` lets through, ordered by id; each has a score of 1."""
+        condition = self._filter(where)
+        if condition is None:
+            return []
+        nodes = dataclasses.replace(condition, must_not=(*condition.must_not, _BOOKKEEPING))
+        return [
+            Scored(point.id, 1.0, {k: v for k, v in point.payload.items() if k != TERMS_FIELD})
+            for point in islice(self._engine.scroll(nodes), limit)
+        ]
 
     def node(self, payload: Mapping[str, Any]) -> BaseNode:
         """The node a payload was made from, with its pictures' paths as they are here."""
