@@ -43,6 +43,7 @@ from mmrag.modeling.loading import DeviceMap, Quantization, load_exact, place
 from mmrag.modeling.prompts import expand
 from mmrag.modeling.qwen_images import ImageRule, read_image_rule, resize, to_patches
 from mmrag.modeling.qwen_vl import load_qwen_parts
+from mmrag.modeling.tokenizers import check_tokenizer
 from mmrag.prompting import broken_up
 
 Inputs = dict[str, Any]
@@ -113,6 +114,8 @@ class LocalLLM(CustomLLM):
             processor = load_processor(folder, str(model))
             tokenizer, prepare = processor.tokenizer, partial(_processed, processor)
             loaded = load_exact(AutoModelForImageTextToText, folder, placement)
+            rows = loaded.get_input_embeddings().num_embeddings
+            check_tokenizer(tokenizer, str(model), rows=rows)
         window = context_window or _window(loaded)
         super().__init__(
             model_name=str(model),

@@ -11,6 +11,7 @@ Source: LoRA (arXiv 2106.09685), rsLoRA (arXiv 2312.03732), DoRA (arXiv 2402.093
 
 from __future__ import annotations
 
+import pickle
 import re
 import warnings
 from collections.abc import Mapping
@@ -27,7 +28,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mmrag.errors import ModelError
-from mmrag.modeling.checkpoints import ADAPTER_CONFIG
+from mmrag.modeling.checkpoints import ADAPTER_CONFIG, check_weight_files, read_json
 from mmrag.modeling.loading import check_keys
 
 _PREFIX = "base_model.model."
@@ -83,6 +84,14 @@ def merge_adapter(model: nn.Module, folder: Path) -> None:
 
 
 def _read_config(folder: Path) -> LoraConfig:
+    written = read_json(folder / ADAPTER_CONFIG)
+    # peft has a default for each, and with another rank or alpha every weight is scaled wrongly.
+    absent = [key for key in ("r", "lora_alpha") if not isinstance(written.get(key), (int, float))]
+    if absent and written.get("peft_type", "LORA") == "LORA":
+        raise ModelError(
+            f"{folder}: {ADAPTER_CONFIG} has no {' and no '.join(absent)}, so that the adapter's "
+            "scale is unknown. Restore the file that was saved with the adapter."
+        )
     try:
         config = PeftConfig.from_pretrained(str(folder))
     except (TypeError, ValueError, KeyError) as error:
@@ -96,6 +105,7 @@ def _read_config(folder: Path) -> LoraConfig:
 
 def _read_weights(folder: Path) -> dict[str, Tensor]:
     """Every tensor of the adapter, of one file or of several."""
+    check_weight_files(folder)
     weights: dict[str, Tensor] = {}
     try:
         for path in sorted(folder.glob("adapter_model*.safetensors")):
@@ -103,6 +113,11 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
         if not weights:
             for path in sorted(folder.glob("adapter_model*.bin")):
                 weights.update(torch.load(path, map_location="cpu", weights_only=True))
+    except pickle.UnpicklingError:
+        raise ModelError(
+            f"{folder}: a .bin file holds more than tensors or is broken, and loading it may run "
+            "foreign code. Use an adapter in the safetensors format."
+        ) from None
     except (SafetensorError, OSError, RuntimeError, EOFError) as error:
         raise ModelError(f"{folder}: the adapter's weights cannot be read ({error}).") from error
     if not weights:

@@ -21,6 +21,7 @@ from mmrag.content import Content, load_image
 from mmrag.errors import ContentError
 from mmrag.modeling.chat import answer_ids, load_processor, process, special_marks
 from mmrag.modeling.loading import Placement, load_exact
+from mmrag.modeling.tokenizers import check_tokenizer
 from mmrag.prompting import broken_up
 from mmrag.rerankers.base import Pair
 from mmrag.rerankers.local import Group, LocalScorer
@@ -165,5 +166,6 @@ def load_chat_scorer(
     """
     processor = load_processor(folder, name)
     model = load_exact(AutoModelForImageTextToText, folder, placement)
+    check_tokenizer(processor.tokenizer, name, rows=model.get_input_embeddings().num_embeddings)
     asker = ChatAsker(model, processor, name=name, prompt=prompt, max_length=max_length)
     return LocalScorer(asker, name=name, token_budget=token_budget, workers=workers)

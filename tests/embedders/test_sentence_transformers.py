@@ -1,6 +1,7 @@
 """The sentence-transformers backend, over tiny models of one and of two modalities."""
 
 import json
+import shutil
 import sys
 import zipfile
 from importlib.util import find_spec
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import (
     BertConfig,
@@ -195,6 +197,36 @@ def test_a_folder_without_its_pooling_is_refused(bert_folder, tmp_path):
         (tmp_path / file).write_bytes((bert_folder / file).read_bytes())
     with pytest.raises(ModelError, match=r"modules\.json"):
         load_embedder(tmp_path, family="sentence-transformers", device="cpu")
+
+
+@pytest.mark.parametrize("spoil", ["missing", "nan"])
+def test_weights_that_are_missing_or_not_finite_are_refused(bert_folder, tmp_path, spoil):
+    """sentence-transformers fills what is missing at random."""
+    folder = shutil.copytree(bert_folder, tmp_path / "copy")
+    weights = load_file(folder / "model.safetensors")
+    key = "encoder.layer.1.attention.self.query.weight"
+    if spoil == "missing":
+        del weights[key]
+    else:
+        weights[key][0, 0] = float("nan")
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"layer\.1\.attention\.self\.query"):
+        load_embedder(folder, device="cpu")
+
+
+def test_what_moves_vectors_moves_the_fingerprint(bert_folder, tmp_path):
+    folder = shutil.copytree(bert_folder, tmp_path / "copy")
+    before = load_embedder(folder, device="cpu").fingerprint
+    assert load_embedder(folder, device="cpu", dtype="bfloat16").fingerprint != before
+    pooling = next(folder.glob("*Pooling/config.json"))
+    pooling.write_text(pooling.read_text() + " ")
+    assert load_embedder(folder, device="cpu").fingerprint != before
+
+
+def test_an_empty_instruction_is_a_query_with_the_models_own_prompt(bert, bert_folder):
+    model = st.SentenceTransformer(str(bert_folder), device="cpu")
+    query = model.encode(["query: find the page"], normalize_embeddings=True)
+    np.testing.assert_allclose(bert.encode(["find the page"], ""), query, atol=1e-6)
 
 
 def test_a_missing_package_is_named(bert_folder, monkeypatch):

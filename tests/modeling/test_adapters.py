@@ -158,10 +158,37 @@ def test_a_weight_without_its_partner_is_refused(
 def test_incomplete_folders_are_refused(qwen2_vl_folder, tmp_path):
     folder = save_adapter(tmp_path / "adapter", PLAIN, qwen2_vl_folder)
     (folder / "adapter_model.safetensors").write_bytes(b"broken")
-    with pytest.raises(ModelError, match="cannot be read"):
+    with pytest.raises(ModelError, match="header is broken"):
         load(folder)
     (folder / "adapter_model.safetensors").unlink()
-    with pytest.raises(ModelError, match="there is no adapter_model"):
+    with pytest.raises(ModelError, match="there are no weights"):
+        load(folder)
+
+
+@pytest.mark.parametrize("field", ["lora_alpha", "r"])
+def test_an_adapter_without_its_scale_is_refused(qwen2_vl_folder, tmp_path, field):
+    """peft would take a default, and every weight would be scaled wrongly."""
+    folder = save_adapter(tmp_path / "adapter", PLAIN, qwen2_vl_folder)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    del config[field]
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match=f"has no {field}"):
+        load(folder)
+
+
+@pytest.mark.parametrize(
+    ("data", "match"),
+    [
+        (b"", "empty"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "git-lfs pointer"),
+        (None, "cut short"),
+    ],
+)
+def test_damaged_weights_of_an_adapter_are_named(qwen2_vl_folder, tmp_path, data, match):
+    folder = save_adapter(tmp_path / "adapter", PLAIN, qwen2_vl_folder)
+    path = folder / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-50] if data is None else data)
+    with pytest.raises(ModelError, match=match):
         load(folder)
 
 

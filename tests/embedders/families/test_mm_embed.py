@@ -226,3 +226,13 @@ def test_gradients_reach_every_part(embedder):
     for part in [*parts, model.latent_attention_model]:
         assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in part.parameters())
     model.zero_grad()
+
+
+def test_an_empty_instruction_marks_a_query(embedder):
+    """``Query: `` alone: the vector of a document is another one (cosine 0.63 as published)."""
+    bare, document = embedder.encode(["a cat"], ""), embedder.encode(["a cat"])
+    plan = embedder.backbone.plan(Content("a cat"), "")
+    assert "Query: a cat" in embedder.backbone.tokenizer.decode(plan.ids)
+    assert not np.allclose(bare, document, atol=1e-3)
+    own = embedder.encode([Content("a cat", instruction="")])
+    np.testing.assert_allclose(own, bare, atol=1e-6)
