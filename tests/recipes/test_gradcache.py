@@ -12,7 +12,7 @@ from mmrag_recipes.batches import Batch
 from mmrag_recipes.config import DataConfig, LoraConfig, TrainConfig
 from mmrag_recipes.data import load_datasets
 from mmrag_recipes.steps import step_loss
-from mmrag_recipes.trainable import make_trainable
+from mmrag_recipes.trainable import frozen_towers, make_trainable
 
 
 def config_of(model, rows, **changes) -> TrainConfig:
@@ -101,6 +101,58 @@ def test_dropout_falls_the_same_way_in_both_passes(tiny_model, mixed_rows):
         torch.testing.assert_close(first, second)
     torch.manual_seed(12)
     assert not torch.allclose(encode(step.inputs[:5]), seen[0], atol=1e-4)  # dropout is active
+
+
+def test_a_frozen_tower_sees_each_image_once(tiny_model, mixed_rows):
+    """Its features serve both passes, and the gradients are those of computing them twice."""
+    config = config_of(tiny_model, mixed_rows, freeze=("visual",), hard_negatives=1)
+    backbone = load_backbone(config.model, family="gme", device="cpu")
+    make_trainable(backbone, config)
+    towers = frozen_towers(backbone.model)
+    assert towers == [backbone.model.visual]
+    dataset = load_datasets(config, backbone)[0]
+    step = prepare_step(Batch(0, tuple(range(8)), 0), dataset, backbone, 1)
+    patches = []
+    # Inside the tower, so that outputs handed out again do not count.
+    first = backbone.model.visual.blocks[0]
+    first.register_forward_pre_hook(lambda module, args: patches.append(len(args[0])))
+
+    def gradients_of(chunk, frozen):
+        backbone.model.zero_grad()
+        patches.clear()
+        gradcache.step(
+            lambda inputs: backbone.forward(inputs).float(),
+            step.inputs,
+            lambda vectors: step_loss(vectors, step, config),
+            chunk,
+            frozen,
+        )
+        named = backbone.model.named_parameters()
+        return {n: p.grad.clone() for n, p in named if p.grad is not None}
+
+    gradients_of(0, ())
+    whole = sum(patches)
+    twice = gradients_of(3, ())
+    assert sum(patches) == 2 * whole
+    once = gradients_of(3, towers)
+    assert sum(patches) == whole
+    assert once.keys() == twice.keys()
+    for name, gradient in twice.items():
+        torch.testing.assert_close(once[name], gradient, rtol=0, atol=1e-6 * gradient.abs().max())
+
+
+def test_only_what_trains_is_computed_again_for_memory(tiny_model, mixed_rows):
+    config = config_of(tiny_model, mixed_rows, freeze=("visual",), gradient_checkpointing=True)
+    backbone = load_backbone(config.model, family="gme", device="cpu")
+    make_trainable(backbone, config)
+    on = {
+        name
+        for name, module in backbone.model.named_modules()
+        if getattr(module, "gradient_checkpointing", False)
+    }
+    assert "language_model.layers.0" in on
+    assert not any(name.startswith("visual") for name in on)
+    assert not backbone.model.visual.training
 
 
 @pytest.mark.gpu
