@@ -210,6 +210,65 @@ def frozen(folder: Path) -> None:
         print(f"| {name} | {value:.2f} | {value / whole:.2f} |")
 
 
+def _first_step(rows: str, answer: multiprocessing.Queue[list[float]]) -> None:
+    """Seconds from the rows to the inputs of the first step, and memory for them, in MiB."""
+    import psutil
+
+    from mmrag_recipes.batches import Source, plan
+    from mmrag_recipes.config import TrainConfig
+    from mmrag_recipes.data import load_datasets
+    from mmrag_recipes.steps import Feeder
+    from mmrag_recipes.train import load_model
+
+    config = TrainConfig(model="mmrag-nano", out="unused", data=(rows,), hard_negatives=1)
+    backbone = load_model(config)
+    process = psutil.Process()
+    before, started = process.memory_info().rss, time.perf_counter()
+    datasets = load_datasets(config, backbone)
+    loaded = time.perf_counter()
+    batches = plan([Source(d.rows.keys, d.costs) for d in datasets], config.batch_size, 0)
+    next(Feeder(datasets, backbone, config.hard_negatives).steps(batches))
+    after = process.memory_info().rss
+    answer.put([loaded - started, time.perf_counter() - loaded, (after - before) / 2**20])
+
+
+def rows(folder: Path) -> None:
+    """Time to the first step and memory of one process: a million rows, and 50,000 with images."""
+    from mmrag_recipes.rows import ImageStore, Item, Row, write_rows
+
+    chance = np.random.default_rng(4)
+    words = "the page that answers a question about pumps and heat in the north since 1990".split()
+    texts = [" ".join(chance.choice(words, 40)) for _ in range(2000)]
+    store = ImageStore(folder / "images")
+    images = [
+        store.add(Image.fromarray(chance.integers(0, 255, (120, 90, 3), dtype=np.uint8)))
+        for _ in range(5000)
+    ]
+
+    def row(number: int, image: str | None) -> Row:
+        return Row(
+            id=str(number),
+            instruction="page_for_question",
+            query=Item(text=f"{number} {texts[number % 1999][:60]}"),
+            positives=[Item(text=f"{number} {texts[number % 2000]}", image=image)],
+            negatives=[Item(text=f"{number} not {texts[number % 1997]}")],
+        )
+
+    print("| rows | start | seconds to open | to the first step | MiB |\n|---|---|---|---|---|")
+    context = multiprocessing.get_context("spawn")
+    for name, count, pictured in (("text", 1_000_000, False), ("with images", 50_000, True)):
+        path = folder / f"{name.replace(' ', '-')}.jsonl"
+        write_rows(path, (row(n, images[n % 5000] if pictured else None) for n in range(count)))
+        for start in ("first", "second"):
+            answer = context.Queue()
+            process = context.Process(target=_first_step, args=(str(path), answer))
+            process.start()
+            opened, stepped, memory = answer.get()
+            process.join()
+            cells = f"{opened:.0f} | {stepped:.1f} | {memory:.0f}"
+            print(f"| {count:,} {name} | {start} | {cells} |", flush=True)
+
+
 def rerank(folder: Path) -> None:
     """Pairs per second of both kinds of local reranker, batched and one by one."""
     chat = save_qwen2_vl(folder / "chat")
@@ -237,6 +296,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "families": families,
         "gradcache": gradcache,
         "frozen": frozen,
+        "rows": rows,
         "rerank": rerank,
     }
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
