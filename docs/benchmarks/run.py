@@ -237,7 +237,7 @@ def rows(folder: Path) -> None:
     from mmrag_recipes.rows import ImageStore, Item, Row, write_rows
 
     chance = np.random.default_rng(4)
-    words = "the page that answers a question about pumps and heat in the north since 1990".split()
+    words = ["the", "page", "that", "answers", "a", "question", "about", "pumps", "heat", "1990"]
     texts = [" ".join(chance.choice(words, 40)) for _ in range(2000)]
     store = ImageStore(folder / "images")
     images = [

@@ -196,6 +196,10 @@ class MineConfig(Options):
     """Embedder that finds the negatives."""
     family: str | None = None
     """Recipe of the model where it cannot be told from the checkpoint."""
+    corpus: tuple[Path, ...] = ()
+    """Files and folders whose pages are candidates too, whether they have a row or not."""
+    reranker: str | None = None
+    """Reranker whose scores are written as the teacher's, in place of the embedder's cosines."""
     right: int = Field(4, ge=0)
     """Negatives per row of the positive's modality."""
     wrong: int = Field(2, ge=0)

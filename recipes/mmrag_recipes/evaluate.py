@@ -25,6 +25,7 @@ from mmrag.errors import ContentError
 from mmrag.instructions import resolve
 from mmrag_recipes.config import EvaluateConfig
 from mmrag_recipes.rows import ImageStore, Row, corpus_of, read_rows, store_of
+from mmrag_recipes.vectors import nearest
 
 CUTS = (1, 5, 10)
 Metrics = dict[str, float]
@@ -79,8 +80,8 @@ def rank(
 
     Equal scores keep the order of the documents, so that a ranking does not depend on chance.
     """
-    scores = queries @ documents.T
-    return np.argsort(-scores, axis=1, kind="stable")[:, :depth]
+    found = [order for order, _ in nearest(queries, documents, depth)]
+    return np.stack(found) if found else np.zeros((0, depth), dtype=np.int64)
 
 
 def evaluate_rows(

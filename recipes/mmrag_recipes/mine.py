@@ -2,6 +2,7 @@
 
     python -m mmrag_recipes mine rows.jsonl --out mined.jsonl --model mmrag-nano
     python -m mmrag_recipes mine rows.jsonl --out mined.jsonl --right 8 --wrong 0 --sample random
+    python -m mmrag_recipes mine rows.jsonl --out mined.jsonl --corpus papers/ --reranker MODEL
 
 Two pools, after MM-Embed (arXiv 2411.02571, section 3.3):
 
@@ -18,16 +19,17 @@ from __future__ import annotations
 
 import random
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mmrag.embedders import load_embedder
-from mmrag.embedders.base import Embedder
-from mmrag.instructions import resolve
+from mmrag.rerankers import Scorer, load_scorer
 from mmrag_recipes.config import MineConfig
+from mmrag_recipes.console import track
+from mmrag_recipes.corpus import read_corpus
 from mmrag_recipes.rows import (
     ImageStore,
     Item,
@@ -38,6 +40,7 @@ from mmrag_recipes.rows import (
     store_of,
     write_rows,
 )
+from mmrag_recipes.vectors import VectorCache, Vectors, nearest
 
 
 @dataclass
@@ -49,6 +52,15 @@ class MineReport:
     taken: Counter[str] = field(default_factory=Counter)
     score_sums: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
     dropped: Counter[str] = field(default_factory=Counter)
+
+    def count(self, chosen: Sequence[tuple[str, float]], modality: str, asked: int) -> None:
+        """Add the negatives of one row: modality and score of each."""
+        self.rows += 1
+        self.short += len(chosen) < asked
+        for kind, score in chosen:
+            label = f"{kind} for {modality}"
+            self.taken[label] += 1
+            self.score_sums[label] += score
 
     def __str__(self) -> str:
         lines = [f"{self.rows} rows; {self.short} got fewer negatives than asked for"]
@@ -62,32 +74,52 @@ class MineReport:
 
 @dataclass(frozen=True)
 class _Corpus:
+    """Documents with their vectors. places: of each document, by number, the pages it is of.
+
+    answers: by the key of a query, the documents that answer it in any row.
+    """
+
     items: list[Item]
-    vectors: NDArray[np.float32]
+    vectors: Vectors
     position: dict[int, int]
     places: dict[int, set[str]]
-    answers: dict[int, set[int]]  # by the key of the query
+    answers: dict[int, set[int]]
 
 
 def mine(
     rows: Sequence[Row],
-    store: ImageStore,
-    embedder: Embedder,
+    cache: VectorCache,
     config: MineConfig,
-    extra: Sequence[Item] = (),
+    extra: Sequence[tuple[Item, str]] = (),
 ) -> tuple[list[Row], MineReport]:
     """Replace the negatives of each row by mined ones.
 
     Args:
-        extra: documents that are candidates beside those of the rows.
+        cache: the embedder, and what it has embedded before.
+        extra: documents that are candidates beside those of the rows, each with its page.
 
     Returns: the rows with ``negatives``, ``negative_scores`` and ``positive_scores`` (cosines
         of the miner), and the report.
-
     """
-    items = list({item.key: item for item in (*corpus_of(rows), *extra)}.values())
-    vectors = embedder.encode([store.content(item) for item in items])
-    position = {item.key: index for index, item in enumerate(items)}
+    report = MineReport()
+    corpus = _read_corpus(rows, cache, extra)
+    queries = cache.encode([row.query for row in rows], [row.instruction for row in rows])
+    found = nearest(queries, corpus.vectors, config.depth)
+    mined = [
+        _mine_row(row, query, order, scores, corpus, config, report)
+        for row, query, (order, scores) in track(
+            zip(rows, queries, found, strict=True), len(rows), "mining"
+        )
+    ]
+    return mined, report
+
+
+def _read_corpus(
+    rows: Sequence[Row], cache: VectorCache, extra: Sequence[tuple[Item, str]]
+) -> _Corpus:
+    items = {item.key: item for item in corpus_of(rows)}
+    items.update((item.key, item) for item, _ in extra)
+    position = {key: index for index, key in enumerate(items)}
     places: defaultdict[int, set[str]] = defaultdict(set)
     answers: defaultdict[int, set[int]] = defaultdict(set)
     for row in rows:
@@ -95,59 +127,54 @@ def mine(
         answers[row.query.key].update(own)
         for index in own if row.place else ():
             places[index].add(str(row.place))
-    corpus = _Corpus(items, vectors, position, places, answers)
-    queries = _embed_queries(rows, store, embedder)
-    report = MineReport()
-    mined = [
-        _mine_row(row, query, corpus, config, report)
-        for row, query in zip(rows, queries, strict=True)
-    ]
-    return mined, report
-
-
-def _embed_queries(
-    rows: Sequence[Row], store: ImageStore, embedder: Embedder
-) -> NDArray[np.float32]:
-    vectors = np.zeros((len(rows), embedder.dim), dtype=np.float32)
-    asked: dict[str | None, list[int]] = defaultdict(list)
-    for index, row in enumerate(rows):
-        asked[resolve(row.instruction)].append(index)
-    for instruction, indices in asked.items():
-        contents = [store.content(rows[index].query) for index in indices]
-        vectors[indices] = embedder.encode(contents, instruction)
-    return vectors
+    for item, place in extra:
+        places[position[item.key]].add(place)
+    listed = list(items.values())
+    return _Corpus(listed, cache.encode(listed), position, places, answers)
 
 
 def _mine_row(
-    row: Row, query: NDArray[np.float32], corpus: _Corpus, config: MineConfig, report: MineReport
+    row: Row,
+    query: Vectors,
+    order: NDArray[np.int64],
+    scores: Vectors,
+    corpus: _Corpus,
+    config: MineConfig,
+    report: MineReport,
 ) -> Row:
-    scores = corpus.vectors @ query  # (n,)
-    order = np.argsort(-scores, kind="stable")
+    score_of = dict(zip(order.tolist(), scores.tolist(), strict=True))
     own = [corpus.position[item.key] for item in row.positives]
-    worst = min(own, key=lambda index: float(scores[index]))
-    rank_of_positive = int(np.flatnonzero(order == worst)[0])
-    allowed = _without_answers(row, order[: config.depth], own, corpus, config, report)
+    own_scores = (corpus.vectors[own] @ query).tolist()
+    worst = min(own_scores)
+    # A positive that is not among the candidates ranks below all of them.
+    rank_of_positive = max([*order.tolist(), index].index(index) for index in own)
+    # The share is of the score's size, so that it is below the positive for negative scores too.
+    most = worst - (1 - config.max_ratio) * abs(worst)
     wrong, right = [], []
     modality = row.positives[0].modality
-    for rank, index in allowed:
+    for rank, index in _without_answers(row, order, own, corpus, config, report):
         if corpus.items[index].modality != modality:
             if rank < rank_of_positive:
                 wrong.append(index)
         elif rank < config.rank_cut:
             report.dropped["ranked above the cut"] += 1
-        elif scores[index] > config.max_ratio * scores[worst]:
+        elif score_of[index] > most:
             report.dropped["too close to the positive's score"] += 1
         else:
             right.append(index)
     chance = random.Random(f"{config.seed}/{row.id}")
     chosen = _choose(wrong, config.wrong, config, chance)
     chosen += _choose(right, config.right, config, chance)
-    _count(chosen, scores, corpus, modality, config, report)
+    report.count(
+        [(corpus.items[index].modality, score_of[index]) for index in chosen],
+        modality,
+        config.right + config.wrong,
+    )
     return row.model_copy(
         update={
             "negatives": [corpus.items[index] for index in chosen],
-            "negative_scores": [float(scores[index]) for index in chosen],
-            "positive_scores": [float(scores[index]) for index in own],
+            "negative_scores": [score_of[index] for index in chosen],
+            "positive_scores": own_scores,
         }
     )
 
@@ -191,28 +218,38 @@ def _choose(pool: list[int], count: int, config: MineConfig, chance: random.Rand
     return pool[:count]
 
 
-def _count(
-    chosen: Sequence[int],
-    scores: NDArray[np.float32],
-    corpus: _Corpus,
-    modality: str,
-    config: MineConfig,
-    report: MineReport,
-) -> None:
-    report.rows += 1
-    report.short += len(chosen) < config.right + config.wrong
-    for index in chosen:
-        kind = corpus.items[index].modality
-        label = f"{kind} for {modality}"
-        report.taken[label] += 1
-        report.score_sums[label] += float(scores[index])
+def rescore(rows: Iterable[Row], scorer: Scorer, store: ImageStore) -> Iterator[Row]:
+    """Rows with the scores of a reranker for their positives and negatives, to learn from."""
+    for row in rows:
+        items = [*row.positives, *row.negatives]
+        query = store.content(row.query)
+        scores = scorer.score([(query, store.content(item)) for item in items]).tolist()
+        cut = len(row.positives)
+        update = {"positive_scores": scores[:cut], "negative_scores": scores[cut:]}
+        yield row.model_copy(update=update)
 
 
 def run(options: MineConfig) -> None:
     """Command: mine negatives for a file of rows."""
     rows, store = read_rows(options.rows), store_of(options.rows)
     embedder = load_embedder(options.model, family=options.family)
-    mined, report = mine(rows, store, embedder, options)
+    kept = options.rows.with_name(options.rows.name + ".index")
+    extra: list[tuple[Item, str]] = []
+    if options.corpus:
+        wanted = {item.modality for row in rows for item in row.positives} & embedder.modalities
+        documents, problems = read_corpus(options.corpus, store)
+        extra = [
+            (document.item(modality), document.place)
+            for document in documents
+            for modality in document.modalities
+            if modality in wanted
+        ]
+        for problem in problems:
+            print(f"not read: {problem}")
+    mined, report = mine(rows, VectorCache(kept, embedder, store), options, extra)
+    if options.reranker:
+        scored = rescore(mined, load_scorer(options.reranker), store)
+        mined = list(track(scored, len(mined), "scoring"))
     write_rows(options.out, mined)
     if options.out.parent.resolve() != options.rows.parent.resolve():
         for image_id in images_of(mined):

@@ -2,13 +2,18 @@
 
 import numpy as np
 import pytest
+from fakes import FakeEmbedder
 from PIL import Image
 
 from mmrag.errors import ConfigError
+from mmrag_recipes import mine as mine_module
+from mmrag_recipes import vectors
+from mmrag_recipes.__main__ import main
 from mmrag_recipes.config import MineConfig
-from mmrag_recipes.mine import mine
+from mmrag_recipes.mine import mine, rescore
 from mmrag_recipes.options import build
-from mmrag_recipes.rows import ImageStore, Item, Row
+from mmrag_recipes.rows import ImageStore, Item, Row, read_rows, write_rows
+from mmrag_recipes.vectors import VectorCache, nearest
 
 
 class Planned:
@@ -45,6 +50,15 @@ def configured(**options) -> MineConfig:
     return MineConfig(rows="unused", out="unused", **options)
 
 
+def unkept(embedder, store):
+    return VectorCache(None, embedder, store)
+
+
+def loose(*items):
+    """Documents of no page."""
+    return [(item, "") for item in items]
+
+
 def row_of(positive: Item, others=()) -> Row:
     return Row(id="r", query=Item(text="q"), positives=[positive, *others])
 
@@ -56,9 +70,9 @@ def test_the_two_pools_of_mm_embed(store):
         {"positive": 20, "near": 24, "far": 50, "farther": 60},
         {"q": 0, "above": 5, "below": 30},
     )
-    extra = [Item(text="above"), Item(text="below"), *images.values()]
+    extra = loose(Item(text="above"), Item(text="below"), *images.values())
     config = configured(right=5, wrong=5, max_ratio=0.95, duplicate_cosine=0.9999)
-    (mined,), report = mine([row_of(images["positive"])], store, embedder, config, extra)
+    (mined,), report = mine([row_of(images["positive"])], unkept(embedder, store), config, extra)
     assert mined.negatives == [Item(text="above"), images["far"], images["farther"]]
     # cos 24 / cos 20 = 0.972 is over 0.95, cos 50 / cos 20 = 0.684 is not.
     assert report.dropped["too close to the positive's score"] == 1
@@ -72,10 +86,10 @@ def test_positives_and_their_copies_are_never_negatives(store):
     embedder, _ = planned(
         store, {}, {"q": 0, "a": 10, "second": 60, "A ": 40, "copy": 10.5, "other": 50}
     )
-    extra = [Item(text=text) for text in ("A ", "copy", "other", "q")]
+    extra = loose(*(Item(text=text) for text in ("A ", "copy", "other", "q")))
     row = row_of(Item(text="a"), [Item(text="second")])
     config = configured(right=9, max_ratio=99, duplicate_cosine=0.999)
-    (mined,), report = mine([row], store, embedder, config, extra)
+    (mined,), report = mine([row], unkept(embedder, store), config, extra)
     assert mined.negatives == [Item(text="other")]
     assert report.dropped["like a positive"] == 2  # the same words, and the same direction
 
@@ -83,18 +97,23 @@ def test_positives_and_their_copies_are_never_negatives(store):
 def test_the_margin_follows_the_worst_positive(store):
     embedder, _ = planned(store, {}, {"q": 0, "a": 0.5, "b": 60, "c": 30, "d": 80})
     row = row_of(Item(text="a"), [Item(text="b")])
-    (mined,), _ = mine([row], store, embedder, configured(), [Item(text="c"), Item(text="d")])
+    (mined,), _ = mine(
+        [row],
+        unkept(embedder, store),
+        configured(),
+        loose(Item(text="c"), Item(text="d")),
+    )
     assert mined.negatives == [Item(text="d")]
 
 
 def test_rank_cut_quota_and_sampling(store):
     texts = {"q": 0, "a": 1} | {f"n{i}": 20 + i for i in range(20)}
     embedder, _ = planned(store, {}, texts)
-    extra = [Item(text=f"n{i}") for i in range(20)]
+    extra = loose(*(Item(text=f"n{i}") for i in range(20)))
     row = row_of(Item(text="a"))
 
     def mined(**options):
-        (result,), _ = mine([row], store, embedder, configured(right=3, **options), extra)
+        (result,), _ = mine([row], unkept(embedder, store), configured(right=3, **options), extra)
         return [item.text for item in result.negatives]
 
     assert mined() == ["n0", "n1", "n2"]
@@ -126,7 +145,7 @@ def test_nothing_from_the_page_that_answers_is_a_negative(store):
         for text, source in {**asked, "other file": "b.pdf#1"}.items()
     ]
     config = configured(right=9, max_ratio=0.95, duplicate_cosine=0.9999)
-    mined, report = mine(rows, store, embedder, config)
+    mined, report = mine(rows, unkept(embedder, store), config)
     assert mined[0].negatives == [Item(text="other page"), Item(text="other file")]
     assert report.dropped["from the positive's page"] == 2
 
@@ -138,6 +157,81 @@ def test_what_answers_the_same_query_in_another_row_is_no_negative(store):
         Row(id="2", query=Item(text="q"), positives=[Item(text="two")]),
     ]
     config = configured(duplicate_cosine=0.9999)
-    mined, report = mine(rows, store, embedder, config, [Item(text="three")])
+    mined, report = mine(rows, unkept(embedder, store), config, loose(Item(text="three")))
     assert [row.negatives for row in mined] == [[Item(text="three")]] * 2
     assert report.dropped["answers the same query of another row"] == 2
+
+
+def test_the_margin_is_below_a_positive_that_scores_negative(store):
+    """At cos 120 = -.5, 95 % of the score would be above it."""
+    embedder, _ = planned(store, {}, {"q": 0, "a": 120, "near": 121, "far": 150})
+    extra = loose(Item(text="near"), Item(text="far"))
+    config = configured(duplicate_cosine=0.99999)
+    (mined,), report = mine([row_of(Item(text="a"))], unkept(embedder, store), config, extra)
+    assert mined.negatives == [Item(text="far")]
+    assert report.dropped["too close to the positive's score"] == 1
+
+
+def test_pages_without_a_row_are_candidates_and_the_own_page_is_none(store):
+    embedder, _ = planned(store, {}, {"q": 0, "a": 10, "own passage": 30, "other page": 40})
+    row = row_of(Item(text="a")).model_copy(update={"source": "a.pdf#1"})
+    extra = [(Item(text="own passage"), "a.pdf#1"), (Item(text="other page"), "b.pdf#7")]
+    (mined,), report = mine([row], unkept(embedder, store), configured(), extra)
+    assert mined.negatives == [Item(text="other page")]
+    assert report.dropped["from the positive's page"] == 1
+
+
+def test_nearest_in_blocks_is_a_stable_sort_of_all(monkeypatch):
+    chance = np.random.default_rng(0)
+    queries = chance.integers(-2, 3, (7, 3)).astype(np.float32)  # many equal scores
+    documents = chance.integers(-2, 3, (50, 3)).astype(np.float32)
+    expected = np.argsort(-(queries @ documents.T), axis=1, kind="stable")
+    for at_once in (1, 120, 10_000):
+        monkeypatch.setattr(vectors, "_SCORES_AT_ONCE", at_once)
+        for depth in (1, 10, 50, 99):
+            found = [order.tolist() for order, _ in nearest(queries, documents, depth)]
+            assert found == expected[:, :depth].tolist()
+
+
+def test_vectors_are_kept_between_runs_and_by_instruction(store, tmp_path, monkeypatch):
+    monkeypatch.setattr(vectors, "_ITEMS_AT_ONCE", 2)
+    items = [Item(text=f"word{n}") for n in range(5)]
+    embedder = FakeEmbedder()
+    first = VectorCache(tmp_path, embedder, store).encode(items)
+    assert embedder.encoded == 5
+    again = FakeEmbedder()
+    assert (VectorCache(tmp_path, again, store).encode(items[::-1]) == first[::-1]).all()
+    assert again.encoded == 0
+    VectorCache(tmp_path, again, store).encode(items, ["Find a page."] * 5)
+    assert again.encoded == 5
+    other = FakeEmbedder(version="2")
+    VectorCache(tmp_path, other, store).encode(items)
+    assert other.encoded == 5
+
+
+def test_a_reranker_scores_as_the_teacher(store):
+    class Lengths:
+        def score(self, pairs):
+            return np.array([len(document.text) / 10 for _, document in pairs])
+
+    row = row_of(Item(text="four")).model_copy(update={"negatives": [Item(text="sixsix")]})
+    (scored,) = rescore([row], Lengths(), store)
+    assert (scored.positive_scores, scored.negative_scores) == ([0.4], [0.6])
+
+
+def test_the_command_searches_a_folder_and_keeps_its_vectors(tmp_path, monkeypatch, capsys):
+    (tmp_path / "papers").mkdir()
+    for name in ("whales", "tigers", "camels"):
+        (tmp_path / "papers" / f"{name}.txt").write_text(f"All about {name} and where they live.")
+    row = Row(id="r", query=Item(text="whales"), positives=[Item(text="whales swim in oceans")])
+    write_rows(tmp_path / "rows.jsonl", [row])
+    embedder = FakeEmbedder()
+    monkeypatch.setattr(mine_module, "load_embedder", lambda name, family: embedder)
+    words = ["mine", str(tmp_path / "rows.jsonl"), "--out", str(tmp_path / "mined.jsonl")]
+    main([*words, "--corpus", str(tmp_path / "papers"), "--max-ratio", "5"])
+    (mined,) = read_rows(tmp_path / "mined.jsonl")
+    assert len(mined.negatives) == 3
+    assert "3 negatives" in capsys.readouterr().out
+    before = embedder.encoded
+    main([*words, "--corpus", str(tmp_path / "papers")])
+    assert embedder.encoded == before
