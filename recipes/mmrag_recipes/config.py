@@ -247,13 +247,17 @@ class ConvertConfig(Options):
     kind: Literal["mmeb", "mbeir", "swift", "pdfs"]
     """mmeb, mbeir, swift, or pdfs: questions about pages of PDFs."""
     records: Path
-    """Records of the data set, or questions for pdfs."""
+    """JSON lines, a JSON list or parquet; for mmeb also the folder of subsets as published."""
     out: Path
     """File of rows to write; images go to ``images`` beside it."""
     images: Path = Path()
     """Folder of the images."""
+    subsets: tuple[str, ...] = ()
+    """Sub-folders to take, for mmeb; by default all."""
     pool: Path | None = None
     """Candidates, for mbeir."""
+    instructions: Path | None = None
+    """M-BEIR's query_instructions.tsv; without it queries have no instruction."""
     pdfs: Path = Path()
     """Folder of the PDFs, for pdfs."""
     items: Literal["image", "text", "fused"] = "image"

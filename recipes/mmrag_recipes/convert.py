@@ -1,38 +1,43 @@
-"""Turn other projects' training data into rows.
+"""Turn other projects' training data into rows, record by record.
 
-    python -m mmrag_recipes convert mmeb train.jsonl --images MMEB-train/ --out rows.jsonl
+    python -m mmrag_recipes convert mmeb MMEB-train/ --subsets OK-VQA --images . --out rows.jsonl
     python -m mmrag_recipes convert mbeir query.jsonl --pool pool.jsonl --images . --out rows.jsonl
     python -m mmrag_recipes convert swift train.jsonl --images . --out rows.jsonl
     python -m mmrag_recipes convert pdfs questions.jsonl --pdfs papers/ --out rows.jsonl
 
-A record that cannot be used is reported and left out; the rest is converted.
+A record that cannot be used is reported and left out; the rest is converted. Nothing is held in
+memory but the places of the candidates in a pool.
 """
 
 from __future__ import annotations
 
+import csv
+import hashlib
 import json
+import logging
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from pydantic import ValidationError
 
-from mmrag.errors import ContentError, ReadError
+from mmrag.errors import ConfigError, ContentError, ReadError
 from mmrag.reading import read_file
 from mmrag_recipes.config import ConvertConfig
 from mmrag_recipes.rows import ImageStore, Item, Row, store_of, write_rows
 
+logger = logging.getLogger("mmrag_recipes")
+
+Record = Mapping[str, Any]
+Converted = Iterator[Row | str]
+"""Rows, and a message for each record that is left out."""
+
 _PLACEHOLDER = re.compile(r"<\|image_\d+\|>|<image>|<\|image_pad\|>")
-
-
-@dataclass
-class Converted:
-    """Rows, and one message per record that was left out."""
-
-    rows: list[Row] = field(default_factory=list)
-    problems: list[str] = field(default_factory=list)
+_SHOWN_PROBLEMS = 20
 
 
 @dataclass(frozen=True)
@@ -42,13 +47,14 @@ class Images:
     folder: Path
     store: ImageStore
 
-    def item(self, text: str | None, image: str | None) -> Item:
-        """Make an item; placeholders are taken out of the text, the image into the store."""
+    def item(self, text: str | None, images: str | Sequence[str] | None) -> Item:
+        """Make an item; placeholders are taken out of the text, the images into the store."""
         plain = _PLACEHOLDER.sub("", text or "").strip()
-        if not plain and not image:
-            raise ContentError("an item has neither text nor picture")
-        image_id = self.store.add(self._path(image)) if image else None
-        return Item(text=plain or None, image=image_id)
+        named = [images] if isinstance(images, str) else images or []
+        ids = [self.store.add(self._path(name)) for name in named if name]
+        if not plain and not ids:
+            raise ContentError("an item has neither text nor image")
+        return Item(text=plain or None, image=ids[0] if len(ids) == 1 else tuple(ids) or None)
 
     def _path(self, image: str) -> Path:
         path = self.folder / image
@@ -57,47 +63,61 @@ class Images:
         return path
 
 
-def from_mmeb(records: Sequence[Mapping[str, Any]], images: Images, task: str) -> Converted:
+def from_mmeb(records: Iterable[Record], images: Images, task: str) -> Converted:
     """VLM2Vec's MMEB training rows: ``qry``, ``qry_image_path``, ``pos_text``, ... .
 
     The instruction is part of ``qry`` there and stays in the query's text.
     """
 
-    def convert(number: int, record: Mapping[str, Any]) -> Row:
+    def convert(number: int, record: Record) -> Row:
         negatives = []
         if record.get("neg_text") or record.get("neg_image_path"):
             negatives = [images.item(record.get("neg_text"), record.get("neg_image_path"))]
+        name = record.get("subset", task)
         return Row(
-            id=str(record.get("id", f"{task}-{number}")),
-            task=task,
+            id=str(record.get("id", f"{name}-{number}")),
+            task=name,
             query=images.item(record["qry"], record.get("qry_image_path")),
             positives=[images.item(record.get("pos_text"), record.get("pos_image_path"))],
             negatives=negatives,
-            source=task,
+            source=name,
         )
 
     return _each(records, convert)
 
 
 def from_mbeir(
-    records: Sequence[Mapping[str, Any]],
-    pool: Sequence[Mapping[str, Any]],
+    records: Iterable[Record],
+    pool: Pool,
     images: Images,
     task: str,
+    instructions: Mapping[tuple[str, str, str], str] | None = None,
 ) -> Converted:
-    """M-BEIR's queries (``qid``, ``query_txt``, ``pos_cand_list``, ...) with their pool."""
-    candidates = {candidate["did"]: candidate for candidate in pool}
+    """M-BEIR's queries (``qid``, ``query_txt``, ``pos_cand_list``, ...) with their pool.
+
+    Args:
+        instructions: sentence by data set, query modality and candidate modality; a query that
+            has none of them is left out.
+    """
 
     def document(did: str) -> Item:
-        if did not in candidates:
-            raise ContentError(f"candidate {did} is not in the pool")
-        return images.item(candidates[did].get("txt"), candidates[did].get("img_path"))
+        candidate = pool[did]
+        return images.item(candidate.get("txt"), candidate.get("img_path"))
 
-    def convert(number: int, record: Mapping[str, Any]) -> Row:
+    def instruction(record: Record) -> str | None:
+        if instructions is None:
+            return record.get("instruction")
+        sought = pool[record["pos_cand_list"][0]]["modality"]
+        asked = str(record["qid"]).partition(":")[0], record["query_modality"], sought
+        if asked not in instructions:
+            raise ContentError(f"no instruction for {asked}")
+        return instructions[asked]
+
+    def convert(number: int, record: Record) -> Row:
         return Row(
             id=str(record["qid"]),
             task=task,
-            instruction=record.get("instruction"),
+            instruction=instruction(record),
             query=images.item(record.get("query_txt"), record.get("query_img_path")),
             positives=[document(did) for did in record["pos_cand_list"]],
             negatives=[document(did) for did in record.get("neg_cand_list") or []],
@@ -107,24 +127,82 @@ def from_mbeir(
     return _each(records, convert)
 
 
-def from_swift(records: Sequence[Mapping[str, Any]], pictures: Images, task: str) -> Converted:
-    """ms-swift's rows: ``messages`` with ``images``, ``positive_messages``, ``negative_messages``.
+class Pool:
+    """The candidates of a JSON lines file by ``did``, read from their places in the file."""
 
-    A system message of the query is its instruction.
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        hashes, offsets = [], []
+        with path.open("rb") as file:
+            offset = 0
+            for line in file:
+                if line.strip():
+                    hashes.append(_hash(str(json.loads(line)["did"])))
+                    offsets.append(offset)
+                offset += len(line)
+        order = np.argsort(np.array(hashes, dtype=np.int64), kind="stable")
+        self._hashes: NDArray[np.int64] = np.array(hashes, dtype=np.int64)[order]
+        self._offsets: NDArray[np.int64] = np.array(offsets, dtype=np.int64)[order]
+        self._file = path.open("rb")
+
+    def __getitem__(self, did: str) -> dict[str, Any]:
+        """A candidate. Raises ContentError if there is none."""
+        place = int(np.searchsorted(self._hashes, _hash(did)))
+        while place < len(self._hashes) and self._hashes[place] == _hash(did):
+            self._file.seek(self._offsets[place])
+            candidate: dict[str, Any] = json.loads(self._file.readline())
+            if str(candidate["did"]) == did:
+                return candidate
+            place += 1
+        raise ContentError(f"candidate {did} is not in the pool")
+
+
+def _hash(text: str) -> int:
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+
+
+def read_instructions(path: Path) -> dict[tuple[str, str, str], str]:
+    """M-BEIR's ``query_instructions.tsv``: its first prompt by data set and modalities."""
+    with path.open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file, delimiter="\t"))
+    try:
+        return {
+            (row["dataset_id"], row["query_modality"], row["cand_modality"]): row["prompt_1"]
+            for row in rows
+        }
+    except KeyError as error:
+        raise ContentError(f"{path}: there is no column {error}.") from error
+
+
+def from_swift(records: Iterable[Record], pictures: Images, task: str) -> Converted:
+    """ms-swift's rows in both forms.
+
+    ``messages`` with ``images``, ``positive_messages`` and ``negative_messages``; or ``query``,
+    ``response`` and ``rejected_response``. A system message of the query is its instruction.
     """
 
     def side(messages: Sequence[Mapping[str, str]], images: Sequence[str]) -> Item:
         text = "\n".join(m["content"] for m in messages if m["role"] != "system")
-        if len(images) > 1:
-            raise ContentError(f"{len(images)} images in one item; rows hold one")
-        return pictures.item(text, images[0] if images else None)
+        return pictures.item(text, [_image(image) for image in images])
 
-    def sides(record: Mapping[str, Any], kind: str) -> list[Item]:
+    def sides(record: Record, kind: str) -> list[Item]:
         messages = record.get(f"{kind}_messages") or []
         images = record.get(f"{kind}_images") or [[] for _ in messages]
         return [side(*pair) for pair in zip(messages, images, strict=True)]
 
-    def convert(number: int, record: Mapping[str, Any]) -> Row:
+    def convert(number: int, record: Record) -> Row:
+        if "query" in record:
+            rejected = record.get("rejected_response") or []
+            rejected = [rejected] if isinstance(rejected, str) else rejected
+            return Row(
+                id=f"{task}-{number}",
+                task=task,
+                instruction=record.get("system"),
+                query=pictures.item(record["query"], record.get("images")),
+                positives=[pictures.item(record["response"], None)],
+                negatives=[pictures.item(text, None) for text in rejected],
+                source=task,
+            )
         told = [m["content"] for m in record["messages"] if m["role"] == "system"]
         return Row(
             id=f"{task}-{number}",
@@ -139,22 +217,27 @@ def from_swift(records: Sequence[Mapping[str, Any]], pictures: Images, task: str
     return _each(records, convert)
 
 
+def _image(image: Any) -> str:
+    """The path of an image, which may stand in a table of its own."""
+    return str(image["path"] if isinstance(image, Mapping) else image)
+
+
 def from_pdfs(
-    questions: Sequence[Mapping[str, Any]], pdfs: Path, store: ImageStore, items: str, license: str
+    questions: Iterable[Record], pdfs: Path, store: ImageStore, items: str, license_: str
 ) -> Converted:
     """Questions about pages of PDFs; a page becomes its image, its text, or both.
 
     Only the files that are asked about are read.
     """
-    converted = Converted()
+    asked = list(questions)
     pages: dict[tuple[str, int], Item] = {}
-    for name in sorted({page["file"] for q in questions for page in q.get("pages", ())}):
+    for name in sorted({page["file"] for q in asked for page in q.get("pages", ())}):
         errors: list[ReadError] = []
         for number, item in _pages(pdfs / name, store, items, errors):
             pages[name, number] = item
-        converted.problems.extend(str(error) for error in errors)
+        yield from (str(error) for error in errors)
 
-    def convert(number: int, record: Mapping[str, Any]) -> Row:
+    def convert(number: int, record: Record) -> Row:
         wanted = [(page["file"], page["page"]) for page in record["pages"]]
         missing = [f"{file} page {page}" for file, page in wanted if (file, page) not in pages]
         if missing:
@@ -166,11 +249,10 @@ def from_pdfs(
             query=Item(text=record["question"]),
             positives=[pages[page] for page in wanted],
             source=f"{wanted[0][0]}#{wanted[0][1]}",
-            license=license,
+            license=license_,
         )
 
-    found = _each(questions, convert)
-    return Converted(found.rows, converted.problems + found.problems)
+    yield from _each(asked, convert)
 
 
 def _pages(
@@ -189,51 +271,108 @@ def _pages(
             yield page.page, Item(text=text, image=image)
 
 
-def _each(
-    records: Sequence[Mapping[str, Any]], convert: Callable[[int, Mapping[str, Any]], Row]
-) -> Converted:
-    converted = Converted()
+def _each(records: Iterable[Record], convert: Callable[[int, Record], Row]) -> Converted:
     for number, record in enumerate(records, 1):
         try:
-            converted.rows.append(convert(number, record))
+            yield convert(number, record)
         except KeyError as error:
-            converted.problems.append(f"record {number}: {error} is missing")
+            yield f"record {number}: {error} is missing"
         except (ContentError, ValidationError, ValueError, TypeError) as error:
-            reason = str(error).splitlines()[0]
-            converted.problems.append(f"record {number}: {reason}")
-    return converted
+            yield f"record {number}: {str(error).splitlines()[0]}"
 
 
-def read_records(path: Path) -> list[dict[str, Any]]:
-    """Records of a JSON lines file or of a JSON list.
+def read_records(path: Path, subsets: Sequence[str] = ()) -> Iterator[dict[str, Any]]:
+    """Records of a JSON lines file, a JSON list, a parquet file, or a folder of subsets.
 
-    Raises: ContentError if it is neither, or one of them is no JSON object.
+    In a folder, each sub-folder with parquet files is a subset; its name is in ``subset``.
+
+    Raises: ContentError if it is none of these, or one of the records is no JSON object.
     """
-    text = path.read_text(encoding="utf-8")
+    if path.is_dir():
+        yield from _subsets(path, subsets)
+    elif path.suffix == ".parquet":
+        yield from _parquet(path)
+    else:
+        with path.open(encoding="utf-8") as file:
+            start = file.read(1)
+            while start.isspace():
+                start = file.read(1)
+        yield from _json_list(path) if start == "[" else _json_lines(path)
+
+
+def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
+    with path.open(encoding="utf-8") as file:
+        lines = (line for line in file if line.strip())
+        for number, line in enumerate(lines, 1):
+            try:
+                record = json.loads(line)
+            except ValueError as error:
+                raise ContentError(
+                    f"{path}: neither JSON lines nor a JSON list ({error})."
+                ) from error
+            yield _checked(path, number, record)
+
+
+def _json_list(path: Path) -> Iterator[dict[str, Any]]:
     try:
-        if text.lstrip().startswith("["):
-            records = json.loads(text)
-        else:
-            records = [json.loads(line) for line in text.splitlines() if line.strip()]
+        records = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ContentError(f"{path}: neither JSON lines nor a JSON list ({error}).") from error
     for number, record in enumerate(records, 1):
-        if not isinstance(record, dict):
-            raise ContentError(f"{path}: record {number} is no JSON object.")
-    return list(records)
+        yield _checked(path, number, record)
+
+
+def _checked(path: Path, number: int, record: Any) -> dict[str, Any]:
+    if not isinstance(record, dict):
+        raise ContentError(f"{path}: record {number} is not a JSON object.")
+    return record
+
+
+def _subsets(folder: Path, wanted: Sequence[str]) -> Iterator[dict[str, Any]]:
+    found = sorted({path.parent for path in folder.glob("*/*.parquet")})
+    unknown = sorted(set(wanted) - {path.name for path in found})
+    if unknown or not found:
+        names = ", ".join(path.name for path in found) or "none"
+        raise ContentError(f"{folder}: no subset {', '.join(unknown)}; there are: {names}.")
+    for subset in found:
+        if not wanted or subset.name in wanted:
+            for path in sorted(subset.glob("*.parquet")):
+                yield from ({**record, "subset": subset.name} for record in _parquet(path))
+
+
+def _parquet(path: Path) -> Iterator[dict[str, Any]]:
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError as error:
+        raise ConfigError("Parquet files need pyarrow: pip install 'mmrag[train]'") from error
+    try:
+        for batch in parquet.ParquetFile(path).iter_batches(batch_size=1000):
+            yield from batch.to_pylist()
+    except pyarrow.ArrowInvalid as error:
+        raise ContentError(f"{path}: not a parquet file ({error}).") from error
 
 
 def run(options: ConvertConfig) -> None:
     """Command: convert a file of records."""
-    converted = _convert(options)
-    count = write_rows(options.out, converted.rows)
-    for problem in converted.problems:
-        print(f"left out: {problem}")
-    print(f"{count} rows, {len(converted.problems)} left out: {options.out}")
+    n_problems = 0
+
+    def rows() -> Iterator[Row]:
+        nonlocal n_problems
+        for made in _convert(options):
+            if isinstance(made, Row):
+                yield made
+                continue
+            n_problems += 1
+            if n_problems <= _SHOWN_PROBLEMS:
+                print(f"left out: {made}")
+
+    count = write_rows(options.out, rows())
+    print(f"{count} rows, {n_problems} left out: {options.out}")
 
 
 def _convert(options: ConvertConfig) -> Converted:
-    records = read_records(options.records)
+    records = read_records(options.records, options.subsets)
     images = Images(options.images, store_of(options.out))
     task = options.task or options.records.stem
     match options.kind:
@@ -242,7 +381,8 @@ def _convert(options: ConvertConfig) -> Converted:
         case "mbeir":
             if options.pool is None:
                 raise ContentError("mbeir needs --pool, the file of candidates.")
-            return from_mbeir(records, read_records(options.pool), images, task)
+            told = read_instructions(options.instructions) if options.instructions else None
+            return from_mbeir(records, Pool(options.pool), images, task, told)
         case "swift":
             return from_swift(records, images, task)
     return from_pdfs(records, options.pdfs, images.store, options.items, options.license)

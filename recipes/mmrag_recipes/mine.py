@@ -17,6 +17,7 @@ same, no copy of one, nothing whose vector is close to a positive's, nothing fro
 
 from __future__ import annotations
 
+import logging
 import random
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
@@ -41,6 +42,8 @@ from mmrag_recipes.rows import (
     write_rows,
 )
 from mmrag_recipes.vectors import VectorCache, Vectors, nearest
+
+logger = logging.getLogger("mmrag_recipes")
 
 
 @dataclass
@@ -219,11 +222,18 @@ def _choose(pool: list[int], count: int, config: MineConfig, chance: random.Rand
 
 
 def rescore(rows: Iterable[Row], scorer: Scorer, store: ImageStore) -> Iterator[Row]:
-    """Rows with the scores of a reranker for their positives and negatives, to learn from."""
+    """Rows with the scores of a reranker for their positives and negatives, to learn from.
+
+    A row of which a pair cannot be judged gets no scores at all: nothing is learned from half.
+    """
     for row in rows:
         items = [*row.positives, *row.negatives]
         query = store.content(row.query)
-        scores = scorer.score([(query, store.content(item)) for item in items]).tolist()
+        outcomes = scorer.judge([(query, store.content(item)) for item in items], row.instruction)
+        scores = [outcome for outcome in outcomes if isinstance(outcome, float)]
+        if len(scores) < len(items):
+            logger.warning("row %s gets no scores of the reranker: a pair failed", row.id)
+            scores = []
         cut = len(row.positives)
         update = {"positive_scores": scores[:cut], "negative_scores": scores[cut:]}
         yield row.model_copy(update=update)

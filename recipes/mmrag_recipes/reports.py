@@ -45,16 +45,16 @@ def _describe(dataset: Dataset, backbone: Backbone) -> str:
     ]
     sides = [("query", row.query, row.instruction), ("positive", row.positives[0], None)]
     sides += [("negative", item, None) for item in row.negatives[:1]]
-    for name, item, instruction in sides:
+    for side, item, instruction in sides:
         inputs: Any = inputs_of(backbone, dataset.store.content(item), resolve(instruction))
         shown = repr(
             item.text if item.text is None or len(item.text) < 90 else item.text[:87] + "..."
         )
         size = ""
-        if item.image:
-            width, height = image_size(dataset.store.path(item.image))
-            size = f", image {width}x{height}"
-        lines.append(f"    {name}: {shown}{size}, {inputs.n_tokens} tokens")
+        for name in item.images:
+            width, height = image_size(dataset.store.path(name))
+            size += f", image {width}x{height}"
+        lines.append(f"    {side}: {shown}{size}, {inputs.n_tokens} tokens")
     return "\n".join(lines)
 
 

@@ -32,12 +32,15 @@ _PLACE = re.compile(r"\S.*?#\d+")  # a.pdf#3
 
 
 class Item(BaseModel):
-    """One side of a pair: a text, the id of an image in the store, or both."""
+    """One side of a pair: a text, the id of an image in the store, or both.
+
+    Several images are for models that take several.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     text: str | None = None
-    image: str | None = None
+    image: str | tuple[str, ...] | None = None
 
     @model_validator(mode="after")
     def _something(self) -> Item:
@@ -51,6 +54,13 @@ class Item(BaseModel):
         if self.image is None:
             return "text"
         return "image" if self.text is None else "fused"
+
+    @property
+    def images(self) -> tuple[str, ...]:
+        """Ids of the images, in order."""
+        if self.image is None:
+            return ()
+        return (self.image,) if isinstance(self.image, str) else self.image
 
     @property
     def key(self) -> int:
@@ -140,7 +150,8 @@ class ImageStore:
 
     def content(self, item: Item) -> Content:
         """Turn an item into what an embedder takes; the image as a path."""
-        return Content(item.text, self.path(item.image) if item.image else None)
+        paths = [self.path(name) for name in item.images]
+        return Content(item.text, paths[0] if len(paths) == 1 else paths or None)
 
     def copy_from(self, other: ImageStore, image_id: str) -> None:
         """Take over an image of another store under its id."""
@@ -219,11 +230,10 @@ def _missing_image(row: Row, store: ImageStore | None) -> str | None:
     if store is None:
         return None
     for item in (row.query, *row.positives, *row.negatives):
-        if item.image is not None:
-            try:
-                store.path(item.image)
-            except ContentError as error:
-                return str(error)
+        try:
+            store.content(item)
+        except ContentError as error:
+            return str(error)
     return None
 
 
@@ -250,4 +260,4 @@ def corpus_of(rows: Sequence[Row]) -> list[Item]:
 def images_of(rows: Iterable[Row]) -> set[str]:
     """Ids of all images of the rows."""
     items = (item for row in rows for item in (row.query, *row.positives, *row.negatives))
-    return {item.image for item in items if item.image is not None}
+    return {name for item in items for name in item.images}

@@ -1,14 +1,21 @@
 """Other projects' rows become ours; what cannot be used is named and the rest converted."""
 
 import json
+from types import SimpleNamespace
 
 import pymupdf
 import pytest
 from PIL import Image
 
 from mmrag_recipes.__main__ import main
-from mmrag_recipes.convert import Images, from_mbeir, from_mmeb, from_pdfs, from_swift
-from mmrag_recipes.rows import ImageStore, Item, check_rows, store_of
+from mmrag_recipes.convert import Images, Pool, from_mbeir, from_mmeb, from_pdfs, from_swift
+from mmrag_recipes.rows import ImageStore, Item, Row, check_rows, store_of
+
+
+def parted(converted):
+    made = list(converted)
+    rows = [one for one in made if isinstance(one, Row)]
+    return SimpleNamespace(rows=rows, problems=[one for one in made if isinstance(one, str)])
 
 
 @pytest.fixture
@@ -31,7 +38,7 @@ def test_mmeb(images):
         {"qry": "a cat", "pos_text": "", "pos_image_path": "none.png"},
         {"pos_text": "no query"},
     ]
-    found = from_mmeb(records, images, "OK-VQA")
+    found = parted(from_mmeb(records, images, "OK-VQA"))
     first, second = found.rows
     assert first.query.text == "Represent the given image with the following question: what?"
     assert first.pair == "fused->text"
@@ -43,7 +50,7 @@ def test_mmeb(images):
     assert found.problems[1] == "record 4: 'qry' is missing"
 
 
-def test_mbeir(images):
+def test_mbeir(images, tmp_path):
     pool = [
         {"did": "1:1", "txt": "text", "img_path": None, "modality": "text"},
         {"did": "1:2", "txt": "both", "img_path": "a.png", "modality": "image,text"},
@@ -54,7 +61,9 @@ def test_mbeir(images):
         {"qid": "9:1", **base, "pos_cand_list": ["1:2"], "neg_cand_list": ["1:1", "1:3"]},
         {"qid": "9:2", **base, "pos_cand_list": ["1:9"], "neg_cand_list": []},
     ]
-    found = from_mbeir(records, pool, images, "webqa")
+    path = tmp_path / "pool.jsonl"
+    path.write_text("\n".join(json.dumps(one) for one in pool))
+    found = parted(from_mbeir(records, Pool(path), images, "webqa"))
     assert [row.pair for row in found.rows] == ["text->fused"]
     assert [item.modality for item in found.rows[0].negatives] == ["text", "image"]
     assert found.problems == ["record 2: candidate 1:9 is not in the pool"]
@@ -73,7 +82,7 @@ def test_swift(images):
             "negative_images": [["b.png"]],
         }
     ]
-    (row,) = from_swift(records, images, "s").rows
+    (row,) = from_swift(records, images, "s")
     assert row.instruction == "Find a caption."
     assert (row.query.text, row.query.modality) == ("what is it", "fused")
     assert [item.modality for item in row.negatives] == ["image"]
@@ -90,7 +99,7 @@ def test_pdfs_with_questions(tmp_path):
     ]
     store = ImageStore(tmp_path / "out" / "images")
     for items, modality in (("image", "image"), ("text", "text"), ("fused", "fused")):
-        found = from_pdfs(questions, tmp_path, store, items, "CC0")
+        found = parted(from_pdfs(questions, tmp_path, store, items, "CC0"))
         (row,) = found.rows
         assert row.positives[0].modality == modality
         assert row.source == "a.pdf#2"
@@ -115,7 +124,7 @@ def test_the_command_writes_rows_that_check(images, tmp_path, capsys):
 def test_records_that_are_no_objects_are_named(tmp_path, kind):
     records = tmp_path / "records.jsonl"
     records.write_text('{"question": "a"}\n"abc"\n')
-    with pytest.raises(SystemExit, match="record 2 is no JSON object"):
+    with pytest.raises(SystemExit, match="record 2 is not a JSON object"):
         main(["convert", kind, str(records), "--out", str(tmp_path / "rows.jsonl")])
 
 
@@ -124,3 +133,89 @@ def test_a_question_without_pages_costs_that_record_only(tmp_path, capsys):
     records.write_text('{"question": "a"}\n')
     main(["convert", "pdfs", str(records), "--out", str(tmp_path / "rows.jsonl")])
     assert "left out: record 1: 'pages' is missing" in capsys.readouterr().out
+
+
+def test_swift_with_several_images_and_in_its_other_form(images):
+    messages = {"role": "user", "content": "<image><image>which is blue?"}
+    other = {"query": "sky", "response": "blue"}
+    records = [
+        {
+            "messages": [messages],
+            "images": ["a.png", {"path": "b.png"}],
+            "positive_messages": [[{"role": "assistant", "content": "the second"}]],
+        },
+        {
+            "query": "sky",
+            "response": "blue",
+            "rejected_response": ["red", "green"],
+            "system": "Say.",
+        },
+        {**other, "rejected_response": "red"},
+    ]
+    several, plain, single = from_swift(records, images, "s")
+    assert len(several.query.images) == 2
+    assert len(images.store.content(several.query).images) == 2
+    assert (several.query.text, several.query.modality) == ("which is blue?", "fused")
+    assert [item.text for item in plain.negatives] == ["red", "green"]
+    assert plain.instruction == "Say."
+    assert single.negatives == [Item(text="red")]
+    assert Row.model_validate_json(several.model_dump_json()) == several
+
+
+def test_mbeir_with_its_instructions(images, tmp_path):
+    pool = tmp_path / "pool.jsonl"
+    candidates = [
+        {"did": "2:1", "txt": "a cat", "img_path": None, "modality": "text"},
+        {"did": "2:2", "txt": None, "img_path": "a.png", "modality": "image"},
+    ]
+    pool.write_text("\n".join(json.dumps(one) for one in candidates) + "\n\n")
+    table = tmp_path / "query_instructions.tsv"
+    columns = [
+        "query_modality",
+        "cand_modality",
+        "dataset_name",
+        "dataset_id",
+        "prompt_1",
+        "prompt_2",
+    ]
+    lines = [columns, ["text", "image", "webqa", "2", "Find a photo.", "Find it."]]
+    table.write_text("\n".join("\t".join(line) for line in lines))
+    queries = tmp_path / "query.jsonl"
+    base = {"query_txt": "cat", "query_modality": "text"}
+    records = [
+        {"qid": "2:7", **base, "pos_cand_list": ["2:2"]},
+        {"qid": "2:8", **base, "pos_cand_list": ["2:1"]},
+    ]
+    queries.write_text("\n".join(json.dumps(one) for one in records))
+    out = tmp_path / "out" / "rows.jsonl"
+    words = ["--pool", str(pool), "--images", str(tmp_path), "--instructions", str(table)]
+    main(["convert", "mbeir", str(queries), "--out", str(out), *words])
+    (row,), _ = check_rows(out, store_of(out))
+    assert (row.id, row.instruction) == ("2:7", "Find a photo.")
+
+
+def test_mmeb_as_published_by_subset(images, tmp_path, capsys):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    for subset in ("OK-VQA", "WebQA"):
+        folder = tmp_path / "MMEB-train" / subset
+        folder.mkdir(parents=True)
+        columns = {
+            "qry": [f"Represent this. {subset} {n}" for n in range(3)],
+            "qry_image_path": ["a.png", "a.png", "none.png"],
+            "pos_text": ["a", "b", "c"],
+            "pos_image_path": ["", "", ""],
+        }
+        parquet.write_table(pyarrow.table(columns), folder / "original-00000-of-00001.parquet")
+    out = tmp_path / "out" / "rows.jsonl"
+    words = ["convert", "mmeb", str(tmp_path / "MMEB-train"), "--images", str(tmp_path)]
+    main([*words, "--out", str(out), "--subsets", "WebQA"])
+    rows, _ = check_rows(out, store_of(out))
+    assert [(row.id, row.task) for row in rows] == [("WebQA-1", "WebQA"), ("WebQA-2", "WebQA")]
+    assert "1 left out" in capsys.readouterr().out
+    main([*words, "--out", str(out)])
+    rows, _ = check_rows(out)
+    assert len({row.id for row in rows}) == 4
+    with pytest.raises(SystemExit, match="no subset WebQa; there are: OK-VQA, WebQA"):
+        main([*words, "--out", str(out), "--subsets", "WebQa"])

@@ -5,7 +5,7 @@ import pytest
 from fakes import FakeEmbedder
 from PIL import Image
 
-from mmrag.errors import ConfigError
+from mmrag.errors import ConfigError, ContentError
 from mmrag_recipes import mine as mine_module
 from mmrag_recipes import vectors
 from mmrag_recipes.__main__ import main
@@ -211,12 +211,20 @@ def test_vectors_are_kept_between_runs_and_by_instruction(store, tmp_path, monke
 
 def test_a_reranker_scores_as_the_teacher(store):
     class Lengths:
-        def score(self, pairs):
-            return np.array([len(document.text) / 10 for _, document in pairs])
+        name = "lengths"
 
-    row = row_of(Item(text="four")).model_copy(update={"negatives": [Item(text="sixsix")]})
-    (scored,) = rescore([row], Lengths(), store)
+        def judge(self, pairs, instruction=None):
+            assert instruction == "Find it."
+            texts = [document.text for _, document in pairs]
+            return [ContentError("no") if "bad" in text else len(text) / 10 for text in texts]
+
+    row = row_of(Item(text="four")).model_copy(
+        update={"negatives": [Item(text="sixsix")], "instruction": "Find it."}
+    )
+    bad = row.model_copy(update={"negatives": [Item(text="bad")]})
+    scored, failed = rescore([row, bad], Lengths(), store)
     assert (scored.positive_scores, scored.negative_scores) == ([0.4], [0.6])
+    assert (failed.positive_scores, failed.negative_scores) == ([], [])
 
 
 def test_the_command_searches_a_folder_and_keeps_its_vectors(tmp_path, monkeypatch, capsys):
