@@ -173,6 +173,16 @@ class SynthesizeConfig(Options):
     """Folder of prompt files."""
     concurrency: int = Field(8, ge=1)
     """Requests to the model at a time."""
+    max_tokens: int = Field(400, ge=1)
+    """Longest answer of the model, reasoning included."""
+    max_tokens_key: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
+    """What the server calls it; OpenAI's reasoning models take max_completion_tokens alone."""
+    temperature: float | None = Field(None, ge=0)
+    """Of the model; by default the server's."""
+    languages: tuple[str, ...] = ()
+    """Languages to write queries in, such as English French; by default the document's."""
+    vary_instructions: bool = False
+    """Give each row one of several wordings of its task."""
     license: str = ""
     """License of the files, written into every row."""
     seed: int = 0

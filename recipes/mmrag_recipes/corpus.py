@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from llama_index.core.schema import BaseNode
 from mmrag.errors import ReadError
 from mmrag.nodes import node_image, node_text
 from mmrag.reading import ReadOptions, find_files, read_file
+from mmrag_recipes.console import track
 from mmrag_recipes.rows import ImageStore, Item, Modality
 
 
@@ -57,25 +59,70 @@ class Document:
 
 
 def read_corpus(
-    paths: Sequence[str | Path], store: ImageStore, options: ReadOptions | None = None
+    paths: Sequence[str | Path],
+    store: ImageStore,
+    options: ReadOptions | None = None,
+    kept: Path | None = None,
 ) -> tuple[list[Document], list[str]]:
     """Read files into documents; their images go into the store.
+
+    Args:
+        kept: file that remembers what was read, by path, size and time of each file, so that a
+            run that stops is gone on with.
 
     Returns: the documents, and a message for each file or page that could not be read, and for
         each file that has the bytes of another one.
     """
     files, errors = find_files(list(paths))
     documents: dict[str, Document] = {}
-    scratch = store.folder.parent / "pages"
-    for path in files:
-        pages = read_file(path, scratch, options or ReadOptions(), on_error=errors.append)
-        for node in (node for page in pages for node in page.nodes):
-            twin = documents.setdefault(node.node_id, _document(node, store))
-            if twin.file != node.metadata["file"]:
+    messages = [str(error) for error in errors]
+    known = _read_kept(kept) if kept else {}
+    for path in track(files, len(files), "reading files"):
+        stamp = _stamp(path, options)
+        if stamp not in known:
+            known[stamp] = _read(path, store, options)
+            if kept:
+                with kept.open("a", encoding="utf-8") as file:
+                    listed = [asdict(document) for document in known[stamp][0]]
+                    record = {"stamp": stamp, "documents": listed, "problems": known[stamp][1]}
+                    file.write(json.dumps(record) + "\n")
+        found, problems = known[stamp]
+        messages += problems
+        for document in found:
+            twin = documents.setdefault(document.id, document)
+            if twin.file != document.file:
                 message = f"left out, it has the same content as {twin.file}"
-                errors.append(ReadError(message, file=path.as_posix()))
+                messages.append(str(ReadError(message, file=path.as_posix())))
                 break
-    return list(documents.values()), [str(error) for error in errors]
+    return list(documents.values()), messages
+
+
+def _stamp(path: Path, options: ReadOptions | None) -> str:
+    state = path.stat()
+    return f"{path.as_posix()}|{state.st_size}|{state.st_mtime_ns}|{options}"
+
+
+def _read_kept(kept: Path) -> dict[str, tuple[list[Document], list[str]]]:
+    """What was read before; a line that a kill cut short is left out."""
+    known = {}
+    for line in kept.read_text(encoding="utf-8").splitlines() if kept.is_file() else ():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        found = [Document(**document) for document in record["documents"]]
+        known[record["stamp"]] = found, record["problems"]
+    return known
+
+
+def _read(
+    path: Path, store: ImageStore, options: ReadOptions | None
+) -> tuple[list[Document], list[str]]:
+    errors: list[ReadError] = []
+    scratch = store.folder.parent / "pages"
+    pages = read_file(path, scratch, options or ReadOptions(), on_error=errors.append)
+    found = [_document(node, store) for page in pages for node in page.nodes]
+    return found, [str(error) for error in errors]
 
 
 def _document(node: BaseNode, store: ImageStore) -> Document:

@@ -17,7 +17,6 @@ Source: GME (arXiv 2412.16855, section 4.2).
 
 from __future__ import annotations
 
-import base64
 import json
 import logging
 import os
@@ -28,34 +27,57 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-import openai
-from numpy.typing import NDArray
 
 from mmrag.embedders import load_embedder
 from mmrag.embedders.base import Embedder
 from mmrag.errors import ConfigError, ContentError, EndpointError
-from mmrag_recipes.config import MODALITIES, PAIRS, SynthesizeConfig
+from mmrag_recipes.config import PAIRS, SynthesizeConfig
+from mmrag_recipes.console import track
 from mmrag_recipes.corpus import Document, read_corpus
+from mmrag_recipes.figures import Drawer, Figures, drawn_image
+from mmrag_recipes.round_trip import round_trip
 from mmrag_recipes.rows import IMAGES, ImageStore, Item, Modality, Row, write_rows
+from mmrag_recipes.vectors import VectorCache
 from mmrag_recipes.writers import (
     EndpointModel,
-    Entity,
     ExtractiveWriter,
     LocalModel,
     Model,
     ModelWriter,
     Writer,
+    reads_as_query,
 )
 
 logger = logging.getLogger("mmrag_recipes")
+
+_MOST_FAILURES = 8  # of the server, in a row
+_FAILED = "the server or the document failed"
 
 TASKS = {
     "text": "passage_for_question",
     "image": "page_for_question",
     "fused": "page_for_question",
+}
+
+
+# Other wordings of the tasks, so that a model does not learn one sentence by heart.
+WORDINGS = {
+    "passage_for_question": (
+        "Retrieve the passage that holds the answer to this question.",
+        "Given a question, find the text that answers it.",
+    ),
+    "page_for_question": (
+        "Retrieve the page of a document that holds the answer to this question.",
+        "Given a question, find the page that answers it.",
+    ),
+    "page_for_image": (
+        "Retrieve the page of a document on which this image is shown.",
+        "Given an image, find the page that contains it.",
+    ),
+    "page_for_image_question": (
+        "Retrieve the page that answers this question about the image.",
+        "Given an image and a question about it, find the page with the answer.",
+    ),
 }
 
 
@@ -109,71 +131,8 @@ class Report:
                 "embed one of their sides"
             )
         used = ", ".join(f"{name} {value:.0f}" for name, value in self.usage.items())
-        lines.append(f"  used: {used}, cost {self.cost:.2f}")
+        lines.append(f"  used in all runs: {used}, cost {self.cost:.2f}")
         return "\n".join(lines + [f"  not read: {problem}" for problem in self.problems])
-
-
-class Drawer:
-    """Pictures of entities from an OpenAI-compatible image endpoint."""
-
-    def __init__(self, model: str, base_url: str | None, api_key: str | None) -> None:
-        self.model = model
-        self.client = openai.OpenAI(base_url=base_url, api_key=api_key, max_retries=4)
-
-    def draw(self, caption: str) -> bytes:
-        """Make one image. Raises EndpointError."""
-        try:
-            reply = self.client.images.generate(
-                model=self.model, prompt=caption, response_format="b64_json", n=1
-            )
-        except openai.OpenAIError as error:
-            raise EndpointError(f"{self.model}: {error}") from error
-        if not reply.data or not reply.data[0].b64_json:
-            raise EndpointError(f"{self.model}: the server sent no image.")
-        try:
-            return base64.b64decode(reply.data[0].b64_json)
-        except ValueError as error:
-            raise EndpointError(f"{self.model}: the image is no base64 ({error}).") from error
-
-
-class Figures:
-    """The figures of the files, to stand for entities: found by the embedder."""
-
-    def __init__(
-        self, documents: Sequence[Document], store: ImageStore, embedder: Embedder
-    ) -> None:
-        self.figures = [d for d in documents if d.kind in ("figure", "picture") and d.image]
-        self.by_page: dict[tuple[str, int | None], list[Document]] = {}
-        for figure in self.figures:
-            self.by_page.setdefault((figure.file, figure.page), []).append(figure)
-        self.embedder = embedder
-        self.reads_images = "image" in embedder.modalities
-        contents: list[Any] = []
-        if self.reads_images:
-            contents = [store.path(str(figure.image)) for figure in self.figures]
-        else:
-            # Without eyes, captions stand for the figures.
-            contents = [figure.text or "no caption" for figure in self.figures]
-        self._vectors = embedder.encode(contents)
-
-    def of_page(self, document: Document) -> Document | None:
-        """A figure on the document's page that is not the document itself."""
-        on_page = self.by_page.get((document.file, document.page), [])
-        return next((f for f in on_page if f.image != document.image), None)
-
-    def of_entity(self, entity: Entity, document: Document, least: float) -> Document | None:
-        """The figure most like an entity's name, if it is at least so like."""
-        if not self.figures:
-            return None
-        query = self.embedder.encode([entity.name], "image_for_caption")[0]
-        scores = self._vectors @ query
-        for index in np.argsort(-scores, kind="stable").tolist():
-            figure: Document = self.figures[index]
-            if scores[index] < least:
-                return None
-            if figure.image != document.image:
-                return figure
-        return None
 
 
 def plan_jobs(
@@ -222,102 +181,123 @@ def _can_be(document: Document, pair: str, figures: Figures, drawn: bool) -> boo
         return False
     if query == "image":
         return figures.of_page(document) is not None
-    return query == "text" or drawn or bool(figures.figures)
+    # Looked for now: without a figure, the query and its entity would be paid for in vain.
+    return query == "text" or drawn or figures.besides(document)
 
 
-def make_row(
-    job: Job,
-    writer: Writer,
-    figures: Figures,
-    store: ImageStore,
-    config: SynthesizeConfig,
-    drawer: Drawer | None = None,
-) -> Row | str:
-    """One row, or the reason why there is none."""
-    document = job.document
-    without = None
-    answer = ""
-    if job.query_modality == "image":
-        figure = figures.of_page(document)
-        query = Item(image=figure.image) if figure else None
-    else:
-        draft = writer.draft(document, job.document_modality, job.turn)
-        if draft is None:
-            return "no query could be written"
-        query, without, answer = Item(text=draft.query), draft.sentence, draft.answer
-        if job.query_modality == "fused":
-            query = _with_image(draft.query, document, writer, figures, store, config, drawer)
-    if query is None:
-        return "no image for the query"
-    positive = document.item(job.document_modality, without)
-    if positive.modality != job.document_modality or positive.text == "":
-        return "the document has nothing beside the query"
-    asked = TASKS[job.document_modality] if job.query_modality == "text" else "page_for_image"
-    return Row(
-        id=job.key,
-        task=job.pair,
-        instruction=asked if job.query_modality != "fused" else "page_for_image_question",
-        query=query,
-        positives=[positive],
-        source=document.place + (f" ({answer})" if answer and answer != without else ""),
-        license=config.license,
-    )
+@dataclass(frozen=True)
+class Maker:
+    """Makes the row of a job."""
+
+    config: SynthesizeConfig
+    writer: Writer
+    figures: Figures
+    store: ImageStore
+    drawer: Drawer | None = None
+
+    @property
+    def identity(self) -> str:
+        """Changes when the rows would."""
+        drawn = f", images by {self.drawer.model}" if self.drawer else ""
+        return self.writer.identity + drawn
+
+    def make(self, job: Job) -> Row | str:
+        """One row, or the reason why there is none."""
+        document = job.document
+        without, answer = None, ""
+        if job.query_modality == "image":
+            figure = self.figures.of_page(document)
+            query = Item(image=figure.image) if figure else None
+        else:
+            draft = self.writer.draft(document, job.document_modality, job.turn)
+            if draft is None or not reads_as_query(draft.query):
+                return "no query could be written"
+            query, without, answer = Item(text=draft.query), draft.sentence, draft.answer
+            if job.query_modality == "fused":
+                query = self._with_image(draft.query, document)
+        if query is None:
+            return "no image for the query"
+        positive = document.item(job.document_modality, without)
+        if positive.modality != job.document_modality or positive.text == "":
+            return "the document has nothing beside the query"
+        return Row(
+            id=job.key,
+            task=job.pair,
+            instruction=self._instruction(job),
+            query=query,
+            positives=[positive],
+            source=document.place + (f" ({answer})" if answer and answer != without else ""),
+            license=self.config.license,
+        )
+
+    def _with_image(self, query: str, document: Document) -> Item | None:
+        """The query with an image in place of what it names; None if there is none."""
+        entity = self.writer.entity(query)
+        if entity is None:
+            return None
+        least = self.config.min_similarity
+        if self.drawer is not None:
+            embedder = self.figures.embedder
+            image = drawn_image(self.drawer, entity, embedder, self.store, least)
+        else:
+            figure = self.figures.of_entity(entity, document, least)
+            image = figure.image if figure else None
+        return Item(text=entity.query, image=image) if image else None
+
+    def _instruction(self, job: Job) -> str:
+        """The task of a job; with ``vary_instructions`` one of its wordings, by chance."""
+        task = {
+            "text": TASKS[job.document_modality],
+            "image": "page_for_image",
+            "fused": "page_for_image_question",
+        }[job.query_modality]
+        if not self.config.vary_instructions:
+            return task
+        wordings = (task, *WORDINGS[task])
+        return random.Random(f"{self.config.seed}/{job.key}").choice(wordings)
 
 
-def _with_image(
-    query: str,
-    document: Document,
-    writer: Writer,
-    figures: Figures,
-    store: ImageStore,
-    config: SynthesizeConfig,
-    drawer: Drawer | None,
-) -> Item | None:
-    entity = writer.entity(query)
-    if entity is None:
-        return None
-    if drawer is not None:
-        return Item(text=entity.query, image=store.add(drawer.draw(entity.caption)))
-    figure = figures.of_entity(entity, document, config.min_similarity)
-    return Item(text=entity.query, image=figure.image) if figure else None
-
-
-def run_jobs(
-    jobs: Sequence[Job],
-    writer: Writer,
-    figures: Figures,
-    store: ImageStore,
-    config: SynthesizeConfig,
-    out: Path,
-    drawer: Drawer | None = None,
-) -> Iterator[tuple[Job, Row | str]]:
+def run_jobs(jobs: Sequence[Job], maker: Maker, out: Path) -> Iterator[tuple[Job, Row | str]]:
     """Make all rows, several at a time; finished ones are kept in ``generated.jsonl``.
 
     A job that fails for the server's sake is not kept, so that the next run tries it again.
+
+    Raises: EndpointError if the server fails many times in a row.
     """
     path = out / "generated.jsonl"
-    made_by = writer.identity + (f", images by {drawer.model}" if drawer else "")
-    done = _done(path, made_by)
+    done = _done(path, maker.identity)
     lock = threading.Lock()
+    failures = 0  # of the server, in a row
 
     def work(job: Job) -> tuple[Job, Row | str]:
+        nonlocal failures
         if job.key in done:
             earlier = done[job.key]
             if isinstance(earlier, Row):
-                earlier = earlier.model_copy(update={"license": config.license})
+                earlier = earlier.model_copy(update={"license": maker.config.license})
             return job, earlier
+        if failures >= _MOST_FAILURES:
+            return job, _FAILED
         try:
-            made = make_row(job, writer, figures, store, config, drawer)
+            made = maker.make(job)
         except (EndpointError, ContentError) as error:
             logger.warning("%s: %s", job.key, error)
-            return job, "the server or the document failed"
+            with lock:
+                failures += isinstance(error, EndpointError)
+            return job, _FAILED
         record = made.model_dump(exclude_defaults=True) if isinstance(made, Row) else made
         with lock, path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"key": job.key, "by": made_by, "made": record}) + "\n")
+            failures = 0
+            file.write(json.dumps({"key": job.key, "by": maker.identity, "made": record}) + "\n")
         return job, made
 
-    with ThreadPoolExecutor(config.concurrency) as pool:
-        yield from pool.map(work, jobs)
+    with ThreadPoolExecutor(maker.config.concurrency) as pool:
+        yield from track(pool.map(work, jobs), len(jobs), "writing queries")
+    if failures >= _MOST_FAILURES:
+        raise EndpointError(
+            f"the server failed {failures} times in a row, so the rest was not tried. What was "
+            "written is kept; run the same command again to go on."
+        )
 
 
 def _done(path: Path, made_by: str) -> dict[str, Row | str]:
@@ -336,73 +316,46 @@ def _done(path: Path, made_by: str) -> dict[str, Row | str]:
     return done
 
 
-def round_trip(
-    rows: Sequence[Row],
-    documents: Sequence[Document],
-    store: ImageStore,
-    embedder: Embedder,
-    top_k: int,
-) -> tuple[list[Row], int, int]:
-    """Keep rows whose query finds its document among all of the same modality.
-
-    Returns: kept rows, number lost, number kept unseen because the embedder lacks a modality.
-    """
-    pools: dict[Modality, list[Item]] = {
-        m: [d.item(m) for d in documents if m in d.modalities] for m in MODALITIES
-    }
-    vectors: dict[Modality, NDArray[np.float32]] = {}
-    kept, lost, unseen = [], 0, 0
-    for row in rows:
-        wanted = row.positives[0].modality
-        if wanted not in embedder.modalities or row.query.modality not in embedder.modalities:
-            kept.append(row)
-            unseen += 1
-            continue
-        if wanted not in vectors:
-            vectors[wanted] = embedder.encode([store.content(item) for item in pools[wanted]])
-        query = embedder.encode([store.content(row.query)], row.instruction)[0]
-        own = embedder.encode([store.content(row.positives[0])])[0]
-        own_key = row.positives[0].key
-        better = int(((vectors[wanted] @ query) > float(own @ query) + 1e-6).sum())
-        near_copies = sum(item.key == own_key for item in pools[wanted])
-        if better < top_k + max(0, near_copies - 1):
-            kept.append(row)
-        else:
-            lost += 1
-    return kept, lost, unseen
-
-
 def synthesize(
     config: SynthesizeConfig,
     embedder: Embedder,
     model: Model | None = None,
     drawer: Drawer | None = None,
 ) -> Report:
-    """Run the whole pipeline: ``out`` gets ``rows.jsonl``, ``images`` and ``report.json``."""
+    """Run the whole pipeline: ``out`` gets ``rows.jsonl``, ``images`` and ``report.json``.
+
+    Raises: ContentError if nothing could be read, EndpointError if the server is down; rows of
+        an earlier run are then left as they are.
+    """
+    if config.languages and model is None:
+        raise ConfigError("languages: extracts have the language of the files; name an llm.")
     out = config.out
     out.mkdir(parents=True, exist_ok=True)
     store = ImageStore(out / IMAGES)
-    documents, problems = read_corpus(config.paths, store)
+    documents, problems = read_corpus(config.paths, store, kept=out / "documents.jsonl")
     if not documents:
         raise ContentError(f"Nothing could be read: {'; '.join(problems) or 'no files were found'}")
     writer: Writer = ExtractiveWriter(documents)
     if model:
-        writer = ModelWriter(model, store, config.prompts)
-    figures = Figures(documents, store, embedder)
-    jobs = plan_jobs(documents, figures, config, drawn=drawer is not None)
+        writer = ModelWriter(model, store, config.prompts, config.languages)
+    cache = VectorCache(out / "vectors", embedder, store)
+    maker = Maker(config, writer, Figures(documents, cache), store, drawer)
+    jobs = plan_jobs(documents, maker.figures, config, drawn=drawer is not None)
     report = Report(writer.note, documents=len(documents), problems=problems)
     made: list[Row] = []
-    for job, result in run_jobs(jobs, writer, figures, store, config, out, drawer):
-        report.planned[job.pair] += 1
-        if isinstance(result, Row):
-            made.append(result)
-        else:
-            report.lost[result] += 1
-    rows, lost, report.unfiltered = round_trip(made, documents, store, embedder, config.top_k)
+    try:
+        for job, result in run_jobs(jobs, maker, out):
+            report.planned[job.pair] += 1
+            if isinstance(result, Row):
+                made.append(result)
+            else:
+                report.lost[result] += 1
+    finally:
+        report.usage = _add_usage(out / "usage.json", writer.usage())
+    rows, lost, report.unfiltered = round_trip(made, documents, cache, config.top_k)
     if lost:
         report.lost[f"not among the first {config.top_k} for its own query"] = lost
     report.kept.update(row.pair for row in rows)
-    report.usage = writer.usage()
     report.cost = (
         report.usage.get("prompt_tokens", 0.0) * config.prompt_price
         + report.usage.get("completion_tokens", 0.0) * config.completion_price
@@ -413,6 +366,14 @@ def synthesize(
         write_rows(out / "dev.jsonl", dev)
     (out / "report.json").write_text(json.dumps(vars(report), indent=1))
     return report
+
+
+def _add_usage(path: Path, usage: dict[str, float]) -> dict[str, float]:
+    """What all runs into a folder have used, this one included."""
+    before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    total = {name: before.get(name, 0.0) + value for name, value in usage.items()}
+    path.write_text(json.dumps(total), encoding="utf-8")
+    return total
 
 
 def split(rows: Sequence[Row], config: SynthesizeConfig) -> tuple[list[Row], list[Row]]:
@@ -433,9 +394,17 @@ def run(options: SynthesizeConfig) -> None:
     base_url = options.base_url or os.environ.get("OPENAI_BASE_URL")
     model: Model | None = None
     if options.local_llm:
-        model = LocalModel(options.local_llm)
+        model = LocalModel(options.local_llm, max_tokens=options.max_tokens)
     elif options.llm:
-        model = EndpointModel(options.llm, base_url, key)
+        model = EndpointModel(
+            options.llm,
+            base_url,
+            key,
+            max_tokens=options.max_tokens,
+            max_tokens_key=options.max_tokens_key,
+            temperature=options.temperature,
+        )
+        model.check()
     drawer = Drawer(options.image_model, base_url, key) if options.image_model else None
     print(synthesize(options, load_embedder(options.embedder), model, drawer))
     print(f"wrote {options.out / 'rows.jsonl'}")

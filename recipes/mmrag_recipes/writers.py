@@ -25,6 +25,7 @@ from llama_index.core.base.llms.types import ChatMessage, ImageBlock, TextBlock
 from mmrag.content import load_image
 from mmrag.errors import ConfigError, EndpointError
 from mmrag.lexical import Idf, sentences, terms
+from mmrag.llms.endpoint import translated_errors
 from mmrag.llms.replies import json_objects
 from mmrag.prompting import estimate_tokens, image_bytes
 from mmrag_recipes.config import PROMPTS
@@ -32,6 +33,11 @@ from mmrag_recipes.corpus import Document
 from mmrag_recipes.rows import ImageStore, Modality
 
 _CAPTION_NUMBER = re.compile(r"^\s*(figure|fig\.|table|chart|photo|image)\s*[\w.-]*[:.\s]\s*", re.I)
+_LANGUAGE = "\nWrite the query in {}.\n"
+_MALFORMED = "\nAnswer with the JSON object alone: no other words, no code fence.\n"
+_ATTEMPTS = 2
+_CHECK_SECONDS = 10.0
+_BROKEN_WORD = re.compile(r"[^\W\d_]- [^\W\d_]")  # hyphenated at the end of a line
 _AGAIN = "\nThis is query number {} about the document: ask about another part of it.\n"
 _MOST_TEXT = 6000  # characters of a document that a prompt carries
 _MOST_PIXELS = 1280 * 1280
@@ -92,7 +98,10 @@ class Model(Protocol):
 
 
 class EndpointModel:
-    """A model behind an OpenAI-compatible server; failed requests are tried again."""
+    """A model behind an OpenAI-compatible server; failed requests are tried again.
+
+    JSON is asked for until a server refuses that.
+    """
 
     def __init__(
         self,
@@ -103,9 +112,14 @@ class EndpointModel:
         timeout: float = 120.0,
         retries: int = 4,
         max_tokens: int = 400,
+        max_tokens_key: str = "max_tokens",
+        temperature: float | None = None,
     ) -> None:
         self.name = name
-        self.max_tokens = max_tokens
+        self.options: dict[str, Any] = {max_tokens_key: max_tokens}
+        if temperature is not None:
+            self.options["temperature"] = temperature
+        self.json_mode: dict[str, Any] = {"response_format": {"type": "json_object"}}
         try:
             self.client = openai.OpenAI(
                 base_url=base_url, api_key=api_key, timeout=timeout, max_retries=retries
@@ -113,23 +127,42 @@ class EndpointModel:
         except openai.OpenAIError as error:
             raise ConfigError(f"{name}: {error}") from error
 
+    def check(self) -> None:
+        """Raise EndpointError within seconds if there is no server."""
+        try:
+            self.client.with_options(timeout=_CHECK_SECONDS, max_retries=0).models.list()
+        except openai.APIConnectionError as error:
+            raise EndpointError(
+                f"{self.client.base_url} cannot be reached ({error.__cause__ or error}). Check "
+                "--base-url and that the server is running."
+            ) from error
+        except openai.OpenAIError:
+            return  # it answers, if not to this question
+
     def ask(self, prompt: str, images: Sequence[Path]) -> tuple[str, int, int]:
         """See ``Model.ask``."""
         parts: list[Any] = [{"type": "text", "text": prompt}]
         parts += [{"type": "image_url", "image_url": {"url": data_url(p)}} for p in images]
-        try:
-            reply = self.client.chat.completions.create(
-                model=self.name,
-                messages=[{"role": "user", "content": parts if images else prompt}],
-                max_tokens=self.max_tokens,
-            )
-        except openai.OpenAIError as error:
-            raise EndpointError(f"{self.name}: {error}") from error
+        messages: list[Any] = [{"role": "user", "content": parts if images else prompt}]
+        with translated_errors(self.name):
+            try:
+                reply = self._create(messages, **self.json_mode)
+            except openai.BadRequestError:
+                if not self.json_mode:
+                    raise
+                reply = self._create(messages)
+                # Without JSON mode it works: the server does not have it.
+                self.json_mode = {}
         if not reply.choices:
             raise EndpointError(f"{self.name}: the server sent no answer.")
         used = reply.usage
         counts = (used.prompt_tokens, used.completion_tokens) if used else (0, 0)
         return reply.choices[0].message.content or "", *counts
+
+    def _create(self, messages: list[Any], **more: Any) -> Any:
+        return self.client.chat.completions.create(
+            model=self.name, messages=messages, **self.options, **more
+        )
 
 
 class LocalModel:
@@ -152,15 +185,22 @@ class LocalModel:
 class ModelWriter:
     """Writes queries with a language model; the prompts are files that a user may edit."""
 
-    def __init__(self, model: Model, store: ImageStore, prompts: Path = PROMPTS) -> None:
+    def __init__(
+        self,
+        model: Model,
+        store: ImageStore,
+        prompts: Path = PROMPTS,
+        languages: Sequence[str] = (),
+    ) -> None:
         self.model = model
         self.store = store
+        self.languages = languages
         self.note = f"queries written by {model.name}"
         self._prompts = {
             name: _read_prompt(prompts / f"{name}.txt")
             for name in ("text", "image", "fused", "entity")
         }
-        wording = "\n".join(prompt.template for prompt in self._prompts.values())
+        wording = "\n".join([*(p.template for p in self._prompts.values()), *languages])
         self.identity = f"{model.name}/{hashlib.sha256(wording.encode()).hexdigest()[:16]}"
         self._lock = threading.Lock()
         self._usage = {"requests": 0.0, "prompt_tokens": 0.0, "completion_tokens": 0.0}
@@ -173,16 +213,19 @@ class ModelWriter:
         )
         if turn:
             prompt += _AGAIN.format(turn + 1)
+        if self.languages:
+            chance = random.Random(f"{document.id}/{modality}/{turn}")
+            prompt += _LANGUAGE.format(chance.choice(self.languages))
         images = []
         if modality != "text" and document.image:
             images = [self.store.path(document.image)]
-        reply = self._ask(prompt, images)
+        reply = self._ask(prompt, images, "query")
         query = str(reply.get("query") or "").strip()
         return Draft(query, str(reply.get("answer") or "").strip()) if query else None
 
     def entity(self, query: str) -> Entity | None:
         """See ``Writer.entity``."""
-        reply = self._ask(self._prompts["entity"].safe_substitute(query=query), [])
+        reply = self._ask(self._prompts["entity"].safe_substitute(query=query), [], "entity")
         name = str(reply.get("entity") or "").strip()
         rewritten = str(reply.get("query") or "").strip()
         if not name or not rewritten or name.casefold() in rewritten.casefold():
@@ -193,15 +236,21 @@ class ModelWriter:
         """See ``Writer.usage``."""
         return dict(self._usage)
 
-    def _ask(self, prompt: str, images: Sequence[Path]) -> Mapping[str, Any]:
-        started = time.perf_counter()
-        answer, asked, given = self.model.ask(prompt, images)
-        with self._lock:
-            self._usage["requests"] += 1
-            self._usage["prompt_tokens"] += asked
-            self._usage["completion_tokens"] += given
-            self._usage["seconds"] += time.perf_counter() - started
-        return next(json_objects(answer), {})
+    def _ask(self, prompt: str, images: Sequence[Path], key: str) -> Mapping[str, Any]:
+        """The object in the model's answer; without ``key`` in it, the model is asked again."""
+        reply: Mapping[str, Any] = {}
+        for attempt in range(_ATTEMPTS):
+            started = time.perf_counter()
+            answer, asked, given = self.model.ask(prompt + (_MALFORMED if attempt else ""), images)
+            with self._lock:
+                self._usage["requests"] += 1
+                self._usage["prompt_tokens"] += asked
+                self._usage["completion_tokens"] += given
+                self._usage["seconds"] += time.perf_counter() - started
+            reply = next(json_objects(answer), {})
+            if key in reply:
+                break
+        return reply
 
 
 class ExtractiveWriter:
@@ -227,7 +276,9 @@ class ExtractiveWriter:
             # Where the caption is part of the document, asking with it gives the answer away.
             useful = modality == "image" and len(caption.split()) > 2 and turn == 0
             return Draft(caption) if useful else None
-        candidates = [s for s in sentences(document.text) if 6 <= len(s.split()) <= 32]
+        lengths = range(6, 33)  # words
+        found = [s for s in sentences(document.text) if len(s.split()) in lengths]
+        candidates = [s for s in found if reads_as_query(s)]
         # A sentence that stands on several pages asks for none of them.
         own = [s for s in dict.fromkeys(candidates) if len(self._pages.get(s, ())) <= 1]
         if len(candidates) < 2 or not own:
@@ -267,6 +318,13 @@ class ExtractiveWriter:
     def _weight(self, sentence: str) -> float:
         found = terms(sentence)
         return float(sum(self._idf(term) for term in set(found)) / max(1, len(found)) ** 0.5)
+
+
+def reads_as_query(text: str) -> bool:
+    """Whether a text is words: not a list of numbers, nor words broken by hyphens."""
+    letters = sum(char.isalpha() for char in text)
+    marks = sum(not char.isspace() for char in text)
+    return letters > 0.6 * marks and not _BROKEN_WORD.search(text)
 
 
 def data_url(path: Path) -> str:

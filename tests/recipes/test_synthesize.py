@@ -4,8 +4,11 @@ import io
 import json
 import shutil
 import threading
+from types import SimpleNamespace
 
+import httpx
 import numpy as np
+import openai
 import pymupdf
 import pytest
 from chat_server import ChatServer
@@ -14,13 +17,21 @@ from PIL import Image
 from tiny_chat import save_llava
 
 from mmrag.errors import ConfigError, ContentError, EndpointError, ModelError
+from mmrag_recipes import corpus as corpus_module
 from mmrag_recipes import synthesize as synthesize_module
 from mmrag_recipes.__main__ import main
 from mmrag_recipes.config import PAIRS, PROMPTS, SynthesizeConfig
 from mmrag_recipes.corpus import Document, read_corpus
+from mmrag_recipes.figures import drawn_image
 from mmrag_recipes.rows import ImageStore, Item, Row, check_rows, store_of
 from mmrag_recipes.synthesize import split
-from mmrag_recipes.writers import EndpointModel, LocalModel
+from mmrag_recipes.writers import (
+    EndpointModel,
+    Entity,
+    ExtractiveWriter,
+    LocalModel,
+    reads_as_query,
+)
 
 ANIMALS = ["kingfisher", "walrus", "badger", "stork", "lynx", "otter"]
 
@@ -207,16 +218,26 @@ def test_an_embedder_without_eyes_filters_what_it_can_and_says_the_rest(papers, 
     assert "without a round trip" in str(report)
 
 
-def test_an_answer_that_is_no_json_costs_that_row_only(papers, tmp_path):
+def test_an_answer_that_is_no_json_is_asked_for_again(papers, tmp_path):
     class Chatty(Scripted):
         def ask(self, prompt, images):
             reply = super().ask(prompt, images)
-            return ("I would rather not.", 5, 5) if len(self.asked) % 2 else reply
+            return reply if "JSON object alone" in prompt else ("I would rather not.", 5, 5)
 
     config = CONFIG.replace(pairs=("text->text",), rows=6, concurrency=1)
-    report = made([papers], tmp_path, config, FakeEmbedder(), Chatty())
-    assert report.lost["no query could be written"] == 3
-    assert report.kept["text->text"] == 3
+    model = Chatty()
+    assert made([papers], tmp_path / "a", config, FakeEmbedder(), model).kept["text->text"] == 6
+    assert len(model.asked) == 12
+
+    class Mute(Scripted):
+        def ask(self, prompt, images):
+            super().ask(prompt, images)
+            return "No.", 5, 5
+
+    model = Mute()
+    report = made([papers], tmp_path / "b", config, FakeEmbedder(), model)
+    assert report.lost == {"no query could be written": 6}
+    assert len(model.asked) == 12
 
 
 def test_prompts_can_be_edited(papers, tmp_path):
@@ -240,6 +261,9 @@ def test_over_the_wire_with_images(papers, tmp_path):
         config = CONFIG.replace(pairs=("text->image",), rows=2)
         report = made([papers], tmp_path, config, FakeEmbedder(), model)
         assert report.kept["text->image"] == 2
+        assert server.requests[0]["response_format"] == {"type": "json_object"}
+        assert server.requests[0]["max_tokens"] == 400
+        assert "temperature" not in server.requests[0]
         parts = server.requests[0]["messages"][0]["content"]
         assert parts[1]["image_url"]["url"].startswith("data:image/")
         server.mode = "refuse"
@@ -352,3 +376,147 @@ def test_a_copy_of_a_file_is_left_out_and_said(papers, tmp_path):
     (problem,) = problems
     assert "b.pdf" in problem
     assert "same content" in problem
+
+
+def test_options_of_a_server_and_a_server_without_json_mode(monkeypatch):
+    options = {"max_tokens": 9, "max_tokens_key": "max_completion_tokens", "temperature": 0.5}
+    model = EndpointModel("tiny", "http://127.0.0.1:9/v1", "key", retries=0, **options)
+    asked = []
+
+    def create(**given):
+        asked.append(given)
+        if "response_format" in given:
+            request = httpx.Request("POST", "http://x")
+            refused = httpx.Response(400, request=request)
+            raise openai.BadRequestError("no", response=refused, body=None)
+        message = SimpleNamespace(content="{}")
+        return SimpleNamespace(choices=[SimpleNamespace(message=message)], usage=None)
+
+    monkeypatch.setattr(model.client.chat.completions, "create", create)
+    assert [model.ask("x", [])[0] for _ in range(2)] == ["{}", "{}"]
+    assert ["response_format" in given for given in asked] == [True, False, False]
+    assert asked[1]["max_completion_tokens"] == 9
+    assert asked[1]["temperature"] == 0.5
+    assert "max_tokens" not in asked[1]
+
+
+def test_a_server_that_is_down_is_told_at_once(tmp_path):
+    with pytest.raises(EndpointError, match=r"cannot be reached"):
+        EndpointModel("tiny", "http://127.0.0.1:9/v1", "key").check()
+    server = ChatServer()
+    try:
+        EndpointModel("tiny", server.url, "key").check()
+    finally:
+        server.close()
+
+
+def test_a_server_that_goes_down_leaves_the_rows_of_before(papers, tmp_path):
+    model = Scripted()
+    config = CONFIG.replace(pairs=("text->text",), rows=6)
+    made([papers], tmp_path, config, FakeEmbedder(), model)
+    before = (tmp_path / "rows.jsonl").read_text()
+    assert before
+    model.failing = True
+    more = config.replace(rows=40, queries=9, concurrency=1)
+    with pytest.raises(EndpointError, match=r"8 times in a row.*run the same command again"):
+        made([papers], tmp_path, more, FakeEmbedder(), model)
+    assert len(model.asked) == 6 + 8
+    assert (tmp_path / "rows.jsonl").read_text() == before
+
+
+def test_the_cost_is_that_of_all_runs(papers, tmp_path):
+    config = CONFIG.replace(pairs=("text->text",), rows=4, prompt_price=1e6, completion_price=1e4)
+    first = made([papers], tmp_path, config, FakeEmbedder(), Scripted())
+    assert first.cost == pytest.approx(4 * (100 + 0.1))
+    more = config.replace(rows=6)
+    again = made([papers], tmp_path, more, FakeEmbedder(), Scripted())
+    assert again.usage["requests"] == 6
+    assert again.cost == pytest.approx(6 * (100 + 0.1))
+
+
+@pytest.mark.parametrize(
+    ("text", "good"),
+    [
+        ("Where does the kingfisher live in winter?", True),
+        ("Цена билета в 2019 году", True),
+        ("12 450 18.2 33 7,100 1999 2004 88", False),
+        ("the exam- ple of a bro- ken line", False),
+        ("a well-known state-of-the-art method", True),
+    ],
+)
+def test_lists_of_numbers_and_broken_words_are_no_queries(text, good):
+    assert reads_as_query(text) is good
+
+
+def test_extracts_leave_out_what_does_not_read():
+    text = (
+        "Total 12 450 18.2 33 7,100 1999 2004 88 12 14. "
+        "The sound of the bro- ken bell was heard in all of the valley. "
+        "The kingfisher nests in burrows that it digs into sandy banks of rivers."
+    )
+    document = Document("a", "page", text, None, "", "a.pdf", 1)
+    writer = ExtractiveWriter([document])
+    drafts = [writer.draft(document, "text", turn) for turn in range(4)]
+    taken = {draft.sentence for draft in drafts if draft and draft.sentence}
+    assert taken <= {"The kingfisher nests in burrows that it digs into sandy banks of rivers."}
+
+
+def test_queries_in_several_languages(papers, tmp_path):
+    model = Scripted()
+    config = CONFIG.replace(pairs=("text->text",), rows=12, queries=2)
+    french = config.replace(languages=("French", "Thai"))
+    made([papers], tmp_path / "a", french, FakeEmbedder(), model)
+    told = [prompt.rsplit("Write the query in ", 1)[-1].strip(" .\n") for prompt, _ in model.asked]
+    assert set(told) == {"French", "Thai"}
+    with pytest.raises(ConfigError, match="languages"):
+        made([papers], tmp_path / "b", french, FakeEmbedder())
+
+
+def test_instructions_may_vary(papers, tmp_path):
+    config = CONFIG.replace(pairs=("text->text",), rows=24, queries=4, vary_instructions=True)
+    made([papers], tmp_path, config, FakeEmbedder(), Scripted())
+    rows, _ = check_rows(tmp_path / "rows.jsonl")
+    assert len({row.instruction for row in rows}) == 3
+
+
+def test_files_are_read_once(papers, tmp_path, monkeypatch):
+    config = CONFIG.replace(pairs=("text->text",), rows=4)
+    made([papers], tmp_path, config, FakeEmbedder())
+    kept = (tmp_path / "rows.jsonl").read_text()
+    with (tmp_path / "documents.jsonl").open("a") as file:
+        file.write('{"stamp": "cut off by a ki')
+
+    def never(*given, **options):
+        raise AssertionError("a file was read again")
+
+    monkeypatch.setattr(corpus_module, "read_file", never)
+    embedder = FakeEmbedder()
+    made([papers], tmp_path, config, embedder)
+    assert (tmp_path / "rows.jsonl").read_text() == kept
+    assert embedder.encoded == 0  # vectors are kept as well
+
+
+def test_without_another_figure_nothing_is_asked(tmp_path):
+    path = tmp_path / "notes.txt"
+    path.write_text("The kingfisher lives near water and sleeps for an hour in the afternoon. " * 3)
+    model = Scripted()
+    config = CONFIG.replace(pairs=("fused->text", "text->text"), rows=2)
+    report = made([path], tmp_path / "out", config, FakeEmbedder(), model)
+    assert set(report.planned) == {"text->text"}
+    assert all(not prompt.startswith("You turn") for prompt, _ in model.asked)
+
+
+def test_a_drawn_image_must_show_its_caption(tmp_path):
+    class Painter:
+        def draw(self, caption):
+            buffer = io.BytesIO()
+            Image.new("RGB", (40, 30), "blue").save(buffer, "PNG")
+            return buffer.getvalue()
+
+    entity = Entity("walrus", "Where does this animal live?", "A walrus on ice.")
+    store = ImageStore(tmp_path / "images")
+    drawn = [drawn_image(Painter(), entity, FakeEmbedder(), store, least) for least in (-1, 1.1)]
+    assert drawn[0]
+    assert drawn[1] is None
+    blind = FakeEmbedder(modalities=("text",))
+    assert drawn_image(Painter(), entity, blind, store, 1.1)  # nothing can be said against it

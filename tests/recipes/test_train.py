@@ -140,7 +140,7 @@ def on_two_processes(tiny_model, mixed_rows, text_rows, tmp_path_factory) -> tup
         for rank in range(2)
     ]
     for process in ranks:
-        _, errors = process.communicate(timeout=120)
+        _, errors = process.communicate(timeout=600)
         assert process.returncode == 0, errors[-2000:]
     return configs, torch.load(folder / "results.pt", weights_only=True)
 
