@@ -16,7 +16,9 @@ from mmrag.ingest.progress import IngestReport, Progress
 from mmrag.ingest.run import ingest, reading_settings
 from mmrag.queries import Where
 from mmrag.reading import ReadOptions
-from mmrag.store.collection import Collection, FileEntry, matching_paths
+from mmrag.store.collection import Collection
+from mmrag.store.entries import FileEntry
+from mmrag.store.matching import matching_paths
 from mmrag.store.settings import CollectionSettings, View, refuse_other
 
 if TYPE_CHECKING:

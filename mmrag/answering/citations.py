@@ -189,7 +189,7 @@ def locate(source: Source, quote: str) -> Source:
     has gone or changed since loses the boxes, not the answer.
     """
     boxes: Sequence[Sequence[float]] = []
-    path = Path(source.file)
+    path = source.path
     image = source.node.node.metadata.get("page_image")
     kept = image is not None and words_path(Path(image)).is_file()
     if source.page is not None and path.suffix.lower() == ".pdf":

@@ -61,6 +61,11 @@ class Source:
         return (min(x0), min(y0), max(x1), max(y1))
 
     @property
+    def path(self) -> Path:
+        """Where the file was when it was indexed, whatever the working directory is now."""
+        return Path(self.node.node.metadata.get("file_path") or self.file)
+
+    @property
     def label(self) -> str | None:
         """What is printed on the page as its number, where the file says so."""
         label = self.node.node.metadata.get("label")

@@ -215,7 +215,7 @@ def _save_pages(response: CitedResponse, folder: Path) -> dict[int, str]:
         say(f"Pages cannot be saved: {error}")
         return saved
     for source in response.cited:
-        path = Path(source.file)
+        path = source.path
         page = "" if source.page is None else f"-p{source.page}"
         to = folder / f"{source.n:02d}-{display.clean(path.stem)}{page}"
         try:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from mmrag.errors import ReadError
     from mmrag.ingest.progress import IngestReport
     from mmrag.nodes import Hit
-    from mmrag.store.collection import FileEntry
+    from mmrag.store.entries import FileEntry
 
 _SNIPPET = 240  # characters
 

@@ -31,7 +31,7 @@ def remove(
     with errors(debug):
         with working() as step:
             step(f"Opening {collection}")
-            from mmrag.store.collection import matching_paths
+            from mmrag.store.matching import matching_paths
 
             with open_library(collection) as library:
                 step("Removing")

@@ -9,7 +9,15 @@ from mmrag.errors import ReadError
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run has come. pages: embedded and stored in this run; seconds: since its start."""
+    """How far a run has come.
+
+    pages: embedded and stored in this run. failures: errors so far. file: the latest one.
+    seconds: since the start.
+
+    Example:
+        >>> Progress(1, 4, pages=30, failures=0, file="a.pdf", seconds=10.0).pages_per_second
+        3.0
+    """
 
     files_done: int
     files_total: int
@@ -28,13 +36,25 @@ class Progress:
 class IngestReport:
     """What became of every file, by path.
 
-    indexed: new files. replaced: files whose content had changed. moved: new path to old one.
-    incomplete: files of which pages were lost to time, memory or a full disk; the pages that
-    could be read are stored, and the next run reads the file again. duplicates: path to the
-    indexed file of equal content that stands for it. failed: files of which nothing could be
-    read or that were cut short. errors: what could not be read or embedded in this run, file by
-    file. known_errors: what an earlier run could not read of the unchanged files. notes: what
-    else should be known. pages, nodes: stored in this run.
+    indexed: new files.
+    replaced: files whose content had changed.
+    incomplete: files of which pages were lost to time, memory or a full disk. What could be read
+        is stored, and the next run reads the file again.
+    unchanged: files that are indexed already.
+    removed: files forgotten because they are gone.
+    failed: files of which nothing could be read, or whose reading was cut short.
+    passed_over: files of types that are not read.
+    moved: new path to old one.
+    duplicates: path to the indexed file of equal content that stands for it.
+    errors: what could not be read or embedded in this run, file by file.
+    known_errors: what an earlier run could not read of the unchanged files.
+    notes: what else should be known.
+    pages, nodes: stored in this run.
+
+    Example:
+        >>> report = IngestReport(indexed=["a.pdf"], pages=2)
+        >>> f"{len(report.indexed)} file, {report.pages} pages"
+        '1 file, 2 pages'
     """
 
     indexed: list[str] = field(default_factory=list)
@@ -43,6 +63,7 @@ class IngestReport:
     unchanged: list[str] = field(default_factory=list)
     removed: list[str] = field(default_factory=list)
     failed: list[str] = field(default_factory=list)
+    passed_over: list[str] = field(default_factory=list)
     moved: dict[str, str] = field(default_factory=dict)
     duplicates: dict[str, str] = field(default_factory=dict)
     errors: list[ReadError] = field(default_factory=list)

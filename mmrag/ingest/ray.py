@@ -13,6 +13,7 @@ from typing import Any
 
 from mmrag.embedders.base import Embedder
 from mmrag.errors import ConfigError, ReadError
+from mmrag.ingest.plan import note_passed_over
 from mmrag.ingest.progress import IngestReport
 from mmrag.ingest.run import ingest
 from mmrag.reading import ReadOptions, find_files
@@ -67,7 +68,7 @@ def ingest_with_ray(
         import ray
     except ImportError as error:
         raise ConfigError("Ray is not installed: pip install 'mmrag[ray]'.") from error
-    files, errors = find_files(paths)
+    files, errors, passed_over = find_files(paths)
     data = ray.data.from_items([{"file": str(path)} for path in files])
     reports = data.map_batches(
         _Worker,
@@ -76,7 +77,9 @@ def ingest_with_ray(
         concurrency=workers,
         num_gpus=gpus_per_worker or None,
     ).take_all()
-    return _together([row["report"] for row in reports], errors)
+    report = _together([row["report"] for row in reports], errors)
+    note_passed_over(passed_over, report)
+    return report
 
 
 def _together(reports: Sequence[IngestReport], errors: Sequence[ReadError]) -> IngestReport:

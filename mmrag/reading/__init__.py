@@ -4,7 +4,7 @@ Files are opened in worker processes only, which a broken one may hang or crash.
 here alone.
 """
 
-from mmrag.reading.files import file_sha256, find_files, node_id
+from mmrag.reading.files import FoundFiles, file_sha256, find_files, node_id
 from mmrag.reading.ocr import INSTALL as INSTALL_OCR
 from mmrag.reading.ocr import available as ocr_available
 from mmrag.reading.options import Box, OcrMode, ReadOptions
@@ -14,6 +14,7 @@ from mmrag.reading.reader import ReadPage, count_pages, locate_quote, read_file,
 __all__ = [
     "INSTALL_OCR",
     "Box",
+    "FoundFiles",
     "OcrMode",
     "ReadOptions",
     "ReadPage",

@@ -7,7 +7,7 @@ import hashlib
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
 from uuid import NAMESPACE_URL, uuid5
 
 from mmrag.errors import ReadError
@@ -43,19 +43,30 @@ IMAGES_MARK = ".mmrag"
 """A file of this name says that a folder holds page images, which are not to be read again."""
 
 
-def find_files(paths: Sequence[str | Path]) -> tuple[list[Path], list[ReadError]]:
-    """Files to read under the paths given, sorted and each once, and what cannot be read.
+class FoundFiles(NamedTuple):
+    """What ``find_files`` found: files to read, what cannot be read, files of other types."""
 
-    Folders are searched to any depth; hidden entries, page images of collections and files of
-    other kinds in them are passed over, but a file that is named itself and cannot be read is
-    an error.
+    files: list[Path]
+    errors: list[ReadError]
+    passed_over: list[Path]
+
+
+def find_files(paths: Sequence[str | Path]) -> FoundFiles:
+    """Files to read under the paths given, sorted and each once, and what is not read.
+
+    Folders are searched to any depth. Hidden entries and page images of collections in them are
+    left out, and files of other types are passed over; a file that is named itself and cannot
+    be read is an error.
     """
     found: dict[Path, None] = {}
     errors: list[ReadError] = []
+    passed_over: dict[Path, None] = {}
     for path in map(Path, paths):
         try:
             if path.is_dir():
-                found |= dict.fromkeys(_in_folder(path, errors))
+                for each in _in_folder(path, errors):
+                    known = each.suffix.lower() in SUFFIXES
+                    (found if known else passed_over)[each] = None
             else:
                 _check(path)
                 found[path] = None
@@ -71,7 +82,7 @@ def find_files(paths: Sequence[str | Path]) -> tuple[list[Path], list[ReadError]
         else:
             name = os.fsencode(path).decode(errors="replace")
             errors.append(ReadError(problem, file=name))
-    return files, errors
+    return FoundFiles(files, errors, sorted(passed_over))
 
 
 def _check(path: Path) -> None:
@@ -105,11 +116,7 @@ def _in_folder(folder: Path, errors: list[ReadError]) -> list[Path]:
             folders.clear()
             continue
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        files += [
-            Path(root, name)
-            for name in names
-            if not name.startswith(".") and Path(name).suffix.lower() in SUFFIXES
-        ]
+        files += [Path(root, name) for name in names if not name.startswith(".")]
     return files
 
 

@@ -35,8 +35,8 @@ def as_where(filters: Where | MetadataFilters | None) -> Where | None:
             raise ConfigError("Nested filters cannot be used; list the conditions in one level.")
         if item.key == "page":
             first, last = _page_bounds(item)
-            low = first if low is None else max(low, first or low)
-            high = last if high is None else min(high, last or high)
+            low = max((bound for bound in (low, first) if bound is not None), default=None)
+            high = min((bound for bound in (high, last) if bound is not None), default=None)
         elif item.key in metadata:
             raise ConfigError(f"{item.key} is filtered twice; give its values in one IN.")
         else:

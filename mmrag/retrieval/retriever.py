@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import logging
 from collections.abc import Iterable, Mapping
 
 import numpy as np
@@ -37,6 +38,8 @@ from mmrag.retrieval.fusion import (
 from mmrag.retrieval.references import named_nodes, only_figures, wants_figures
 from mmrag.store.collection import Collection
 from mmrag.store.engine import Scored
+
+log = logging.getLogger(__name__)
 
 QUERY_TASKS: Mapping[Modality, str] = {
     "text": "page_for_question",
@@ -157,6 +160,8 @@ class UniversalRetriever(BaseRetriever):
         of_query = query_bundle.top_k if isinstance(query_bundle, MultimodalQuery) else None
         top_k = of_query or self.similarity_top_k
         limit = max(self.depth, 4 * top_k)
+        for pattern in self.collection.unmatched(self._where(query_bundle)):
+            log.warning("No indexed file matches %s", pattern)
         rankings = self.rankings(query_bundle, limit=limit)
         fused = fuse(rankings, self.weights, by=self.fuse_by, key=key)
         figures = only_figures(self._where(query_bundle))

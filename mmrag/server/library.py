@@ -125,7 +125,7 @@ class Library:
 
     def is_upload(self, entry: FileEntry) -> bool:
         """Whether a file came through the server, which then owns it."""
-        return entry.place.is_relative_to(self.uploads.resolve())
+        return entry.path.is_relative_to(self.uploads.resolve())
 
     def add(self, path: Path) -> Job:
         """Queue an uploaded file for indexing."""
@@ -146,7 +146,7 @@ class Library:
             )
         try:
             if self.is_upload(entry):
-                entry.place.unlink(missing_ok=True)
+                entry.path.unlink(missing_ok=True)
             self.collection.remove_file(file_id)
         finally:
             self.writer.lock.release()

@@ -103,4 +103,4 @@ def _marked(
 def _original(collection: Collection, file_id: str) -> tuple[Path, str] | None:
     """Where the file of a page is, and its hash."""
     entries = (entry for entry in collection.files() if entry.sha256 == file_id)
-    return next(((entry.place, entry.sha256) for entry in entries), None)
+    return next(((entry.path, entry.sha256) for entry in entries), None)

@@ -8,39 +8,35 @@ disagree: a file is finished exactly when its own point is there.
 from __future__ import annotations
 
 import dataclasses
-import logging
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import UUID, uuid5
 
 import numpy as np
-from llama_index.core.schema import BaseNode, Node
+from llama_index.core.schema import BaseNode
 from llama_index.core.vector_stores.utils import metadata_dict_to_node, node_to_metadata_dict
 from numpy.typing import NDArray
-from qdrant_client import AsyncQdrantClient, QdrantClient
+from qdrant_client import QdrantClient
 
 from mmrag.errors import CollectionError, ConfigError, MissingCollectionError
-from mmrag.nodes import node_image, node_text
+from mmrag.nodes import node_text
 from mmrag.queries import Where
-from mmrag.reading import words_path
-from mmrag.reading.files import IMAGES_MARK
-from mmrag.store.edge import EdgeEngine
 from mmrag.store.engine import (
     LANGUAGE_FIELD,
     TERMS_FIELD,
     AnyOf,
-    Between,
-    Condition,
     Engine,
     Filter,
     Point,
     Schema,
     Scored,
 )
+from mmrag.store.entries import FileEntry, folder_of
+from mmrag.store.images import image_paths, with_image_paths
+from mmrag.store.location import Location
+from mmrag.store.matching import as_filter, matching_paths
 from mmrag.store.server import ServerEngine
 from mmrag.store.settings import CollectionSettings, View, refuse_other
 from mmrag.store.terms import AUTO_LANGUAGE, DocumentTerms, NodeTerms, has_terms, query_terms
@@ -49,19 +45,7 @@ from mmrag.store.upgrade import rebuild_terms
 if TYPE_CHECKING:
     from llama_index.vector_stores.qdrant import QdrantVectorStore
 
-__all__ = [
-    "Collection",
-    "CollectionSettings",
-    "FileEntry",
-    "Scored",
-    "View",
-    "Where",
-    "matching_paths",
-    "node_image",
-    "node_text",
-]
-
-log = logging.getLogger(__name__)
+__all__ = ["Collection", "CollectionSettings", "FileEntry"]
 
 SCHEMA_VERSION = 2
 
@@ -69,57 +53,30 @@ _NAMESPACE = UUID("5a3c1f0e-6f0b-4d57-9f5e-0d6c2f3b8a11")
 _SETTINGS_ID = str(uuid5(_NAMESPACE, "settings"))
 _BOOKKEEPING = AnyOf("kind", ("file", "settings"))
 _FILES = Filter(must=(AnyOf("kind", ("file",)),))
+_NODES = Filter(must_not=(_BOOKKEEPING,))
 _KEYWORDS = ("file", "kind", "sha256", "doc_id", LANGUAGE_FIELD)
 _INTEGERS = ("page",)
-_SHARD = "qdrant"
-_IMAGES = "images"
-
-
-@dataclass(frozen=True)
-class FileEntry:
-    """One indexed file: its path as given, its content's hash, and what became of it.
-
-    errors: what could not be read or embedded.
-    folder: the working directory that a relative ``file`` was given in; else empty.
-    complete: False if pages were lost to time, memory or a full disk; the next run of indexing
-        reads the file again.
-    """
-
-    file: str
-    sha256: str
-    pages: int
-    nodes: int
-    errors: tuple[str, ...] = ()
-    folder: str = ""
-    complete: bool = True
-
-    @property
-    def place(self) -> Path:
-        """Where the file is, whatever the working directory is now."""
-        return place_of(Path(self.folder, self.file))
-
-
-def folder_of(path: str) -> str:
-    """What a FileEntry of ``path`` has as its folder."""
-    return "" if Path(path).is_absolute() else str(Path.cwd())
-
-
-def place_of(path: Path) -> Path:
-    """One absolute path for all spellings; a link that is the file itself is not followed."""
-    return path.parent.resolve() / path.name
 
 
 class Collection:
     """Nodes with their vectors, in a folder (qdrant-edge) or on a Qdrant server.
 
     Made by ``Collection.open``; a context manager that closes itself.
+
+    Example:
+        >>> import tempfile
+        >>> settings = CollectionSettings("my-model", fingerprint="1", dim=4)
+        >>> with Collection.open(tempfile.mkdtemp(), settings=settings) as collection:
+        ...     collection.count()
+        0
     """
 
-    def __init__(self, engine: Engine, settings: CollectionSettings, place: _Place) -> None:
+    def __init__(self, engine: Engine, settings: CollectionSettings, location: Location) -> None:
         self._engine = engine
-        self._place = place
+        self._location = location
+        self._images = location.images
         self.settings = settings
-        self.images_dir = place.images_dir
+        self.images_dir = location.images.path
 
     @classmethod
     def open(
@@ -145,20 +102,25 @@ class Collection:
             with other settings or by a newer
             mmrag; EndpointError if the server cannot be reached.
         """
-        place = _Place.at(location, name, api_key, images_dir)
+        where = Location.of(location, name, api_key, images_dir)
         try:
-            engine = place.engine(settings)
+            engine = where.open_engine(_schema(settings) if settings else None)
             try:
-                stored = _agree(engine, settings, place)
-                place.make_images_dir()
+                stored = _agree(engine, settings, where)
+                where.images.make(given=where.images_given)
             except BaseException:
                 engine.close()
                 raise
         except OSError as error:
             raise CollectionError(
-                f"{place} cannot be used ({error}); give a folder that can be written."
+                f"{where} cannot be used ({error}); give a folder that can be written."
             ) from error
-        return cls(engine, stored, place)
+        return cls(engine, stored, where)
+
+    @property
+    def folder(self) -> Path | None:
+        """The folder of an embedded collection; None on a server."""
+        return self._location.folder
 
     @classmethod
     def upgrade(
@@ -175,10 +137,10 @@ class Collection:
 
         Raises: as ``open``.
         """
-        place = _Place.at(location, name, api_key, images_dir)
-        engine = place.engine(None)
+        where = Location.of(location, name, api_key, images_dir)
+        engine = where.open_engine(None)
         try:
-            point = _settings_point(engine, place)
+            point = _settings_point(engine, where)
             if point is None or point.payload["schema"] >= SCHEMA_VERSION:
                 return 0
             settings = dict(point.payload["settings"])
@@ -196,7 +158,7 @@ class Collection:
     @property
     def weights(self) -> dict[str, float]:
         """Weights of the rankings that were fitted for this collection; empty if none were."""
-        point = _settings_point(self._engine, self._place)
+        point = _settings_point(self._engine, self._location)
         return dict(point.payload.get("weights", {})) if point else {}
 
     def save_weights(self, weights: Mapping[str, float]) -> None:
@@ -211,8 +173,12 @@ class Collection:
     ) -> None:
         """Store nodes, each with the vectors of the views it has; equal ids are replaced.
 
+        Images from outside of ``images_dir`` are copied into it.
+
         vectors: for each node, view to (dim,) float32; may be empty.
         terms: what BM25 finds each node by; None makes them from its text and file name alone.
+
+        Raises: ConfigError for vectors that do not fit.
         """
         if terms is None:
             terms = [self._own_terms(node) for node in nodes]
@@ -225,12 +191,11 @@ class Collection:
 
     def mark_done(self, file: FileEntry) -> None:
         """Write the file's own point: all of its nodes are stored."""
-        payload = dataclasses.asdict(file) | {"kind": "file", "errors": list(file.errors)}
-        self._engine.upsert([Point(_file_id(file.sha256), payload)])
+        self._engine.upsert([Point(_file_id(file.sha256), file.to_payload())])
 
     def files(self) -> list[FileEntry]:
         """The finished files, ordered by path."""
-        entries = [_entry(point.payload) for point in self._engine.scroll(_FILES)]
+        entries = [FileEntry.from_payload(point.payload) for point in self._engine.scroll(_FILES)]
         return sorted(entries, key=lambda entry: (entry.file, entry.sha256))
 
     def paths(self) -> list[str]:
@@ -306,9 +271,18 @@ class Collection:
         ]
 
     def node(self, payload: Mapping[str, Any]) -> BaseNode:
-        """The node a payload was made from, with its pictures' paths as they are here."""
+        """The node a payload was made from, with its images' paths as they are here.
+
+        Its metadata has ``file_path``, where the file was when it was indexed, which models are
+        not shown. An image outside of ``images_dir`` is taken away.
+        """
         node = metadata_dict_to_node(dict(payload))
-        return _with_image_paths(node, self._place.absolute)
+        if "file" in node.metadata:
+            path = Path(payload.get("folder", ""), node.metadata["file"])
+            node.metadata["file_path"] = path.as_posix()
+            for keys in (node.excluded_llm_metadata_keys, node.excluded_embed_metadata_keys):
+                keys.append("file_path")
+        return with_image_paths(node, self._images.found)
 
     def count(self, where: Where | None = None) -> int:
         """How many nodes there are."""
@@ -317,13 +291,20 @@ class Collection:
             return 0
         return self._engine.count(dataclasses.replace(condition, must_not=(_BOOKKEEPING,)))
 
+    def unmatched(self, where: Where | None) -> list[str]:
+        """Those of the file patterns that match no indexed file."""
+        if where is None or not where.files:
+            return []
+        paths = self.paths()
+        return [pattern for pattern in where.files if not matching_paths([pattern], paths)]
+
     def as_llama_vector_store(self, view: View = "text") -> QdrantVectorStore:
         """LlamaIndex's own QdrantVectorStore over one view; the collection must be on a server.
 
         Raises: CollectionError for a collection in a folder, ConfigError if the package
             ``llama-index-vector-stores-qdrant`` is missing.
         """
-        client = self._place.client
+        client = self._location.client
         if client is None:
             raise CollectionError(
                 "QdrantVectorStore reads collections on a Qdrant server, and this one is in a "
@@ -336,9 +317,9 @@ class Collection:
                 "Missing package: pip install llama-index-vector-stores-qdrant"
             ) from error
         return QdrantVectorStore(
-            self._place.name,
+            self._location.name,
             client=client,
-            aclient=self._place.async_client(),
+            aclient=self._location.async_client(),
             dense_vector_name=view,
         )
 
@@ -357,10 +338,14 @@ class Collection:
         self.close()
 
     def _payload(self, node: BaseNode, terms: NodeTerms) -> dict[str, Any]:
-        stored = _with_image_paths(node.model_copy(deep=True), self._place.portable)
+        stored = with_image_paths(
+            node.model_copy(deep=True), lambda path: self._images.stored(path, node.node_id)
+        )
         payload = node_to_metadata_dict(stored)
         if text := node_text(node):
             payload["text"] = text
+        if folder := folder_of(node.metadata.get("file", "/")):
+            payload["folder"] = folder  # so that the path is found from any working directory
         return payload | terms.to_payload() if has_terms(payload) else payload
 
     def _own_terms(self, node: BaseNode) -> NodeTerms:
@@ -392,182 +377,50 @@ class Collection:
     def _at_path(self, point: Point, path: str) -> Point:
         node = metadata_dict_to_node(point.payload)
         node.metadata["file"] = path
+        with_image_paths(node, self._images.found)
         terms = NodeTerms.from_payload(point.payload).renamed(path)
         return dataclasses.replace(point, payload=self._payload(node, terms))
 
     def _remove(self, of: AnyOf) -> int:
-        """Delete the file's own point first: cut short, it leaves an unfinished file."""
         nodes = Filter(must=(of,), must_not=(_BOOKKEEPING,))
         images: set[Path] = set()
+        hashes: set[str] = set()
         removed = 0
         for point in self._engine.scroll(nodes):
             removed += 1
-            images |= self._place.own_images(point.payload)
+            images |= image_paths(metadata_dict_to_node(point.payload))
+            hashes.add(str(point.payload.get("sha256", "")))
+        # The file's own point goes first: cut short, this leaves an unfinished file.
         self._engine.delete(Filter(must=(of, AnyOf("kind", ("file",)))))
         self._engine.delete(nodes)
-        for image in images:
-            image.unlink(missing_ok=True)
-            words_path(image).unlink(missing_ok=True)
-        for folder in {image.parent for image in images} - {self.images_dir}:
-            if folder.is_dir() and not any(folder.iterdir()):
-                folder.rmdir()
+        self._images.remove(images, hashes)
         return removed
 
     def _filter(self, where: Where | None) -> Filter | None:
         """None if no file matches: nothing can be found then."""
-        where = where or Where()
-        must: list[Condition] = []
-        if where.files:
-            files = matching_paths(where.files, self.paths())
-            if not files:
-                log.warning("No indexed file matches %s", ", ".join(where.files))
-                return None
-            must.append(AnyOf("file", tuple(files)))
-        if where.pages is not None:
-            must.append(Between("page", *where.pages))
-        if where.kinds:
-            must.append(AnyOf("kind", tuple(where.kinds)))
-        must += [AnyOf(key, _values(key, value)) for key, value in where.metadata.items()]
-        return Filter(must=tuple(must))
+        if where is None:
+            return Filter()
+        files = matching_paths(where.files, self.paths()) if where.files else []
+        return as_filter(where, files) if files or not where.files else None
 
 
-def matching_paths(patterns: Sequence[str], paths: Sequence[str]) -> list[str]:
-    """The paths that end in a pattern, or match it as a glob: ``a.pdf``, ``x/a.pdf``, ``x/*``."""
-    return [path for path in paths if any(_matches(path, pattern) for pattern in patterns)]
-
-
-def _matches(path: str, pattern: str) -> bool:
-    wanted = PurePosixPath(pattern).as_posix()
-    if wanted == ".":
-        return False
-    return f"/{path}".endswith(f"/{wanted}") or PurePosixPath(path).match(wanted)
-
-
-@dataclass(frozen=True)
-class _Place:
-    """Where a collection is: a folder, or a name on a server."""
-
-    folder: Path | None
-    client: QdrantClient | None
-    name: str
-    images_dir: Path
-    url: str | None = None
-    api_key: str | None = None
-
-    @classmethod
-    def at(
-        cls,
-        location: str | Path | QdrantClient,
-        name: str,
-        api_key: str | None,
-        images_dir: str | Path | None,
-    ) -> _Place:
-        remote_images = Path(images_dir or Path("mmrag-images") / name).absolute()
-        if isinstance(location, QdrantClient):
-            return cls(None, location, name, remote_images)
-        if str(location).startswith(("http://", "https://")):
-            url = str(location)
-            client = QdrantClient(url, api_key=api_key, check_compatibility=False)
-            return cls(None, client, name, remote_images, url, api_key)
-        if "://" in str(location):
-            raise ConfigError(f"{location}: give a folder, or a URL with http:// or https://.")
-        folder = Path(location).expanduser().absolute()
-        return cls(folder, None, name, Path(images_dir or folder / _IMAGES).absolute())
-
-    def __str__(self) -> str:
-        return str(self.folder) if self.folder else f"the collection {self.name!r} on the server"
-
-    def engine(self, settings: CollectionSettings | None) -> Engine:
-        """The store, created if it is missing and ``settings`` say how."""
-        if self.client is not None:
-            return self._server(self.client, settings)
-        assert self.folder is not None
-        if (self.folder / _SHARD).is_dir():
-            return EdgeEngine(self.folder / _SHARD)
-        if settings is None:
-            raise MissingCollectionError(
-                f"{self} holds no mmrag collection. Index something into it first "
-                "(mmrag index PATH), or give the folder that was indexed."
-            )
-        if self.folder.exists() and not self.folder.is_dir():
-            raise CollectionError(f"{self} is a file; give a folder for the collection.")
-        foreign = self._foreign_files()
-        if foreign:
-            raise CollectionError(
-                f"{self} is no mmrag collection and not empty ({foreign[0]}, ...); choose an "
-                "empty or new folder for the collection."
-            )
-        return EdgeEngine.create(self.folder / _SHARD, _schema(settings))
-
-    def async_client(self) -> AsyncQdrantClient | None:
-        """A client for async callers; a client that was passed in has no async twin."""
-        if self.url is None:
-            return None
-        return AsyncQdrantClient(self.url, api_key=self.api_key, check_compatibility=False)
-
-    def portable(self, path: Path) -> Path:
-        """How an image's path is stored: relative to the folder, so that the folder can move."""
-        absolute = path.absolute()
-        if self.folder is not None and absolute.is_relative_to(self.folder):
-            return absolute.relative_to(self.folder)
-        return absolute
-
-    def absolute(self, path: Path) -> Path:
-        """The way back from ``portable``."""
-        return path if self.folder is None else self.folder / path
-
-    def make_images_dir(self) -> None:
-        """Make the folder of images, marked so that indexing passes it over."""
-        self.images_dir.mkdir(parents=True, exist_ok=True)
-        mark = self.images_dir / IMAGES_MARK
-        if not mark.exists():
-            mark.touch()
-
-    def own_images(self, payload: Mapping[str, Any]) -> set[Path]:
-        """The images of a node that lie in ``images_dir``."""
-        node = metadata_dict_to_node(dict(payload))
-        paths = [node_image(node), node.metadata.get("page_image")]
-        absolute = {self.absolute(Path(path)) for path in paths if path}
-        return {path for path in absolute if path.is_relative_to(self.images_dir)}
-
-    def _foreign_files(self) -> list[str]:
-        if self.folder is None or not self.folder.is_dir():
-            return []
-        names = sorted(each.name for each in self.folder.iterdir())
-        # A process that creates the shard, or was killed over it, leaves one ending in .new.
-        return [n for n in names if n != _IMAGES and not re.fullmatch(rf"{_SHARD}\..*new", n)]
-
-    def _server(self, client: QdrantClient, settings: CollectionSettings | None) -> Engine:
-        engine = ServerEngine(client, self.name, owned=self.url is not None)
-        try:
-            if not engine.exists():
-                if settings is None:
-                    raise MissingCollectionError(
-                        f"There is no collection {self.name!r} on the server. Index something "
-                        "first, or give its name."
-                    )
-                engine.create(_schema(settings))
-        except BaseException:
-            engine.close()
-            raise
-        return engine
-
-
-def _agree(engine: Engine, wanted: CollectionSettings | None, place: _Place) -> CollectionSettings:
+def _agree(
+    engine: Engine, wanted: CollectionSettings | None, location: Location
+) -> CollectionSettings:
     """The settings that hold: those stored, or those wanted by whoever creates it."""
-    stored = _stored_settings(engine, place)
+    stored = _stored_settings(engine, location)
     if stored is not None:
         if wanted is not None:
-            refuse_other(stored, wanted, place)
+            refuse_other(stored, wanted, location)
         return stored
     if engine.count(Filter()) > 0:
-        raise CollectionError(f"{place} was not made by mmrag; choose another name or folder.")
+        raise CollectionError(f"{location} was not made by mmrag; choose another name or folder.")
     if wanted is None:
-        raise MissingCollectionError(f"{place} is empty; index something into it first.")
+        raise MissingCollectionError(f"{location} is empty; index something into it first.")
     if isinstance(engine, ServerEngine):
         if engine.vector_dims() != dict(_schema(wanted).vectors):
             raise CollectionError(
-                f"{place} was not made by mmrag: it has other vectors. Choose another name."
+                f"{location} was not made by mmrag: it has other vectors. Choose another name."
             )
         engine.create(_schema(wanted))
     _store_settings(engine, wanted)
@@ -583,25 +436,25 @@ def _store_settings(
     engine.flush()
 
 
-def _stored_settings(engine: Engine, place: _Place) -> CollectionSettings | None:
-    point = _settings_point(engine, place)
+def _stored_settings(engine: Engine, location: Location) -> CollectionSettings | None:
+    point = _settings_point(engine, location)
     if point is None:
         return None
     payload = point.payload
     if payload["schema"] < SCHEMA_VERSION:
         raise CollectionError(
-            f"{place} was built by an older mmrag, which kept other terms for BM25 (schema "
+            f"{location} was built by an older mmrag, which kept other terms for BM25 (schema "
             f"{payload['schema']}, this version writes {SCHEMA_VERSION}). Bring it up to date: "
             "mmrag upgrade -c FOLDER_OR_URL. Nothing is embedded again."
         )
     return CollectionSettings.from_json(payload["settings"])
 
 
-def _settings_point(engine: Engine, place: _Place) -> Point | None:
+def _settings_point(engine: Engine, location: Location) -> Point | None:
     found = engine.retrieve([_SETTINGS_ID])
     if found and found[0].payload["schema"] > SCHEMA_VERSION:
         raise CollectionError(
-            f"{place} was built by a newer mmrag (schema {found[0].payload['schema']}, this "
+            f"{location} was built by a newer mmrag (schema {found[0].payload['schema']}, this "
             f"version knows {SCHEMA_VERSION}). Upgrade: pip install -U mmrag"
         )
     return found[0] if found else None
@@ -622,32 +475,6 @@ def _with_hash(sha256: str) -> Filter:
 
 def _file_id(sha256: str) -> str:
     return str(uuid5(_NAMESPACE, f"file/{sha256}"))
-
-
-def _entry(payload: Mapping[str, Any]) -> FileEntry:
-    names = {each.name for each in dataclasses.fields(FileEntry)} & set(payload)
-    values = {name: payload[name] for name in names}
-    return FileEntry(**(values | {"errors": tuple(values["errors"])}))
-
-
-def _values(key: str, value: Any) -> tuple[str | int | float | bool, ...]:
-    many = value if isinstance(value, (list, tuple, set, frozenset)) else [value]
-    if not many or not all(isinstance(each, (str, int, float)) for each in many):
-        raise ConfigError(
-            f"Where.metadata[{key!r}] = {value!r}: give a str, int, float or bool, or a list of "
-            "them that is not empty."
-        )
-    return tuple(many)
-
-
-def _with_image_paths(node: BaseNode, change: Callable[[Path], Path]) -> BaseNode:
-    """Change the image paths of ``node`` in place: its own, and that of its page."""
-    image = node_image(node)
-    if isinstance(node, Node) and node.image_resource and image:
-        node.image_resource = node.image_resource.model_copy(update={"path": change(image)})
-    if node.metadata.get("page_image"):
-        node.metadata["page_image"] = change(Path(node.metadata["page_image"])).as_posix()
-    return node
 
 
 def _batched(points: Iterator[Point], size: int) -> Iterator[list[Point]]:

@@ -1,16 +1,23 @@
-"""The engine in this process: qdrant-edge, one shard in a folder."""
+"""The engine in this process: qdrant-edge, one shard in a folder.
+
+qdrant-edge maps its files into memory and trusts them: two processes that create one shard
+damage it, a full disk ends the process with SIGBUS, damaged files make it panic, and in a forked
+child it waits for threads that are not there. All four are met here.
+"""
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import qdrant_edge as edge
+from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 from typing_extensions import override
 
@@ -30,66 +37,50 @@ from mmrag.store.engine import (
 
 # The write-ahead log keeps every write from a killed process; flushing keeps the log short.
 _FLUSH_POINTS = 2000
+# Files of the shard are sparse and grow by 32 MiB: a page that is touched while the disk is full
+# ends the process. Two files may grow in one write; a new shard takes 77 MB at once.
+_SPACE_TO_WRITE = 64 * 1024 * 1024
+_SPACE_TO_CREATE = 96 * 1024 * 1024
+# A point is written to the log, to the vectors, to the payloads and to the indexes over them.
+_COPIES = 4
 
-
-@contextmanager
-def _edge_errors(doing: str) -> Iterator[None]:
-    """Say which action failed: qdrant-edge raises plain Exception for everything."""
-    try:
-        yield
-    except Exception as error:
-        if type(error) is not Exception and not isinstance(error, ValueError):
-            raise
-        if "WouldBlock" in str(error):
-            raise CollectionError(
-                f"{doing}: the collection is in use by another process, or was opened twice in "
-                "this one. Close it there, or put it on a Qdrant server that all can share."
-            ) from error
-        raise CollectionError(f"{doing}: {error}") from error
+LOCK = ".lock"
+"""Suffix of the file beside the shard's folder that its user holds locked."""
 
 
 class EdgeEngine(Engine):
     """qdrant-edge: one shard in a folder, used by one process at a time.
 
     It holds the GIL while it works; ``optimize`` may take seconds.
+
+    Args:
+        folder: of the shard; a lock file lies beside it.
+        schema: how to create the shard if it is missing. It appears under its name only when
+            complete.
+
+    Raises: CollectionError if it is in use, broken, or the disk is full.
     """
 
-    def __init__(self, folder: Path) -> None:
-        """Open an existing shard. Raises CollectionError if it is locked or broken."""
+    def __init__(self, folder: Path, schema: Schema | None = None) -> None:
         self._folder = folder
+        self._process = os.getpid()
         self._unflushed = 0
-        with self._errors("open"):
-            self._shard: edge.EdgeShard | None = edge.EdgeShard.load(str(folder))
-
-    @classmethod
-    def create(cls, folder: Path, schema: Schema) -> EdgeEngine:
-        """Create a shard with its indexes. It appears under its name only when complete.
-
-        One that another process has completed meanwhile is opened instead.
-        """
-        unfinished = folder.with_name(f"{folder.name}.{os.getpid()}.new")
-        shutil.rmtree(unfinished, ignore_errors=True)
-        config = edge.EdgeConfig(
-            vectors={
-                name: edge.EdgeVectorParams(size=dim, distance=edge.Distance.Cosine)
-                for name, dim in schema.vectors.items()
-            }
-        )
-        unfinished.parent.mkdir(parents=True, exist_ok=True)
+        self._shard: edge.EdgeShard | None = None
+        # Held before the engine touches a file: its own lock comes after it has written some.
+        self._lock = FileLock(f"{folder}{LOCK}", timeout=0)
         try:
-            with _edge_errors(f"cannot create {folder}"):
-                shard = edge.EdgeShard.create(str(unfinished), config)
-                _create_indexes(shard, schema)
-                shard.flush()
-                shard.close()
-            unfinished.rename(folder)
-        except (OSError, CollectionError):
-            if not folder.is_dir():
-                raise
-        engine = cls(folder)
-        for rest in folder.parent.glob(f"{folder.name}.*new"):
-            shutil.rmtree(rest, ignore_errors=True)
-        return engine
+            self._lock.acquire()
+        except Timeout as error:
+            raise self._in_use("open") from error
+        try:
+            if schema is not None and not folder.is_dir():
+                self._create(schema)
+            self._need_space("open", 0)
+            with self._errors("open"):
+                self._shard = edge.EdgeShard.load(str(folder))
+        except BaseException:
+            self._lock.release()
+            raise
 
     @override
     def upsert(self, points: Sequence[Point]) -> None:
@@ -101,6 +92,13 @@ class EdgeEngine(Engine):
             )
             for point in points
         ]
+        # Nearly all of a point is its vectors, in 4 bytes a number, and its payload.
+        size = sum(
+            len(json.dumps(point.payload))
+            + 4 * sum(vector.size for vector in point.vectors.values())
+            for point in points
+        )
+        self._need_space("write to", _COPIES * size)
         with self._errors("write to"):
             self._open.update(edge.UpdateOperation.upsert_points(rows))
         self._unflushed += len(rows)
@@ -110,6 +108,7 @@ class EdgeEngine(Engine):
     @override
     def delete(self, where: Filter) -> None:
         operation = edge.UpdateOperation.delete_points_by_filter(self._filter(where))
+        self._need_space("delete from", 0)
         with self._errors("delete from"):
             self._open.update(operation)
 
@@ -153,6 +152,7 @@ class EdgeEngine(Engine):
 
     @override
     def create_indexes(self, schema: Schema) -> None:
+        self._need_space("index", _SPACE_TO_CREATE)
         with self._errors("index"):
             _create_indexes(self._open, schema)
 
@@ -176,22 +176,64 @@ class EdgeEngine(Engine):
 
     @override
     def optimize(self) -> None:
-        with self._errors("optimise"):
+        # Optimising writes the points anew before it deletes the old files.
+        self._need_space("optimize", _allocated(self._folder))
+        with self._errors("optimize"):
             self._open.optimize()
         self.flush()
 
     @override
     def close(self) -> None:
-        if self._shard is not None:
-            with self._errors("close"):
-                self._shard.close()
-            self._shard = None
+        shard, self._shard = self._shard, None
+        if self._process != os.getpid():
+            return  # the parent closes it, and holds the lock
+        try:
+            if shard is not None:
+                with self._errors("close"):
+                    shard.close()
+        finally:
+            self._lock.release()
 
     @property
     def _open(self) -> edge.EdgeShard:
         if self._shard is None:
             raise CollectionError(f"The collection {self._folder} is closed; open it again.")
+        if self._process != os.getpid():
+            raise CollectionError(
+                f"The collection {self._folder} was opened before this process was forked, and "
+                "cannot be used in it. Start the process by spawn, open the collection in one "
+                "process only, or put it on a Qdrant server that all can share."
+            )
         return self._shard
+
+    def _create(self, schema: Schema) -> None:
+        for rest in self._folder.parent.glob(f"{self._folder.name}.*new"):
+            shutil.rmtree(rest, ignore_errors=True)  # of a process that was killed over it
+        self._need_space("create", _SPACE_TO_CREATE)
+        unfinished = self._folder.with_name(f"{self._folder.name}.new")
+        config = edge.EdgeConfig(
+            vectors={
+                name: edge.EdgeVectorParams(size=dim, distance=edge.Distance.Cosine)
+                for name, dim in schema.vectors.items()
+            }
+        )
+        with self._errors("create"):
+            shard = edge.EdgeShard.create(str(unfinished), config)
+            _create_indexes(shard, schema)
+            shard.flush()
+            shard.close()
+        unfinished.rename(self._folder)
+
+    def _need_space(self, doing: str, size: int) -> None:
+        """Refuse to begin what a full disk would cut short. size: in bytes."""
+        free = shutil.disk_usage(self._folder.parent).free
+        needed = _SPACE_TO_WRITE + size
+        if free < needed:
+            raise CollectionError(
+                f"cannot {doing} {self._folder}: the disk has {free / 1e6:.0f} MB free, and "
+                f"{needed / 1e6:.0f} MB are needed. Free some space and run the same command "
+                "again; what is stored is kept."
+            )
 
     def _query(self, query: Any, limit: int, where: Filter) -> list[Scored]:
         request = edge.QueryRequest(
@@ -209,8 +251,36 @@ class EdgeEngine(Engine):
         translated: edge.Filter = translate(where, edge, edge.RangeFloat, np.bool_)
         return translated
 
-    def _errors(self, doing: str) -> AbstractContextManager[None]:
-        return _edge_errors(f"cannot {doing} {self._folder}")
+    @contextmanager
+    def _errors(self, doing: str) -> Iterator[None]:
+        """Say which action failed: qdrant-edge raises plain Exception for everything."""
+        try:
+            yield
+        except BaseException as error:
+            # A panic of the engine is no Exception, and its class cannot be imported.
+            if type(error).__name__ == "PanicException":
+                self._shard = None  # its state is not known
+                raise CollectionError(
+                    f"cannot {doing} {self._folder}: its files are damaged ({error}). Run "
+                    "`mmrag doctor`, or delete the collection and index the files again."
+                ) from error
+            if type(error) not in (Exception, ValueError):
+                raise
+            if "WouldBlock" in str(error):
+                raise self._in_use(doing) from error
+            raise CollectionError(f"cannot {doing} {self._folder}: {error}") from error
+
+    def _in_use(self, doing: str) -> CollectionError:
+        return CollectionError(
+            f"cannot {doing} {self._folder}: the collection is in use by another process, or was "
+            "opened twice in this one. Close it there, or put it on a Qdrant server that all can "
+            "share."
+        )
+
+
+def _allocated(folder: Path) -> int:
+    """Bytes that the files of a folder take on the disk."""
+    return sum(path.stat().st_blocks * 512 for path in folder.rglob("*") if path.is_file())
 
 
 def _create_indexes(shard: edge.EdgeShard, schema: Schema) -> None:

@@ -73,7 +73,7 @@ def read_corpus(
     Returns: the documents, and a message for each file or page that could not be read, and for
         each file that has the bytes of another one.
     """
-    files, errors = find_files(list(paths))
+    files, errors, _ = find_files(list(paths))
     documents: dict[str, Document] = {}
     messages = [str(error) for error in errors]
     known = _read_kept(kept) if kept else {}

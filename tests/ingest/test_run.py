@@ -14,11 +14,14 @@ from qdrant_client import QdrantClient
 
 from mmrag.errors import CollectionError, EndpointError, ReadError
 from mmrag.ingest import run as module
+from mmrag.ingest.plan import make_plan
 from mmrag.ingest.prefetch import THREAD_NAME
+from mmrag.ingest.progress import IngestReport
 from mmrag.ingest.run import ingest, reading_settings
+from mmrag.ingest.writer import Writer
 from mmrag.queries import Where
 from mmrag.reading import ReadOptions, ReadPage
-from mmrag.store.collection import Collection, CollectionSettings
+from mmrag.store.collection import Collection, CollectionSettings, FileEntry
 from mmrag.store.engine import Filter
 
 OPTIONS = ReadOptions(dpi=50, passage_words=20, passage_overlap=0)
@@ -161,6 +164,56 @@ def test_the_same_content_twice_is_said_and_stored_once(embedder, collection, fi
     again = ingest(["in"], collection, embedder)
     assert again.duplicates == {"in/one.txt": "in/copy.txt"}
     assert embedder.encoded == 3
+
+
+def test_a_copy_stands_in_for_a_file_that_fails(embedder, collection, files):
+    """A PDF under a wrong suffix is refused; the same bytes under their own are not."""
+    two_pages(files / "report.pdf", "turbines")
+    for name in ("a-copy.txt", "b-copy.md"):
+        shutil.copy(files / "report.pdf", files / name)
+    report = ingest(["in"], collection, embedder)
+    assert sorted(report.failed) == ["in/a-copy.txt", "in/b-copy.md"]
+    assert "in/report.pdf" in report.indexed
+    assert report.duplicates == {} and report.notes == []
+    assert len(found(collection, "turbines")) == 2
+
+
+def test_every_empty_file_is_called_empty(embedder, collection, files):
+    for name in ("empty.txt", "zero.pdf"):
+        write(f"in/{name}", "")
+    report = ingest(["in"], collection, embedder)
+    assert sorted(report.failed) == ["in/empty.txt", "in/zero.pdf"]
+    assert all("is empty" in str(error) for error in report.errors)
+    assert report.duplicates == {}
+
+
+def test_progress_counts_copies_of_failed_files(embedder, collection, files):
+    two_pages(files / "report.pdf", "turbines")
+    shutil.copy(files / "report.pdf", files / "a-copy.txt")
+    seen = []
+    ingest(["in"], collection, embedder, progress=seen.append)
+    assert (seen[-1].files_done, seen[-1].files_total) == (5, 5)
+
+
+def test_files_of_other_types_are_named(embedder, collection, files):
+    for name in ("a.docx", "b.DOCX", "page.html", "LICENSE", ".hidden.docx"):
+        write(f"in/{name}", "not read")
+    report = ingest(["in"], collection, embedder)
+    assert report.notes == ["4 files of other types passed over: 2 .docx, 1 no suffix, 1 .html"]
+    assert report.passed_over == ["in/LICENSE", "in/a.docx", "in/b.DOCX", "in/page.html"]
+    assert len(report.indexed) == 3 and not report.failed
+
+
+def test_planning_asks_the_file_system_once_for_each_folder(
+    embedder, collection, files, monkeypatch
+):
+    for number in range(40):
+        collection.mark_done(FileEntry(f"in/old{number}.txt", f"{number:064x}", 1, 1))
+    resolved = []
+    resolve = Path.resolve
+    monkeypatch.setattr(Path, "resolve", lambda self: resolved.append(self) or resolve(self))
+    assert len(make_plan(["in"], collection, IngestReport()).jobs) == 3
+    assert len(resolved) <= 4
 
 
 def test_what_stands_for_a_copy_is_unchanged_whatever_the_order(embedder, collection, files):
@@ -540,7 +593,7 @@ def test_reading_does_not_run_away(embedder, collection, files, monkeypatch):
         time.sleep(0.001)
         ahead.append(len(produced) - len(ahead))
 
-    monkeypatch.setattr(module._Writer, "_take_page", slow)
+    monkeypatch.setattr(Writer, "_take_page", slow)
     ingest(["in"], collection, embedder, workers=2)
     assert len(produced) == 1500
     assert max(ahead) <= module._PAGES_AHEAD + 2 + 2

@@ -26,7 +26,7 @@ def test_folders_are_searched_and_named_files_are_checked(tmp_path) -> None:
     for name in (".hidden.pdf", ".git/a.pdf", "notes.docx", "sub/.cache/b.png"):
         touch(tmp_path / name)
     odd, missing = tmp_path / "notes.docx", tmp_path / "gone.pdf"
-    files, errors = find_files([tmp_path, str(kept[0]), odd, missing])
+    files, errors, _ = find_files([tmp_path, str(kept[0]), odd, missing])
     assert files == sorted(kept)
     assert [error.file for error in errors] == [odd.as_posix(), missing.as_posix()]
     assert ".docx" in str(errors[0]) and "no such" in str(errors[1])
@@ -38,7 +38,7 @@ def test_a_folder_that_may_not_be_read_is_an_error(tmp_path) -> None:
     touch(locked / "a.pdf")
     locked.chmod(0)
     try:
-        files, errors = find_files([tmp_path])
+        files, errors, _ = find_files([tmp_path])
     finally:
         locked.chmod(0o700)
     assert files == []
@@ -50,7 +50,7 @@ def test_names_and_files_that_cannot_be_used_are_errors(tmp_path) -> None:
     os.mkfifo(tmp_path / "pipe.txt")
     (tmp_path / os.fsdecode(b"caf\xe9.txt")).touch()
     long = tmp_path / ("x" * 300 + ".txt")
-    files, errors = find_files([tmp_path, long])
+    files, errors, _ = find_files([tmp_path, long])
     assert files == [good]
     told = {error.file.rpartition("/")[2]: str(error).encode().decode() for error in errors}
     assert "too long" in told[long.name]
@@ -62,7 +62,7 @@ def test_page_images_of_a_collection_are_passed_over(tmp_path) -> None:
     touch(tmp_path / "library/images" / IMAGES_MARK)
     touch(tmp_path / "library/images/5d39/p0001.png")
     kept = touch(tmp_path / "library/notes.md")
-    assert find_files([tmp_path]) == ([kept], [])
+    assert find_files([tmp_path]) == ([kept], [], [])
 
 
 # Images

@@ -147,7 +147,7 @@ def test_nodes_come_back_as_they_were_stored(retriever, collection):
     both = [hit for hit in other if hit.node_id in ids]
     assert both
     assert all(hit.node.hash == ids[hit.node_id] for hit in both)
-    assert set(one[0].metadata) == {"file", "sha256", "page", "kind"}
+    assert set(one[0].metadata) == {"file", "file_path", "sha256", "page", "kind"}
 
 
 def test_fusion_of_queries_by_llama_index_counts_a_page_once(collection, embedder):
@@ -325,6 +325,25 @@ def test_useless_weights_are_refused(collection, embedder, weights):
 
 def test_top_k_of_one_query(retriever):
     assert len(retriever.search("plan", top_k=1)) == 1
+
+
+@pytest.mark.parametrize(
+    ("conditions", "pages"),
+    [
+        ([(5, FilterOperator.LTE), (1, FilterOperator.LT)], (None, 0)),
+        ([(1, FilterOperator.LT), (5, FilterOperator.LTE)], (None, 0)),
+        ([(0, FilterOperator.GTE), (2, FilterOperator.GT)], (3, None)),
+        ([(3, FilterOperator.GT), (0, FilterOperator.GTE)], (4, None)),
+    ],
+)
+def test_page_bounds_at_zero_count(conditions, pages):
+    filters = [MetadataFilter(key="page", value=v, operator=op) for v, op in conditions]
+    assert as_where(MetadataFilters(filters=filters)) == Where(pages=pages)
+
+
+def test_a_pattern_that_matches_no_file_is_said_once(retriever, caplog):
+    assert retriever.search("vision plan", where=Where(files=("nope*",))) == []
+    assert caplog.text.count("No indexed file matches nope*") == 1
 
 
 def test_as_many_pages_come_back_as_are_wanted(collection, embedder):

@@ -1,10 +1,12 @@
 import io
+import json
 import shutil
 import threading
 import time
+from dataclasses import replace
 
 import pytest
-from fakes import FakeEmbedder
+from fakes import FakeEmbedder, make_image, make_node
 from PIL import Image
 
 from mmrag.errors import ConfigError, ContentError
@@ -77,7 +79,7 @@ def test_a_second_file_of_the_same_name_keeps_both(client, built):
 
 def test_files_that_cannot_be_read_are_told_and_leave_nothing(client, built):
     assert send(client, "broken.pdf", b"%PDF-1.7 nothing").status_code == 422
-    send(client, "plan-copy.pdf", (client.libraries.get("plans").files()[0].place).read_bytes())
+    send(client, "plan-copy.pdf", (client.libraries.get("plans").files()[0].path).read_bytes())
     send(client, "not-text.txt", bytes(range(256)) * 40)
     copy, bad = wait(client)
     assert "same content as plans.pdf" in copy["note"]
@@ -158,7 +160,7 @@ def test_what_a_stop_cut_short_goes_on_at_the_next_start(client, opened, built):
     while library.writer.busy() and time.monotonic() < end:
         time.sleep(0.02)
     assert [path.name for path in uploads.iterdir()] == ["whole.txt"]
-    assert {entry.place.name for entry in library.files()} == {"plans.pdf", "whole.txt"}
+    assert {entry.path.name for entry in library.files()} == {"plans.pdf", "whole.txt"}
 
 
 def test_stopping_ends_indexing_and_keeps_what_is_finished(tmp_path):
@@ -247,19 +249,18 @@ def test_pages_of_another_collection_or_outside_cannot_be_read(client):
 
 
 def test_an_image_that_a_node_names_elsewhere_is_not_shown(client, tmp_path):
-    from fakes import make_image, make_node
-
     secret = make_image(tmp_path / "secret.png")
     collection = client.libraries.get("plans").collection
-    node = make_node("text", image=secret, sha256="c" * 64, page_image=str(secret))
+    own = make_image(collection.images_dir / "own.png")
+    node = make_node("text", image=own, sha256="c" * 64, page_image=str(own))
     collection.write([node], [{}])
-    reply = client.get(f"/api/files/{'c' * 64}/pages/1/image")
-    assert reply.status_code == 404
-    link = collection.images_dir / "link.png"
-    link.symlink_to(secret)
-    node = make_node("text", image=link, sha256="d" * 64)
-    collection.write([node], [{}])
-    assert client.get(f"/api/files/{'d' * 64}/pages/1/image").status_code == 404
+    address = f"/api/files/{'c' * 64}/pages/1/image"
+    assert client.get(address).status_code == 200
+    (point,) = collection._engine.retrieve([node.node_id])
+    text = json.dumps(point.payload).replace("images/own.png", "images/../../secret.png")
+    collection._engine.upsert([replace(point, payload=json.loads(text))])
+    assert (collection.images_dir / "../../secret.png").resolve() == secret
+    assert client.get(address).status_code == 404
 
 
 def test_page_images_are_scaled_and_bounded(client):

@@ -1,10 +1,13 @@
 """The collection over both engines: nodes in, nodes out."""
 
 import dataclasses
+import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +21,9 @@ from mmrag.errors import CollectionError, ConfigError, MissingCollectionError
 from mmrag.nodes import node_image, node_text
 from mmrag.queries import Where
 from mmrag.store import collection as module
-from mmrag.store.collection import Collection, CollectionSettings, FileEntry, matching_paths
-from mmrag.store.engine import Filter
+from mmrag.store.collection import Collection, CollectionSettings, FileEntry
+from mmrag.store.engine import AnyOf, Filter
+from mmrag.store.matching import matching_paths
 from mmrag.store.terms import DocumentTerms
 
 EMBEDDER = FakeEmbedder()
@@ -175,6 +179,9 @@ def test_nodes_come_back_with_text_image_and_metadata(collection):
     for node, kind in ((page, Node), (passage, TextNode), (blank, Node)):
         stored = back[node.node_id]
         assert type(stored) is kind
+        del stored.metadata["file_path"]
+        stored.excluded_llm_metadata_keys.remove("file_path")
+        stored.excluded_embed_metadata_keys.remove("file_path")
         assert stored == node
         assert stored.ref_doc_id == node.ref_doc_id
     assert node_image(back[page.node_id]) == image
@@ -243,17 +250,14 @@ def test_a_file_is_unfinished_until_its_point_is_there(collection):
 def test_removing_a_file_takes_its_nodes_and_images(collection, by):
     sample(collection)
     image = make_image(collection.images_dir / "a" / "p.png")
-    foreign = make_image(collection.images_dir.parent / "mine.png")
-    store(
-        collection,
-        make_node("seen", file="in/a.pdf", sha256=A, page=9, image=image),
-        make_node("own", file="in/a.pdf", sha256=A, page=8, image=foreign),
-    )
-    assert collection.remove_file(by) == 5
+    beside = make_image(collection.images_dir / A[:16] / "not-named-by-any-node.png")
+    other = make_image(collection.images_dir / B[:16] / "p.png")
+    store(collection, make_node("seen", file="in/a.pdf", sha256=A, page=9, image=image))
+    assert collection.remove_file(by) == 4
     assert [entry.file for entry in collection.files()] == ["in/b.pdf"]
     assert collection.count() == 1
-    assert not image.parent.exists()
-    assert foreign.exists()
+    assert not image.parent.exists() and not beside.parent.exists()
+    assert other.exists()
     assert collection.remove_file(by) == 0
 
 
@@ -283,6 +287,110 @@ def test_moving_a_file_keeps_its_vectors(collection):
     assert hit.score == pytest.approx(1, abs=1e-5)
     assert collection.node(hit.payload).metadata["file"] == "out/z.pdf"
     assert collection.count(Where(files=("z.pdf",))) == 3
+
+
+def test_moving_a_file_keeps_its_images(collection, tmp_path, monkeypatch):
+    image = make_image(collection.images_dir / A[:16] / "p.png")
+    node = make_node("seen", file="in/a.pdf", sha256=A, image=image, page_image=image.as_posix())
+    store(collection, node)
+    entry = FileEntry("in/a.pdf", A, 1, 1)
+    collection.mark_done(entry)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    collection.move_file(entry, "in/z.pdf")
+    (hit,) = collection.search_text("seen", 1)
+    moved = collection.node(hit.payload)
+    assert node_image(moved) == image
+    assert moved.metadata["page_image"] == image.as_posix()
+    collection.remove_file("in/z.pdf")
+    assert not image.exists()
+
+
+def test_a_file_is_found_from_any_working_directory(collection, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    store(collection, make_node("near", file="in/a.pdf", sha256=A))
+    monkeypatch.chdir("/")
+    (hit,) = collection.search_text("near", 1)
+    node = collection.node(hit.payload)
+    assert node.metadata["file"] == "in/a.pdf"
+    assert Path(node.metadata["file_path"]) == tmp_path / "in/a.pdf"
+    assert "file_path" not in node.get_content("llm") + node.get_content("embed")
+
+
+def test_file_names_match_however_their_accents_are_written(collection):
+    decomposed = unicodedata.normalize("NFD", "docs/Übersicht Gebühren.md")
+    store(collection, make_node("fees", file=decomposed, sha256=A))
+    for pattern in ("Übersicht Gebühren.md", "Über*"):
+        assert collection.count(Where(files=(pattern,))) == 1
+        assert matching_paths([pattern], collection.paths()) == [decomposed]
+
+
+def test_patterns_that_match_nothing_are_named(sampled):
+    sample(sampled)
+    assert sampled.unmatched(Where(files=("a.pdf", "nope*"))) == ["nope*"]
+    assert sampled.unmatched(Where()) == sampled.unmatched(None) == []
+
+
+def astray(collection, stored):
+    """Give a stored node image paths as somebody else may have written them."""
+    image = make_image(collection.images_dir / A[:16] / "p.png")
+    node = make_node("seen", file="in/a.pdf", sha256=A, image=image, page_image=image.as_posix())
+    store(collection, node)
+    (point,) = collection._engine.scroll(Filter(must=(AnyOf("kind", ("page",)),)), vectors=True)
+    text = json.dumps(point.payload)
+    for path in {collection._images.stored(image, node.node_id).as_posix(), image.as_posix()}:
+        text = text.replace(path, stored)
+    collection._engine.upsert([dataclasses.replace(point, payload=json.loads(text))])
+
+
+@pytest.mark.parametrize("path", ["images/../../secret.png", "{outside}", "images/link/p.png"])
+def test_images_outside_of_the_collection_are_neither_read_nor_deleted(
+    collection, tmp_path, path, caplog
+):
+    secret = make_image(tmp_path / "secret.png")
+    if "link" in path:
+        secret = make_image(tmp_path / "outside" / "p.png")
+        (collection.images_dir / "link").symlink_to(secret.parent)
+    astray(collection, path.format(outside=secret))
+    (hit,) = collection.search_text("seen", 1)
+    node = collection.node(hit.payload)
+    assert node_image(node) is None
+    assert "page_image" not in node.metadata
+    assert "are not used" in caplog.text
+    collection.remove_file("in/a.pdf")
+    assert secret.exists()
+
+
+def test_an_image_from_elsewhere_is_copied(collection, tmp_path):
+    mine = make_image(tmp_path / "mine.png")
+    store(collection, make_node("seen", file="in/a.pdf", sha256=A, image=mine))
+    (hit,) = collection.search_text("seen", 1)
+    copy = node_image(collection.node(hit.payload))
+    assert copy.is_relative_to(collection.images_dir)
+    assert copy.read_bytes() == mine.read_bytes()
+    collection.remove_file("in/a.pdf")
+    assert mine.exists() and not copy.parent.exists()
+
+
+def test_a_link_among_the_images_is_not_followed(collection, tmp_path):
+    link = collection.images_dir / "p.png"
+    link.symlink_to(make_image(tmp_path / "secret.png"))
+    with pytest.raises(CollectionError, match="is a link"):
+        store(collection, make_node("seen", image=link))
+
+
+def test_a_folder_of_images_that_leads_elsewhere_is_refused(tmp_path):
+    (tmp_path / "precious").mkdir()
+    Collection.open(tmp_path / "x", settings=SETTINGS).close()
+    images = tmp_path / "x" / "images"
+    (images / ("a" * 16)).symlink_to(tmp_path / "precious")
+    with pytest.raises(CollectionError, match="holds links"):
+        Collection.open(tmp_path / "x")
+    shutil.rmtree(images)
+    images.symlink_to(tmp_path / "precious")
+    with pytest.raises(CollectionError, match="images_dir"):
+        Collection.open(tmp_path / "x")
+    Collection.open(tmp_path / "x", images_dir=tmp_path / "precious").close()
 
 
 def test_it_remembers_what_built_it(home):
@@ -411,24 +519,57 @@ def test_a_folder_in_use_by_another_process_is_refused(tmp_path):
     assert "another process" in run.stdout
 
 
-def test_two_processes_may_create_it_at_once(tmp_path, monkeypatch):
-    """The other one completes its shard while this one is still at its own."""
-    from mmrag.store.collection import _schema
-    from mmrag.store.edge import EdgeEngine
+def test_many_processes_may_open_a_new_folder_at_once(tmp_path):
+    """One at a time gets it, whenever they come; nobody damages it for the others."""
+    code = """
+import sys
+from fakes import make_node
+from mmrag.errors import CollectionError
+from mmrag.store.collection import Collection, CollectionSettings
+try:
+    settings = CollectionSettings("fake", "1", 32)
+    with Collection.open(sys.argv[1], settings=settings) as collection:
+        collection.write([make_node("one")], [{}])
+    print("opened")
+except CollectionError as error:
+    print("in use" if "in use by another process" in str(error) else error)
+"""
+    paths = os.pathsep.join(sys.path)
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, str(tmp_path / "x")],
+            env=os.environ | {"PYTHONPATH": paths},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for _ in range(3)
+    ]
+    said = [process.communicate()[0].strip() for process in processes]
+    assert set(said) <= {"opened", "in use"}
+    assert "opened" in said
+    with Collection.open(tmp_path / "x") as collection:
+        assert collection.count() == 1
 
-    shard = tmp_path / "x" / "qdrant"
-    rename = Path.rename
 
-    def late(unfinished, folder):
-        monkeypatch.setattr(Path, "rename", rename)
-        monkeypatch.setattr(os, "getpid", lambda: -1)
-        EdgeEngine.create(folder, _schema(SETTINGS)).close()
-        return rename(unfinished, folder)
-
-    monkeypatch.setattr(Path, "rename", late)
+def test_a_forked_process_is_told_and_leaves_the_collection_to_its_parent(tmp_path):
     with Collection.open(tmp_path / "x", settings=SETTINGS) as collection:
-        assert collection.settings == SETTINGS
-    assert [each.name for each in shard.parent.iterdir() if each.name != "images"] == ["qdrant"]
+        sample(collection)
+        child = os.fork()
+        if child == 0:
+            code = 1
+            signal.alarm(20)
+            try:
+                collection.count()
+            except CollectionError as error:
+                code = 0 if "forked" in str(error) else 2
+            finally:
+                collection.close()
+                os._exit(code)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        with pytest.raises(CollectionError, match="in use"):
+            Collection.open(tmp_path / "x")
+        assert collection.count() == 4
 
 
 def test_a_collection_cut_short_at_birth_is_finished(tmp_path):
@@ -436,7 +577,8 @@ def test_a_collection_cut_short_at_birth_is_finished(tmp_path):
     from mmrag.store.collection import _schema
     from mmrag.store.edge import EdgeEngine
 
-    EdgeEngine.create(tmp_path / "x" / "qdrant", _schema(SETTINGS)).close()
+    (tmp_path / "x").mkdir()
+    EdgeEngine(tmp_path / "x" / "qdrant", _schema(SETTINGS)).close()
     with pytest.raises(MissingCollectionError):
         Collection.open(tmp_path / "x")
     with Collection.open(tmp_path / "x", settings=SETTINGS) as collection:

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import shutil
 
 import httpx
 import numpy as np
@@ -43,7 +44,7 @@ POINTS = [
 
 
 def make_edge(tmp_path):
-    return EdgeEngine.create(tmp_path / "shard", SCHEMA)
+    return EdgeEngine(tmp_path / "shard", SCHEMA)
 
 
 def make_server(tmp_path):
@@ -227,6 +228,45 @@ def test_edge_says_what_is_broken(tmp_path):
     (tmp_path / "shard").mkdir()
     with pytest.raises(CollectionError, match="cannot open"):
         EdgeEngine(tmp_path / "shard")
+
+
+class PanicException(BaseException):
+    """As pyo3 raises it for a panic: no Exception, and of no module that can be imported."""
+
+
+def test_a_panic_of_the_engine_is_a_damaged_collection(tmp_path, monkeypatch):
+    engine = make_edge(tmp_path)
+
+    class Panicking:
+        def count(self, _):
+            raise PanicException("index out of bounds")
+
+    engine._shard.close()
+    engine._shard = Panicking()
+    with pytest.raises(CollectionError, match=r"damaged .*mmrag doctor"):
+        engine.count(ALL)
+    with pytest.raises(CollectionError, match="is closed"):
+        engine.count(ALL)
+    engine.close()
+    EdgeEngine(tmp_path / "shard").close()  # it was released
+
+
+def test_a_full_disk_is_said_before_anything_is_written(tmp_path, monkeypatch):
+    def full(path):
+        return shutil._ntuple_diskusage(10**12, 10**12 - 50_000_000, 50_000_000)
+
+    engine = make_edge(tmp_path)
+    with monkeypatch.context() as disk:
+        disk.setattr(shutil, "disk_usage", full)
+        for write in (lambda: engine.upsert(POINTS), lambda: engine.delete(ALL), engine.optimize):
+            with pytest.raises(CollectionError, match=r"50 MB free.*needed.*Free some space"):
+                write()
+        with pytest.raises(CollectionError, match="50 MB free"):
+            EdgeEngine(tmp_path / "other", SCHEMA)
+    assert engine.count(ALL) == 0
+    engine.upsert(POINTS)
+    assert engine.count(ALL) == 4
+    engine.close()
 
 
 def test_batches_are_bounded_by_count_and_bytes():

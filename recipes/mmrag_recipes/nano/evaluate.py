@@ -117,7 +117,7 @@ def read_handbook(folder: Path) -> Handbook:
     numbers: dict[tuple[str, int], int] = {}
     passages: list[str] = []
     owners: list[int] = []
-    files, _ = find_files([folder / "pdfs"])
+    files = find_files([folder / "pdfs"]).files
     with tempfile.TemporaryDirectory() as scratch:
         for path in files:
             for page in read_file(path, scratch, ReadOptions(dpi=24, figures=False)):
@@ -139,7 +139,7 @@ def read_scans(folder: Path) -> tuple[list[Image.Image], list[str], list[set[int
     right = [{(page["file"], page["page"]) for page in row["pages"]} for row in rows]
     wanted = set().union(*right)
     scans: dict[tuple[str, int], Image.Image] = {}
-    files, _ = find_files([folder / "pdfs"])
+    files = find_files([folder / "pdfs"]).files
     with tempfile.TemporaryDirectory() as scratch:
         for path in files:
             for page in read_file(path, scratch, ReadOptions(dpi=100, figures=False)):

@@ -1,0 +1,158 @@
+"""What a run has to do: which files are new, changed, moved, copies of others, or unchanged."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from mmrag.errors import ReadError
+from mmrag.ingest.progress import IngestReport
+from mmrag.reading import file_sha256, find_files
+from mmrag.store.collection import Collection
+from mmrag.store.entries import FileEntry, absolute_paths
+from mmrag.store.terms import DocumentTerms
+
+
+@dataclass(eq=False)
+class Job:
+    """One file to index, and how far it is.
+
+    terms: makes what BM25 finds its nodes by.
+    stale: hashes of its earlier versions, dropped when it is done.
+    copies: other files of equal content, one of which is read if this one fails.
+    pages, nodes: read so far. waiting: nodes that are not stored yet.
+    read: whether reading has ended. broken: whether an error ended it.
+    """
+
+    path: Path
+    sha256: str
+    terms: DocumentTerms
+    stale: list[str] = field(default_factory=list)
+    copies: list[Job] = field(default_factory=list)
+    pages: int = 0
+    nodes: int = 0
+    waiting: int = 0
+    read: bool = False
+    broken: bool = False
+    errors: list[ReadError] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        """The file's path as it is stored and reported."""
+        return self.path.as_posix()
+
+
+@dataclass
+class Plan:
+    """What a run has to do.
+
+    paths: absolute path to hash of every file found. jobs: files to read. moves: entries of
+    files that were renamed, with their new path. total: how many files were found.
+    """
+
+    paths: dict[Path, str]
+    jobs: list[Job] = field(default_factory=list)
+    moves: list[tuple[FileEntry, str]] = field(default_factory=list)
+    total: int = 0
+
+
+def make_plan(paths: Sequence[str | Path], collection: Collection, report: IngestReport) -> Plan:
+    """Sort the files found; what needs no work goes into the report."""
+    found = find_files(paths)
+    report.errors += found.errors
+    report.failed += [error.file for error in found.errors]
+    note_passed_over(found.passed_over, report)
+    hashes = _hashes(found.files, report)
+    entries = Entries(collection.files())
+    places = dict(zip(hashes, absolute_paths(map(Path, hashes)), strict=True))
+    plan = Plan({places[name]: hashes[name] for name in hashes})
+    plan.total = len(found.files) + len(found.errors)
+    jobs: dict[str, Job] = {}
+    stands_for: dict[str, str] = {}
+    for name, sha256 in hashes.items():
+        entry = entries.complete.get(sha256)
+        if entry is not None and entries.path[entry] == places[name]:
+            report.unchanged.append(name)
+            report.known_errors += entry.errors
+        elif entry is None:
+            # The nodes of an incomplete file are there: only what is missing is embedded.
+            terms = DocumentTerms(name, collection.settings.language)
+            job = Job(Path(name), sha256, terms, entries.earlier(name, places[name], sha256))
+            if sha256 in jobs:
+                jobs[sha256].copies.append(job)
+            else:
+                jobs[sha256] = job
+        elif sha256 in stands_for:
+            report.duplicates[name] = stands_for[sha256]
+        elif _is_gone(entry, entries.path[entry], plan.paths):
+            plan.moves.append((entry, name))
+        else:
+            report.duplicates[name] = entry.file
+        stands_for.setdefault(sha256, report.duplicates.get(name, name))
+    # An earlier version of one file that lives on under another path is not stale.
+    moved = {entry.sha256 for entry, _ in plan.moves}
+    for job in jobs.values():
+        job.stale = [sha256 for sha256 in job.stale if sha256 not in moved]
+    plan.jobs = list(jobs.values())
+    return plan
+
+
+def note_passed_over(files: Sequence[Path], report: IngestReport) -> None:
+    """Say which files of other types the folders hold, by count and suffix."""
+    report.passed_over += [path.as_posix() for path in files]
+    if files:
+        suffixes = Counter(path.suffix.lower() or "no suffix" for path in files)
+        counts = ", ".join(f"{count} {suffix}" for suffix, count in suffixes.most_common())
+        noun = "file" if len(files) == 1 else "files"
+        report.notes.append(f"{len(files)} {noun} of other types passed over: {counts}")
+
+
+class Entries:
+    """The entries of a collection by what a plan looks them up by."""
+
+    def __init__(self, entries: Sequence[FileEntry]) -> None:
+        self.complete = {entry.sha256: entry for entry in entries if entry.complete}
+        paths = absolute_paths(Path(entry.folder, entry.file) for entry in entries)
+        self.path = dict(zip(entries, paths, strict=True))
+        self._at_path: dict[Path, list[FileEntry]] = defaultdict(list)
+        self._of_name: dict[str, list[FileEntry]] = defaultdict(list)
+        for entry, path in self.path.items():
+            self._at_path[path].append(entry)
+            self._of_name[entry.file].append(entry)
+
+    def earlier(self, name: str, path: Path, sha256: str) -> list[str]:
+        """Hashes of other versions of a file, here or before its working directory moved."""
+        moved = [entry for entry in self._of_name[name] if not self.path[entry].exists()]
+        found = dict.fromkeys(entry.sha256 for entry in (*self._at_path[path], *moved))
+        return [other for other in found if other != sha256]
+
+
+def _is_gone(entry: FileEntry, path: Path, hashes: dict[Path, str]) -> bool:
+    """Whether the path of a finished file no longer has its content."""
+    if path in hashes:
+        return hashes[path] != entry.sha256
+    return not path.exists()
+
+
+def _hashes(files: Sequence[Path], report: IngestReport) -> dict[str, str]:
+    """Path to SHA-256 of each file that can be read."""
+
+    def hashed(path: Path) -> str | OSError:
+        try:
+            return file_sha256(path)
+        except OSError as error:
+            return error
+
+    found: dict[str, str] = {}
+    with ThreadPoolExecutor(2) as pool:
+        for path, result in zip(files, pool.map(hashed, files), strict=True):
+            if isinstance(result, str):
+                found[path.as_posix()] = result
+            else:
+                message = f"the file cannot be read ({result.strerror})"
+                report.errors.append(ReadError(message, file=path.as_posix(), retry=True))
+                report.failed.append(path.as_posix())
+    return found

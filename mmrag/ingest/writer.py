@@ -1,0 +1,234 @@
+"""Nodes into the collection: embedded in batches across pages and files, then stored."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from llama_index.core.schema import BaseNode
+from numpy.typing import NDArray
+
+from mmrag.content import Content
+from mmrag.embedders.base import Embedder
+from mmrag.errors import ContentError, ReadError
+from mmrag.ingest.plan import Job
+from mmrag.ingest.prefetch import End
+from mmrag.ingest.progress import IngestReport, Progress
+from mmrag.nodes import node_image, node_text
+from mmrag.reading import ReadPage
+from mmrag.store.collection import Collection
+from mmrag.store.entries import FileEntry, folder_of
+from mmrag.store.settings import View
+from mmrag.store.terms import NodeTerms
+
+log = logging.getLogger(__name__)
+
+_BATCH_ITEMS = 32
+
+
+class _Waiting(NamedTuple):
+    """A node that is to be embedded, with what of it."""
+
+    job: Job
+    node: BaseNode
+    views: dict[View, Content]
+    terms: NodeTerms
+
+
+class Writer:
+    """Takes what reading gives, file by file, and keeps the report.
+
+    Args:
+        total: how many files the run deals with. known: how many of them need no reading.
+        started: the run's beginning, in seconds of ``time.monotonic``.
+
+    Attributes:
+        n_needs_ocr: pages and images whose text only recognition can read.
+    """
+
+    def __init__(
+        self,
+        collection: Collection,
+        embedder: Embedder,
+        report: IngestReport,
+        *,
+        total: int,
+        known: int,
+        progress: Callable[[Progress], None] | None,
+        started: float,
+    ) -> None:
+        self._collection = collection
+        self._embedder = embedder
+        self._report = report
+        self._total = total
+        self._done = known
+        self._progress = progress
+        self._started = started
+        self._waiting: list[_Waiting] = []
+        self._items_waiting = 0
+        self._pages_waiting = 0
+        self.n_needs_ocr = 0
+
+    def take(self, job: Job, event: ReadPage | ReadError | End) -> None:
+        """Deal with one event of reading."""
+        match event:
+            case ReadPage():
+                self._take_page(job, event)
+            case ReadError():
+                self._fail(job, event)
+            case End():
+                self._end(job, event.error)
+
+    def flush(self) -> None:
+        """Embed and write what waits, and finish the files that are complete by it."""
+        batch, self._waiting, self._items_waiting = self._waiting, [], 0
+        if not batch:
+            return
+        vectors = self._embed(batch)
+        self._collection.write(
+            [each.node for each in batch], vectors, [each.terms for each in batch]
+        )
+        self._report.nodes += len(batch)
+        self._report.pages += self._pages_waiting
+        self._pages_waiting = 0
+        for each in batch:
+            each.job.waiting -= 1
+        for job in dict.fromkeys(each.job for each in batch):
+            self._finish_if_read(job)
+        self._tell(batch[-1].job)
+
+    def _take_page(self, job: Job, page: ReadPage) -> None:
+        for warning in page.warnings:
+            log.info("%s, page %s: %s", job.name, page.page, warning)
+        job.pages += 1
+        job.nodes += len(page.nodes)
+        for node in page.nodes:
+            job.terms.read(node_text(node))
+        self.n_needs_ocr += page.needs_ocr
+        stored = self._collection.existing([node.node_id for node in page.nodes])
+        missing = [node for node in page.nodes if node.node_id not in stored]
+        self._pages_waiting += bool(missing)
+        cut = any(node.metadata.get("kind") == "passage" for node in page.nodes)
+        for node in missing:
+            views = node_views(node, self._collection.settings.views, self._embedder, cut)
+            self._waiting.append(_Waiting(job, node, views, job.terms.of(node_text(node))))
+            self._items_waiting += len(views)
+            job.waiting += 1
+            if self._items_waiting >= _BATCH_ITEMS:
+                self.flush()
+
+    def _end(self, job: Job, error: Exception | None) -> None:
+        if isinstance(error, (ReadError, ContentError, OSError, MemoryError)):
+            job.broken = True
+            message = f"reading stopped ({error or type(error).__name__})"
+            self._fail(job, ReadError(message, file=job.name, retry=True))
+        elif error is not None:
+            raise error
+        job.read = True
+        self._finish_if_read(job)
+
+    def _fail(self, job: Job, error: ReadError) -> None:
+        job.errors.append(error)
+        self._report.errors.append(error)
+
+    def _finish_if_read(self, job: Job) -> None:
+        if not job.read or job.waiting:
+            return
+        complete = not any(error.retry for error in job.errors)
+        if job.broken or job.pages == 0:
+            self._report.failed.append(job.name)
+        else:
+            self._store_entry(job, complete)
+            if complete:
+                for sha256 in job.stale:
+                    self._collection.remove_file(sha256)
+                (self._report.replaced if job.stale else self._report.indexed).append(job.name)
+            else:
+                self._report.incomplete.append(job.name)
+        if job.stale and not (complete and job.pages):
+            self._report.notes.append(f"{job.name}: its earlier version stays in place.")
+        self._done += 1
+        self._tell(job)
+
+    def _store_entry(self, job: Job, complete: bool) -> None:
+        # A run that was cut short may have stored some under the path that the file had then.
+        self._collection.rename_nodes(job.sha256, job.name)
+        entry = FileEntry(
+            file=job.name,
+            sha256=job.sha256,
+            pages=job.pages,
+            nodes=job.nodes,
+            errors=tuple(sorted(str(error) for error in job.errors)),
+            folder=folder_of(job.name),
+            complete=complete,
+        )
+        self._collection.mark_done(entry)
+
+    def _embed(self, batch: Sequence[_Waiting]) -> list[dict[View, NDArray[np.float32]]]:
+        """For each node, view to (dim,) float32."""
+        keys = [(row, view) for row, each in enumerate(batch) for view in each.views]
+        results = self._encode([batch[row].views[view] for row, view in keys])
+        vectors: list[dict[View, NDArray[np.float32]]] = [{} for _ in batch]
+        for (row, view), result in zip(keys, results, strict=True):
+            if isinstance(result, ContentError):
+                job, node = batch[row].job, batch[row].node
+                kind, page = node.metadata.get("kind"), node.metadata.get("page")
+                message = f"the {view} view of a {kind} has no vector: {result}"
+                self._fail(job, ReadError(message, file=job.name, page=page))
+            else:
+                vectors[row][view] = result
+        return vectors
+
+    def _encode(self, contents: Sequence[Content]) -> list[NDArray[np.float32] | ContentError]:
+        """One vector for each content; a bad one is found by halving the batch."""
+        if not contents:
+            return []
+        try:
+            return list(self._embedder.encode(contents, dim=self._collection.settings.dim))
+        except ContentError as error:
+            if len(contents) == 1:
+                return [error]
+        half = len(contents) // 2
+        return self._encode(contents[:half]) + self._encode(contents[half:])
+
+    def _tell(self, job: Job) -> None:
+        if self._progress is not None:
+            self._progress(
+                Progress(
+                    files_done=self._done,
+                    files_total=self._total,
+                    pages=self._report.pages,
+                    failures=len(self._report.errors),
+                    file=job.name,
+                    seconds=time.monotonic() - self._started,
+                )
+            )
+
+
+def node_views(
+    node: BaseNode, views: Sequence[View], embedder: Embedder, cut: bool = False
+) -> dict[View, Content]:
+    """What is embedded of a node: its image, its text, or both, as far as it has them.
+
+    A node with text gets no ``image`` view from an embedder that prefers text, and a page that
+    was cut into passages no ``text`` view from one that prefers passages.
+
+    Args:
+        cut: whether the page that the node belongs to was cut into passages.
+    """
+    text = node_text(node).strip()
+    image = node_image(node)
+    possible: dict[View, Content] = {}
+    if image is not None and not (text and getattr(embedder, "prefers_text", False)):
+        possible["image"] = Content(image=image)
+    in_passages = cut and node.metadata.get("kind") == "page"
+    if text and not (in_passages and getattr(embedder, "prefers_passages", False)):
+        possible["text"] = Content(text=text)
+    if image is not None and text:
+        possible["fused"] = Content(text=text, image=image)
+    return {
+        view: possible[view] for view in views if view in possible and view in embedder.modalities
+    }

@@ -1,0 +1,70 @@
+"""What a collection keeps of an indexed file, and where the file is."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """One indexed file: its path as given, its content's hash, and what became of it.
+
+    errors: what could not be read or embedded.
+    folder: the working directory that a relative ``file`` was given in; else empty.
+    complete: False if pages were lost to time, memory or a full disk; the next run of indexing
+        reads the file again.
+
+    Example:
+        >>> entry = FileEntry("in/a.pdf", "0" * 64, pages=2, nodes=5, folder="/home/ann")
+        >>> entry.path.as_posix()
+        '/home/ann/in/a.pdf'
+    """
+
+    file: str
+    sha256: str
+    pages: int
+    nodes: int
+    errors: tuple[str, ...] = ()
+    folder: str = ""
+    complete: bool = True
+
+    @property
+    def path(self) -> Path:
+        """Where the file is, whatever the working directory is now."""
+        return absolute_path(Path(self.folder, self.file))
+
+    @classmethod
+    def from_payload(cls, payload: Mapping[str, Any]) -> FileEntry:
+        """The entry that ``to_payload`` gave; fields that an older mmrag did not know are left."""
+        names = {each.name for each in dataclasses.fields(cls)} & set(payload)
+        values = {name: payload[name] for name in names}
+        return cls(**(values | {"errors": tuple(values["errors"])}))
+
+    def to_payload(self) -> dict[str, Any]:
+        """As the payload of the file's own point."""
+        return dataclasses.asdict(self) | {"kind": "file", "errors": list(self.errors)}
+
+
+def folder_of(path: str) -> str:
+    """What a FileEntry of ``path`` has as its folder."""
+    return "" if Path(path).is_absolute() else str(Path.cwd())
+
+
+def absolute_path(path: Path) -> Path:
+    """One absolute path for all spellings; a link that is the file itself is not followed."""
+    return path.parent.resolve() / path.name
+
+
+def absolute_paths(paths: Iterable[Path]) -> list[Path]:
+    """``absolute_path`` of each; every folder is resolved once, for that asks the file system."""
+    folders: dict[Path, Path] = {}
+    found = []
+    for path in paths:
+        if path.parent not in folders:
+            folders[path.parent] = path.parent.resolve()
+        found.append(folders[path.parent] / path.name)
+    return found

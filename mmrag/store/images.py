@@ -1,0 +1,145 @@
+"""The folder of a collection's page images, and which paths in a payload may be used.
+
+A collection may come from somebody else, so a path that it holds is not trusted: an image is
+read or deleted only if it lies in the collection's own folder of images, links resolved.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from llama_index.core.schema import BaseNode, Node
+
+from mmrag.errors import CollectionError
+from mmrag.nodes import node_image
+from mmrag.reading import words_path
+from mmrag.reading.files import IMAGES_MARK
+
+log = logging.getLogger(__name__)
+
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+class ImageFolder:
+    """Where page images are, and how their paths are stored.
+
+    Args:
+        path: the folder of images; it need not exist yet.
+        home: the folder of an embedded collection: paths are stored relative to it, so that it
+            can be moved. None for a collection on a server: paths are stored absolute.
+    """
+
+    def __init__(self, path: Path, home: Path | None) -> None:
+        self.path = path
+        self._real_path = path.resolve()
+        self._home = home
+        self._warned = False
+
+    def make(self, *, given: bool) -> None:
+        """Make the folder, marked so that indexing passes it over.
+
+        given: whether the user named the folder; otherwise it must not lead out of ``home``.
+
+        Raises: CollectionError for a folder that holds links or, not given, is one.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        inside = self._home is None or self._real_path.is_relative_to(self._home.resolve())
+        if not given and not inside:
+            raise CollectionError(
+                f"{self.path} is a link to {self._real_path}, outside of the collection. If "
+                "that is intended, pass that folder as images_dir."
+            )
+        # Images are written to and deleted from the folders in here.
+        with os.scandir(self.path) as entries:
+            links = [entry.name for entry in entries if entry.is_symlink()]
+        if links:
+            raise CollectionError(
+                f"{self.path} holds links ({links[0]}), which mmrag never makes; delete them."
+            )
+        mark = self.path / IMAGES_MARK
+        if not mark.exists():
+            mark.touch()
+
+    def stored(self, path: Path, node_id: str) -> Path:
+        """How the path of a node's image is stored; one from elsewhere is copied in here.
+
+        Raises: CollectionError for a path in here that links lead elsewhere.
+        """
+        absolute = path.absolute()
+        if self._holds(absolute):
+            pass
+        elif absolute.is_relative_to(self.path):
+            raise CollectionError(
+                f"{path} is a link to {absolute.resolve()}, outside of the collection; delete it."
+            )
+        elif absolute.is_file():
+            own = self.path / hashlib.sha256(node_id.encode()).hexdigest()[:16]
+            own.mkdir(exist_ok=True)
+            absolute = shutil.copyfile(absolute, own / absolute.name)
+        if self._home is not None and absolute.is_relative_to(self._home):
+            return absolute.relative_to(self._home)
+        return absolute
+
+    def found(self, stored: Path) -> Path | None:
+        """The way back from ``stored``; None for a path that may not be read."""
+        path = stored if self._home is None else self._home / stored
+        if self._holds(path) or (self._home is None and _is_page_image(path)):
+            return path
+        if not self._warned:
+            self._warned = True
+            log.warning("Images outside of %s are not used, such as %s.", self.path, stored)
+        return None
+
+    def remove(self, stored: set[Path], hashes: set[str]) -> None:
+        """Delete images by stored path, and the folders that reading made for files."""
+        for path in stored:
+            absolute = path if self._home is None else self._home / path
+            if self._holds(absolute):
+                absolute.unlink(missing_ok=True)
+                words_path(absolute).unlink(missing_ok=True)
+                if absolute.parent != self.path and not any(absolute.parent.iterdir()):
+                    absolute.parent.rmdir()
+        for sha256 in hashes:
+            if _SHA256.fullmatch(sha256):
+                shutil.rmtree(self.path / sha256[:16], ignore_errors=True)
+
+    def _holds(self, path: Path) -> bool:
+        return path.resolve().is_relative_to(self._real_path)
+
+
+def _is_page_image(path: Path) -> bool:
+    """Whether mmrag wrote this file: it lies two levels below the mark of an images folder.
+
+    On a server the default ``images_dir`` depends on the working directory, so that page images
+    are found from another one too.
+    """
+    real = path.resolve()
+    return len(real.parents) > 1 and (real.parents[1] / IMAGES_MARK).is_file()
+
+
+def image_paths(node: BaseNode) -> set[Path]:
+    """The image of a node and that of its page."""
+    paths = (node_image(node), node.metadata.get("page_image"))
+    return {Path(path) for path in paths if path}
+
+
+def with_image_paths(node: BaseNode, change: Callable[[Path], Path | None]) -> BaseNode:
+    """Change the image paths of ``node`` in place; one that becomes None is taken away."""
+    image = node_image(node)
+    if isinstance(node, Node) and node.image_resource and image:
+        path = change(image)
+        resource = node.image_resource.model_copy(update={"path": path})
+        node.image_resource = resource if path is not None else None
+    if node.metadata.get("page_image"):
+        path = change(Path(node.metadata["page_image"]))
+        if path is None:
+            del node.metadata["page_image"]
+        else:
+            node.metadata["page_image"] = path.as_posix()
+    return node

@@ -1,0 +1,49 @@
+"""From ``Where`` to a filter of the engine."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Sequence
+from pathlib import PurePosixPath
+from typing import Any
+
+from mmrag.errors import ConfigError
+from mmrag.queries import Where
+from mmrag.store.engine import AnyOf, Between, Condition, Filter
+
+
+def matching_paths(patterns: Sequence[str], paths: Sequence[str]) -> list[str]:
+    """The paths that end in a pattern, or match it as a glob: ``a.pdf``, ``x/a.pdf``, ``x/*``."""
+    return [path for path in paths if any(_matches(path, pattern) for pattern in patterns)]
+
+
+def _matches(path: str, pattern: str) -> bool:
+    # macOS writes file names decomposed (NFD); a keyboard gives them composed (NFC).
+    path = unicodedata.normalize("NFC", path)
+    wanted = PurePosixPath(unicodedata.normalize("NFC", pattern)).as_posix()
+    if wanted == ".":
+        return False
+    return f"/{path}".endswith(f"/{wanted}") or PurePosixPath(path).match(wanted)
+
+
+def as_filter(where: Where, files: Sequence[str]) -> Filter:
+    """The filter for ``where``; ``files``: the stored paths that ``where.files`` match."""
+    must: list[Condition] = []
+    if where.files:
+        must.append(AnyOf("file", tuple(files)))
+    if where.pages is not None:
+        must.append(Between("page", *where.pages))
+    if where.kinds:
+        must.append(AnyOf("kind", tuple(where.kinds)))
+    must += [AnyOf(key, _values(key, value)) for key, value in where.metadata.items()]
+    return Filter(must=tuple(must))
+
+
+def _values(key: str, value: Any) -> tuple[str | int | float | bool, ...]:
+    many = value if isinstance(value, (list, tuple, set, frozenset)) else [value]
+    if not many or not all(isinstance(each, (str, int, float)) for each in many):
+        raise ConfigError(
+            f"Where.metadata[{key!r}] = {value!r}: give a str, int, float or bool, or a list of "
+            "them that is not empty."
+        )
+    return tuple(many)
