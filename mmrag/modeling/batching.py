@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
@@ -14,6 +15,8 @@ from torch import Tensor
 
 from mmrag.errors import ConfigError, ModelError
 from mmrag.modeling.loading import is_out_of_memory
+
+logger = logging.getLogger(__name__)
 
 CPU_TOKEN_BUDGET = 1024
 GPU_TOKEN_BUDGET = 32768
@@ -56,7 +59,7 @@ class TokenBudget:
         self.full = self.limit = full
         self._fits = 0
         self._patience = _FIRST_PATIENCE
-        self._raised = False
+        self._raised = self._told = False
 
     def fitted(self) -> None:
         """Count a batch that fitted."""
@@ -67,6 +70,14 @@ class TokenBudget:
 
     def exceeded(self, tokens: int) -> None:
         """Note that a batch of so many tokens did not fit."""
+        if not self._told:
+            self._told = True
+            logger.warning(
+                "Out of memory with a batch of %d tokens: smaller batches are run for a while. "
+                "token_budget=%d avoids this.",
+                tokens,
+                max(1, tokens // 2),
+            )
         if self._raised:
             self._patience *= 2
         self.limit, self._fits, self._raised = max(1, min(self.limit, tokens) // 2), 0, False

@@ -96,7 +96,7 @@ def test_a_short_lack_of_memory_is_forgotten():
     assert budget.limit == 32768
 
 
-def test_a_lasting_lack_of_memory_is_tried_ever_more_rarely():
+def test_a_lasting_lack_of_memory_is_tried_ever_more_rarely_and_said_once(caplog):
     forward, seen = device(lambda: 1000)
     budget = TokenBudget(2000)
     failures = []
@@ -106,6 +106,7 @@ def test_a_lasting_lack_of_memory_is_tried_ever_more_rarely():
         run_halving(forward, [Item(10)] * size, budget, "m")
         if seen[before] > 1000:
             failures.append(step)
+    assert sum("Out of memory" in record.message for record in caplog.records) == 1
     gaps = np.diff(failures)
     assert len(failures) < 9
     assert (gaps[1:] > gaps[:-1]).all()
