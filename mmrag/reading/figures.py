@@ -16,12 +16,33 @@ from mmrag.reading.characters import clean
 from mmrag.reading.layout import Word
 from mmrag.reading.options import Box
 
-_MIN_SIDE = 36.0  # points: half an inch
-_MIN_SHARE = 0.012  # of the page's area
+# Lengths are in points of 1/72 inch; shares are of areas. Chosen on company reports and handbooks
+# so that charts and photographs come out whole, and letterheads and tables do not.
+_MIN_SIDE = 36.0  # half an inch: smaller art is an icon
+_MIN_SHARE = 0.012  # of the page: a square inch of A4
 _MAX_SHARE = 0.85  # larger ones are scans and backgrounds: the page itself shows them
-_THIN = 3.0  # points: rules and hairlines
-_NEAR = 9.0  # points between parts of one drawing
-_MAX_PATHS = 20_000
+_MAX_PATH_SHARE = 0.6  # a single path of this size is a frame or a coloured background
+_THIN = 3.0  # rules and hairlines
+_STRAIGHT = 0.5  # how far a line may lean and still be a rule
+_NEAR = 9.0  # between parts of one drawing; less than a line of text
+_MAX_PATHS = 20_000  # maps have more, and the first ones show where they are
+_WHITE = 0.98  # least of red, green and blue of a fill that cannot be seen
+_TEXT_SHARE = 0.3  # of a frame that its words cover: it is a box around text
+_IMAGE_SHARE = 0.5  # of a group that its images cover: it is a photograph with a frame
+_FULL_ROW = 0.85  # of a row's width that its filled boxes cover: the shading of a table
+_SAME_EDGE = 4.0  # rows whose ends differ by less are of one table
+
+_CAPTION_REACH = 72.0  # an inch: how far off a caption that says "Figure 3" may stand
+_NEAREST_REACH = 22.0  # how far off any other text may stand to be taken for the caption
+_TITLE_HEIGHT = 14.0  # above a drawing's box, where its title may begin
+_TITLE_SHARE = 0.25  # of a drawing's height, from its top, where its title may stand
+_LETTER_SHARE = 0.6  # of a title's characters; the labels of an axis have fewer letters
+_SHARED_WIDTH = 0.3  # of the narrower of caption and figure that stand above each other
+_LABEL_WORDS, _LABEL_HEIGHT = 6, 24.0  # longer or taller lines are no labels of a chart
+_LABEL_REACH = 12.0  # how far from a drawing its label may stand: a line of text
+_NUMBER_REACH = 26.0  # the numbers of an axis stand farther off, behind its ticks
+_MAX_GROWTH = 1.8  # times its area that labels may add to a drawing; more is other text
+_MARGIN = 2.0  # around a drawing and its labels
 _CAPTION = re.compile(
     r"^(fig(ure|\.)?|chart|exhibit|table|tab\.|plate|photo(graph)?|image|picture|diagram|graph|map"
     r"|scheme|illustration|abb(ildung|\.)?|figura|tableau)\s*\d",
@@ -94,8 +115,8 @@ def _drawings(page: Any, bounds: Box) -> list[_Art]:
     shown = tuple(page.rotation_matrix)
     for path in page.get_drawings()[:_MAX_PATHS]:
         box = clipped(moved(path["rect"], shown), bounds)
-        white = path.get("fill") is not None and min(path["fill"]) > 0.98
-        if max(sides(box)) < 1 or area(box) > 0.6 * area(bounds):
+        white = path.get("fill") is not None and min(path["fill"]) > _WHITE
+        if max(sides(box)) < 1 or area(box) > _MAX_PATH_SHARE * area(bounds):
             continue
         if path.get("color") is None and (path.get("fill") is None or white):
             continue
@@ -112,7 +133,8 @@ def _drawings(page: Any, bounds: Box) -> list[_Art]:
 
 def _is_ruled(item: Sequence[Any]) -> bool:
     if item[0] == "l":
-        return bool(abs(item[1].x - item[2].x) < 0.5 or abs(item[1].y - item[2].y) < 0.5)
+        start, end = item[1], item[2]
+        return bool(abs(start.x - end.x) < _STRAIGHT or abs(start.y - end.y) < _STRAIGHT)
     return item[0] in ("re", "qu")
 
 
@@ -149,17 +171,21 @@ def _is_figure(group: list[_Art], box: Box, bounds: Box, words: Sequence[Word]) 
     if min(sides(box)) < _MIN_SIDE or not _MIN_SHARE <= share <= _MAX_SHARE:
         return False
     inside = [word.box for word in words if holds(box, word.box)]
-    if sum(area(b) for b in inside) > 0.3 * area(box):
+    if sum(map(area, inside)) > _TEXT_SHARE * area(box):
         return False
-    images = [art for art in group if art.raster]
-    if images and area(union(art.box for art in images)) > 0.5 * area(box):
+    images = [art.box for art in group if art.raster]
+    if images and area(union(images)) > _IMAGE_SHARE * area(box):
         return True
-    solid = [a for a in group if a.filled and min(sides(a.box)) > _THIN]
     if all(art.ruled for art in group):
-        # Bars of a chart are empty; the shading of a table's cells has words on it.
-        shaded = sum(any(holds(art.box, b) for b in inside) for art in solid)
-        return len(solid) >= 2 and shaded * 2 < len(solid) and not _is_tiled(solid)
+        return _has_bars(group, inside)
     return len(group) >= 3 or bool(images)
+
+
+def _has_bars(group: Sequence[_Art], words: Sequence[Box]) -> bool:
+    """Whether straight art is a chart's: its bars are empty, a table's cells have words on them."""
+    solid = [art for art in group if art.filled and min(sides(art.box)) > _THIN]
+    shaded = sum(any(holds(art.box, word) for word in words) for art in solid)
+    return len(solid) >= 2 and shaded * 2 < len(solid) and not _is_tiled(solid)
 
 
 def _is_tiled(arts: Sequence[_Art]) -> bool:
@@ -170,8 +196,8 @@ def _is_tiled(arts: Sequence[_Art]) -> bool:
     extents: Counter[tuple[int, int]] = Counter()
     for boxes in rows.values():
         x0, _, x1, _ = union(boxes)
-        if sum(b[2] - b[0] for b in boxes) > 0.85 * (x1 - x0):
-            extents[round(x0 / 4), round(x1 / 4)] += 1
+        if sum(b[2] - b[0] for b in boxes) > _FULL_ROW * (x1 - x0):
+            extents[round(x0 / _SAME_EDGE), round(x1 / _SAME_EDGE)] += 1
     return max(extents.values(), default=0) > 0.5 * len(rows)
 
 
@@ -192,18 +218,21 @@ def _blocks(words: Sequence[Word], key: Callable[[Word], Any]) -> list[_Block]:
 
 def _caption(box: Box, blocks: Sequence[_Block], drawn: bool) -> _Block | None:
     """A block near by that says "Figure 3"; else a drawing's title; else what is nearest."""
-    outside = [b for b in blocks if not holds(box, b.box) and distance(box, b.box) <= 72]
+    outside = [
+        b for b in blocks if not holds(box, b.box) and distance(box, b.box) <= _CAPTION_REACH
+    ]
     near = sorted(((_beside(box, b.box), b) for b in outside), key=lambda item: item[0])
     for _, block in near:
         if _CAPTION.match(block.text):
             return block
-    top = (box[0], box[1] - 14, box[2], box[1] + 0.25 * (box[3] - box[1]))
+    height = box[3] - box[1]
+    top = (box[0], box[1] - _TITLE_HEIGHT, box[2], box[1] + _TITLE_SHARE * height)
     titles = [b for b in blocks if drawn and 2 <= b.words <= 25 and holds(top, b.box)]
     for block in sorted(titles, key=lambda b: b.box[1]):
-        if sum(c.isalpha() for c in block.text) > 0.6 * len(block.text):
+        if sum(c.isalpha() for c in block.text) > _LETTER_SHARE * len(block.text):
             return block
     for gap, block in near:
-        if gap <= 22 and 3 <= block.words <= 40:
+        if gap <= _NEAREST_REACH and 3 <= block.words <= 40:
             return block
     return None
 
@@ -211,7 +240,7 @@ def _caption(box: Box, blocks: Sequence[_Block], drawn: bool) -> _Block | None:
 def _beside(box: Box, other: Box) -> float:
     """Distance above or below; infinite where the two do not overlap from left to right."""
     shared = min(box[2], other[2]) - max(box[0], other[0])
-    if shared < 0.3 * min(box[2] - box[0], other[2] - other[0]):
+    if shared < _SHARED_WIDTH * min(box[2] - box[0], other[2] - other[0]):
         return float("inf")
     return max(other[1] - box[3], box[1] - other[3], 0.0)
 
@@ -222,7 +251,7 @@ def _labels(words: Sequence[Word]) -> list[_Block]:
     sizes = Counter(word.block for word in words)
     loose = [word for word in words if sizes[word.block] < 4 * lines[word.block]]
     found = _blocks(loose, lambda word: (word.block, word.line))
-    return [line for line in found if line.words <= 6 and line.tall <= 24]
+    return [line for line in found if line.words <= _LABEL_WORDS and line.tall <= _LABEL_HEIGHT]
 
 
 def _with_labels(box: Box, labels: Sequence[_Block], caption: _Block | None) -> Box:
@@ -233,10 +262,12 @@ def _with_labels(box: Box, labels: Sequence[_Block], caption: _Block | None) -> 
     for _ in range(2):  # the labels of an axis, then the legend below them
         near = [b.box for b in labels if distance(grown, b.box) <= _reach(b.text)]
         grown = union([grown, *near])
-    wide = area(grown) > 1.8 * area(box)
-    return box if wide else (grown[0] - 2, grown[1] - 2, grown[2] + 2, grown[3] + 2)
+    if area(grown) > _MAX_GROWTH * area(box):
+        return box
+    x0, y0, x1, y1 = grown
+    return (x0 - _MARGIN, y0 - _MARGIN, x1 + _MARGIN, y1 + _MARGIN)
 
 
 def _reach(label: str) -> float:
     """How far from a drawing its label may stand, in points; the numbers of an axis farther."""
-    return 12.0 if any(c.isalpha() for c in label) else 26.0
+    return _LABEL_REACH if any(c.isalpha() for c in label) else _NUMBER_REACH

@@ -25,6 +25,18 @@ Turn: TypeAlias = Literal["none", "down", "up", "back", "mirrored"]
 _SENTENCE_END = re.compile(r"[.!?\u3002\uff01\uff1f\u2026][\"'\u2019\u201d)\]]*$")
 _HYPHENS = "-\u2010\u00ad"
 
+# Lengths are in points, or in heights of a line where they are said to be.
+_COLUMN_GAP = 8.0  # narrowest white gap between columns; spaces between words are 3 to 5
+_TOUCHING = 1.0  # how far lines may overlap and still be one below the other
+_BAND_SPACE = 3.0  # line heights between bands that columns may still run through
+_SAME_ROW = 0.4  # of the height that the middles of two lines on one row may differ by
+_PARAGRAPH_SPACE = 0.6  # line heights between lines of different paragraphs
+_WRAP_SPACE = 0.25  # line heights of the space before the word that did not fit any more
+_NO_SPACE = 0.5  # heights of a character: less is no space between ideographs
+_VERTICAL = 1.5  # times its width that the one word of a vertical line is high
+_SAME_COLUMN = 0.25  # widths that the middles of two characters of a column may differ by
+_STEP = (0.5, 1.6)  # heights of a character from one to the next in a vertical column
+
 
 @dataclass(frozen=True, slots=True)
 class Word:
@@ -106,8 +118,8 @@ def _stands_below(above: Word, below: Word) -> bool:
         return False
     (x0, y0, x1, y1), (u0, v0, u1, _) = above.box, below.box
     width, height = max(x1 - x0, u1 - u0), y1 - y0
-    same_column = abs((x0 + x1) - (u0 + u1)) < 0.5 * width
-    return same_column and 0.5 * height < v0 - y0 < 1.6 * height
+    same_column = abs((x0 + x1) - (u0 + u1)) / 2 < _SAME_COLUMN * width
+    return same_column and _STEP[0] * height < v0 - y0 < _STEP[1] * height
 
 
 _BACK: dict[Turn, Turn] = {
@@ -148,7 +160,7 @@ def _direction(words: Sequence[Word]) -> Turn:
             back = last[2] < first[0] and not n_mirrored
             votes["back" if back else "none"] += len(line.words)
         elif is_unspaced(line.words[0].text):  # a line without spaces is one word
-            votes["down" if height > 1.5 * width else "none"] += len(line.words[0].text)
+            votes["down" if height > _VERTICAL * width else "none"] += len(line.words[0].text)
     return max(votes, key=lambda turn: votes[turn])
 
 
@@ -177,14 +189,14 @@ def _bands(lines: list[_Line]) -> list[list[_Line]]:
     bands: list[list[_Line]] = []
     bottom = float("-inf")
     for line in sorted(lines, key=lambda line: line.box[1]):
-        if line.box[1] >= bottom - 1:
+        if line.box[1] >= bottom - _TOUCHING:
             bands.append([])
         bands[-1].append(line)
         bottom = max(bottom, line.box[3])
     merged: list[list[_Line]] = []
     columns = False
     for band in bands:
-        near = bool(merged) and _space_between(merged[-1], band) < 3 * _height(band)
+        near = bool(merged) and _space_between(merged[-1], band) < _BAND_SPACE * _height(band)
         together = near and _column_gap(merged[-1] + band) is not None
         if merged and (together or (not columns and _column_gap(band) is None)):
             merged[-1] += band
@@ -203,14 +215,14 @@ def _height(lines: Sequence[_Line]) -> float:
     return max(line.box[3] - line.box[1] for line in lines)
 
 
-def _column_gap(lines: Sequence[_Line], narrowest: float = 8.0) -> float | None:
+def _column_gap(lines: Sequence[_Line]) -> float | None:
     """The x where a white gap begins that parts two columns of running text, if there is one."""
     if len(lines) < 6:
         return None
     spans = sorted((line.box[0], line.box[2]) for line in lines)
     right = spans[0][1]
     for x0, x1 in spans:
-        if x0 - right >= narrowest:
+        if x0 - right >= _COLUMN_GAP:
             sides = [[s for s in lines if s.box[2] <= right], [s for s in lines if s.box[0] >= x0]]
             if all(_is_prose(side) for side in sides):
                 return right
@@ -257,7 +269,7 @@ def _row_words(row: Sequence[_Line], mirrored: bool) -> list[Word]:
 def _gap_within(before: Word, word: Word) -> str:
     """What stands between two words of a row: a space, but not inside of unspaced text."""
     apart = max(word.box[0] - before.box[2], before.box[0] - word.box[2])
-    near = apart < 0.5 * (word.box[3] - word.box[1])
+    near = apart < _NO_SPACE * (word.box[3] - word.box[1])
     return "" if near and _is_one_run(before.text, word.text) else " "
 
 
@@ -272,7 +284,7 @@ def _rows(lines: Sequence[_Line]) -> list[list[_Line]]:
     for line in sorted(lines, key=lambda line: line.box[1] + line.box[3]):
         centre = (line.box[1] + line.box[3]) / 2
         tall = line.box[3] - line.box[1]
-        if rows and abs(centre - middle) < 0.4 * min(height, tall):
+        if rows and abs(centre - middle) < _SAME_ROW * min(height, tall):
             rows[-1].append(line)
         else:
             rows.append([line])
@@ -295,11 +307,11 @@ def _gap_between(above: list[_Line], row: list[_Line], edges: dict[int, float]) 
         width = word[2] - word[0]
         if is_unspaced(first.words[0].text):
             width /= len(first.words[0].text)
-        if last.box[2] + width + 0.25 * height > edge:
+        if last.box[2] + width + _WRAP_SPACE * height > edge:
             same = last.words[0].block == first.words[0].block
             if same or _runs_on(last.words[-1].text, first.words[0].text):
                 return "" if _is_one_run(last.words[-1].text, first.words[0].text) else " "
-    return "\n" if apart < 0.6 * height else "\n\n"
+    return "\n" if apart < _PARAGRAPH_SPACE * height else "\n\n"
 
 
 def _runs_on(last: str, first: str) -> bool:
