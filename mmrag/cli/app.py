@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from mmrag.cli.ask import ask
+from mmrag.cli.chat import chat
 from mmrag.cli.console import EXIT_CODES
 from mmrag.cli.index import index
 from mmrag.cli.list_files import list_files
@@ -27,6 +28,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "index": index,
     "search": search,
     "ask": ask,
+    "chat": chat,
     "list": list_files,
     "remove": remove,
     "tune": tune,

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from mmrag.answering.planning import PlanningQueryEngine
     from mmrag.answering.response import CitedResponse
     from mmrag.llms.local import LocalLLM
+    from mmrag.server.client import ServerClient
 
 LLMOption = Annotated[
     str | None,
@@ -112,27 +113,39 @@ def ask(
         live = out().is_terminal and not as_json
         with working() as step:
             step(f"Opening {collection}")
+            from mmrag.queries import MultimodalQuery
+            from mmrag.server.client import find_server
+
             where = where_from(file, pages, kind)
-            model = chat_model(llm, base_url, context_window)
-            with open_library(collection, embedder) as library:
-                step("Loading the embedder")
-                cited = library.as_query_engine(
-                    model,
-                    rerankers(rerank, model, top_k, images=not no_images),
-                    similarity_top_k=top_k * (3 if rerank else 1),
-                    where=where,
-                    streaming=live and model is not None,
-                    images=not no_images,
-                )
-                step("Searching and answering")
-                engine = _planned(cited) if plan else cited
-                response = _answer(engine, question or "", image, step)
+            query = MultimodalQuery(question or "", image=image, where=where, top_k=top_k)
+            server = find_server(collection)
+            if server is not None:
+                note_ignored(server, llm=llm, base_url=base_url, rerank=rerank, plan=plan)
+                step(f"Asking {server.address.url}")
+                streaming = live
+                response = _finished(server.ask(query)[1], step, live=live)
+            else:
+                model = chat_model(llm, base_url, context_window)
+                streaming = live and model is not None
+                with open_library(collection, embedder) as library:
+                    step("Loading the embedder")
+                    query.top_k = top_k * (3 if rerank else 1)
+                    cited = library.as_query_engine(
+                        model,
+                        rerankers(rerank, model, top_k, images=not no_images),
+                        streaming=streaming,
+                        images=not no_images,
+                    )
+                    step("Searching and answering")
+                    engine = _planned(cited) if plan else cited
+                    response = _finished(engine.query(query), step, live=live)
         saved = _save_pages(response, save_pages) if save_pages else {}
-        trace = {"plan": (response.metadata or {})["plan"]} if plan else {}
+        planned = (response.metadata or {}).get("plan") if plan else None
+        trace = {"plan": planned} if planned else {}
         if as_json:
             print_json(response.to_dict(question or "") | trace)
         else:
-            if not cited.streaming:
+            if not streaming:
                 show(display.answer_view(response))
             show(display.sources_view(response, saved))
             if trace:
@@ -183,23 +196,30 @@ def rerankers(
     return [MLLMReranker(llm.model, top_k, images=images, **server)]
 
 
-def _answer(
-    engine: CitedQueryEngine | PlanningQueryEngine, question: str, image: Path | None, step: Step
-) -> CitedResponse:
-    """The checked answer; a stream is shown word by word."""
-    from mmrag.answering.response import CitedResponse, CitedStreamingResponse
-    from mmrag.queries import MultimodalQuery
+def note_ignored(server: ServerClient, **options: object) -> None:
+    """Say which options a running server does not take."""
+    given = [f"--{name.replace('_', '-')}" for name, value in options.items() if value]
+    if given:
+        say(
+            f"The server at {server.address.url} holds the collection and answers as it was "
+            f"started; ignored here: {', '.join(given)}."
+        )
 
-    reply = engine.query(MultimodalQuery(question, image=image))
+
+def _finished(reply: object, step: Step, *, live: bool) -> CitedResponse:
+    """The checked answer; a stream is shown word by word where ``live``."""
+    from mmrag.answering.response import CitedResponse, CitedStreamingResponse
+
     if isinstance(reply, CitedResponse):
         return reply
     assert isinstance(reply, CitedStreamingResponse)
-    console = out()
-    for token in reply.response_gen:
-        step.stop()
-        console.file.write(display.clean(token))
-        console.file.flush()
-    console.print()
+    if live:
+        console = out()
+        for token in reply.response_gen:
+            step.stop()
+            console.file.write(display.clean(token))
+            console.file.flush()
+        console.print()
     return reply.get_response()
 
 

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from mmrag.cli import display
+from mmrag.cli.ask import note_ignored
 from mmrag.cli.console import NOTHING, errors, print_json, show
 from mmrag.cli.options import (
     DEFAULT_COLLECTION,
@@ -45,14 +46,24 @@ def search(
         need_query(query, image)
         with working() as step:
             step(f"Opening {collection}")
+            from mmrag.queries import MultimodalQuery
+            from mmrag.server.client import find_server
+
             where = where_from(file, pages, kind)
-            with open_library(collection, embedder) as library:
-                step("Loading the embedder")
-                retriever = library.as_retriever(
-                    similarity_top_k=top_k, where=where, explain=explain
-                )
-                step("Searching")
-                hits = retriever.search(query, image)
+            server = None if embedder else find_server(collection)
+            if server is not None:
+                note_ignored(server, explain=explain)
+                step(f"Searching at {server.address.url}")
+                asked = MultimodalQuery(query or "", image=image, where=where, top_k=top_k)
+                hits = server.search(asked)
+            else:
+                with open_library(collection, embedder) as library:
+                    step("Loading the embedder")
+                    retriever = library.as_retriever(
+                        similarity_top_k=top_k, where=where, explain=explain
+                    )
+                    step("Searching")
+                    hits = retriever.search(query, image)
         words = query or ""
         if as_json:
             print_json({"query": query, "hits": [display.hit_row(hit, words) for hit in hits]})

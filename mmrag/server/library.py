@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from mmrag.errors import ConfigError, MissingCollectionError
 from mmrag.index import DEFAULT_EMBEDDER, UniversalIndex
 from mmrag.queries import MultimodalQuery
 from mmrag.rerankers.base import Scorer
+from mmrag.server.address import Address, remove_address, write_address
 from mmrag.server.batching import BatchingEmbedder
 from mmrag.server.errors import ApiError, no_model, not_found
 from mmrag.server.jobs import Job, Writer
@@ -49,14 +51,21 @@ class Library:
     """One collection, open and warm. Its methods may be called from several threads.
 
     name: what clients call it. uploads: the folder of the files that came through the server.
+    folder: of the collection; None for one on a Qdrant server.
     """
 
     def __init__(
-        self, name: str, index: UniversalIndex, uploads: Path, answering: Answering
+        self,
+        name: str,
+        index: UniversalIndex,
+        uploads: Path,
+        answering: Answering,
+        folder: Path | None = None,
     ) -> None:
         self.name = name
         self.index = index
         self.uploads = uploads
+        self.folder = folder
         self.answering = answering
         self.writer = Writer(index)
         clean_incoming(uploads)
@@ -80,16 +89,8 @@ class Library:
         history: role and text of the messages before. With a language model the question is
         rewritten to stand on its own.
         """
-        from mmrag.answering.response import CitedStreamingResponse
-
-        question = query.query_str
-        if history and self.answering.llm is not None and question.strip():
-            question = self._standalone(question, history)
         top_k = (query.top_k or 8) * (3 if self.answering.postprocessors else 1)
-        asked = MultimodalQuery(question, image=query.image, where=query.where, top_k=top_k)
-        response = self._engine().query(asked)
-        assert isinstance(response, CitedStreamingResponse)
-        return question, response
+        return ask_engine(self._engine(), dataclasses.replace(query, top_k=top_k), history)
 
     def answer(
         self, query: MultimodalQuery, history: Sequence[tuple[str, str]] = ()
@@ -152,8 +153,15 @@ class Library:
             self.writer.lock.release()
         return entry
 
+    def announce(self, url: str) -> None:
+        """Let commands on this machine find the server."""
+        if self.folder is not None:
+            write_address(self.folder, Address(url, self.name))
+
     def close(self) -> None:
         """Stop indexing and release the collection."""
+        if self.folder is not None:
+            remove_address(self.folder)
         self.writer.stop()
         self.index.close()
 
@@ -163,16 +171,25 @@ class Library:
             how.llm, list(how.postprocessors), streaming=True, images=how.images
         )
 
-    def _standalone(self, question: str, history: Sequence[tuple[str, str]]) -> str:
-        """A follow-up question in words that need no conversation."""
-        from llama_index.core.base.llms.types import ChatMessage
-        from llama_index.core.memory import ChatMemoryBuffer
 
-        from mmrag.answering.chat import CitedChatEngine
+def ask_engine(
+    engine: CitedQueryEngine, query: MultimodalQuery, history: Sequence[tuple[str, str]] = ()
+) -> tuple[str, CitedStreamingResponse]:
+    """As ``Library.ask``, of an engine that streams."""
+    from llama_index.core.base.llms.types import ChatMessage
+    from llama_index.core.memory import ChatMemoryBuffer
 
+    from mmrag.answering.chat import CitedChatEngine
+    from mmrag.answering.response import CitedStreamingResponse
+
+    question = query.query_str
+    if history and engine.llm is not None and question.strip():
         messages = [ChatMessage(role=role, content=text) for role, text in history]
         memory = ChatMemoryBuffer.from_defaults(chat_history=messages)
-        return CitedChatEngine(self._engine(), memory=memory).standalone(question)
+        question = CitedChatEngine(engine, memory=memory).standalone(question)
+    response = engine.query(dataclasses.replace(query, query_str=question))
+    assert isinstance(response, CitedStreamingResponse)
+    return question, response
 
 
 class Libraries:
@@ -276,7 +293,8 @@ def open_libraries(
             except BaseException:
                 index.close()
                 raise
-            libraries.append(Library(name, index, uploads, answering or Answering()))
+            folder = None if "://" in location else Path(location).expanduser().absolute()
+            libraries.append(Library(name, index, uploads, answering or Answering(), folder))
     except BaseException:
         Libraries(libraries, list(embedders.values())).close()
         raise

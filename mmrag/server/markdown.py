@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mmrag.answering.response import harmless, literal
+from mmrag.nodes import page_name
 
 # [1], and [1, 2] as some models write it.
 _MARK = re.compile(r"\[(\d{1,3}(?:\s*[,;]\s*\d{1,3})*)\]")
@@ -123,8 +124,8 @@ def url_citations(
 
 def place_of(source: Mapping[str, Any]) -> str:
     """File name and page, for people."""
-    page = source["page"]
-    return str(source["name"]) if page is None else f"{source['name']}, page {page}"
+    page = page_name(source)
+    return f"{source['name']}, {page}" if page else str(source["name"])
 
 
 def _listed(source: Mapping[str, Any]) -> str:

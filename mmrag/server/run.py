@@ -53,8 +53,15 @@ def serve(
         timeout_graceful_shutdown=options.stop_seconds,
         server_header=False,
     )
+    own = address.replace("0.0.0.0", "127.0.0.1").replace("[::]", "[::1]")
+
+    def tell() -> None:
+        for library in libraries:
+            library.announce(own)
+        ready(address)
+
     try:
-        _Uvicorn(config, lambda: ready(address)).run([listening])
+        _Uvicorn(config, tell).run([listening])
     finally:
         listening.close()
 

@@ -1,0 +1,59 @@
+"""How a command finds the server that holds a collection: a file in the collection's folder."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlsplit
+
+_FILE = "server.json"
+
+
+@dataclass(frozen=True)
+class Address:
+    """Where a collection is served, and what it is called there."""
+
+    url: str
+    collection: str
+
+
+def write_address(folder: Path, address: Address) -> None:
+    """Say in a collection's folder that it is served."""
+    values = {"url": address.url, "collection": address.collection, "pid": os.getpid()}
+    part = folder / f".{_FILE}.{os.getpid()}"
+    part.write_text(json.dumps(values), encoding="utf-8")
+    part.replace(folder / _FILE)
+
+
+def remove_address(folder: Path) -> None:
+    """Take it back, if it is of this process."""
+    values = _read(folder)
+    if values is not None and values.get("pid") == os.getpid():
+        (folder / _FILE).unlink(missing_ok=True)
+
+
+def find_address(location: str) -> Address | None:
+    """The server that holds a folder, as far as its file tells; None without one.
+
+    The file of a server that was killed stays behind: whether it answers is to be asked. Only
+    addresses of this machine are taken, since a folder may come from elsewhere.
+    """
+    values = _read(Path(location).expanduser())
+    if values is None:
+        return None
+    url, collection = values.get("url"), values.get("collection")
+    if not isinstance(url, str) or not isinstance(collection, str):
+        return None
+    parts = urlsplit(url)
+    own = parts.scheme == "http" and parts.hostname in ("127.0.0.1", "::1", "localhost")
+    return Address(url, collection) if own else None
+
+
+def _read(folder: Path) -> dict[str, object] | None:
+    try:
+        values = json.loads((folder / _FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return values if isinstance(values, dict) else None

@@ -1,0 +1,178 @@
+"""Asking a running server from the command line, with answers as if they were found here."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import httpx
+
+from mmrag.content import ImageSource, load_image
+from mmrag.errors import EndpointError
+from mmrag.server.address import Address, find_address
+
+if TYPE_CHECKING:
+    from mmrag.answering.context import Source
+    from mmrag.answering.response import CitedResponse, CitedStreamingResponse
+    from mmrag.nodes import Hit
+    from mmrag.queries import MultimodalQuery
+
+_PATIENCE = httpx.Timeout(120.0, connect=2.0)  # seconds
+
+
+def find_server(location: str) -> ServerClient | None:
+    """The server that holds a collection's folder, if one answers.
+
+    Its key is taken from MMRAG_API_KEY.
+    """
+    address = find_address(location)
+    if address is None:
+        return None
+    try:
+        httpx.get(f"{address.url}/health", timeout=2.0).raise_for_status()
+    except httpx.HTTPError:
+        return None
+    return ServerClient(address, os.environ.get("MMRAG_API_KEY"))
+
+
+class ServerClient:
+    """One collection of a running ``mmrag serve``."""
+
+    def __init__(self, address: Address, key: str | None = None) -> None:
+        self.address = address
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        self._http = httpx.Client(base_url=address.url, headers=headers, timeout=_PATIENCE)
+
+    def search(self, query: MultimodalQuery) -> list[Hit]:
+        """The pages nearest to a query. Raises EndpointError if the server refuses."""
+        with self._answer("/api/search", self._body(query)) as reply:
+            reply.read()
+            return [_hit(row) for row in reply.json()["hits"]]
+
+    def ask(
+        self, query: MultimodalQuery, history: Sequence[tuple[str, str]] = ()
+    ) -> tuple[str, CitedStreamingResponse]:
+        """The question as it was searched, and the answer as a stream; as ``Library.ask``."""
+        from mmrag.answering.response import CitedStreamingResponse
+
+        turns = [{"role": role, "content": text} for role, text in history]
+        events = self._events({**self._body(query), "history": turns})
+        name, begun = next(events)
+        assert name == "sources"
+        final: dict[str, Any] = {}
+
+        def tokens() -> Generator[str, None, None]:
+            for name, data in events:
+                if name == "token":
+                    yield data["text"]
+                elif name == "error":
+                    raise EndpointError(f"The server: {data['error']['message']}")
+                else:
+                    final.update(data)
+
+        sources = [_source(row) for row in begun["sources"]]
+        stream = CitedStreamingResponse(
+            response_gen=tokens(),
+            source_nodes=[source.node for source in sources],
+            sources=sources,
+            finish=lambda text: _response(final or {"answer": text, "sources": []}),
+        )
+        return begun["question"], stream
+
+    def _body(self, query: MultimodalQuery) -> dict[str, Any]:
+        where = query.where
+        return {
+            "query": query.query_str,
+            "collection": self.address.collection,
+            "image": None if query.image is None else _encoded(query.image),
+            "top_k": query.top_k or 8,
+            "files": list(where.files) if where else [],
+            "pages": where.pages if where else None,
+            "kinds": list(where.kinds) if where else [],
+        }
+
+    def _events(self, body: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+        with self._answer("/api/ask", body) as reply:
+            name = ""
+            for line in reply.iter_lines():
+                if line.startswith("event: "):
+                    name = line.removeprefix("event: ")
+                elif line.startswith("data: "):
+                    yield name, json.loads(line.removeprefix("data: "))
+
+    @contextmanager
+    def _answer(self, path: str, body: Mapping[str, Any]) -> Iterator[httpx.Response]:
+        try:
+            with self._http.stream("POST", path, json=body) as reply:
+                if reply.is_error:
+                    reply.read()
+                    raise EndpointError(f"{self.address.url}: {_told(reply)}")
+                yield reply
+        except httpx.HTTPError as error:
+            raise EndpointError(f"{self.address.url} broke off: {error}") from error
+
+
+def _told(reply: httpx.Response) -> str:
+    if reply.status_code == 401:
+        return "the server asks for an API key; set MMRAG_API_KEY."
+    try:
+        return str(reply.json()["error"]["message"])
+    except (ValueError, KeyError, TypeError):
+        return f"the server answered with status {reply.status_code}."
+
+
+def _encoded(image: ImageSource) -> str:
+    import io
+
+    stream = io.BytesIO()
+    load_image(image).save(stream, "PNG")
+    return base64.b64encode(stream.getvalue()).decode("ascii")
+
+
+def _hit(row: Mapping[str, Any]) -> Hit:
+    from llama_index.core.schema import TextNode
+
+    from mmrag.nodes import Hit
+
+    names = ("file", "page", "label", "kind")
+    metadata = {name: row[name] for name in names if row.get(name) is not None}
+    node = TextNode(text=row["text"], metadata=metadata | {"sha256": row["file_id"]})
+    box = tuple(row["boxes"][0]) if row["boxes"] else None
+    return Hit(node=node, score=row.get("score"), ranks=row.get("ranks", {}), box=box)
+
+
+def _source(row: Mapping[str, Any]) -> Source:
+    from mmrag.answering.context import Source
+
+    hit = _hit(row)
+    is_image = row["kind"] == "picture" and Path(row["file"]).is_file()
+    return Source(
+        n=row["n"],
+        file=row["file"],
+        page=row["page"],
+        node=hit,
+        text=row["text"],
+        image=Path(row["file"]) if is_image else None,
+        quote=row["quote"],
+        boxes=tuple(tuple(box) for box in row["boxes"]) if row["quote"] else (),
+        cited=row["cited"],
+    )
+
+
+def _response(answer: Mapping[str, Any]) -> CitedResponse:
+    from mmrag.answering.response import CitedResponse
+
+    sources = [_source(row) for row in answer["sources"]]
+    return CitedResponse(
+        response=answer["answer"],
+        source_nodes=[source.node for source in sources],
+        sources=sources,
+        found=answer.get("found", True),
+        problems=list(answer.get("problems", ())),
+        notes=list(answer.get("notes", ())),
+    )
