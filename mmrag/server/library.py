@@ -281,12 +281,12 @@ def open_libraries(
     libraries: list[Library] = []
     try:
         for name, location in _named(locations):
-            wanted = embedder or _built_by(location, api_key) or DEFAULT_EMBEDDER
+            wanted = embedder or _built_by(location, name, api_key) or DEFAULT_EMBEDDER
             if wanted not in embedders:
                 loaded = load_embedder(wanted)
                 embedders[wanted] = BatchingEmbedder(loaded, batch_ms / 1000, observe=observe_batch)
                 embedders[wanted].encode(["warm"], "page_for_question")
-            index = UniversalIndex(location, embedders[wanted], api_key=api_key)
+            index = UniversalIndex(location, embedders[wanted], name=name, api_key=api_key)
             try:
                 index.add([])  # makes a collection that is not there
                 uploads = _uploads_of(index.collection)
@@ -302,24 +302,27 @@ def open_libraries(
 
 
 def _named(locations: Sequence[str]) -> list[tuple[str, str]]:
-    """Name and place of each collection: the name given, or the last part of the place."""
+    """Name and place of each collection: the name given, or the folder's.
+
+    On a Qdrant server it is the name of the collection there, ``mmrag`` unless given.
+    """
     found: list[tuple[str, str]] = []
     for location in locations:
         name, equals, place = location.partition("=")
         if not equals or not name or "/" in name:
-            name, place = location.rstrip("/").rsplit("/", 1)[-1], location
-        if name in ("", ".", ".."):
-            name = Path(place).resolve().name
+            name, place = "", location
+        if not name:
+            name = "mmrag" if "://" in place else Path(place).expanduser().resolve().name
         if name in dict(found):
             raise ConfigError(f"Two collections are called {name!r}: give them as NAME=FOLDER.")
         found.append((name, place))
     return found
 
 
-def _built_by(location: str, api_key: str | None) -> str | None:
+def _built_by(location: str, name: str, api_key: str | None) -> str | None:
     """The embedder that built a collection, if there is one."""
     try:
-        with Collection.open(location, api_key=api_key) as collection:
+        with Collection.open(location, name=name, api_key=api_key) as collection:
             return collection.settings.embedder
     except MissingCollectionError:
         return None
