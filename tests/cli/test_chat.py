@@ -89,7 +89,7 @@ def test_one_question_that_fails_does_not_end_the_rest(talk):
     try:
         result = talk("Eye?", "/sources", options=("--llm", "tiny", "--base-url", server.url))
         assert result.exit_code == 0
-        assert "refuses the API key" in result.stderr
+        assert "API key" in result.stderr
     finally:
         server.close()
 
