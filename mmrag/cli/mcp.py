@@ -10,6 +10,7 @@ import typer
 from mmrag.cli.ask import BaseURLOption, LLMOption, WindowOption, chat_model
 from mmrag.cli.console import errors, say
 from mmrag.cli.options import DEFAULT_COLLECTION, DebugOption, EmbedderOption
+from mmrag.server import require
 
 
 def mcp(
@@ -34,6 +35,7 @@ def mcp(
     An assistant starts this command itself. Over HTTP: mmrag serve, at /mcp.
     """
     with errors(debug):
+        require("mcp")
         say("Loading mmrag for MCP on stdio (Ctrl-C stops)")  # stdout belongs to the protocol
         from mmrag.server.library import Answering, open_libraries
         from mmrag.server.mcp_tools import create_mcp

@@ -13,6 +13,7 @@ from mmrag.cli.console import errors, say
 from mmrag.cli.options import DEFAULT_COLLECTION, DebugOption, EmbedderOption
 from mmrag.cli.progress import working
 from mmrag.errors import ConfigError
+from mmrag.server import require
 
 MIB = 1024 * 1024
 
@@ -75,6 +76,7 @@ def serve(
     """Serve collections over HTTP: a web page, a JSON API, and the OpenAI API."""
     with errors(debug), working(log=True) as step:
         step("Starting the server")
+        require("serve")
         from mmrag.server.library import Answering, open_libraries
         from mmrag.server.metrics import Metrics
         from mmrag.server.options import ServerOptions

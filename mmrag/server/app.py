@@ -8,21 +8,15 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from importlib import metadata
 from importlib.util import find_spec
 
-from mmrag.errors import ConfigError, MMRagError
+from anyio import to_thread
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 
-try:
-    import python_multipart  # noqa: F401 - FastAPI reads uploads with it
-    from anyio import to_thread
-    from fastapi import FastAPI, Request
-    from fastapi.exceptions import RequestValidationError
-    from fastapi.responses import JSONResponse
-    from prometheus_client import REGISTRY  # noqa: F401
-    from starlette.applications import Starlette
-    from starlette.exceptions import HTTPException
-    from starlette.middleware.cors import CORSMiddleware
-except ImportError as error:
-    raise ConfigError("The server needs its extra: pip install 'mmrag[serve]'") from error
-
+from mmrag.errors import MMRagError
 from mmrag.server.errors import ApiError, problem_of
 from mmrag.server.gate import Gate
 from mmrag.server.guard import Guard
@@ -41,7 +35,9 @@ def create_app(
 ) -> FastAPI:
     """An application that serves open collections, and closes them when it ends.
 
-    Raises: ConfigError if the extra ``serve`` is not installed.
+    Example:
+        >>> from mmrag.server.library import open_libraries
+        >>> app = create_app(open_libraries(["papers/"]))  # doctest: +SKIP
     """
     options = options or ServerOptions()
     metrics = metrics or Metrics()

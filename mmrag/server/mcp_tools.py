@@ -12,22 +12,18 @@ from importlib import metadata
 from typing import Annotated, Any, ParamSpec, TypeVar
 
 from anyio import to_thread
+from mcp.server.mcpserver import Image, MCPServer
+from mcp.server.mcpserver.exceptions import ToolError
+from mcp.types import CallToolResult, ContentBlock, ResourceLink, TextContent, ToolAnnotations
 from pydantic import Field
 
-from mmrag.errors import ConfigError, MMRagError
+from mmrag.errors import MMRagError
 from mmrag.queries import MultimodalQuery, Where
 from mmrag.server.answers import answer_row, hit_row
 from mmrag.server.library import Libraries
 from mmrag.server.links import format_boxes, parse_boxes
 from mmrag.server.markdown import place_of
 from mmrag.server.pages import page_picture
-
-try:
-    from mcp.server.mcpserver import Image, MCPServer
-    from mcp.server.mcpserver.exceptions import ToolError
-    from mcp.types import CallToolResult, ContentBlock, ResourceLink, TextContent, ToolAnnotations
-except ImportError as error:
-    raise ConfigError("MCP needs its extra: pip install 'mmrag[mcp]'") from error
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -45,10 +41,7 @@ CollectionName = Annotated[
 
 
 def create_mcp(libraries: Libraries) -> MCPServer:
-    """An MCP server over open collections.
-
-    Raises: ConfigError if the extra ``mcp`` is not installed.
-    """
+    """An MCP server over open collections."""
     server: MCPServer = MCPServer(
         "mmrag", version=metadata.version("mmrag"), instructions=INSTRUCTIONS
     )

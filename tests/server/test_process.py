@@ -11,6 +11,9 @@ from pathlib import Path
 
 import httpx
 import pytest
+from typer.testing import CliRunner
+
+from mmrag.cli.app import app
 
 HERE = Path(__file__).parent
 
@@ -40,10 +43,10 @@ def serving(folder, *options, **environ):
 
 def stop(process, sign=signal.SIGTERM):
     process.send_signal(sign)
-    return process.wait(30)
+    return process.wait(120)
 
 
-def indexed(url, name, seconds=30):
+def indexed(url, name, seconds=120):
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         files = httpx.get(f"{url}/api/files").json()["files"]
@@ -78,11 +81,17 @@ def test_nothing_is_lost_when_it_is_stopped_over_an_upload(tmp_path, sign):
         stop(process)
 
 
-def test_wrong_use_is_told_before_anything_is_loaded(tmp_path):
+def test_wrong_use_is_told_before_anything_is_loaded(tmp_path, monkeypatch):
+    monkeypatch.delenv("MMRAG_API_KEYS", raising=False)
     for options in (["--host", "0.0.0.0"], ["--api-keys", str(tmp_path / "none")]):
-        command = [sys.executable, str(HERE / "serve_fake.py"), "serve", *options]
-        env = os.environ | {"PYTHONPATH": f"{HERE.parents[1]}{os.pathsep}{HERE.parent}"}
-        env.pop("MMRAG_API_KEYS", None)
-        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
-        assert done.returncode == 2
-        assert "Error:" in done.stderr
+        result = CliRunner().invoke(app, ["serve", *options])
+        assert result.exit_code == 2
+        assert "Error:" in result.stderr
+
+
+@pytest.mark.parametrize("command", ["serve", "mcp"])
+def test_a_missing_extra_is_named(command, monkeypatch):
+    monkeypatch.setattr("mmrag.server.find_spec", lambda name: None)
+    result = CliRunner().invoke(app, [command])
+    assert result.exit_code == 2
+    assert f"pip install 'mmrag[{command}]'" in result.stderr
