@@ -245,6 +245,8 @@ class ExportConfig(Options):
     """Checkpoint folder to write."""
     dtype: Literal["float16", "bfloat16", "float32"] = "float16"
     """Type of the weights."""
+    adapter: Path | None = None
+    """Also write the adapter of a LoRA run here, in PEFT's layout."""
     scores: tuple[Path, ...] = ()
     """JSON files of ``evaluate --json`` for the model card."""
 

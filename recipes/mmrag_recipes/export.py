@@ -20,21 +20,21 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from mmrag.content import Content
 from mmrag.embedders import load_backbone
 from mmrag.embedders.local import LocalEmbedder
 from mmrag.embedders.registry import find_folders, read_marker
 from mmrag.embedders.saving import save_checkpoint
-from mmrag.errors import ModelError
+from mmrag.errors import ConfigError, ModelError
 from mmrag.modeling.backbone import Backbone
 from mmrag.modeling.loading import check_keys
 from mmrag_recipes.config import ExportConfig, TrainConfig
 from mmrag_recipes.evaluate import table
 from mmrag_recipes.options import build, read_file
-from mmrag_recipes.rows import read_rows
-from mmrag_recipes.trainable import make_trainable
+from mmrag_recipes.row_file import open_rows
+from mmrag_recipes.trainable import make_trainable, peft_config
 
 LEAST_COSINE = 0.9999
 _RELOAD = """
@@ -123,6 +123,32 @@ def export(run: Path, out: Path, dtype: str = "float16", scores: Sequence[Path] 
     return out
 
 
+def write_adapter(run: Path, out: Path) -> Path:
+    """Write the adapter of a LoRA run in PEFT's layout, beside its base instead of merged.
+
+    Raises: ConfigError if the run has no adapter, or began at one: PEFT cannot stack them.
+    """
+    config = build(TrainConfig, read_file(run / "final" / "config.json"), str(run))
+    if config.lora is None or len(find_folders(config.model)) > 1:
+        began = "began at an adapter" if config.lora else "trained all weights"
+        raise ConfigError(f"{run} {began}: only its merged weights can be exported.")
+    trained = load_file(run / "final" / "trained.safetensors")
+    # peft puts the adapter's name into the names of a live model, but not into its files.
+    named = {
+        f"base_model.model.{name.replace('.default', '')}".replace(
+            "magnitude_vector.weight", "magnitude_vector"
+        ): value
+        for name, value in trained.items()
+    }
+    adapter = peft_config(config.lora)
+    adapter.base_model_name_or_path = config.model
+    adapter.inference_mode = True
+    out.mkdir(parents=True, exist_ok=True)
+    adapter.save_pretrained(str(out))
+    save_file(named, out / "adapter_model.safetensors", metadata={"format": "pt"})
+    return out
+
+
 def check_in_fresh_process(folder: Path, expected: NDArray[np.float32]) -> None:
     """Load a folder in a new process and compare its vectors with those expected.
 
@@ -149,12 +175,13 @@ def model_card(config: TrainConfig, name: str, scores: Sequence[Path]) -> str:
     lines = [f"# {name}", "", f"Fine-tuned from `{config.model}` with mmrag's recipes.", ""]
     lines += ["## Data", "", "| data set | rows | sources | licenses |", "|---|---|---|---|"]
     for data in config.data:
-        rows = read_rows(data.rows)
-        sources = sorted({row.source.partition("#")[0] for row in rows if row.source})
+        rows = open_rows(data.rows)
+        about = {(row.source.partition("#")[0], row.license or "not stated") for row in rows}
+        sources = sorted({source for source, _ in about if source})
         shown = ", ".join(sources[:6]) + (
             f" and {len(sources) - 6} more" if len(sources) > 6 else ""
         )
-        licenses = ", ".join(sorted({row.license or "not stated" for row in rows}))
+        licenses = ", ".join(sorted({license_ for _, license_ in about}))
         label = data.name or Path(data.rows).stem
         lines.append(f"| {label} | {len(rows)} | {shown or 'not stated'} | {licenses} |")
     lines += ["", "## Training", ""]
@@ -177,3 +204,5 @@ def model_card(config: TrainConfig, name: str, scores: Sequence[Path]) -> str:
 def run(options: ExportConfig) -> None:
     """Command: export a run."""
     print(f"exported: {export(options.run, options.out, options.dtype, options.scores)}")
+    if options.adapter:
+        print(f"adapter: {write_adapter(options.run, options.adapter)}")

@@ -10,7 +10,7 @@ from torch import nn
 
 from mmrag.errors import ConfigError
 from mmrag.modeling.backbone import Backbone
-from mmrag_recipes.config import TrainConfig
+from mmrag_recipes.config import LoraConfig, TrainConfig
 
 # Modules of the families that take pixels alone. What they give depends on no other weights.
 _TOWERS = ("visual", "vision_tower", "vision_embed_tokens")
@@ -23,7 +23,7 @@ def make_trainable(backbone: Backbone, config: TrainConfig) -> list[nn.Parameter
     """
     model: Any = backbone.model
     if config.lora:
-        _add_adapters(model, config)
+        _add_adapters(model, config.lora)
     for prefix in config.freeze:
         frozen = [p for name, p in model.named_parameters() if name.startswith(prefix)]
         if not frozen:
@@ -51,22 +51,26 @@ def make_trainable(backbone: Backbone, config: TrainConfig) -> list[nn.Parameter
     return trainable
 
 
-def _add_adapters(model: nn.Module, config: TrainConfig) -> None:
-    from peft import LoraConfig as PeftLora
+def _add_adapters(model: nn.Module, lora: LoraConfig) -> None:
     from peft import inject_adapter_in_model
 
-    assert config.lora is not None
-    adapter = PeftLora(
-        r=config.lora.r,
-        lora_alpha=config.lora.alpha,
-        lora_dropout=config.lora.dropout,
-        target_modules=config.lora.targets,
-        use_dora=config.lora.dora,
-    )
     try:
-        inject_adapter_in_model(adapter, model)
+        inject_adapter_in_model(peft_config(lora), model)
     except ValueError as error:
         raise ConfigError(f"lora.targets: {error}") from error
+
+
+def peft_config(lora: LoraConfig) -> Any:
+    """The options of the adapters as peft's own."""
+    from peft import LoraConfig as PeftLora
+
+    return PeftLora(
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=lora.targets,
+        use_dora=lora.dora,
+    )
 
 
 def frozen_towers(model: nn.Module) -> list[nn.Module]:

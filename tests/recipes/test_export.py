@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from peft import PeftModel
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny_adapters import adapter_weights, save_adapter
@@ -12,9 +13,15 @@ from transformers import AutoTokenizer, Qwen2VLModel
 from mmrag.content import Content
 from mmrag.embedders import load_backbone, load_embedder
 from mmrag.embedders.saving import save_checkpoint
-from mmrag.errors import ModelError
+from mmrag.errors import ConfigError, ModelError
 from mmrag_recipes.config import DataConfig, LoraConfig, TrainConfig
-from mmrag_recipes.export import check_in_fresh_process, export, load_trained, probe_vectors
+from mmrag_recipes.export import (
+    check_in_fresh_process,
+    export,
+    load_trained,
+    probe_vectors,
+    write_adapter,
+)
 from mmrag_recipes.train import train
 
 
@@ -139,3 +146,37 @@ def test_a_run_that_began_at_an_adapter_is_exported_whole(tiny_model, text_rows,
     out = export(tmp_path / "run", tmp_path / "out", dtype="float32")
     assert not (out / "adapter_config.json").exists()
     assert (out / "tokenizer.json").is_file()
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_an_adapter_in_pefts_layout_gives_the_same_vectors(tiny_model, text_rows, tmp_path, dora):
+    config = TrainConfig(
+        model=str(tiny_model),
+        family="gme",
+        out=str(tmp_path / "run"),
+        data=(DataConfig(rows=str(text_rows)),),
+        steps=2,
+        batch_size=4,
+        lr=0.02,
+        lora=LoraConfig(r=4, dora=dora),
+        device="cpu",
+        report=(),
+    )
+    train(config)
+    adapter = write_adapter(tmp_path / "run", tmp_path / "adapter")
+    merged, _ = load_trained(tmp_path / "run")
+    expected = probe_vectors("merged", merged)
+    ours = load_backbone(adapter, family="gme", base=tiny_model, device="cpu", dtype="float32")
+    assert ((probe_vectors("adapter", ours) * expected).sum(axis=1) > 0.9999).all()
+    plain = load_backbone(tiny_model, family="gme", device="cpu", dtype="float32")
+    assert ((probe_vectors("base", plain) * expected).sum(axis=1) < 0.999).all()
+    plain.model = PeftModel.from_pretrained(plain.model, str(adapter)).merge_and_unload()
+    assert ((probe_vectors("peft", plain) * expected).sum(axis=1) > 0.9999).all()
+
+
+def test_a_run_without_an_adapter_has_none_to_write(tiny_model, text_rows, tmp_path):
+    data = (DataConfig(rows=str(text_rows)),)
+    options = {"family": "gme", "data": data, "steps": 1, "batch_size": 4, "device": "cpu"}
+    train(TrainConfig(model=str(tiny_model), out=str(tmp_path / "run"), **options))
+    with pytest.raises(ConfigError, match="trained all weights"):
+        write_adapter(tmp_path / "run", tmp_path / "adapter")
