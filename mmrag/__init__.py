@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     )
     from mmrag.answering.structured import StructuredAnswer, answer_as
     from mmrag.content import Content, ImageLimits, load_image
-    from mmrag.embedders import Embedder, load_embedder
+    from mmrag.embedders import Calibration, Embedder, load_embedder
     from mmrag.embedders.remote import RemoteEmbedder
     from mmrag.embedding import UniversalEmbedding
     from mmrag.errors import (
@@ -60,6 +60,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "AsyncCitedStreamingResponse": "answering.response",
+    "Calibration": "embedders",
     "CitedChatEngine": "answering.chat",
     "CitedChatResponse": "answering.chat",
     "CitedQueryEngine": "answering.engine",
@@ -118,6 +119,7 @@ _HOME = {
 
 __all__ = [
     "AsyncCitedStreamingResponse",
+    "Calibration",
     "CitedChatEngine",
     "CitedChatResponse",
     "CitedQueryEngine",
