@@ -137,7 +137,7 @@ def test_an_object_is_valid_or_one_clear_error(index, llm):
     try:
         answer = answer_as(engine, "What did the new pump for the well cost?", Price)
     except EndpointError as error:
-        assert "gave no valid Price" in str(error)
+        assert "returned no valid Price" in str(error)
     else:
         check(answer.response)
         assert answer.value is None or isinstance(answer.value, Price)

@@ -75,8 +75,8 @@ class CitedChatEngine(BaseChatEngine):
     Args:
         engine: answers each question, once it stands on its own.
         llm: rewrites follow-up questions; by default the engine's.
-        memory: any LlamaIndex memory; by default one of a quarter of the context window.
-        rewrite_prompt: has ``{history}`` and ``{message}``.
+        memory: any LlamaIndex memory; by default one that takes a quarter of the context window.
+        rewrite_prompt: a template with ``{history}`` and ``{message}``.
 
     Streams carry the ``CitedStreamingResponse`` in ``sources[0].raw_output``.
 
@@ -93,7 +93,7 @@ class CitedChatEngine(BaseChatEngine):
     ) -> None:
         chosen = llm or engine.llm
         if chosen is None:
-            raise ConfigError("Chat needs a language model to rewrite questions: give llm.")
+            raise ConfigError("CitedChatEngine needs a language model: pass llm=.")
         self.engine = engine
         self.llm = chosen
         window = _cited(engine).context_window or chosen.metadata.context_window
@@ -174,7 +174,7 @@ class CitedChatEngine(BaseChatEngine):
 
     @property
     def chat_history(self) -> list[ChatMessage]:
-        """All that was said."""
+        """All messages of the conversation."""
         return list(self.memory.get_all())
 
     def _engine(self, *, streaming: bool) -> CitedQueryEngine | PlanningQueryEngine:
@@ -199,7 +199,7 @@ class CitedChatEngine(BaseChatEngine):
             reply = self.llm.chat([ChatMessage(role=MessageRole.USER, content=asked)])
         question = without_reasoning(reply.message.content or "").strip().strip('"')
         if not question:
-            raise EndpointError("The model rewrote the question to nothing; try another model.")
+            raise EndpointError("The model rewrote the message to an empty one; try another model.")
         return question
 
     def _replace_history(self, history: list[ChatMessage] | None) -> None:

@@ -40,7 +40,8 @@ Choice: TypeAlias = Literal["flag", "remove"]
 SUPPORT = 0.4
 """Share of a claim's weighted words that one passage must have."""
 SUPPORT_COSINE = 0.85
-"""Cosine of claim and passage that stands in for shared words."""
+"""Cosine of claim and passage that stands in for shared words, where the embedder's calibration
+does not say; set with ``mmrag-nano`` 0.1."""
 
 _IDLE = SUPPORT / 2  # below it, a source cited beside others adds nothing to a claim
 _TO_EMBED = 32  # passages of a page that are compared by meaning, those with most words first
@@ -64,7 +65,7 @@ class Claim:
     citations: the sources that it cites and that exist.
     dangling: the numbers that it cites and that no source has.
     supported: None where no cited source has text to check against.
-    idle: sources cited beside those that support it, whose text has next to nothing of it.
+    idle: sources cited beside those that support it, which have almost none of its words.
     """
 
     text: str
@@ -96,9 +97,9 @@ class CheckedAnswer:
                 found.append(f"[{n}] points to no source: {claim.text}".rstrip(": "))
             if claim.supported is False and not claim.dangling:
                 cites = "".join(f"[{n}]" for n in claim.citations)
-                where = f"not found in the text of {cites}" if cites else "has no citation"
+                where = f"{cites} does not support" if cites else "no source supports"
                 found.append(f"{where}: {claim.text}")
-            found += [f"[{n}] has nothing of: {claim.text}" for n in claim.idle]
+            found += [f"[{n}] is cited but does not support: {claim.text}" for n in claim.idle]
         return found
 
 
@@ -148,6 +149,7 @@ def check_answer(
     sources: Sequence[Source],
     similarity: Similarity | None = None,
     *,
+    support_cosine: float = SUPPORT_COSINE,
     dangling: Choice = "flag",
     unsupported: Choice = "flag",
 ) -> CheckedAnswer:
@@ -156,16 +158,27 @@ def check_answer(
     A claim without a citation is checked against all sources: if none supports it, it counts as
     unsupported.
 
-    ``similarity`` lets a paraphrase count as support (see ``embedder_similarity``);
-    ``dangling`` says what to do with marks that point to no source, ``unsupported`` with
-    sentences that their sources do not support.
+    Args:
+        similarity: lets a paraphrase count as support; see ``embedder_similarity``. None checks
+            words alone.
+        support_cosine: cosine from which on a paraphrase does.
+        dangling: flag or remove marks that point to no source.
+        unsupported: flag or remove sentences that their sources do not support.
+
+    Example:
+        >>> from llama_index.core.schema import NodeWithScore, TextNode
+        >>> node = NodeWithScore(node=TextNode(text="The pump costs 1,890 euros."))
+        >>> page = Source(1, "report.pdf", 3, node, "The pump costs 1,890 euros.")
+        >>> checked = check_answer("The pump costs 1890 euros [1]. It is red [1].", [page])
+        >>> [claim.supported for claim in checked.claims]
+        [True, False]
     """
     known = {source.n: source for source in sources}
     claims: list[Claim] = []
     shown: list[str] = []
     quotes: dict[int, Evidence] = {}
     for line, piece in _pieces(text):
-        claim, evidence = _check_claim(piece, known, similarity)
+        claim, evidence = _check_claim(piece, known, similarity, support_cosine)
         for n, (score, quote) in evidence.items():
             if n in claim.citations and score >= max(SUPPORT, quotes.get(n, (0.0, ""))[0]):
                 quotes[n] = (score, quote)
@@ -202,7 +215,10 @@ def locate(source: Source, quote: str) -> Source:
 
 
 def best_passage(
-    claim: str, source: Source, similarity: Similarity | None = None
+    claim: str,
+    source: Source,
+    similarity: Similarity | None = None,
+    support_cosine: float = SUPPORT_COSINE,
 ) -> Evidence | None:
     """Support in [0, 1] and words of the passage of a source that best supports a claim.
 
@@ -216,7 +232,7 @@ def best_passage(
     if similarity is not None and shared.max() < SUPPORT:
         near = np.argsort(-shared, kind="stable")[:_TO_EMBED]
         alike = similarity([claim], [passages[i] for i in near])[0]
-        shared[near] = np.where(alike >= SUPPORT_COSINE, alike, shared[near])
+        shared[near] = np.where(alike >= support_cosine, alike, shared[near])
     # Of equals, the shorter passage is the better quote.
     best = max(range(len(passages)), key=lambda i: (round(float(shared[i]), 3), -len(passages[i])))
     return min(1.0, float(shared[best])), passages[best]
@@ -228,12 +244,9 @@ def _passages(text: str) -> tuple[list[str], list[list[str]], Idf]:
     single = sentences(text)
     passages = single + [f"{a} {b}" for a, b in pairwise(single)]
     words = [_having(passage) for passage in passages]
-    # Of a single sentence every word would count as common; a blank one beside it undoes that.
-    return (
-        passages,
-        words,
-        Idf([*words[: len(single)], []] if len(single) == 1 else words[: len(single)]),
-    )
+    # In a single sentence every word would count as common; an empty one beside it prevents that.
+    counted = words[: len(single)] if len(single) > 1 else [*words, []]
+    return passages, words, Idf(counted)
 
 
 def _having(passage: str) -> list[str]:
@@ -286,32 +299,42 @@ def _runs_on(before: str, space: str, piece: str) -> bool:
 
 
 def _check_claim(
-    piece: str, known: dict[int, Source], similarity: Similarity | None
+    piece: str, known: dict[int, Source], similarity: Similarity | None, support_cosine: float
 ) -> tuple[Claim, dict[int, Evidence]]:
+    """A sentence of the answer as a claim, and the best passage of each source checked for it."""
     marks = parse_marks(piece)
     citations = tuple(n for n in marks if n in known)
-    dangling = tuple(n for n in marks if n not in known)
     text = strip_marks(piece)
+    claim = Claim(text, citations, tuple(n for n in marks if n not in known))
     if not terms(text) or (text.endswith(":") and not marks):
-        return Claim(text if marks else "", citations, dangling), {}
-    to_check = [known[n] for n in citations] or list(known.values())
-    evidence: dict[int, Evidence] = {}
-    for source in to_check:
-        if passage := best_passage(text, source, similarity):
-            evidence[source.n] = passage
+        return (claim if marks else Claim("")), {}
+    sources = [known[n] for n in citations] or list(known.values())
+    found = {each.n: best_passage(text, each, similarity, support_cosine) for each in sources}
+    evidence = {n: passage for n, passage in found.items() if passage}
     if not evidence:
-        return Claim(text, citations, dangling, None), {}
-    pages = "\n".join(f"{source.text}\n{source.page}" for source in to_check)
-    together = max(score for score, _ in evidence.values())
+        return claim, {}
+    score = max(score for score, _ in evidence.values())
     if citations and len(evidence) > 1:
-        together, evidence = _together(text, to_check, evidence)
-    enough = together >= SUPPORT
-    unseen_pages = any(not source.text.strip() for source in to_check)
-    supported: bool | None = enough and not missing_numbers(text, pages)
-    if not supported and (unseen_pages or _names_place(text, [known[n] for n in citations])):
-        supported = None
-    idle = [n for n, (score, _) in evidence.items() if supported and score < _IDLE]
-    return Claim(text, citations, dangling, supported, tuple(idle) if citations else ()), evidence
+        score, evidence = _together(text, sources, evidence)
+    supported = _supported(text, sources, score, bool(citations))
+    idle = [n for n, (score, _) in evidence.items() if score < _IDLE]
+    if supported and citations:
+        claim = replace(claim, idle=tuple(idle))
+    return replace(claim, supported=supported), evidence
+
+
+def _supported(text: str, sources: Sequence[Source], score: float, cited: bool) -> bool | None:
+    """Whether sources support a claim; None where that cannot be checked.
+
+    score: support by the words of the best passages, in [0, 1].
+    """
+    pages = "\n".join(f"{source.text}\n{source.page}" for source in sources)
+    if score >= SUPPORT and not missing_numbers(text, pages):
+        return True
+    # A page without a text layer may show in its image what the claim says.
+    if any(not source.text.strip() for source in sources):
+        return None
+    return None if cited and _names_place(text, sources) else False
 
 
 def _together(
@@ -333,9 +356,9 @@ def _together(
 
 
 def _names_place(text: str, cited: Sequence[Source]) -> bool:
-    """Whether a text says no more than where its sources are, as a list of references does."""
+    """Whether a text only names its sources, as a list of references does."""
     places = terms(" ".join(f"{source.file} page {source.page}" for source in cited))
-    return bool(cited) and set(terms(text)) <= set(places)
+    return set(terms(text)) <= set(places)
 
 
 def _rewrite(piece: str, known: Iterable[int], dangling: Choice) -> str:

@@ -1,9 +1,8 @@
-"""From hits to what a model is shown: sources chosen, freed of duplicates, made to fit, fenced.
+"""From hits to what a model is shown: select sources, drop duplicates, fit them, fence them.
 
 One source is one page, with its text and its image together. Sources are numbered and shown
-from the most to the least relevant: models use best what stands near the ends of a long context
-(Liu et al., "Lost in the Middle", TACL 2024), the first sources stand there, and the question is
-said again behind the last.
+from the most to the least relevant: models make best use of the ends of a long context (Liu et
+al., "Lost in the Middle", TACL 2024), so the first sources and the question are placed there.
 """
 
 from __future__ import annotations
@@ -179,7 +178,7 @@ def calibrate_threshold(relevant: Iterable[float], irrelevant: Iterable[float]) 
     """
     good, bad = sorted(relevant), sorted(irrelevant)
     if not good or not bad:
-        raise ConfigError("Both samples need at least one score to calibrate a threshold.")
+        raise ConfigError("calibrate_threshold needs at least one score in each sample.")
 
     def youden(cut: float) -> float:
         return sum(s >= cut for s in good) / len(good) - sum(s >= cut for s in bad) / len(bad)
@@ -313,7 +312,7 @@ def _fit_images(parts: list[Part], room: int, budget: ImageBudget, notes: list[s
             break
         if parts[i].pixels and len(parts[i].text) >= _ENOUGH_TEXT:
             parts[i] = replace(parts[i], pixels=0)
-            notes.append(f"[{i + 1}] goes without its image: the context window is full")
+            notes.append(f"the image of [{i + 1}] was not sent: the context window is full")
     return parts
 
 
@@ -323,11 +322,11 @@ def _fit_texts(parts: list[Part], question: str, room: int, notes: list[str]) ->
         share = max(100, (room - images) // len(parts))
         parts = [_cut(part, question, share, notes) for part in parts]
     while len(parts) > 1 and _cost(parts) > room:
-        notes.append(f"[{parts[-1].source.n}] is left out: the context window is full")
+        notes.append(f"[{parts[-1].source.n}] was left out: the context window is full")
         parts = parts[:-1]
     if parts and parts[0].pixels and _cost(parts) > room:
         parts = [replace(parts[0], pixels=0)]
-        notes.append("[1] goes without its image: the context window is too small for it")
+        notes.append("the image of [1] was not sent: the context window is too small")
     if parts and _cost(parts) > room:
         parts = [_cut(parts[0], question, max(50, room - 40), notes)]
     return parts
@@ -336,7 +335,7 @@ def _fit_texts(parts: list[Part], question: str, room: int, notes: list[str]) ->
 def _cut(part: Part, question: str, tokens: int, notes: list[str]) -> Part:
     if estimate_tokens(part.text) <= tokens:
         return part
-    notes.append(f"[{part.source.n}] is cut to the sentences nearest to the question")
+    notes.append(f"[{part.source.n}] was cut to the sentences that match the question best")
     return replace(part, text=condense(part.text, question, tokens))
 
 
@@ -361,7 +360,7 @@ def _pixels(source: Source, notes: list[str]) -> int:
     try:
         width, height = image_size(source.image)
     except ContentError as error:
-        notes.append(f"[{source.n}] goes without its image: {error}")
+        notes.append(f"the image of [{source.n}] was not sent: {error}")
         return 0
     return width * height
 
@@ -373,7 +372,7 @@ def _encode(part: Part, max_bytes: int, notes: list[str]) -> Part:
     try:
         image = load_image(part.source.image)
     except ContentError as error:
-        notes.append(f"[{part.source.n}] goes without its image: {error}")
+        notes.append(f"the image of [{part.source.n}] was not sent: {error}")
         return replace(part, pixels=0)
     data, mimetype = image_bytes(image, part.pixels, max_bytes)
     return replace(part, image=data, mimetype=mimetype)

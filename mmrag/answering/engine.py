@@ -29,7 +29,13 @@ from llama_index.core.prompts import BasePromptTemplate, PromptTemplate
 from llama_index.core.schema import NodeWithScore, QueryBundle
 from llama_index_instrumentation import get_dispatcher
 
-from mmrag.answering.citations import CheckedAnswer, Choice, check_answer, embedder_similarity
+from mmrag.answering.citations import (
+    SUPPORT_COSINE,
+    CheckedAnswer,
+    Choice,
+    check_answer,
+    embedder_similarity,
+)
 from mmrag.answering.context import ImageBudget, Packed, Source, fence, pack, select_sources
 from mmrag.answering.extractive import FOUND, SURE, extract
 from mmrag.answering.response import (
@@ -101,7 +107,7 @@ class CitedQueryEngine(BaseQueryEngine):
         streaming: whether ``query`` returns a stream.
         images: False sends text alone, for models that take no images.
         max_sources: most pages that are shown to the model.
-        threshold: least relevance of a page (the reranker's score, else the retriever's); see
+        threshold: minimum relevance of a page (the reranker's score, else the retriever's); see
             ``mmrag.answering.context.calibrate_threshold``. None keeps all up to ``max_sources``.
         context_window: of the model, in tokens; by default as the LLM says.
         image_budget: size limits of the images of one request.
@@ -138,10 +144,10 @@ class CitedQueryEngine(BaseQueryEngine):
         callback_manager: CallbackManager | None = None,
     ) -> None:
         if max_sources < 1:
-            raise ConfigError(f"max_sources={max_sources}: give at least 1.")
+            raise ConfigError(f"max_sources={max_sources} must be at least 1.")
         for name, choice in (("dangling", dangling), ("unsupported", unsupported)):
             if choice not in get_args(Choice):
-                raise ConfigError(f"{name}={choice!r} is not known: use flag or remove.")
+                raise ConfigError(f"{name}={choice!r} is unknown: use flag or remove.")
         super().__init__(callback_manager)
         self.retriever = retriever
         self.llm = llm
@@ -291,7 +297,9 @@ class CitedQueryEngine(BaseQueryEngine):
         asked = content.text or "What do the sources say about this image?"
         prompt = self._prompts["question_prompt"].format(question=asked, sentinel=SENTINEL)
         if content.images and not self.images:
-            return [TextBlock(text=prompt)], ["the question goes without its image: images=False"]
+            return [TextBlock(text=prompt)], [
+                "the image of the question was not sent: images=False"
+            ]
         blocks: list[TextBlock | ImageBlock] = []
         budget = self.image_budget
         for source in content.images:
@@ -348,10 +356,13 @@ class CitedQueryEngine(BaseQueryEngine):
         if says_not_found(text):
             return _response(task, NOT_FOUND, found=False)
         similarity = embedder_similarity(self.embedder) if self.embedder else None
+        calibration = getattr(self.embedder, "calibration", None)
+        measured = getattr(calibration, "support_cosine", None)
         checked = check_answer(
             inert(in_words(text)),
             task.sources,
             similarity,
+            support_cosine=SUPPORT_COSINE if measured is None else measured,
             dangling=self.dangling,
             unsupported=self.unsupported,
         )
@@ -378,8 +389,8 @@ def _window_of(llm: LLM) -> int:
     declared = "context_window" in getattr(llm, "model_fields_set", ())
     if window == DEFAULT_CONTEXT_WINDOW and not declared:
         logger.warning(
-            "%s reports LlamaIndex's default context window of %d tokens, which is hardly its "
-            "own: few pages fit. Pass context_window to the LLM or to CitedQueryEngine.",
+            "%s reports LlamaIndex's default context window of %d tokens, which is probably not "
+            "its own, and few pages fit. Pass context_window= to the LLM or to CitedQueryEngine.",
             _name(llm),
             window,
         )

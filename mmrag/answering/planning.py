@@ -156,7 +156,7 @@ class PlanBudget:
 
     max_calls: of the model before the answer, the one that plans included.
     max_searches: sub-questions in all.
-    seconds: no new round is begun after them; None is no limit.
+    seconds: no new round starts after this time; None means no limit.
     """
 
     max_calls: int = 3
@@ -181,13 +181,13 @@ class JudgeEvent(Event):
 
 
 class PlanStart(StartEvent):
-    """Begins a ``PlanningWorkflow``."""
+    """Starts a ``PlanningWorkflow``."""
 
     bundle: Any
 
 
 class PlanStop(StopEvent):
-    """Its end: the plan as it went, and the hits of all searches, the best of each first."""
+    """Ends a ``PlanningWorkflow``: the trace, and the hits of all searches, best of each first."""
 
     plan: Any
     hits: Any
@@ -219,7 +219,7 @@ class PlanningWorkflow(Workflow):
 
     @step
     async def plan(self, event: PlanStart) -> SearchEvent | PlanStop:
-        """Take the question apart, or find that there is no need to."""
+        """Split the question into sub-questions, unless one search answers it."""
         self.bundle = event.bundle
         self.plan_made = Plan(self.bundle.query_str)
         reply = await self._ask("plan_prompt", most=self.budget.max_searches)
@@ -278,7 +278,7 @@ class PlanningWorkflow(Workflow):
         bundle = sub_query(question, self.bundle, where)
         hits = await asyncio.to_thread(self.engine.retrieve, bundle)
         if not hits and bundle.where != where:
-            note = f"nothing of modality {question.modality}, so all kinds were searched"
+            note = f"no results of modality {question.modality}; all kinds were searched instead"
             bundle = replace(bundle, where=where)
             hits = await asyncio.to_thread(self.engine.retrieve, bundle)
         self.found.append(hits)
@@ -346,7 +346,7 @@ class PlanningQueryEngine(BaseQueryEngine):
     ) -> None:
         chosen = llm or engine.llm
         if chosen is None:
-            raise ConfigError("Planning needs a language model: give llm.")
+            raise ConfigError("PlanningQueryEngine needs a language model: pass llm=.")
         super().__init__(callback_manager or engine.callback_manager)
         self.engine = engine
         self.llm = chosen

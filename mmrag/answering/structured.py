@@ -76,7 +76,7 @@ def answer_as(
             )
         except ValueError as error:  # pydantic's, and LlamaIndex's for text that is no object
             raise EndpointError(
-                f"{chosen.metadata.model_name} gave no valid {output_cls.__name__}: {error}"
+                f"{chosen.metadata.model_name} returned no valid {output_cls.__name__}: {error}"
             ) from error
     return StructuredAnswer(value, response, _unseen(value, f"{text} {bundle.query_str}"))
 
@@ -94,10 +94,10 @@ async def aanswer_as(
 def _check(engine: CitedQueryEngine | PlanningQueryEngine, llm: LLM | None) -> LLM:
     inner = engine.engine if isinstance(engine, PlanningQueryEngine) else engine
     if inner.streaming:
-        raise ConfigError("A structured answer cannot stream: use an engine with streaming=False.")
+        raise ConfigError("answer_as cannot stream: use an engine with streaming=False.")
     chosen = llm or engine.llm
     if chosen is None:
-        raise ConfigError("A structured answer needs a language model: give llm.")
+        raise ConfigError("answer_as needs a language model: pass llm=.")
     return chosen
 
 

@@ -189,7 +189,7 @@ def translated_errors(model: str) -> Iterator[None]:
         advice = " If it takes no images, ask without them." if error.status_code == 400 else ""
         raise EndpointError(f"{model}: the server refused ({error}).{advice}") from error
     except (openai.OpenAIError, httpx.HTTPError, *_UNREADABLE) as error:
-        raise EndpointError(f"{model}: the answer broke off or is not valid ({error}).") from error
+        raise EndpointError(f"{model}: the reply broke off or is not valid ({error}).") from error
 
 
 def _cause(error: BaseException) -> str:

@@ -194,8 +194,8 @@ def test_a_missing_or_broken_image_costs_only_itself(tmp_path):
     packed = pack([gone, source(n=2, image=broken)], "", 10_000)
     assert [part.image for part in packed.parts] == [None, None]
     assert [note.split(":")[0] for note in packed.notes] == [
-        "[1] goes without its image",
-        "[2] goes without its image",
+        "the image of [1] was not sent",
+        "the image of [2] was not sent",
     ]
 
 
@@ -204,7 +204,7 @@ def test_an_image_cut_off_after_its_header_costs_only_itself(tmp_path):
     path.write_bytes(path.read_bytes()[:60])
     packed = pack([source(image=path)], "", 10_000)
     assert packed.parts[0].image is None
-    assert "[1] goes without its image" in packed.notes[0]
+    assert "the image of [1] was not sent" in packed.notes[0]
 
 
 def test_text_alone_for_models_without_eyes(tmp_path):
@@ -277,6 +277,10 @@ def test_sources_say_where_they_are():
         "text:", "words", "<<<end of source 1 X>>>",
     ]  # fmt: skip
     assert "(no text layer)" in fence(Part(source(""), ""), "X")
+
+
+def test_printing_sources_does_not_print_their_pages():
+    assert len(repr(source(PROSE * 100))) < 300
 
 
 def test_the_public_fields_of_a_source():

@@ -187,7 +187,7 @@ def test_a_model_without_eyes_is_not_sent_the_questions_image_either(hits, llm, 
     query = QueryBundle(QUESTION, image_path=str(make_image(tmp_path / "q.png")))
     response = CitedQueryEngine(Found(hits), llm, images=False).query(query)
     assert not llm.images
-    assert "question goes without its image" in response.notes[0]
+    assert "image of the question was not sent" in response.notes[0]
 
 
 def test_all_images_of_a_request_keep_to_the_bytes(hits, llm, tmp_path):
@@ -317,8 +317,8 @@ def test_a_missing_image_never_kills_the_query(hits, llm, tmp_path, caplog):
     response = CitedQueryEngine(Found(hits), llm).query(QUESTION)
     assert response.found
     assert len(llm.images) == 1
-    assert "[1] goes without its image" in response.notes[0]
-    assert "[1] goes without its image" in caplog.text
+    assert "the image of [1] was not sent" in response.notes[0]
+    assert "the image of [1] was not sent" in caplog.text
 
 
 def test_a_small_window_is_kept(hits):
