@@ -90,6 +90,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         for word in self.chat.answer.split(" "):
             delta = {"role": "assistant", "content": word + " "}
+            if self.chat.mode == "parts":
+                delta = {"content": [{"type": "text", "text": word + " "}]}
             choice = {"index": 0, "delta": delta, "finish_reason": None}
             event = json.dumps(_reply("chat.completion.chunk", choice))
             self.wfile.write(f"data: {event}\n\n".encode())

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 import httpx
 import openai
 
 from mmrag.llms.address import Address
+
+_PARTS = re.compile(rb'"content"\s*:\s*\[')
 
 
 class Client(openai.DefaultHttpxClient):
@@ -25,6 +29,8 @@ class Client(openai.DefaultHttpxClient):
         if _is_json(response):
             response.read()
             return repaired(response)
+        if _is_event_stream(response):
+            response.stream = _Events(response.stream)
         return response
 
 
@@ -42,11 +48,80 @@ class AsyncClient(openai.DefaultAsyncHttpxClient):
         if _is_json(response):
             await response.aread()
             return repaired(response)
+        if _is_event_stream(response):
+            response.stream = _AsyncEvents(response.stream)
         return response
 
 
 def _is_json(response: httpx.Response) -> bool:
     return "json" in response.headers.get("content-type", "")
+
+
+def _is_event_stream(response: httpx.Response) -> bool:
+    plain = "content-encoding" not in response.headers
+    return plain and "event-stream" in response.headers.get("content-type", "")
+
+
+class _Lines:
+    """Cuts a stream of bytes into lines and repairs those that hold content in parts."""
+
+    def __init__(self) -> None:
+        self._rest = b""
+
+    def add(self, data: bytes) -> bytes:
+        """The lines that are whole with this piece."""
+        *lines, self._rest = (self._rest + data).split(b"\n")
+        return b"".join(self._repaired(line) + b"\n" for line in lines)
+
+    def end(self) -> bytes:
+        """What is left behind the last line."""
+        return self._rest
+
+    def _repaired(self, line: bytes) -> bytes:
+        head, _, body = line.partition(b":")
+        if head != b"data" or not _PARTS.search(body):
+            return line
+        try:
+            value = json.loads(body)
+            for choice in value["choices"]:
+                choice["delta"]["content"] = _joined(choice["delta"]["content"])
+        except (ValueError, TypeError, LookupError):
+            return line
+        return b"data: " + json.dumps(value).encode()
+
+
+class _Events(httpx.SyncByteStream):
+    """An event stream with repaired lines."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def __iter__(self) -> Iterator[bytes]:
+        lines = _Lines()
+        for data in self._stream:
+            yield lines.add(data)
+        yield lines.end()
+
+    def close(self) -> None:
+        """Close the connection's stream."""
+        self._stream.close()
+
+
+class _AsyncEvents(httpx.AsyncByteStream):
+    """As ``_Events``."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        lines = _Lines()
+        async for data in self._stream:
+            yield lines.add(data)
+        yield lines.end()
+
+    async def aclose(self) -> None:
+        """Close the connection's stream."""
+        await self._stream.aclose()
 
 
 def repaired(response: httpx.Response) -> httpx.Response:

@@ -188,8 +188,13 @@ def translated_errors(model: str) -> Iterator[None]:
     except openai.APIStatusError as error:
         advice = " If it takes no images, ask without them." if error.status_code == 400 else ""
         raise EndpointError(f"{model}: the server refused ({error}).{advice}") from error
-    except (openai.OpenAIError, httpx.HTTPError, *_UNREADABLE) as error:
+    except (openai.OpenAIError, httpx.HTTPError) as error:
         raise EndpointError(f"{model}: the reply broke off or is not valid ({error}).") from error
+    except _UNREADABLE as error:
+        raise EndpointError(
+            f"{model}: the reply is not a chat completion. Check that the base URL is that of an "
+            "OpenAI-compatible server."
+        ) from error
 
 
 def _cause(error: BaseException) -> str:

@@ -168,7 +168,9 @@ def test_a_stream_that_fails_is_not_remembered(thread_errors):
     with pytest.raises(EndpointError, match="broke off"):
         list(stream.response_gen)
     assert said(chat) == before
-    assert thread_errors == []
+    # Memories of other tests may end their own threads late.
+    own = [each for each in thread_errors if "_connection_worker" not in each.thread.name]
+    assert own == []
 
 
 async def test_an_async_stream_that_fails_is_not_remembered():

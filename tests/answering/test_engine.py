@@ -582,8 +582,8 @@ async def test_the_wire_streams(hits, server):
         ("refuse", "refused.*If it takes no images"),
         ("deny", "API key"),
         ("missing", "no such model"),
-        ("garbage", "broke off or is not valid|empty"),
-        ("hollow", "broke off or is not valid|empty"),
+        ("garbage", "is not a chat completion|empty"),
+        ("hollow", "is not a chat completion|empty"),
         ("cut", "broke off or is not valid|cannot be reached"),
     ],
 )

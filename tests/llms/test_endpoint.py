@@ -40,6 +40,15 @@ async def test_content_in_parts_in_async(server):
     assert reply.message.content == ANSWER
 
 
+async def test_content_in_parts_in_streams(server):
+    server.mode = "parts"
+    tokens = [reply.delta for reply in open_llm("tiny", server.url).stream_chat(ASKED)]
+    assert "".join(filter(None, tokens)).strip() == ANSWER
+    stream = await open_llm("tiny", server.url).astream_chat(ASKED)
+    tokens = [reply.delta async for reply in stream]
+    assert "".join(filter(None, tokens)).strip() == ANSWER
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_an_error_with_status_200_is_an_error_with_its_message(server, stream):
     server.mode = "loading"
