@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -29,11 +29,11 @@ from mmrag.cli.progress import Step, working
 
 if TYPE_CHECKING:
     from llama_index.core.postprocessor.types import BaseNodePostprocessor
-    from llama_index.llms.openai_like import OpenAILike
 
     from mmrag.answering.engine import CitedQueryEngine
     from mmrag.answering.planning import PlanningQueryEngine
     from mmrag.answering.response import CitedResponse
+    from mmrag.llms.endpoint import EndpointLLM
     from mmrag.llms.local import LocalLLM
     from mmrag.server.client import ServerClient
 
@@ -156,7 +156,7 @@ def ask(
 
 def chat_model(
     model: str | None, base_url: str | None, window: int | None
-) -> OpenAILike | LocalLLM | None:
+) -> EndpointLLM | LocalLLM | None:
     """The model of --llm and --base-url; None without either."""
     if model is None and base_url is None:
         return None
@@ -177,7 +177,7 @@ def _planned(engine: CitedQueryEngine) -> PlanningQueryEngine:
 
 
 def rerankers(
-    name: str | None, llm: OpenAILike | LocalLLM | None, top_k: int, images: bool
+    name: str | None, llm: EndpointLLM | LocalLLM | None, top_k: int, images: bool
 ) -> list[BaseNodePostprocessor]:
     """The reranker of --rerank."""
     if name is None:
@@ -188,12 +188,13 @@ def rerankers(
         return [MLLMReranker(name, top_n=top_k)]
     if llm is None:
         raise typer.BadParameter("--rerank llm needs --llm or --base-url.")
-    from llama_index.llms.openai_like import OpenAILike
+    from mmrag.llms.endpoint import EndpointLLM
+    from mmrag.rerankers.remote import RemoteScorer
 
-    if not isinstance(llm, OpenAILike):
+    if not isinstance(llm, EndpointLLM):
         return [MLLMReranker(llm.model_name, top_n=top_k)]
-    server: dict[str, Any] = {"base_url": llm.api_base, "api_key": llm.api_key}
-    return [MLLMReranker(llm.model, top_k, images=images, **server)]
+    scorer = RemoteScorer(llm.model, llm.address, images=images)
+    return [MLLMReranker(scorer=scorer, top_n=top_k)]
 
 
 def note_ignored(server: ServerClient, **options: object) -> None:

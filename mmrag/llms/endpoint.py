@@ -43,10 +43,15 @@ class EndpointLLM(OpenAILike):
         """Name in LlamaIndex's registry."""
         return "EndpointLLM"
 
+    @property
+    def address(self) -> Address:
+        """Where the server is, with the key for it."""
+        if self._address is None:
+            return parse_address(self.api_base or OPENAI, os.environ.get("OPENAI_API_KEY"))
+        return self._address
+
     def _get_credential_kwargs(self, is_async: bool = False) -> dict[str, Any]:
-        address = self._address
-        if address is None:
-            address = parse_address(self.api_base or OPENAI, os.environ.get("OPENAI_API_KEY"))
+        address = self.address
         # The client signs requests itself; the SDK only insists on having a key.
         return super()._get_credential_kwargs(is_async) | {
             "api_key": "none",

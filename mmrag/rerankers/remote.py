@@ -21,6 +21,8 @@ import openai
 from mmrag.content import Content, load_image
 from mmrag.errors import ConfigError, ContentError, EndpointError, MMRagError
 from mmrag.instructions import resolve
+from mmrag.llms.address import Address, parse_address
+from mmrag.llms.client import Client
 from mmrag.llms.endpoint import OPENAI, translated_errors
 from mmrag.llms.replies import json_objects, without_reasoning
 from mmrag.prompting import data_url
@@ -65,8 +67,8 @@ class RemoteScorer:
 
     Args:
         model: the name the server knows it by.
-        base_url: up to ``/v1``; OpenAI's own by default.
-        api_key: sent as a bearer token.
+        base_url: up to ``/v1``, as ``mmrag.llms.address`` reads it; OpenAI's own by default.
+        api_key: sent as a bearer token; None sends no key.
         prompt: None fits the query, see ``prompt_for``.
         mode: how scores are asked for: by ``logprobs``, by a grade under a ``schema``, or by a
             grade in ``words``. By default the first of these that the server answers is taken,
@@ -89,7 +91,7 @@ class RemoteScorer:
     def __init__(
         self,
         model: str,
-        base_url: str | None = None,
+        base_url: str | Address | None = None,
         *,
         api_key: str | None = None,
         prompt: RerankPrompt | None = None,
@@ -120,9 +122,15 @@ class RemoteScorer:
         self.images = images
         self.max_pixels = max_pixels
         self.max_bytes = max_bytes
+        address = (
+            base_url
+            if isinstance(base_url, Address)
+            else parse_address(base_url or OPENAI, api_key)
+        )
         self._client = openai.OpenAI(
-            api_key=(api_key or "none").strip(),
-            base_url=(base_url or OPENAI).rstrip("/"),
+            api_key="none",  # the client signs requests itself
+            base_url=address.url,
+            http_client=Client(address),
             timeout=timeout,
             max_retries=0,  # its own retries know no deadline
         )

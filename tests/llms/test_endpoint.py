@@ -10,10 +10,12 @@ import pytest
 from chat_server import ChatServer
 from llama_index.core.llms import ChatMessage
 
+from mmrag.content import Content
 from mmrag.errors import ConfigError, EndpointError
 from mmrag.llms.address import parse_address
 from mmrag.llms.endpoint import open_llm, served_models, translated_errors
 from mmrag.llms.replies import json_objects, without_reasoning
+from mmrag.rerankers.remote import RemoteScorer
 
 ANSWER = "The pump costs 1.234,56 EUR [1]."
 ASKED = [ChatMessage(content="What does it cost?")]
@@ -63,6 +65,14 @@ def test_without_a_key_none_is_sent(server):
     assert "Authorization" not in server.headers[0]
     open_llm("tiny", server.url, "sk-secret").chat(ASKED)
     assert server.headers[1]["Authorization"] == "Bearer sk-secret"
+
+
+def test_a_reranker_at_the_same_server_gets_the_same_key(server):
+    server.answer = "grade: 7"
+    llm = open_llm("tiny", server.url, "sk-secret")
+    scorer = RemoteScorer("tiny", llm.address, mode="words")
+    assert scorer.judge([(Content("eyes"), Content("Eyes are covered."))]) == [0.7]
+    assert server.headers[-1]["Authorization"] == "Bearer sk-secret"
 
 
 def test_openai_itself_needs_a_key():
