@@ -184,23 +184,27 @@ def readings_of(token: str, mark: str | None, unit_behind: bool = False) -> tupl
             value for part in token.split(" ") for value in readings_of(part, mark, True)[0]
         )
         return joined if unit_behind else (*joined, apart)
-    marks = set(token) - set("0123456789")
-    if not marks:
+    if token.isdigit():
         return ((_value(token),),)
+    return _separated(token, mark)
+
+
+def _separated(token: str, mark: str | None) -> tuple[Reading, ...]:
+    """The readings of digits with dots, commas or apostrophes between them."""
     whole, last, part = _split_at_last(token)
     grouped = _GROUPS.fullmatch(token) is not None and not token.startswith("0")
-    if len(marks) == 1 and token.count(last) == 1 and last != "'":
+    joined = (_value(re.sub(r"\D", "", token)),)
+    may_be_decimal = last != "'" and token.count(last) == 1
+    if may_be_decimal and whole.isdigit():
         decimal = (_value(whole, part),)
-        if not grouped:
-            return (decimal,)
-        if mark is None:
-            return ((_value(whole + part),), decimal)
-        return (decimal,) if mark == last else ((_value(whole + part),),)
+        if grouped and mark is None:
+            return joined, decimal
+        return (joined,) if grouped and mark != last else (decimal,)
     if grouped:
-        return ((_value(re.sub(r"\D", "", token)),),)
-    if last != "'" and token.count(last) == 1 and _GROUPS.fullmatch(whole):
+        return (joined,)
+    if may_be_decimal and _GROUPS.fullmatch(whole):
         return ((_value(re.sub(r"\D", "", whole), part),),)
-    if marks == {"."} and not _DATE.fullmatch(token):
+    if set(token) <= set("0123456789.") and not _DATE.fullmatch(token):
         return ((token,),)  # a version or an address
     return (tuple(_value(piece) for piece in re.split(r"\D", token)),)
 

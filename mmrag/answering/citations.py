@@ -309,18 +309,30 @@ def _check_claim(
     if not terms(text) or (text.endswith(":") and not marks):
         return (claim if marks else Claim("")), {}
     sources = [known[n] for n in citations] or list(known.values())
-    found = {each.n: best_passage(text, each, similarity, support_cosine) for each in sources}
-    evidence = {n: passage for n, passage in found.items() if passage}
+    score, evidence = _evidence(text, sources, bool(citations), similarity, support_cosine)
     if not evidence:
         return claim, {}
-    score = max(score for score, _ in evidence.values())
-    if citations and len(evidence) > 1:
-        score, evidence = _together(text, sources, evidence)
     supported = _supported(text, sources, score, bool(citations))
-    idle = [n for n, (score, _) in evidence.items() if score < _IDLE]
     if supported and citations:
-        claim = replace(claim, idle=tuple(idle))
+        claim = replace(claim, idle=tuple(n for n in evidence if evidence[n][0] < _IDLE))
     return replace(claim, supported=supported), evidence
+
+
+def _evidence(
+    text: str,
+    sources: Sequence[Source],
+    cited: bool,
+    similarity: Similarity | None,
+    support_cosine: float,
+) -> tuple[float, dict[int, Evidence]]:
+    """Support of a claim, and the best passage of each source that has text."""
+    evidence: dict[int, Evidence] = {}
+    for source in sources:
+        if passage := best_passage(text, source, similarity, support_cosine):
+            evidence[source.n] = passage
+    if cited and len(evidence) > 1:
+        return _together(text, sources, evidence)
+    return max((score for score, _ in evidence.values()), default=0.0), evidence
 
 
 def _supported(text: str, sources: Sequence[Source], score: float, cited: bool) -> bool | None:
