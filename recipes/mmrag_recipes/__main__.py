@@ -28,6 +28,7 @@ RECIPES: dict[str, type[Options]] = {
     "evaluate": config.EvaluateConfig,
     "evaluate_pages": config.EvaluatePagesConfig,
     "evaluate_answers": config.EvaluateAnswersConfig,
+    "calibrate": config.CalibrateConfig,
 }
 
 

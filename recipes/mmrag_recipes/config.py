@@ -337,3 +337,18 @@ class EvaluateAnswersConfig(Options):
     """Embedder to answer with."""
     library: Path | None = None
     """Keep the index here."""
+
+
+class CalibrateConfig(Options):
+    """Measure the cosine at which a passage supports a claim, for one embedder."""
+
+    positional: ClassVar[tuple[str, ...]] = ("questions",)
+
+    questions: Path
+    """Questions with their answers and pages."""
+    pdfs: Path
+    """Folder of the PDFs."""
+    model: str = "mmrag-nano"
+    """Embedder to calibrate."""
+    wrong_share: float = Field(0.05, gt=0, lt=1)
+    """Share of wrong citations that may pass."""

@@ -51,6 +51,7 @@ _SETTINGS = {
     "fast_on_cpu": True,  # bfloat16 or int8, at a cosine to float32 of 0.997 and more
     "prefers_passages": True,  # the encoder was trained on 128 tokens
     "license": "Apache-2.0",
+    "calibration": {"support_cosine": 0.8},  # by mmrag_recipes calibrate, on the handbook
 }
 
 
