@@ -39,7 +39,7 @@ class KnownModel:
 
 
 _APACHE = "Apache-2.0"
-_NANO_NOTE = "English; near chance on scanned pages without recognised text, photographs and charts"
+_NANO_NOTE = "English; weak on scanned pages without recognised text; not trained on photographs"
 _MRL_VDR = (512, 1024, 1536)
 _MRL_2048 = (64, 128, 256, 512, 1024, 2048)
 _MRL_2560 = (64, 128, 256, 512, 1024, 2560)
