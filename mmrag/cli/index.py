@@ -40,8 +40,8 @@ def index(
         Literal["auto", "off", "force"] | None,
         typer.Option(
             "--ocr",
-            help="Recognise text (needs mmrag[ocr]): auto for pages without a usable text layer, "
-            "the default; off; force for all pages, in place of their text layers.",
+            help="Recognise text (needs the extra ocr): auto, the default, where a page has no "
+            "usable text layer; off; force on all pages, in place of their text layers.",
         ),
     ] = None,
     prune: Annotated[

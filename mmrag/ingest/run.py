@@ -19,7 +19,7 @@ from mmrag.ingest.plan import Job, Plan, make_plan
 from mmrag.ingest.prefetch import run_ahead
 from mmrag.ingest.progress import IngestReport, Progress
 from mmrag.ingest.writer import Writer
-from mmrag.reading import INSTALL_OCR, ReadOptions, ReadPage, ocr_available, read_file
+from mmrag.reading import ReadOptions, ReadPage, ocr, read_file
 from mmrag.store.collection import Collection
 from mmrag.store.entries import absolute_path, absolute_paths
 
@@ -92,10 +92,10 @@ def ingest(
         finally:
             events.close()
         jobs = _copies_of_failed(jobs, report)
-    if writer.n_needs_ocr and options.ocr == "auto" and not ocr_available():
+    if writer.n_needs_ocr and options.ocr == "auto" and not ocr.available():
         report.notes.append(
-            f"{writer.n_needs_ocr} pages and images have no text that can be read without "
-            f"recognition. To add it: {INSTALL_OCR}, then remove their files and index them again."
+            f"Pages and images whose text only recognition can read: {writer.n_needs_ocr}. "
+            f"To add it: {ocr.INSTALL}, then remove their files and index them again."
         )
     report.notes += [
         f"{name} has the same content as {first}, which stands for it."

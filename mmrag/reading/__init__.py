@@ -5,14 +5,11 @@ here alone.
 """
 
 from mmrag.reading.files import FoundFiles, file_sha256, find_files, node_id
-from mmrag.reading.ocr import INSTALL as INSTALL_OCR
-from mmrag.reading.ocr import available as ocr_available
 from mmrag.reading.options import Box, OcrMode, ReadOptions
 from mmrag.reading.pagewords import words_path
 from mmrag.reading.reader import ReadPage, count_pages, locate_quote, read_file, save_marked_page
 
 __all__ = [
-    "INSTALL_OCR",
     "Box",
     "FoundFiles",
     "OcrMode",
@@ -23,7 +20,6 @@ __all__ = [
     "find_files",
     "locate_quote",
     "node_id",
-    "ocr_available",
     "read_file",
     "save_marked_page",
     "words_path",

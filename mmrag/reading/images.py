@@ -88,8 +88,9 @@ def _read_frame(
                 raise
             yield _problem(number, error)
             return
+    blank = _is_blank(out)
     tokens: list[Token] | None = None
-    if options.ocr != "off" and (number, "recognition") not in skipped:
+    if not blank and options.ocr != "off" and (number, "recognition") not in skipped:
         yield Step(number, "recognition")
         try:
             tokens = layout.in_reading_order(ocr.recognise(out.read_bytes(), scale=1.0))
@@ -102,8 +103,14 @@ def _read_frame(
         image=out.as_posix(),
         text=layout.text_of(tokens or []),
         text_layer="ocr" if tokens else "none",
-        needs_ocr=tokens is None,
+        needs_ocr=tokens is None and not blank,
     )
+
+
+def _is_blank(path: Path) -> bool:
+    """Whether an image has one colour only, and so no text."""
+    with Image.open(path) as image:
+        return len(image.convert("RGB").getcolors(maxcolors=1) or ()) == 1
 
 
 def _problem(number: int, error: BaseException) -> Problem:

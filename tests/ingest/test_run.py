@@ -710,3 +710,17 @@ def test_killed_and_started_again(tmp_path, shared_data):
 def test_killed_ten_times(tmp_path, shared_data):
     reports = [shared_data / "reports"]
     assert kill_restart.check(tmp_path, reports, kills=10, seed=2) >= 5
+
+
+def test_pages_that_need_recognition_are_counted_once(files, collection, embedder):
+    with pymupdf.open() as document:
+        for _ in range(2):
+            page = document.new_page()
+            page.insert_image(page.rect, filename=make_image(files.parent / "scan.png"))
+        document.save(files / "scan.pdf")
+    report = ingest(["in"], collection, embedder, options=OPTIONS)
+    (note,) = [note for note in report.notes if "recognition" in note]
+    assert "can read: 2." in note and "pip install 'mmrag[ocr]'" in note
+    off = ReadOptions(dpi=50, passage_words=20, passage_overlap=0, ocr="off")
+    assert reading_settings(off) == reading_settings(OPTIONS)  # may differ from run to run
+    assert ingest(["in"], collection, embedder, options=off).notes == []
