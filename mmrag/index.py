@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from qdrant_client import QdrantClient
 
 from mmrag.embedders.base import Embedder
-from mmrag.errors import ConfigError, MissingCollectionError
+from mmrag.errors import CollectionError, ConfigError, MissingCollectionError
 from mmrag.ingest.progress import IngestReport, Progress
 from mmrag.ingest.run import ingest, reading_settings
 from mmrag.queries import Where
@@ -90,20 +90,26 @@ class UniversalIndex:
     def collection(self) -> Collection:
         """The collection. Raises MissingCollectionError before anything was added."""
         if self._collection is None:
-            return Collection.open(**self._where)
+            # Another process may have made it in the meantime; otherwise this says what is missing.
+            self._collection = self._open_checked()
         return self._collection
 
     @property
     def embedder(self) -> Embedder:
         """The embedder, loaded when it is first needed.
 
-        Raises: CollectionError if its weights have changed since the collection was built.
+        Raises: CollectionError if its weights have changed since the collection was built, or if
+            the collection names a model inside of itself; ModelError if it names one that is not
+            on this machine.
         """
-        if self._embedder is None:
-            stored = self._collection.settings if self._collection else None
-            self._embedder = _as_embedder(stored.embedder if stored else DEFAULT_EMBEDDER)
-            if stored is not None:
-                refuse_other(stored, _identified(stored, self._embedder), "The collection")
+        if self._embedder is None and self._collection is None:
+            self._embedder = _as_embedder(DEFAULT_EMBEDDER)
+        elif self._embedder is None and self._collection is not None:
+            embedder = _load_stored(self._collection)
+            stored = self._collection.settings
+            refuse_other(stored, _identified(stored, embedder), "The collection")
+            self._embedder = embedder
+        assert self._embedder is not None
         return self._embedder
 
     def add(
@@ -145,9 +151,14 @@ class UniversalIndex:
         return self.collection.files()
 
     def as_retriever(self, **options: Any) -> UniversalRetriever:
-        """A LlamaIndex retriever; ``options`` are those of ``UniversalRetriever``."""
+        """A LlamaIndex retriever; ``options`` are those of ``UniversalRetriever``.
+
+        Raises: MissingCollectionError if there is no collection, or nothing in it.
+        """
         from mmrag.retrieval.retriever import UniversalRetriever
 
+        if self.collection.count() == 0:
+            raise MissingCollectionError("This collection is empty; index something into it first.")
         return UniversalRetriever(self.collection, self.embedder, **options)
 
     def as_query_engine(
@@ -181,9 +192,13 @@ class UniversalIndex:
 
     def _open_existing(self) -> Collection | None:
         try:
-            collection = Collection.open(**self._where)
+            return self._open_checked()
         except MissingCollectionError:
             return None
+
+    def _open_checked(self) -> Collection:
+        """The collection as it was built. Raises CollectionError for what contradicts it."""
+        collection = Collection.open(**self._where)
         wanted = dataclasses.replace(collection.settings, **self._given)
         if self._embedder is not None:
             wanted = _identified(wanted, self._embedder)
@@ -210,6 +225,24 @@ class UniversalIndex:
 def _identified(settings: CollectionSettings, embedder: Embedder) -> CollectionSettings:
     """The settings as if ``embedder`` had built them."""
     return dataclasses.replace(settings, embedder=embedder.name, fingerprint=embedder.fingerprint)
+
+
+def _load_stored(collection: Collection) -> Embedder:
+    """The embedder that a collection names, which may have come from somebody else.
+
+    It is not loaded from a path that came with the collection, and nothing is downloaded for it.
+    """
+    from mmrag.embedders import load_embedder
+
+    name = collection.settings.embedder
+    path = Path(name)
+    inside = collection.folder and path.resolve().is_relative_to(collection.folder.resolve())
+    if path.is_dir() and (inside or not path.is_absolute()):
+        raise CollectionError(
+            f"The collection names the model {name!r}, a folder that came with it or depends on "
+            "the working directory. If you trust that model, pass it: embed_model= or --embedder."
+        )
+    return load_embedder(name, download=False)
 
 
 def _as_embedder(embed_model: UniversalEmbedding | Embedder | str | Path) -> Embedder:

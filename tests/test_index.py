@@ -9,7 +9,7 @@ from qdrant_client import QdrantClient
 
 import mmrag.embedders
 from mmrag.embedding import UniversalEmbedding
-from mmrag.errors import CollectionError, ConfigError, MissingCollectionError
+from mmrag.errors import CollectionError, ConfigError, MissingCollectionError, ModelError
 from mmrag.index import UniversalIndex
 from mmrag.ingest.progress import Progress
 from mmrag.reading import ReadOptions
@@ -177,3 +177,45 @@ def test_closing_releases_the_folder(library):
     index = UniversalIndex(library)
     index.close()
     Collection.open(library).close()
+
+
+def test_the_collection_is_opened_once(library, monkeypatch):
+    """Also by an index that was there before the collection: a second opening would be locked."""
+    early = UniversalIndex(library.parent / "late", FakeEmbedder())
+    library.rename(library.parent / "late")
+    assert early.collection is early.collection
+    early.close()
+
+
+def test_an_empty_collection_says_so(tmp_path):
+    (tmp_path / "papers").mkdir()
+    with UniversalIndex(tmp_path / "library", FakeEmbedder()) as index:
+        index.add(tmp_path / "papers")
+        with pytest.raises(MissingCollectionError, match="empty"):
+            index.as_retriever()
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_a_model_that_came_with_a_collection_is_not_loaded(papers, tmp_path, monkeypatch, inside):
+    """Neither from the collection's folder, nor from a path that depends on where one works."""
+    monkeypatch.setattr(mmrag.embedders, "load_embedder", lambda *_, **__: pytest.fail("loaded"))
+    place = tmp_path / "library"
+    name = str(place / "images" / "model") if inside else "model"
+    with UniversalIndex(place, FakeEmbedder(name)) as index:
+        index.add(papers)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / name).mkdir()
+    with UniversalIndex(place) as index, pytest.raises(CollectionError, match="If you trust"):
+        index.as_retriever()
+    with UniversalIndex(place, FakeEmbedder(name)) as index:
+        assert len(index.as_retriever().retrieve("wind")) == 2
+
+
+def test_nothing_is_downloaded_for_a_collection(papers, tmp_path):
+    with UniversalIndex(tmp_path / "library", FakeEmbedder("nobody/no-model")) as index:
+        index.add(papers)
+    with (
+        UniversalIndex(tmp_path / "library") as index,
+        pytest.raises(ModelError, match=r"not on this machine.*--embedder nobody/no-model"),
+    ):
+        index.as_retriever()

@@ -14,6 +14,7 @@ import typer
 from mmrag.cli.ask import ask
 from mmrag.cli.chat import chat
 from mmrag.cli.console import EXIT_CODES
+from mmrag.cli.doctor import doctor
 from mmrag.cli.index import index
 from mmrag.cli.list_files import list_files
 from mmrag.cli.mcp import mcp
@@ -33,6 +34,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "remove": remove,
     "tune": tune,
     "upgrade": upgrade,
+    "doctor": doctor,
     "models": models,
     "serve": serve,
     "mcp": mcp,

@@ -104,6 +104,7 @@ def load_embedder(
     dtype: str = "auto",
     revision: str | None = None,
     base: str | Path | None = None,
+    download: bool = True,
     token_budget: int | None = None,
     workers: int | None = None,
     quantize: Quantization | None = None,
@@ -121,6 +122,7 @@ def load_embedder(
         dtype: ``auto``, ``float32``, ``bfloat16``, ``float16``.
         revision: branch, tag or commit on the hub.
         base: folder or name of the model that an adapter sits on, instead of the one it states.
+        download: False takes from the hub only what was downloaded before.
         token_budget: tokens of a padded batch, visual ones included.
         workers: threads that prepare texts and images; None: one for each core, at most 16.
         quantize: ``8bit`` or ``4bit``, by bitsandbytes; None: as ``dtype`` says.
@@ -139,7 +141,7 @@ def load_embedder(
     from mmrag.modeling.fast_cpu import use_fast_arithmetic
     from mmrag.modeling.loading import place
 
-    folders = find_folders(name, revision, base)
+    folders = find_folders(name, revision, base, download)
     chosen = _choose(name, folders, family)
     placement = place(device, dtype, quantize=quantize, device_map=device_map)
     if chosen == SENTENCE_TRANSFORMERS:
@@ -187,15 +189,19 @@ def load_backbone(
 
 
 def find_folders(
-    name: str | Path, revision: str | None = None, base: str | Path | None = None
+    name: str | Path,
+    revision: str | None = None,
+    base: str | Path | None = None,
+    download: bool = True,
 ) -> list[Path]:
     """Folder of the checkpoint, or those of the base model and of the adapter on it."""
     from mmrag.modeling.checkpoints import find_base, find_checkpoint, is_adapter
 
-    folder = find_checkpoint(name, revision)
+    folder = find_checkpoint(name, revision, download=download)
     if is_adapter(folder):
         known = find_known(str(name))
-        return [find_base(folder, base, known.base if known else None), folder]
+        stated = known.base if known else None
+        return [find_base(folder, base, stated, download=download), folder]
     if base is not None:
         raise ConfigError(f"base={str(base)!r} is for adapters, and {name} is none: leave it out.")
     return [folder]

@@ -66,7 +66,7 @@ def make_plan(paths: Sequence[str | Path], collection: Collection, report: Inges
     report.failed += [error.file for error in found.errors]
     note_passed_over(found.passed_over, report)
     hashes = _hashes(found.files, report)
-    entries = Entries(collection.files())
+    entries = Entries(collection.files(), damaged=collection.damaged())
     places = dict(zip(hashes, absolute_paths(map(Path, hashes)), strict=True))
     plan = Plan({places[name]: hashes[name] for name in hashes})
     plan.total = len(found.files) + len(found.errors)
@@ -78,7 +78,7 @@ def make_plan(paths: Sequence[str | Path], collection: Collection, report: Inges
             report.unchanged.append(name)
             report.known_errors += entry.errors
         elif entry is None:
-            # The nodes of an incomplete file are there: only what is missing is embedded.
+            # Of an incomplete or damaged file only the nodes that are missing are embedded.
             terms = DocumentTerms(name, collection.settings.language)
             job = Job(Path(name), sha256, terms, entries.earlier(name, places[name], sha256))
             if sha256 in jobs:
@@ -113,8 +113,11 @@ def note_passed_over(files: Sequence[Path], report: IngestReport) -> None:
 class Entries:
     """The entries of a collection by what a plan looks them up by."""
 
-    def __init__(self, entries: Sequence[FileEntry]) -> None:
-        self.complete = {entry.sha256: entry for entry in entries if entry.complete}
+    def __init__(self, entries: Sequence[FileEntry], damaged: Sequence[FileEntry]) -> None:
+        lost = {entry.sha256 for entry in damaged}
+        self.complete = {
+            entry.sha256: entry for entry in entries if entry.complete and entry.sha256 not in lost
+        }
         paths = absolute_paths(Path(entry.folder, entry.file) for entry in entries)
         self.path = dict(zip(entries, paths, strict=True))
         self._at_path: dict[Path, list[FileEntry]] = defaultdict(list)

@@ -31,8 +31,12 @@ _DESCRIBING = (
 _LFS_POINTER = b"version https://git-lfs"
 
 
-def find_checkpoint(name: str | Path, revision: str | None = None) -> Path:
+def find_checkpoint(
+    name: str | Path, revision: str | None = None, *, download: bool = True
+) -> Path:
     """Folder of a checkpoint: a folder as given, one shipped with mmrag, or one from the hub.
+
+    download: False takes from the hub only what was downloaded before.
 
     Raises: ModelError if there is neither such a folder nor such a model within reach.
     """
@@ -43,10 +47,22 @@ def find_checkpoint(name: str | Path, revision: str | None = None) -> Path:
     if "/" not in str(name) and shipped.is_dir():
         return shipped
     try:
-        return Path(snapshot_download(str(name), revision=revision, allow_patterns=_HUB_FILES))
+        return Path(
+            snapshot_download(
+                str(name),
+                revision=revision,
+                allow_patterns=_HUB_FILES,
+                local_files_only=not download,
+            )
+        )
     except HFValidationError as error:
         raise ModelError(f"{name}: there is no such folder, and it is not a hub name.") from error
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        if not download:
+            raise ModelError(
+                f"{name} is not on this machine, and models are downloaded only when they are "
+                f"asked for. Name it to download it: embed_model={str(name)!r} or --embedder {name}"
+            ) from error
         raise ModelError(
             f"{name}: there is no such folder, and it could not be downloaded from the hub "
             f"({type(error).__name__}). Check the name and the network, or give a folder."
@@ -58,7 +74,13 @@ def is_adapter(folder: Path) -> bool:
     return (folder / ADAPTER_CONFIG).is_file()
 
 
-def find_base(adapter: Path, base: str | Path | None = None, known: str | None = None) -> Path:
+def find_base(
+    adapter: Path,
+    base: str | Path | None = None,
+    known: str | None = None,
+    *,
+    download: bool = True,
+) -> Path:
     """Folder of the model that an adapter sits on: ``base``, else what the adapter states.
 
     That is often a path on the machine it was trained on; where there is no such folder here,
@@ -67,14 +89,14 @@ def find_base(adapter: Path, base: str | Path | None = None, known: str | None =
     Raises: ModelError if the adapter does not say and nothing else is given.
     """
     if base is not None:
-        return find_checkpoint(base)
+        return find_checkpoint(base, download=download)
     config = read_json(adapter / ADAPTER_CONFIG)
     stated = config.get("base_model_name_or_path")
     if known is not None and not (stated and Path(stated).is_dir()):
-        return find_checkpoint(known)
+        return find_checkpoint(known, download=download)
     if not stated:
         raise ModelError(f"{adapter}: {ADAPTER_CONFIG} does not name the base model; pass base=.")
-    return find_checkpoint(stated, config.get("revision"))
+    return find_checkpoint(stated, config.get("revision"), download=download)
 
 
 def read_json(path: Path) -> dict[str, Any]:

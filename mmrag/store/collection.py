@@ -222,6 +222,12 @@ class Collection:
             if sha256 not in done
         }
 
+    def damaged(self) -> list[FileEntry]:
+        """The files of which fewer nodes are here than were stored."""
+        # A file's own point counts among those with its hash.
+        stored = self._engine.facet("sha256")
+        return [entry for entry in self.files() if stored.get(entry.sha256, 0) - 1 < entry.nodes]
+
     def remove_file(self, sha256_or_path: str) -> int:
         """Delete a file's points and page images; returns how many nodes went."""
         by_path = self._remove(AnyOf("file", (sha256_or_path,)))

@@ -261,8 +261,8 @@ class EdgeEngine(Engine):
             if type(error).__name__ == "PanicException":
                 self._shard = None  # its state is not known
                 raise CollectionError(
-                    f"cannot {doing} {self._folder}: its files are damaged ({error}). Run "
-                    "`mmrag doctor`, or delete the collection and index the files again."
+                    f"cannot {doing} {self._folder}: its files are damaged ({error}). "
+                    "Delete the folder of the collection and index the files again."
                 ) from error
             if type(error) not in (Exception, ValueError):
                 raise

@@ -22,7 +22,7 @@ from mmrag.ingest.writer import Writer
 from mmrag.queries import Where
 from mmrag.reading import ReadOptions, ReadPage
 from mmrag.store.collection import Collection, CollectionSettings, FileEntry
-from mmrag.store.engine import Filter
+from mmrag.store.engine import Between, Filter
 
 OPTIONS = ReadOptions(dpi=50, passage_words=20, passage_overlap=0)
 
@@ -692,6 +692,22 @@ def test_a_defect_of_the_file_is_said_by_every_run(embedder, collection, files, 
     report = ingest(["in/paper.pdf"], collection, embedder)
     assert report.unchanged == ["in/paper.pdf"]
     assert (report.errors, report.known_errors) == ([], [str(broken)])
+
+
+def test_nodes_that_a_damaged_collection_has_lost_are_stored_again(embedder, collection, files):
+    two_pages(files / "paper.pdf", "turbines")
+    ingest(["in"], collection, embedder)
+    whole, encoded = content(collection), embedder.encoded
+    assert collection.damaged() == []
+    collection._engine.delete(Filter(must=(Between("page", 2, 2),)))
+    assert [entry.file for entry in collection.damaged()] == ["in/paper.pdf"]
+    ingest(["in"], collection, embedder)
+    assert collection.damaged() == []
+    payloads = [
+        {id_: p for id_, (p, _) in stored.items()} for stored in (content(collection), whole)
+    ]
+    assert payloads[0] == payloads[1]
+    assert embedder.encoded == encoded + 2
 
 
 def test_where_finds_by_what_reading_knows(embedder, collection, files):

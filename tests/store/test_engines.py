@@ -243,7 +243,7 @@ def test_a_panic_of_the_engine_is_a_damaged_collection(tmp_path, monkeypatch):
 
     engine._shard.close()
     engine._shard = Panicking()
-    with pytest.raises(CollectionError, match=r"damaged .*mmrag doctor"):
+    with pytest.raises(CollectionError, match=r"damaged .*index the files again"):
         engine.count(ALL)
     with pytest.raises(CollectionError, match="is closed"):
         engine.count(ALL)
