@@ -233,7 +233,7 @@ def _first_step(rows: str, answer: multiprocessing.Queue[list[float]]) -> None:
 
 
 def rows(folder: Path) -> None:
-    """Time to the first step and memory of one process: a million rows, and 50,000 with images."""
+    """Time to the first step and memory of one process, for rows of text and with images."""
     from mmrag_recipes.rows import ImageStore, Item, Row, write_rows
 
     chance = np.random.default_rng(4)
@@ -256,8 +256,10 @@ def rows(folder: Path) -> None:
 
     print("| rows | start | seconds to open | to the first step | MiB |\n|---|---|---|---|---|")
     context = multiprocessing.get_context("spawn")
-    for name, count, pictured in (("text", 1_000_000, False), ("with images", 50_000, True)):
-        path = folder / f"{name.replace(' ', '-')}.jsonl"
+    sizes = (("text", 100_000), ("with images", 50_000), ("text", 1_000_000))
+    for number, (name, count) in enumerate(sizes):
+        pictured = name != "text"
+        path = folder / f"rows-{number}.jsonl"
         write_rows(path, (row(n, images[n % 5000] if pictured else None) for n in range(count)))
         for start in ("first", "second"):
             answer = context.Queue()

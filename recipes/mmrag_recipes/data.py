@@ -133,9 +133,9 @@ def _compute_costs(
             setattr(light, name, None)
     about = (rows.path, rows.folder, store.folder, light, hard_negatives)
     with workers(len(starts), _set_up, *about) as pool:
-        parts = list(
-            track(pool.map(_costs_from, starts), len(starts), f"counting {rows.path.name}")
-        )
+        stops = [start + _ROWS_PER_TASK for start in starts]
+        mapped = pool.map(_costs_between, starts, stops)
+        parts = list(track(mapped, len(starts), f"counting {rows.path.name}"))
     return np.concatenate([costs for costs, _ in parts]), [p for _, found in parts for p in found]
 
 
@@ -147,11 +147,11 @@ def _set_up(rows: Path, index: Path, images: Path, backbone: Backbone, hard_nega
     _task.update(hard_negatives=hard_negatives)
 
 
-def _costs_from(start: int) -> tuple[NDArray[np.int32], list[Problem]]:
+def _costs_between(start: int, stop: int) -> tuple[NDArray[np.int32], list[Problem]]:
     """Costs of some rows, and the rows that cannot be used."""
     rows: RowFile = _task["rows"]
     costs, problems = [], []
-    for row in rows[start : start + _ROWS_PER_TASK]:
+    for row in rows[start:stop]:
         try:
             costs.append(_cost(row, _task["store"], _task["backbone"], _task["hard_negatives"]))
         except ContentError as error:

@@ -156,7 +156,8 @@ def _make_index(path: Path, index: Path, stamp: list[int]) -> Path:
     starts = range(0, stamp[1], _RANGE)
     parts = []
     with workers(len(starts)) as pool:
-        mapped = pool.map(_read_range, [path] * len(starts), starts)
+        stops = [start + _RANGE for start in starts]
+        mapped = pool.map(_read_range, [path] * len(starts), starts, stops)
         parts = list(track(mapped, len(starts), f"reading {path.name}"))
     _raise_problems(path, parts)
     arrays = {
@@ -194,7 +195,7 @@ class _Part:
     images: set[str]
 
 
-def _read_range(path: Path, start: int) -> _Part:
+def _read_range(path: Path, start: int, stop: int) -> _Part:
     """Rows of all lines that begin in a range of the file."""
     rows: list[Row] = []
     offsets: list[int] = []
@@ -205,7 +206,7 @@ def _read_range(path: Path, start: int) -> _Part:
         file.seek(max(0, start - 1))
         if start:
             file.readline()  # its line began in the range before
-        while (offset := file.tell()) < start + _RANGE and (line := file.readline()):
+        while (offset := file.tell()) < stop and (line := file.readline()):
             number += 1
             if not line.strip():
                 continue
