@@ -58,6 +58,11 @@ class ImageLimits:
 
     max_bytes: size of the encoded file, in bytes.
     max_pixels: width times height, in pixels.
+
+    Example:
+        >>> from PIL import Image
+        >>> load_image(Image.new("RGB", (40, 30)), limits=ImageLimits(max_pixels=2000)).size
+        (40, 30)
     """
 
     max_bytes: int = 64 * 1024 * 1024
@@ -74,6 +79,12 @@ class Content:
     ``image`` may be a sequence of images for families that take several; the others refuse
     more than one. ``instruction`` overrides the one given to ``Embedder.encode`` for this item.
     An empty text is a text; ``None`` means that there is none.
+
+    Example:
+        >>> Content("a page about wells").modality
+        'text'
+        >>> Content("what is this?", image="photo.jpg").modality
+        'fused'
     """
 
     text: str | None = None

@@ -52,6 +52,15 @@ class UniversalIndex:
         language: stemming for BM25; default: detected for each document; ``"none"`` for none.
 
     Raises: CollectionError for a collection that is locked or was built otherwise.
+
+    Example:
+        >>> from pathlib import Path
+        >>> _ = Path("well.txt").write_text("The well is nine metres deep.")
+        >>> with UniversalIndex("library") as index:
+        ...     report = index.add("well.txt")
+        ...     hits = index.as_retriever(similarity_top_k=1).retrieve("How deep is the well?")
+        >>> hits[0].text
+        'The well is nine metres deep.'
     """
 
     def __init__(

@@ -20,6 +20,10 @@ class Where:
     pages: first and last page, both included; None is no bound.
     kinds: ``page``, ``figure``, ``passage``, ``picture``, ``text``; any one suffices.
     metadata: key to a value, or to a list of values any one of which suffices.
+
+    Example:
+        >>> Where(files=("reports/*.pdf",), pages=(1, 20), kinds=("page",)).pages
+        (1, 20)
     """
 
     files: tuple[str, ...] = ()
@@ -35,6 +39,10 @@ class MultimodalQuery(QueryBundle):
     image: takes the place of ``image_path``.
     where: takes the place of the retriever's own filter for this query.
     top_k: takes the place of the retriever's ``similarity_top_k`` for this query.
+
+    Example:
+        >>> query = MultimodalQuery("where is this sold?", image="photo.jpg", top_k=3)
+        >>> query.where = Where(files=("catalogue.pdf",))
     """
 
     image: ImageSource | None = None

@@ -63,6 +63,11 @@ class CitedChatResponse(AgentChatResponse):
 
     question: what was searched for, after rewriting.
     cited: the answer with its sources, claims and problems.
+
+    Example:
+        >>> turn = CitedChatResponse(response="Nine metres [1].", question="How deep is the well?")
+        >>> str(turn)
+        'Nine metres [1].'
     """
 
     question: str = ""
@@ -82,6 +87,17 @@ class CitedChatEngine(BaseChatEngine):
 
     Raises: ConfigError without an LLM. Turns raise EndpointError if its server fails, streams
         while they are read; such a turn is not remembered.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from llama_index.core.llms import MockLLM
+        >>> from mmrag import CitedQueryEngine, UniversalIndex
+        >>> _ = Path("well.txt").write_text("The well is nine metres deep.")
+        >>> with UniversalIndex("library") as index:
+        ...     _ = index.add("well.txt")
+        ...     chat = CitedChatEngine(CitedQueryEngine(index.as_retriever(), MockLLM()))
+        ...     chat.chat_history
+        []
     """
 
     def __init__(

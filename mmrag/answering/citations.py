@@ -66,6 +66,11 @@ class Claim:
     dangling: the numbers that it cites and that no source has.
     supported: None where no cited source has text to check against.
     idle: sources cited beside those that support it, which have almost none of its words.
+
+    Example:
+        >>> claim = Claim("The well is nine metres deep.", citations=(1,), supported=True)
+        >>> claim.dangling
+        ()
     """
 
     text: str

@@ -38,6 +38,12 @@ class Source:
     quote: the sentence of the page that carries the answer, once it is known.
     boxes: where the quote stands, one box a line, in PDF points.
     cited: whether the answer cites it.
+
+    Example:
+        >>> from llama_index.core.schema import NodeWithScore, TextNode
+        >>> hit = NodeWithScore(node=TextNode(text="The well is nine metres deep."), score=1.0)
+        >>> Source(1, "well.pdf", 3, hit, hit.text).to_dict()["page"]
+        3
     """
 
     n: int
@@ -99,6 +105,10 @@ class ImageBudget:
 
     max_pixels: of one image; larger ones are scaled down.
     max_bytes: of all images together, encoded.
+
+    Example:
+        >>> ImageBudget(max_pixels=512 * 512).max_bytes
+        8388608
     """
 
     max_pixels: int = 1024 * 1024

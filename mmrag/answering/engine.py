@@ -122,6 +122,17 @@ class CitedQueryEngine(BaseQueryEngine):
 
     Raises: ConfigError for options that make no sense. Queries raise EndpointError if the
         model's server fails.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from mmrag import UniversalIndex
+        >>> _ = Path("well.txt").write_text("The well is nine metres deep.")
+        >>> with UniversalIndex("library") as index:
+        ...     _ = index.add("well.txt")
+        ...     engine = CitedQueryEngine(index.as_retriever())  # llm=None: passages are quoted
+        ...     answer = engine.query("How deep is the well?")
+        >>> answer.sources[0].file, answer.sources[0].quote
+        ('well.txt', 'The well is nine metres deep.')
     """
 
     def __init__(

@@ -136,6 +136,10 @@ class Plan:
     calls: of the model, before the answer.
     enough: whether the model found the evidence sufficient; None if it was not asked.
     stopped: why no more was searched for.
+
+    Example:
+        >>> Plan("Which of the two wells is deeper?").searches
+        []
     """
 
     question: str
@@ -157,6 +161,10 @@ class PlanBudget:
     max_calls: of the model before the answer, the one that plans included.
     max_searches: sub-questions in all.
     seconds: no new round starts after this time; None means no limit.
+
+    Example:
+        >>> PlanBudget(max_searches=4).max_calls
+        3
     """
 
     max_calls: int = 3
@@ -335,6 +343,16 @@ class PlanningQueryEngine(BaseQueryEngine):
     Responses carry the trace, a ``Plan`` as a dict, in ``metadata["plan"]``.
 
     Raises: ConfigError without an LLM. Queries raise EndpointError if its server fails.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from llama_index.core.llms import MockLLM
+        >>> from mmrag import CitedQueryEngine, UniversalIndex
+        >>> _ = Path("well.txt").write_text("The well is nine metres deep.")
+        >>> with UniversalIndex("library") as index:
+        ...     _ = index.add("well.txt")
+        ...     answers = CitedQueryEngine(index.as_retriever(), MockLLM())
+        ...     engine = PlanningQueryEngine(answers, budget=PlanBudget(max_searches=4))
     """
 
     def __init__(

@@ -37,6 +37,13 @@ class CitedResponse(Response):
     notes: what was cut, left out or missing on the way to the model.
     extractive: passages quoted from the documents, because there is no language model.
     certain: False where these passages may answer the question, and may not.
+
+    Example:
+        >>> from mmrag.answering.citations import Claim
+        >>> claim = Claim("Nine metres.", dangling=(2,))
+        >>> response = CitedResponse("Nine metres [2].", claims=(claim,))
+        >>> response.claims[0].dangling
+        (2,)
     """
 
     sources: list[Source] = field(default_factory=list)
@@ -102,7 +109,13 @@ class CitedResponse(Response):
 
 @dataclass
 class CitedStreamingResponse(StreamingResponse):
-    """A stream of text; ``sources`` are there at once, ``get_response()`` has the checks."""
+    """A stream of text; ``sources`` are there at once, ``get_response()`` has the checks.
+
+    Example:
+        >>> stream = CitedStreamingResponse(iter(["Nine ", "metres."]), finish=CitedResponse)
+        >>> "".join(stream.response_gen)
+        'Nine metres.'
+    """
 
     sources: list[Source] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -131,7 +144,15 @@ class CitedStreamingResponse(StreamingResponse):
 
 @dataclass
 class AsyncCitedStreamingResponse(AsyncStreamingResponse):
-    """As CitedStreamingResponse, for ``aquery``."""
+    """As CitedStreamingResponse, for ``aquery``.
+
+    Example:
+        >>> async def words():
+        ...     yield "Nine metres."
+        >>> stream = AsyncCitedStreamingResponse(words(), finish=CitedResponse)
+        >>> stream.sources
+        []
+    """
 
     sources: list[Source] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)

@@ -43,6 +43,11 @@ class StructuredAnswer(Generic[T]):
     value: None where the documents do not answer the question.
     response: the answer in words, with sources, claims and problems.
     problems: numbers of ``value`` that stand neither in the answer nor in its question.
+
+    Example:
+        >>> from mmrag import CitedResponse
+        >>> StructuredAnswer({"depth": 9}, CitedResponse("Nine metres [1].")).value["depth"]
+        9
     """
 
     value: T | None

@@ -40,6 +40,10 @@ class ReadPage:
 
     needs_ocr: whether it may hold text that only recognition can read, and was not recognised.
     warnings: what the PDF engine complained about on this page.
+
+    Example:
+        >>> ReadPage(page=3).nodes
+        []
     """
 
     page: int | None

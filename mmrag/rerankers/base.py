@@ -26,6 +26,14 @@ class Scorer(Protocol):
     """Judges pairs of query and document. Knows nothing of LlamaIndex.
 
     name: what it was loaded from: a hub id, a folder, or a server's model name.
+
+    Example:
+        >>> class ByLength:
+        ...     name = "by-length"
+        ...     def judge(self, pairs, instruction=None):
+        ...         return [1 / (1 + len(document.text)) for _, document in pairs]
+        >>> isinstance(ByLength(), Scorer)
+        True
     """
 
     name: str

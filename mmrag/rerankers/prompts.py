@@ -26,6 +26,11 @@ class RerankPrompt:
     system: the system turn; None leaves it to the model's own template.
 
     Raises: ConfigError for a template that lacks a place, or words that are the same.
+
+    Example:
+        >>> prompt = RerankPrompt("{query} Is this a fit? {document}", ("yes", "no"))
+        >>> prompt.answers
+        ('yes', 'no')
     """
 
     template: str

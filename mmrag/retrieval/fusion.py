@@ -47,6 +47,11 @@ class Fused:
     nodes: every node of it that was found, best first: the page, its passages, its figures.
     shown: the node that stands for it: ``best``, or its page if that is a passage of a page
         that was found too; the page has the passage's text, and the image.
+
+    Example:
+        >>> (page,) = fuse({"text": [Scored("a", 0.9, {})]})
+        >>> page.score, page.ranks
+        (1.0, {'text': 1})
     """
 
     key: Hashable

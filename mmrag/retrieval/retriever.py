@@ -72,6 +72,17 @@ class UniversalRetriever(BaseRetriever):
 
     Raises: ConfigError for unknown or useless weights, filters that cannot be expressed, and
         queries that the embedder cannot embed.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from mmrag import UniversalIndex
+        >>> _ = Path("well.txt").write_text("The well is nine metres deep.")
+        >>> with UniversalIndex("library") as index:
+        ...     _ = index.add("well.txt")
+        ...     retriever = UniversalRetriever(index.collection, index.embedder, similarity_top_k=1)
+        ...     hit = retriever.retrieve("How deep is the well?")[0]
+        >>> sorted(hit.ranks.items())
+        [('bm25', 1), ('text', 1)]
     """
 
     def __init__(

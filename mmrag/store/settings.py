@@ -24,6 +24,11 @@ class CollectionSettings:
     reading: the options files were read with.
     language: stemming for BM25: ``"auto"`` detects it for each document, ``"none"`` leaves words
         as they are.
+
+    Example:
+        >>> settings = CollectionSettings("mmrag-nano", fingerprint="1f0c", dim=384)
+        >>> CollectionSettings.from_json(settings.to_json()) == settings
+        True
     """
 
     embedder: str
