@@ -6,9 +6,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-from qdrant_client import QdrantClient
+from typing import TYPE_CHECKING, Any, cast
 
 from mmrag.embedders.base import Embedder
 from mmrag.errors import CollectionError, ConfigError, MissingCollectionError
@@ -24,6 +22,7 @@ from mmrag.store.settings import CollectionSettings, View, refuse_other
 if TYPE_CHECKING:
     from llama_index.core.llms import LLM
     from llama_index.core.postprocessor.types import BaseNodePostprocessor
+    from qdrant_client import QdrantClient
 
     from mmrag.answering.engine import CitedQueryEngine
     from mmrag.embedding import UniversalEmbedding
@@ -134,7 +133,7 @@ class UniversalIndex:
         progress: True shows a bar on stderr; a function is called with each Progress.
         """
         many = [paths] if isinstance(paths, (str, Path)) else list(paths)
-        embedder = self.embedder
+        embedder = self._unloaded() or self.embedder
         if self._collection is None:
             self._collection = Collection.open(**self._where, settings=self._settings(embedder))
         with _shown(progress) as show:
@@ -199,6 +198,12 @@ class UniversalIndex:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def _unloaded(self) -> Embedder | None:
+        """The embedder that built the collection, not loaded yet: unchanged files need none."""
+        if self._collection is None or self._embedder is not None:
+            return None
+        return cast(Embedder, _Unloaded(self._collection.settings, lambda: self.embedder))
+
     def _open_existing(self) -> Collection | None:
         try:
             return self._open_checked()
@@ -229,6 +234,18 @@ class UniversalIndex:
         if Path(name).is_dir():
             name = str(Path(name).resolve())  # to be found from any working directory
         return CollectionSettings(name, embedder.fingerprint, **(default | self._given))
+
+
+class _Unloaded:
+    """Knows an embedder's name and fingerprint, and loads it when more is asked."""
+
+    def __init__(self, settings: CollectionSettings, load: Callable[[], Embedder]) -> None:
+        self.name = settings.embedder
+        self.fingerprint = settings.fingerprint
+        self._load = load
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._load(), name)
 
 
 def _identified(settings: CollectionSettings, embedder: Embedder) -> CollectionSettings:

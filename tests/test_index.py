@@ -96,6 +96,7 @@ def test_a_model_in_a_folder_is_found_from_any_working_directory(papers, tmp_pat
     with UniversalIndex(tmp_path / "library", "./model") as index:
         index.add(papers)
     monkeypatch.chdir(papers)
+    (papers / "new.md").write_text("What was not there before, in words enough for a passage.")
     with UniversalIndex(tmp_path / "library") as index:
         index.add(papers)
     assert loaded == ["./model", str(tmp_path / "model")]
@@ -219,3 +220,22 @@ def test_nothing_is_downloaded_for_a_collection(papers, tmp_path):
         pytest.raises(ModelError, match=r"not on this machine.*--embedder nobody/no-model"),
     ):
         index.as_retriever()
+
+
+def test_unchanged_files_load_no_embedder(tmp_path, monkeypatch):
+    (tmp_path / "a.md").write_text("A plan that covers glasses and the examination of eyes.")
+    with UniversalIndex(tmp_path / "c", FakeEmbedder()) as index:
+        index.add(tmp_path / "a.md")
+    loaded = []
+
+    def load(name, **_):
+        loaded.append(name)
+        return FakeEmbedder()
+
+    monkeypatch.setattr("mmrag.embedders.load_embedder", load)
+    with UniversalIndex(tmp_path / "c") as index:
+        assert index.add(tmp_path / "a.md").unchanged
+        assert loaded == []
+        (tmp_path / "b.md").write_text("A plan that covers teeth and the cleaning of them.")
+        assert index.add(tmp_path / "b.md").indexed
+        assert loaded == ["fake"]

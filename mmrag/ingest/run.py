@@ -58,8 +58,9 @@ def ingest(
     options = _options(collection, embedder, options)
     started = time.monotonic()
     report = IngestReport()
-    _note_missing_views(collection, embedder, report)
     plan = make_plan(paths, collection, report)
+    if plan.jobs:
+        _note_missing_views(collection, embedder, report)
     for entry, path in plan.moves:
         collection.move_file(entry, path)
         if entry.file == path:  # the working directory has moved, with the files in it

@@ -18,7 +18,6 @@ import numpy as np
 from llama_index.core.schema import BaseNode
 from llama_index.core.vector_stores.utils import metadata_dict_to_node, node_to_metadata_dict
 from numpy.typing import NDArray
-from qdrant_client import QdrantClient
 
 from mmrag.errors import CollectionError, ConfigError, MissingCollectionError
 from mmrag.nodes import node_text
@@ -37,13 +36,13 @@ from mmrag.store.entries import FileEntry, folder_of
 from mmrag.store.images import image_paths, with_image_paths
 from mmrag.store.location import Location
 from mmrag.store.matching import as_filter, matching_paths
-from mmrag.store.server import ServerEngine
 from mmrag.store.settings import CollectionSettings, View, refuse_other
 from mmrag.store.terms import AUTO_LANGUAGE, DocumentTerms, NodeTerms, has_terms, query_terms
 from mmrag.store.upgrade import rebuild_terms
 
 if TYPE_CHECKING:
     from llama_index.vector_stores.qdrant import QdrantVectorStore
+    from qdrant_client import QdrantClient
 
 __all__ = ["Collection", "CollectionSettings", "FileEntry"]
 
@@ -423,7 +422,10 @@ def _agree(
         raise CollectionError(f"{location} was not made by mmrag; choose another name or folder.")
     if wanted is None:
         raise MissingCollectionError(f"{location} is empty; index something into it first.")
-    if isinstance(engine, ServerEngine):
+    if location.client is not None:
+        from mmrag.store.server import ServerEngine
+
+        assert isinstance(engine, ServerEngine)
         if engine.vector_dims() != dict(_schema(wanted).vectors):
             raise CollectionError(
                 f"{location} was not made by mmrag: it has other vectors. Choose another name."

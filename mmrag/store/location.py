@@ -5,14 +5,15 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
-
-from qdrant_client import AsyncQdrantClient, QdrantClient
+from typing import TYPE_CHECKING
 
 from mmrag.errors import CollectionError, ConfigError, MissingCollectionError
 from mmrag.store.edge import LOCK, EdgeEngine
 from mmrag.store.engine import Engine, Schema
 from mmrag.store.images import ImageFolder
-from mmrag.store.server import ServerEngine
+
+if TYPE_CHECKING:
+    from qdrant_client import AsyncQdrantClient, QdrantClient
 
 SHARD = "qdrant"
 IMAGES = "images"
@@ -45,9 +46,12 @@ class Location:
         """The location for what a user gave. Raises ConfigError for an unknown kind of URL."""
         given = images_dir is not None
         on_server = ImageFolder(Path(images_dir or Path("mmrag-images") / name).absolute(), None)
-        if isinstance(location, QdrantClient):
+        if not isinstance(location, (str, Path)):
             return cls(None, location, name, on_server, given)
         if str(location).startswith(("http://", "https://")):
+            # Importing the client takes half a second, which a folder has no use for.
+            from qdrant_client import QdrantClient
+
             url = str(location)
             client = QdrantClient(url, api_key=api_key, check_compatibility=False)
             return cls(None, client, name, on_server, given, url, api_key)
@@ -68,6 +72,8 @@ class Location:
         """
         if self.folder is not None:
             return self._open_folder(self.folder, schema)
+        from mmrag.store.server import ServerEngine
+
         assert self.client is not None
         engine = ServerEngine(self.client, self.name, owned=self.url is not None)
         try:
@@ -87,6 +93,8 @@ class Location:
         """A client for async callers; a client that was passed in has no async twin."""
         if self.url is None:
             return None
+        from qdrant_client import AsyncQdrantClient
+
         return AsyncQdrantClient(self.url, api_key=self.api_key, check_compatibility=False)
 
     def _open_folder(self, folder: Path, schema: Schema | None) -> Engine:
