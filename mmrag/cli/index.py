@@ -62,8 +62,6 @@ def index(
             # Given only when asked for: a collection keeps the options that built it.
             options: dict[str, Any] = {"reading": ReadOptions(ocr=ocr) if ocr else None}
             with open_library(collection, embedder, language=language, **options) as library:
-                step("Loading the embedder")
-                _ = library.embedder
                 step("Reading files")
                 step.stop()
                 with indexing() as progress:
