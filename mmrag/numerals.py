@@ -197,16 +197,21 @@ def _separated(token: str, mark: str | None) -> tuple[Reading, ...]:
     may_be_decimal = last != "'" and token.count(last) == 1
     if may_be_decimal and whole.isdigit():
         decimal = (_value(whole, part),)
-        if grouped and mark is None:
-            return joined, decimal
-        return (joined,) if grouped and mark != last else (decimal,)
+        if not grouped or mark == last:
+            return (decimal,)
+        return (joined, decimal) if mark is None else (joined,)
     if grouped:
         return (joined,)
     if may_be_decimal and _GROUPS.fullmatch(whole):
         return ((_value(re.sub(r"\D", "", whole), part),),)
-    if set(token) <= set("0123456789.") and not _DATE.fullmatch(token):
-        return ((token,),)  # a version or an address
+    if _is_version(token):
+        return ((token,),)
     return (tuple(_value(piece) for piece in re.split(r"\D", token)),)
+
+
+def _is_version(token: str) -> bool:
+    """Whether digits and dots are a version or an address, and no date."""
+    return set(token) <= set("0123456789.") and not _DATE.fullmatch(token)
 
 
 def _split_at_last(token: str) -> tuple[str, str, str]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -110,6 +111,7 @@ def ask(
     """Answer a question from the indexed pages, citing them as [1], [2]."""
     with errors(debug):
         need_query(question, image)
+        text = question or ""
         live = out().is_terminal and not as_json
         with working() as step:
             step(f"Opening {collection}")
@@ -117,7 +119,7 @@ def ask(
             from mmrag.server.client import find_server
 
             where = where_from(file, pages, kind)
-            query = MultimodalQuery(question or "", image=image, where=where, top_k=top_k)
+            query = MultimodalQuery(text, image=image, where=where, top_k=top_k)
             server = find_server(collection)
             if server is not None:
                 note_ignored(server, llm=llm, base_url=base_url, rerank=rerank, plan=plan)
@@ -140,18 +142,28 @@ def ask(
                     engine = _planned(cited) if plan else cited
                     response = _finished(engine.query(query), step, live=live)
         saved = _save_pages(response, save_pages) if save_pages else {}
-        planned = (response.metadata or {}).get("plan") if plan else None
-        trace = {"plan": planned} if planned else {}
+        planned = (response.metadata or {}).get("plan")
         if as_json:
-            print_json(response.to_dict(question or "") | trace)
+            print_json(response.to_dict(text) | ({"plan": planned} if planned else {}))
         else:
-            if not streaming:
-                show(display.answer_view(response))
-            show(display.sources_view(response, saved))
-            if trace:
-                show(display.plan_view(trace["plan"]))
+            _print_answer(response, saved, planned, streamed=streaming)
         if not response.found:
             raise typer.Exit(NOTHING)
+
+
+def _print_answer(
+    response: CitedResponse,
+    saved: dict[int, str],
+    plan: Mapping[str, Any] | None,
+    *,
+    streamed: bool,
+) -> None:
+    """The answer unless it was streamed, its sources, and the plan behind it."""
+    if not streamed:
+        show(display.answer_view(response))
+    show(display.sources_view(response, saved))
+    if plan:
+        show(display.plan_view(plan))
 
 
 def chat_model(

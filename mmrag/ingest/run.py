@@ -93,11 +93,8 @@ def ingest(
         finally:
             events.close()
         jobs = _copies_of_failed(jobs, report)
-    if writer.n_needs_ocr and options.ocr == "auto" and not ocr.available():
-        report.notes.append(
-            f"Pages and images whose text only recognition can read: {writer.n_needs_ocr}. "
-            f"To add it: {ocr.INSTALL}, then remove their files and index them again."
-        )
+    if options.ocr == "auto":
+        _note_missing_ocr(writer.n_needs_ocr, report)
     report.notes += [
         f"{name} has the same content as {first}, which stands for it."
         for name, first in report.duplicates.items()
@@ -142,6 +139,14 @@ def _options(
             f"{reading_settings(options)}. Leave the options out, or use another collection."
         )
     return options
+
+
+def _note_missing_ocr(n_pages: int, report: IngestReport) -> None:
+    if n_pages and not ocr.available():
+        report.notes.append(
+            f"Pages and images whose text only recognition can read: {n_pages}. "
+            f"To add it: {ocr.INSTALL}, then remove their files and index them again."
+        )
 
 
 def _note_missing_views(collection: Collection, embedder: Embedder, report: IngestReport) -> None:

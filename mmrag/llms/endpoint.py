@@ -105,16 +105,7 @@ def open_llm(
                 raise
     if model is None:
         model = _only(served, address.public)
-    window = context_window or served.get(model) or _known_window(model)
-    if window is None:
-        window = ASSUMED_WINDOW
-        logger.warning(
-            "%s does not report the context window of %s; assuming %d tokens. Set "
-            "context_window= (--context-window) to use all of it.",
-            address.public,
-            model,
-            window,
-        )
+    window = context_window or served.get(model) or _known_or_assumed_window(model, address.public)
     llm = EndpointLLM(
         model=model,
         api_base=address.public,
@@ -223,6 +214,21 @@ def _trained_window(row: dict[str, Any]) -> int | None:
 def _meta(row: dict[str, Any]) -> dict[str, Any]:
     meta = row.get("meta")
     return meta if isinstance(meta, dict) else {}
+
+
+def _known_or_assumed_window(model: str, server: str) -> int:
+    """The window in LlamaIndex's table of OpenAI's models, else a small one, with a warning."""
+    window = _known_window(model)
+    if window is None:
+        window = ASSUMED_WINDOW
+        logger.warning(
+            "%s does not report the context window of %s; assuming %d tokens. Set "
+            "context_window= (--context-window) to use all of it.",
+            server,
+            model,
+            window,
+        )
+    return window
 
 
 def _known_window(model: str) -> int | None:

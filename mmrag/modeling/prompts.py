@@ -42,11 +42,14 @@ def vlm2vec_prompt(
     if style not in ("demo", "mmeb"):
         raise ConfigError(f"style={style!r} is not known: use demo or mmeb.")
     text = content.text or ""
-    if content.images and not instruction:
-        instruction = REPRESENT_WITH_TEXT if text else REPRESENT
-    image = image_token + (" " if style == "demo" else "\n") if content.images else ""
-    task = (instruction or "") + (" " if instruction and text else "")
-    return Prompt(image + task, text, "\n" if style == "mmeb" and instruction else "")
+    image = ""
+    if content.images:
+        instruction = instruction or (REPRESENT_WITH_TEXT if text else REPRESENT)
+        image = image_token + (" " if style == "demo" else "\n")
+    if not instruction:
+        return Prompt(image, text, "")
+    task = f"{instruction} " if text else instruction
+    return Prompt(image + task, text, "\n" if style == "mmeb" else "")
 
 
 def harmless(

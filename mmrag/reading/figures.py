@@ -225,14 +225,21 @@ def _caption(box: Box, blocks: Sequence[_Block], drawn: bool) -> _Block | None:
     for _, block in near:
         if _CAPTION.match(block.text):
             return block
-    height = box[3] - box[1]
-    top = (box[0], box[1] - _TITLE_HEIGHT, box[2], box[1] + _TITLE_SHARE * height)
-    titles = [b for b in blocks if drawn and 2 <= b.words <= 25 and holds(top, b.box)]
-    for block in sorted(titles, key=lambda b: b.box[1]):
-        if sum(c.isalpha() for c in block.text) > _LETTER_SHARE * len(block.text):
-            return block
+    if drawn and (title := _title(box, blocks)):
+        return title
     for gap, block in near:
         if gap <= _NEAREST_REACH and 3 <= block.words <= 40:
+            return block
+    return None
+
+
+def _title(box: Box, blocks: Sequence[_Block]) -> _Block | None:
+    """The highest block across the top of a drawing that reads like words, not like numbers."""
+    height = box[3] - box[1]
+    top = (box[0], box[1] - _TITLE_HEIGHT, box[2], box[1] + _TITLE_SHARE * height)
+    titles = [b for b in blocks if 2 <= b.words <= 25 and holds(top, b.box)]
+    for block in sorted(titles, key=lambda b: b.box[1]):
+        if sum(c.isalpha() for c in block.text) > _LETTER_SHARE * len(block.text):
             return block
     return None
 

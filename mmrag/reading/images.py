@@ -16,7 +16,15 @@ from mmrag.errors import ContentError, is_environment_error
 from mmrag.reading import layout, ocr
 from mmrag.reading.files import write
 from mmrag.reading.layout import Token
-from mmrag.reading.options import PageRecord, Problem, ReadOptions, Refused, Skipped, Step
+from mmrag.reading.options import (
+    PageRecord,
+    Problem,
+    ReadOptions,
+    Refused,
+    Skipped,
+    Step,
+    TextLayer,
+)
 from mmrag.reading.pagewords import PageWords, save_words
 
 _LIMITS = ImageLimits(max_bytes=1 << 40)  # the bytes of the file were checked before
@@ -75,19 +83,14 @@ def _opened(path: Path) -> Image.Image:
 def _read_frame(
     image: Image.Image, number: int, out: Path, options: ReadOptions, skipped: Skipped
 ) -> Iterator[PageRecord | Problem | Step]:
-    if not out.exists():
-        try:
-            if image.format == "JPEG":  # decoded at a half, a quarter or an eighth, if that will do
-                scale = _shrink(image.size, options)
-                image.draft(
-                    "RGB", (math.ceil(image.width * scale), math.ceil(image.height * scale))
-                )
-            write(out, _encoded(load_image(image, limits=_LIMITS), out, options))
-        except _BROKEN as error:
-            if isinstance(error, OSError) and is_environment_error(error):
-                raise
-            yield _problem(number, error)
-            return
+    try:
+        if not out.exists():
+            _save_frame(image, out, options)
+    except _BROKEN as error:
+        if isinstance(error, OSError) and is_environment_error(error):
+            raise
+        yield _problem(number, error)
+        return
     blank = _is_blank(out)
     tokens: list[Token] | None = None
     if not blank and options.ocr != "off" and (number, "recognition") not in skipped:
@@ -96,15 +99,24 @@ def _read_frame(
             tokens = layout.in_reading_order(ocr.recognise(out.read_bytes(), scale=1.0))
         except Exception as error:  # noqa: BLE001 - the recogniser may raise anything
             yield Problem(number, f"its text cannot be recognised ({error}); it has none")
+    layer: TextLayer = "none"
     if tokens:
+        layer = "ocr"
         save_words(out, PageWords(tokens, 1.0))
     yield PageRecord(
         page=number,
         image=out.as_posix(),
         text=layout.text_of(tokens or []),
-        text_layer="ocr" if tokens else "none",
+        text_layer=layer,
         needs_ocr=tokens is None and not blank,
     )
+
+
+def _save_frame(image: Image.Image, out: Path, options: ReadOptions) -> None:
+    if image.format == "JPEG":  # decoded at a half, a quarter or an eighth, if that will do
+        scale = _shrink(image.size, options)
+        image.draft("RGB", (math.ceil(image.width * scale), math.ceil(image.height * scale)))
+    write(out, _encoded(load_image(image, limits=_LIMITS), out, options))
 
 
 def _is_blank(path: Path) -> bool:

@@ -88,17 +88,22 @@ def _letter_bits(char: str) -> float:
 def _pair_bits(word: str, i: int) -> float:
     """What a character and the one before it say about a word."""
     before, char = word[i - 1], word[i]
-    if before.islower() and char.isupper():
-        return _ODD
     if before.isalpha() and char.isalpha():
-        if script(before) != script(char):
-            return _ODD
-        return _CAPITAL if char.isupper() and not char.isascii() else 0.0
+        return _letter_pair_bits(before, char)
     if _is_sign(before) or _is_sign(char):
         return _ODD if before.isalpha() or char.isalpha() else 0.0
-    inside = i + 1 < len(word) and before.isalpha() and word[i + 1].isalpha()
+    inside = before.isalpha() and word[i + 1 : i + 2].isalpha()
     plain = char.isdigit() or char in _INSIDE_WORDS or _is_accent(char)
     return _ODD if inside and not plain else 0.0
+
+
+def _letter_pair_bits(before: str, char: str) -> float:
+    """What two letters side by side say: no word changes its script or case inside."""
+    if before.islower() and char.isupper():
+        return _ODD
+    if script(before) != script(char):
+        return _ODD
+    return _CAPITAL if char.isupper() and not char.isascii() else 0.0
 
 
 def _is_accent(char: str) -> bool:

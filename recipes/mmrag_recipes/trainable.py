@@ -25,11 +25,7 @@ def make_trainable(backbone: Backbone, config: TrainConfig) -> list[nn.Parameter
     if config.lora:
         _add_adapters(model, config.lora)
     for prefix in config.freeze:
-        frozen = [p for name, p in model.named_parameters() if name.startswith(prefix)]
-        if not frozen:
-            raise ConfigError(f"freeze: no weight begins with {prefix!r}.")
-        for parameter in frozen:
-            parameter.requires_grad_(False)
+        _freeze(model, prefix)
     trainable = [p for p in model.parameters() if p.requires_grad]
     if not trainable:
         raise ConfigError("Nothing is left to train: loosen `freeze` or the adapters' `targets`.")
@@ -37,18 +33,29 @@ def make_trainable(backbone: Backbone, config: TrainConfig) -> list[nn.Parameter
         for parameter in trainable:
             parameter.data = parameter.data.float()
     model.train()
-    towers = frozen_towers(model)
     if config.gradient_checkpointing:
         # transformers renames the method in version 5.23.
         enable = getattr(model, "activation_checkpointing_enable", None)
         (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
-    for tower in towers:
-        # No graph is kept of a frozen tower, so there is nothing to compute again.
-        for module in tower.modules():
-            if hasattr(module, "gradient_checkpointing"):
-                setattr(module, "gradient_checkpointing", False)  # noqa: B010
-        tower.eval()
+    for tower in frozen_towers(model):
+        _without_checkpointing(tower).eval()
     return trainable
+
+
+def _freeze(model: nn.Module, prefix: str) -> None:
+    frozen = [p for name, p in model.named_parameters() if name.startswith(prefix)]
+    if not frozen:
+        raise ConfigError(f"freeze: no weight begins with {prefix!r}.")
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+
+
+def _without_checkpointing(tower: nn.Module) -> nn.Module:
+    """The tower: no graph is kept of what is frozen, so there is nothing to compute again."""
+    for module in tower.modules():
+        if hasattr(module, "gradient_checkpointing"):
+            setattr(module, "gradient_checkpointing", False)  # noqa: B010
+    return tower
 
 
 def _add_adapters(model: nn.Module, lora: LoraConfig) -> None:
