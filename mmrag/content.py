@@ -59,7 +59,7 @@ class ImageLimits:
     max_bytes: size of the encoded file, in bytes.
     max_pixels: width times height, in pixels.
 
-    Example:
+    Examples:
         >>> from PIL import Image
         >>> load_image(Image.new("RGB", (40, 30)), limits=ImageLimits(max_pixels=2000)).size
         (40, 30)
@@ -80,7 +80,7 @@ class Content:
     more than one. ``instruction`` overrides the one given to ``Embedder.encode`` for this item.
     An empty text is a text; ``None`` means that there is none.
 
-    Example:
+    Examples:
         >>> Content("a page about wells").modality
         'text'
         >>> Content("what is this?", image="photo.jpg").modality
@@ -123,7 +123,8 @@ def as_content(value: ContentLike) -> Content:
     A ``str`` is a text, a path object, bytes, PIL image or array is an image, and a mapping
     has the keys ``text``, ``image`` and ``instruction``, any of which may be left out.
 
-    Raises: ContentError for anything else.
+    Raises:
+        ContentError: For anything else.
     """
     match value:
         case Content():
@@ -158,7 +159,8 @@ def load_image(
     ``loader`` given (it returns the bytes). Of an animated file the first frame is taken.
     16-bit images are scaled to 8 bits, floats in [0, 1] are taken as fractions of white.
 
-    Raises: ContentError if the source is missing, broken, of no known format, or too large.
+    Raises:
+        ContentError: If the source is missing, broken, of no known format, or too large.
     """
     name = describe(source)
     with _decoding(name), _open(source, limits, loader) as image:
@@ -178,7 +180,8 @@ def image_size(
 
     An orientation that a PNG states only after its pixels is not seen here.
 
-    Raises: ContentError as ``load_image`` does, except for damage beyond the header.
+    Raises:
+        ContentError: As ``load_image`` does, except for damage beyond the header.
     """
     name = describe(source)
     with _decoding(name), _open(source, limits, loader) as image:

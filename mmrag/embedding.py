@@ -68,8 +68,9 @@ class UniversalEmbedding(MultiModalEmbedding):
             number of contents in one call of the embedder, which cuts its own batches by
             tokens within it.
 
-    Raises: ConfigError for settings that are unknown or contradict each other. What loading
-        raises comes with the first use.
+    Raises:
+        ConfigError: For settings that are unknown or contradict each other. What loading raises
+            comes with the first use.
 
     >>> model = UniversalEmbedding("mmrag-nano", device="cpu")
     >>> len(model.get_query_embedding("wind energy"))
@@ -263,7 +264,8 @@ class UniversalEmbedding(MultiModalEmbedding):
         Texts are embedded with their metadata as LlamaIndex does (``MetadataMode.EMBED``);
         images, with or without text, without it.
 
-        Raises: ContentError for a node whose image cannot be used.
+        Raises:
+            ContentError: For a node whose image cannot be used.
         """
         contents = [node_content(node, self.node_view) for node in nodes]
         vectors = self.embed_contents(contents, show_progress=bool(kwargs.get("show_progress")))

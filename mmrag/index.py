@@ -50,9 +50,10 @@ class UniversalIndex:
         dim: length of the stored vectors, for embedders that can be cut (Matryoshka).
         language: stemming for BM25; default: detected for each document; ``"none"`` for none.
 
-    Raises: CollectionError for a collection that is locked or was built otherwise.
+    Raises:
+        CollectionError: For a collection that is locked or was built otherwise.
 
-    Example:
+    Examples:
         >>> from pathlib import Path
         >>> _ = Path("well.txt").write_text("The well is nine metres deep.")
         >>> with UniversalIndex("library") as index:
@@ -106,9 +107,10 @@ class UniversalIndex:
     def embedder(self) -> Embedder:
         """The embedder, loaded when it is first needed.
 
-        Raises: CollectionError if its weights have changed since the collection was built, or if
-            the collection names a model inside of itself; ModelError if it names one that is not
-            on this machine.
+        Raises:
+            CollectionError: If its weights have changed since the collection was built, or if the
+                collection names a model inside of itself.
+            ModelError: If it names one that is not on this machine.
         """
         if self._embedder is None and self._collection is None:
             self._embedder = _as_embedder(DEFAULT_EMBEDDER)
@@ -161,7 +163,8 @@ class UniversalIndex:
     def as_retriever(self, **options: Any) -> UniversalRetriever:
         """A LlamaIndex retriever; ``options`` are those of ``UniversalRetriever``.
 
-        Raises: MissingCollectionError if there is no collection, or nothing in it.
+        Raises:
+            MissingCollectionError: If there is no collection, or nothing in it.
         """
         from mmrag.retrieval.retriever import UniversalRetriever
 

@@ -51,7 +51,8 @@ def resolve(instruction: str | None) -> str | None:
 
     Blank text is an instruction that says nothing: it marks a query, where a family marks them.
 
-    Raises: ConfigError for a name that is not in ``TASKS``, with the nearest that are.
+    Raises:
+        ConfigError: For a name that is not in ``TASKS``, with the nearest that are.
 
     >>> resolve("page_for_question")
     'Find a document page that answers the question.'

@@ -61,7 +61,7 @@ class Hit(NodeWithScore):
     rerank_skipped: why the reranker stopped before this node.
     rerank_note: what was missing when the node was judged.
 
-    Example:
+    Examples:
         >>> from llama_index.core.schema import MediaResource, Node
         >>> hit = Hit(node=Node(text_resource=MediaResource(text="a page")), score=0.5)
         >>> hit.text, hit.ranks
@@ -133,7 +133,8 @@ NodeView = Literal["fused", "image", "text"]
 def node_content(node: BaseNode, view: NodeView = "fused") -> Content:
     """What of a node is embedded: see ``UniversalEmbedding.node_view``.
 
-    Raises: ContentError for a node that has neither text nor image but sound or film.
+    Raises:
+        ContentError: For a node that has neither text nor image but sound or film.
     """
     image = _node_image(node)
     if image is None:

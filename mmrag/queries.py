@@ -21,7 +21,7 @@ class Where:
     kinds: ``page``, ``figure``, ``passage``, ``picture``, ``text``; any one suffices.
     metadata: key to a value, or to a list of values any one of which suffices.
 
-    Example:
+    Examples:
         >>> Where(files=("reports/*.pdf",), pages=(1, 20), kinds=("page",)).pages
         (1, 20)
     """
@@ -40,7 +40,7 @@ class MultimodalQuery(QueryBundle):
     where: takes the place of the retriever's own filter for this query.
     top_k: takes the place of the retriever's ``similarity_top_k`` for this query.
 
-    Example:
+    Examples:
         >>> query = MultimodalQuery("where is this sold?", image="photo.jpg", top_k=3)
         >>> query.where = Where(files=("catalogue.pdf",))
     """
@@ -53,7 +53,8 @@ class MultimodalQuery(QueryBundle):
 def query_content(query: str | QueryBundle) -> Content:
     """Text and image of a query, the one reader of both.
 
-    Raises: ConfigError if it has neither.
+    Raises:
+        ConfigError: If it has neither.
 
     >>> query_content(QueryBundle("", image_path="page.png"))
     Content(text=None, image='page.png', instruction=None)

@@ -52,8 +52,8 @@ class Deadline:
 def with_retries(ask: Callable[[], T], retries: int, deadline: Deadline) -> T:
     """What ``ask`` returns, called again as often as ``retries`` while it raises BusyError.
 
-    Raises: the ``error`` of the last BusyError, once tries or time are used up; what else
-        ``ask`` raises, at once.
+    The ``error`` of the last BusyError is raised once tries or time are used up, and what else
+    ``ask`` raises, at once.
     """
     failed: BusyError | None = None
 

@@ -32,7 +32,8 @@ def check_embedder(embedder: Embedder, *, least_cosine: float = LEAST_COSINE) ->
 
     ``least_cosine`` is what a vector alone and in a batch must share; lower it below float32.
 
-    Raises: AssertionError that lists every part of the contract that does not hold.
+    Raises:
+        AssertionError: That lists every part of the contract that does not hold.
     """
     contents = awkward_contents(embedder)
     failures = []

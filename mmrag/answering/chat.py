@@ -64,7 +64,7 @@ class CitedChatResponse(AgentChatResponse):
     question: what was searched for, after rewriting.
     cited: the answer with its sources, claims and problems.
 
-    Example:
+    Examples:
         >>> turn = CitedChatResponse(response="Nine metres [1].", question="How deep is the well?")
         >>> str(turn)
         'Nine metres [1].'
@@ -85,10 +85,11 @@ class CitedChatEngine(BaseChatEngine):
 
     Streams carry the ``CitedStreamingResponse`` in ``sources[0].raw_output``.
 
-    Raises: ConfigError without an LLM. Turns raise EndpointError if its server fails, streams
-        while they are read; such a turn is not remembered.
+    Raises:
+        ConfigError: Without an LLM. Turns raise EndpointError if its server fails, streams while
+            they are read; such a turn is not remembered.
 
-    Example:
+    Examples:
         >>> from pathlib import Path
         >>> from llama_index.core.llms import MockLLM
         >>> from mmrag import CitedQueryEngine, UniversalIndex
@@ -204,7 +205,8 @@ class CitedChatEngine(BaseChatEngine):
     def standalone(self, message: str) -> str:
         """A message in words that make sense without the conversation so far.
 
-        Raises: EndpointError if the model fails.
+        Raises:
+            EndpointError: If the model fails.
         """
         history = self.memory.get(input=message)
         if not history or not message.strip():  # an image alone has no words to rewrite

@@ -67,7 +67,7 @@ class Claim:
     supported: None where no cited source has text to check against.
     idle: sources cited beside those that support it, which have almost none of its words.
 
-    Example:
+    Examples:
         >>> claim = Claim("The well is nine metres deep.", citations=(1,), supported=True)
         >>> claim.dangling
         ()
@@ -170,7 +170,7 @@ def check_answer(
         dangling: flag or remove marks that point to no source.
         unsupported: flag or remove sentences that their sources do not support.
 
-    Example:
+    Examples:
         >>> from llama_index.core.schema import NodeWithScore, TextNode
         >>> node = NodeWithScore(node=TextNode(text="The pump costs 1,890 euros."))
         >>> page = Source(1, "report.pdf", 3, node, "The pump costs 1,890 euros.")

@@ -39,7 +39,7 @@ class Source:
     boxes: where the quote stands, one box a line, in PDF points.
     cited: whether the answer cites it.
 
-    Example:
+    Examples:
         >>> from llama_index.core.schema import NodeWithScore, TextNode
         >>> hit = NodeWithScore(node=TextNode(text="The well is nine metres deep."), score=1.0)
         >>> Source(1, "well.pdf", 3, hit, hit.text).to_dict()["page"]
@@ -106,7 +106,7 @@ class ImageBudget:
     max_pixels: of one image; larger ones are scaled down.
     max_bytes: of all images together, encoded.
 
-    Example:
+    Examples:
         >>> ImageBudget(max_pixels=512 * 512).max_bytes
         8388608
     """
@@ -184,7 +184,8 @@ def calibrate_threshold(relevant: Iterable[float], irrelevant: Iterable[float]) 
     not. The threshold has the greatest share of the first at or above it minus the share of the
     second (Youden's J, Cancer 3(1), 1950), and lies midway between the scores around it.
 
-    Raises: ConfigError if a sample is empty.
+    Raises:
+        ConfigError: If a sample is empty.
     """
     good, bad = sorted(relevant), sorted(irrelevant)
     if not good or not bad:

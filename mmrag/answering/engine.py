@@ -120,10 +120,11 @@ class CitedQueryEngine(BaseQueryEngine):
         unsupported: ``flag`` or ``remove`` sentences that their sources do not support. A
             stream shows them in any case; its ``get_response()`` does not.
 
-    Raises: ConfigError for options that make no sense. Queries raise EndpointError if the
-        model's server fails.
+    Raises:
+        ConfigError: For options that make no sense. Queries raise EndpointError if the model's
+            server fails.
 
-    Example:
+    Examples:
         >>> from pathlib import Path
         >>> from mmrag import UniversalIndex
         >>> _ = Path("well.txt").write_text("The well is nine metres deep.")

@@ -137,7 +137,7 @@ class Plan:
     enough: whether the model found the evidence sufficient; None if it was not asked.
     stopped: why no more was searched for.
 
-    Example:
+    Examples:
         >>> Plan("Which of the two wells is deeper?").searches
         []
     """
@@ -162,7 +162,7 @@ class PlanBudget:
     max_searches: sub-questions in all.
     seconds: no new round starts after this time; None means no limit.
 
-    Example:
+    Examples:
         >>> PlanBudget(max_searches=4).max_calls
         3
     """
@@ -342,9 +342,10 @@ class PlanningQueryEngine(BaseQueryEngine):
 
     Responses carry the trace, a ``Plan`` as a dict, in ``metadata["plan"]``.
 
-    Raises: ConfigError without an LLM. Queries raise EndpointError if its server fails.
+    Raises:
+        ConfigError: Without an LLM. Queries raise EndpointError if its server fails.
 
-    Example:
+    Examples:
         >>> from pathlib import Path
         >>> from llama_index.core.llms import MockLLM
         >>> from mmrag import CitedQueryEngine, UniversalIndex

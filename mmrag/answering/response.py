@@ -38,7 +38,7 @@ class CitedResponse(Response):
     extractive: passages quoted from the documents, because there is no language model.
     certain: False where these passages may answer the question, and may not.
 
-    Example:
+    Examples:
         >>> from mmrag.answering.citations import Claim
         >>> claim = Claim("Nine metres.", dangling=(2,))
         >>> response = CitedResponse("Nine metres [2].", claims=(claim,))
@@ -111,7 +111,7 @@ class CitedResponse(Response):
 class CitedStreamingResponse(StreamingResponse):
     """A stream of text; ``sources`` are there at once, ``get_response()`` has the checks.
 
-    Example:
+    Examples:
         >>> stream = CitedStreamingResponse(iter(["Nine ", "metres."]), finish=CitedResponse)
         >>> "".join(stream.response_gen)
         'Nine metres.'
@@ -146,7 +146,7 @@ class CitedStreamingResponse(StreamingResponse):
 class AsyncCitedStreamingResponse(AsyncStreamingResponse):
     """As CitedStreamingResponse, for ``aquery``.
 
-    Example:
+    Examples:
         >>> async def words():
         ...     yield "Nine metres."
         >>> stream = AsyncCitedStreamingResponse(words(), finish=CitedResponse)

@@ -44,7 +44,7 @@ class StructuredAnswer(Generic[T]):
     response: the answer in words, with sources, claims and problems.
     problems: numbers of ``value`` that stand neither in the answer nor in its question.
 
-    Example:
+    Examples:
         >>> from mmrag import CitedResponse
         >>> StructuredAnswer({"depth": 9}, CitedResponse("Nine metres [1].")).value["depth"]
         9
@@ -65,8 +65,9 @@ def answer_as(
 
     ``llm`` fills the object; by default the engine's.
 
-    Raises: ConfigError without an LLM or with a streaming engine, EndpointError if the server
-        fails or the model gives no valid object.
+    Raises:
+        ConfigError: Without an LLM or with a streaming engine.
+        EndpointError: If the server fails or the model gives no valid object.
     """
     chosen = _check(engine, llm)
     bundle = QueryBundle(question) if isinstance(question, str) else question

@@ -39,7 +39,8 @@ class Calibration:
     def from_dict(cls, values: Mapping[str, Any]) -> Calibration:
         """From the ``calibration`` of a checkpoint's ``mmrag.json``.
 
-        Raises: ConfigError for keys that are unknown and values that are no numbers.
+        Raises:
+            ConfigError: For keys that are unknown and values that are no numbers.
         """
         if unknown := sorted(set(values) - set(cls.__dataclass_fields__)):
             raise ConfigError(f"calibration: {', '.join(unknown)} unknown in mmrag.json.")
@@ -93,11 +94,13 @@ class Embedder(Protocol):
             dim: keep this many leading dimensions (Matryoshka), then normalise again.
             progress: show a progress bar on stderr.
 
-        Returns: shape (len(contents), dim or self.dim), float32, every row of L2 norm 1, in
-            the order of ``contents``.
+        Returns:
+            Shape (len(contents), dim or self.dim), float32, every row of L2 norm 1, in the order of
+            ``contents``.
 
-        Raises: ContentError for an item that cannot be used (its index is in the message),
-            ConfigError for a ``dim`` the model does not have.
+        Raises:
+            ContentError: For an item that cannot be used (its index is in the message).
+            ConfigError: For a ``dim`` the model does not have.
         """
         ...
 
@@ -112,8 +115,10 @@ def as_items(
 ) -> list[Content]:
     """Contents that the embedder takes, each with the sentence of its own instruction.
 
-    Raises: ContentError for a single content in place of a sequence, and for an item that cannot
-        be used; ConfigError for the name of a task that does not exist.
+    Raises:
+        ContentError: For a single content in place of a sequence, and for an item that cannot be
+            used.
+        ConfigError: For the name of a task that does not exist.
     """
     single = (str, bytes, bytearray, io.BytesIO, os.PathLike, Mapping, np.ndarray, Image.Image)
     if isinstance(contents, (*single, Content)) or not isinstance(contents, Iterable):
@@ -144,8 +149,9 @@ def check_dim(dim: int | None, full: int, trained: Sequence[int] = ()) -> int:
         trained: shorter lengths that the model was trained for (Matryoshka); none: not known,
             and every length is taken.
 
-    Raises: ConfigError if the model has fewer, for less than 1, and for a length it was not
-        trained for.
+    Raises:
+        ConfigError: If the model has fewer, for less than 1, and for a length it was not trained
+            for.
     """
     if dim is None:
         return full

@@ -90,8 +90,9 @@ class LocalEmbedder:
     ) -> NDArray[np.float32]:
         """Embed contents of any mix of modalities; see ``Embedder.encode``.
 
-        Raises: besides, ModelError if one item alone does not fit in memory, and for vectors
-            that are not finite.
+        Raises:
+            ModelError: If one item alone does not fit in memory, and for vectors that are not
+                finite; besides what ``Embedder.encode`` raises.
         """
         kept = check_dim(dim, self.dim, self.matryoshka_dims)
         items = as_items(self, contents, instruction)

@@ -129,8 +129,9 @@ def load_embedder(
         device_map: ``auto`` spreads a model over all devices; None: one device.
         options: what the family takes; see ``FamilyOptions``.
 
-    Raises: ModelError if it cannot be found or does not load exactly, ConfigError for options
-        that are unknown.
+    Raises:
+        ModelError: If it cannot be found or does not load exactly.
+        ConfigError: For options that are unknown.
 
     >>> embedder = load_embedder("mmrag-nano", device="cpu", max_length=512)
     >>> embedder.encode(["a page about wind energy"]).shape

@@ -59,8 +59,9 @@ class RemoteEmbedder:
         retries: how often a request is repeated after a busy, broken or absent answer.
         limits: bounds on images. They are sent as PNG, upright, at full size.
 
-    Raises: EndpointError if ``dim`` is not given and the server does not answer; ConfigError for
-        options that make no sense.
+    Raises:
+        EndpointError: If ``dim`` is not given and the server does not answer.
+        ConfigError: For options that make no sense.
 
     >>> embedder = RemoteEmbedder(
     ...     "Qwen/Qwen3-VL-Embedding-2B", "http://localhost:8000/v1", dim=2048, chat=True
@@ -150,8 +151,9 @@ class RemoteEmbedder:
     ) -> NDArray[np.float32]:
         """Embed contents of any mix of modalities; see ``Embedder.encode``.
 
-        Raises: EndpointError if the server refuses, stays silent or answers nonsense; the
-            vectors of the other items are lost with it.
+        Raises:
+            EndpointError: If the server refuses, stays silent or answers nonsense; the vectors of
+                the other items are lost with it.
         """
         kept = check_dim(dim, self.dim, self.matryoshka_dims)
         items = as_items(self, contents, instruction)

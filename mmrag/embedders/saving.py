@@ -48,7 +48,8 @@ def save_checkpoint(
         dtype: type to store; by default the one the weights have.
         marker: what ``mmrag.json`` says, over what the source's says.
 
-    Raises: ModelError if the target is the source.
+    Raises:
+        ModelError: If the target is the source.
     """
     if target.resolve() == source.resolve():
         raise ModelError(f"{target}: a checkpoint cannot be written over the one it comes from.")

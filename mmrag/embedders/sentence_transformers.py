@@ -151,8 +151,9 @@ def load_sentence_transformers(
 ) -> SentenceTransformersEmbedder:
     """Load a folder that sentence-transformers saved; ``max_length`` is in tokens.
 
-    Raises: ModelError if it is not such a folder or needs code of its own, ConfigError if
-        sentence-transformers is not installed.
+    Raises:
+        ModelError: If it is not such a folder or needs code of its own.
+        ConfigError: If sentence-transformers is not installed.
     """
     try:
         from sentence_transformers import SentenceTransformer

@@ -14,7 +14,7 @@ class Progress:
     pages: embedded and stored in this run. failures: errors so far. file: the latest one.
     seconds: since the start.
 
-    Example:
+    Examples:
         >>> Progress(1, 4, pages=30, failures=0, file="a.pdf", seconds=10.0).pages_per_second
         3.0
     """
@@ -51,7 +51,7 @@ class IngestReport:
     notes: what else should be known.
     pages, nodes: stored in this run.
 
-    Example:
+    Examples:
         >>> report = IngestReport(indexed=["a.pdf"], pages=2)
         >>> f"{len(report.indexed)} file, {report.pages} pages"
         '1 file, 2 pages'

@@ -60,9 +60,11 @@ def ingest_with_ray(
             ``lambda: load_embedder("Alibaba-NLP/gme-Qwen2-VL-2B-Instruct")``.
         gpus_per_worker: share of a GPU that each worker is given.
 
-    Returns: the reports of all workers in one.
+    Returns:
+        The reports of all workers in one.
 
-    Raises: ConfigError without Ray.
+    Raises:
+        ConfigError: Without Ray.
     """
     try:
         import ray

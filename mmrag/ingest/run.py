@@ -51,9 +51,10 @@ def ingest(
         prune: forget files that are gone from the folders given.
         workers: how many files are read at once, each in a process of its own.
 
-    Raises: CollectionError if another embedder or other reading options built the collection,
-        EndpointError if a server goes away. What is wrong with single files, pages or nodes is
-        in the report. After any error, Ctrl-C or kill the same call goes on where it stopped.
+    Raises:
+        CollectionError: If another embedder or other reading options built the collection.
+        EndpointError: If a server goes away. What is wrong with single files, pages or nodes is in
+            the report. After any error, Ctrl-C or kill the same call goes on where it stopped.
     """
     options = _options(collection, embedder, options)
     started = time.monotonic()

@@ -46,7 +46,8 @@ def parse_address(base_url: str, api_key: str | None = None) -> Address:
     A password in the address is sent as basic authentication, in place of ``api_key``. Azure's
     servers get the key in the header that they read.
 
-    Raises: ConfigError if it is not an http address.
+    Raises:
+        ConfigError: If it is not an http address.
     """
     text = base_url.strip()
     try:

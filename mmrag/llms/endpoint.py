@@ -87,8 +87,10 @@ def open_llm(
         max_tokens: longest answer; at most a quarter of the context window.
         timeout: seconds for one request, of which there are at most two.
 
-    Raises: ConfigError for an address that is none, without a model, or without a key for
-        OpenAI's own server; EndpointError if the server cannot be asked for its model.
+    Raises:
+        ConfigError: For an address that is none, without a model, or without a key for OpenAI's own
+            server.
+        EndpointError: If the server cannot be asked for its model.
     """
     address = parse_address(base_url or OPENAI, api_key)
     if address.url == OPENAI and not address.headers:
@@ -128,7 +130,9 @@ def served_models(
 
     timeout: seconds for each request.
 
-    Raises: ConfigError for an address that is none, EndpointError if ``/models`` cannot be read.
+    Raises:
+        ConfigError: For an address that is none.
+        EndpointError: If ``/models`` cannot be read.
     """
     return _served(parse_address(base_url, api_key), timeout)
 

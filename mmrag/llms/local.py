@@ -58,16 +58,21 @@ class LocalLLM(CustomLLM):
 
     Args:
         model: a name on the hub or a checkpoint folder, of any image-text-to-text model.
-        device, dtype, revision, quantize, device_map: as in ``load_embedder``.
+        device: as in ``load_embedder``.
+        dtype: as in ``load_embedder``.
+        revision: as in ``load_embedder``.
+        quantize: as in ``load_embedder``.
+        device_map: as in ``load_embedder``.
         context_window: in tokens; by default what the checkpoint says.
         max_tokens: longest answer.
         max_image_tokens: most visual tokens of one image, 1280 by default; for the Qwen-VL
             families alone.
         system_prompt: stands before every conversation; None: nothing does.
 
-    Raises: ConfigError for options that make no sense, ModelError if the checkpoint cannot be
-        found or does not load exactly. Chats raise ContentError for a prompt that does not fit,
-        and for blocks that are no text or image.
+    Raises:
+        ConfigError: For options that make no sense.
+        ModelError: If the checkpoint cannot be found or does not load exactly. Chats raise
+            ContentError for a prompt that does not fit, and for blocks that are no text or image.
 
     >>> llm = LocalLLM("Qwen/Qwen3-VL-2B-Instruct", dtype="bfloat16")  # doctest: +SKIP
     >>> print(llm.complete("What makes wind?"))  # doctest: +SKIP

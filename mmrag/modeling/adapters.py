@@ -55,8 +55,9 @@ def merge_adapter(model: nn.Module, folder: Path) -> None:
 
     Products are computed in float32, whatever the dtype of the model.
 
-    Raises: ModelError that lists every weight of the adapter without a place in the model, and
-        every module the adapter's configuration asks for without weights.
+    Raises:
+        ModelError: That lists every weight of the adapter without a place in the model, and every
+            module the adapter's configuration asks for without weights.
     """
     config = _read_config(folder)
     parts = _split(folder, _read_weights(folder))

@@ -63,7 +63,8 @@ class Backbone(Protocol):
 
         ``None`` means a document; an empty instruction a query without a task.
 
-        Raises: ContentError if it cannot be used.
+        Raises:
+            ContentError: If it cannot be used.
         """
         ...
 

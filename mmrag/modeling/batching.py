@@ -93,7 +93,8 @@ def default_budget(model: torch.nn.Module, asked: int | None) -> TokenBudget:
 def default_workers(asked: int | None) -> int:
     """Threads that prepare: as asked, or one for each core that this process may use, up to 16.
 
-    Raises: ConfigError for less than 1.
+    Raises:
+        ConfigError: For less than 1.
     """
     if asked is None:
         usable = (
@@ -132,7 +133,8 @@ def iter_batches(costs: Sequence[int], limit: Callable[[], int]) -> Iterator[lis
         costs: tokens of each item.
         limit: tokens of a padded batch, at the moment.
 
-    Yields: indices into ``costs``, each exactly once.
+    Yields:
+        Indices into ``costs``, each exactly once.
     """
     order = sorted(range(len(costs)), key=lambda index: (-costs[index], index))
     start = 0
@@ -174,7 +176,8 @@ def run_halving(
 ) -> NDArray[np.float32]:
     """Results of one batch, halved as often as memory asks for; ``budget`` learns from it.
 
-    Raises: ModelError if a single item does not fit, at the second try with memory freed.
+    Raises:
+        ModelError: If a single item does not fit, at the second try with memory freed.
     """
     tokens = len(inputs) * max(item.n_tokens for item in inputs)
     # What was prepared before the budget fell is too large now.
@@ -205,7 +208,8 @@ def run_halving(
 def pad(sequences: Sequence[Tensor], value: int) -> tuple[Tensor, Tensor]:
     """Pad 1-D id tensors to one length, on the right.
 
-    Returns: ids and mask, both (batch, longest), int64; the mask is 1 for real tokens.
+    Returns:
+        Ids and mask, both (batch, longest), int64; the mask is 1 for real tokens.
     """
     longest = max(len(sequence) for sequence in sequences)
     ids = torch.full((len(sequences), longest), value, dtype=torch.long)

@@ -60,7 +60,8 @@ def answer_ids(
 ) -> tuple[int, int]:
     """Token ids of the two words as they stand right behind the assistant's turn.
 
-    Raises: ModelError if a word is not exactly one token.
+    Raises:
+        ModelError: If a word is not exactly one token.
     """
     found = []
     for word in answers:

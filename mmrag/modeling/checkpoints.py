@@ -38,7 +38,8 @@ def find_checkpoint(
 
     download: False takes from the hub only what was downloaded before.
 
-    Raises: ModelError if there is neither such a folder nor such a model within reach.
+    Raises:
+        ModelError: If there is neither such a folder nor such a model within reach.
     """
     folder = Path(name)
     if folder.is_dir():
@@ -86,7 +87,8 @@ def find_base(
     That is often a path on the machine it was trained on; where there is no such folder here,
     ``known``, the base of a published adapter, goes first.
 
-    Raises: ModelError if the adapter does not say and nothing else is given.
+    Raises:
+        ModelError: If the adapter does not say and nothing else is given.
     """
     if base is not None:
         return find_checkpoint(base, download=download)
@@ -102,7 +104,8 @@ def find_base(
 def read_json(path: Path) -> dict[str, Any]:
     """Content of a JSON file of a checkpoint; empty if there is no such file.
 
-    Raises: ModelError if it is a git-lfs pointer, or holds no JSON object.
+    Raises:
+        ModelError: If it is a git-lfs pointer, or holds no JSON object.
     """
     if not path.is_file():
         return {}
@@ -119,7 +122,8 @@ def read_json(path: Path) -> dict[str, Any]:
 def check_weight_files(folder: Path) -> None:
     """Refuse weight files that are missing, empty, cut short, or git-lfs pointers.
 
-    Raises: ModelError that names the file and says what to do.
+    Raises:
+        ModelError: That names the file and says what to do.
     """
     files = [path for pattern in _WEIGHTS for path in sorted(folder.glob(pattern))]
     if not files:
@@ -176,7 +180,8 @@ def fingerprint(folders: Iterable[Path], settings: Mapping[str, Any]) -> str:
 
     Files are read whole, several at a time: training may change a single small tensor.
 
-    Returns: 16 hexadecimal digits.
+    Returns:
+        16 hexadecimal digits.
     """
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
     files = [

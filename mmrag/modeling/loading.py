@@ -53,8 +53,9 @@ def place(
 ) -> Placement:
     """Choose CUDA, then MPS, then the CPU; bfloat16 on CUDA where it has it, else float32.
 
-    Raises: ConfigError for a device that is not here, a dtype or a way to quantise that is
-        unknown, and for libraries that are missing.
+    Raises:
+        ConfigError: For a device that is not here, a dtype or a way to quantise that is unknown,
+            and for libraries that are missing.
     """
     try:
         chosen = torch.device(_best_device() if device == "auto" else device)
@@ -132,9 +133,10 @@ def load_exact(
         config: in place of the folder's own ``config.json``.
         key_mapping: patterns of weight names in the file, and what they are in the model.
 
-    Raises: ModelError that lists the names missing from the file, unknown to the model, or of
-        another shape; for a checkpoint that is incomplete, quantised, of another architecture,
-        too large for the memory, or has weights that are not finite.
+    Raises:
+        ModelError: That lists the names missing from the file, unknown to the model, or of another
+            shape; for a checkpoint that is incomplete, quantised, of another architecture, too
+            large for the memory, or has weights that are not finite.
     """
     if config is None:
         check_architecture(model_class, folder)
@@ -210,7 +212,8 @@ def check_weights(
         missing_unused: prefixes of names that the file may lack.
         options: of ``from_pretrained``.
 
-    Raises: ModelError that lists what differs.
+    Raises:
+        ModelError: That lists what differs.
     """
     _, info = _from_pretrained(
         model_class,

@@ -13,7 +13,8 @@ def last_token(hidden: Tensor, mask: Tensor) -> Tensor:
         hidden: (batch, length, dim).
         mask: (batch, length), 1 for real tokens.
 
-    Returns: (batch, dim).
+    Returns:
+        (batch, dim).
     """
     positions = torch.arange(mask.shape[1], device=mask.device)
     last = (mask * positions).argmax(dim=1)  # (batch,)

@@ -75,7 +75,8 @@ def tokenize(
         special: with the ids that the tokenizer adds by itself.
         keep_end: cut before the prompt's end, not together with it.
 
-    Raises: ContentError if all of the text is not enough to cut.
+    Raises:
+        ContentError: If all of the text is not enough to cut.
     """
     whole = str(prompt)
     ids: list[int] = tokenizer(whole, add_special_tokens=special, verbose=False)["input_ids"]

@@ -87,7 +87,8 @@ def smart_resize(
 ) -> tuple[int, int]:
     """Nearest size whose sides are multiples of ``factor`` and whose area is within the bounds.
 
-    Raises: ContentError if one side is more than 200 times the other.
+    Raises:
+        ContentError: If one side is more than 200 times the other.
     """
     if max(width, height) > MAX_ASPECT * min(width, height):
         raise ContentError(
@@ -123,8 +124,9 @@ def cut_patches(pixels: Tensor, rule: ImageRule) -> Tensor:
     Args:
         pixels: (images, height, width, 3), uint8, sized by ``rule.size``.
 
-    Returns: (images * rows * columns, 3 * temporal * patch * patch), float32, in the order of
-        the merger.
+    Returns:
+        (images * rows * columns, 3 * temporal * patch * patch), float32, in the order of the
+        merger.
     """
     # Divided by tensors: torch multiplies by the reciprocal of a number on CUDA, which rounds
     # otherwise than the published processors do.

@@ -181,8 +181,9 @@ def decode(
     Args:
         cache: keys and values of what stands before each item; it is extended.
 
-    Returns: states of the last layer after the norm, (len(batch), longest, dim), and the mask
-        of real tokens, (len(batch), longest).
+    Returns:
+        States of the last layer after the norm, (len(batch), longest, dim), and the mask of real
+        tokens, (len(batch), longest).
     """
     ids, mask = pad([item.ids for item in batch], 0)
     ids, mask = ids.to(model.device), mask.to(model.device)
@@ -226,7 +227,8 @@ def mrope_positions(ids: Sequence[int], image_id: int, grids: Iterable[Sequence[
         ids: of one item, images widened.
         grids: rows and columns of each image, in visual tokens.
 
-    Returns: (3, len(ids)), int64.
+    Returns:
+        (3, len(ids)), int64.
     """
     positions = torch.arange(len(ids)).repeat(3, 1)
     place = lag = 0

@@ -27,7 +27,8 @@ def load_tokenizer(
         rows: of the model's token embeddings.
         tokens: special tokens with the ids that the model's configuration gives them.
 
-    Raises: ModelError if the files are missing or broken, or belong to another model.
+    Raises:
+        ModelError: If the files are missing or broken, or belong to another model.
     """
     if (folder / "tokenizer.json").is_file():
         read_json(folder / "tokenizer.json")

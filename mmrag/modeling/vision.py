@@ -43,7 +43,8 @@ def run_tower(visual: Any, images: Sequence[Tensor], rule: ImageRule) -> Any:
     Args:
         images: (height, width, 3) each, uint8, on the CPU.
 
-    Returns: the tower's output; ``pooler_output`` holds the visual tokens, (tokens, dim).
+    Returns:
+        The tower's output; ``pooler_output`` holds the visual tokens, (tokens, dim).
     """
     weight = visual.patch_embed.proj.weight
     device = weight.device
@@ -130,7 +131,8 @@ def attend_by_length(
         query, key, value: (total length, heads, head_dim).
         lengths: of the segments, in order.
 
-    Returns: (total length, heads, head_dim).
+    Returns:
+        (total length, heads, head_dim).
     """
     groups = _by_key(lengths)
     if len(groups) == 1:  # no gathering is needed

@@ -60,7 +60,9 @@ class _Worker:
     ) -> Iterator[Any]:
         """Yield the answers to a request.
 
-        Raises: WorkerDied, RequestFailed.
+        Raises:
+            WorkerDied: If the worker ends, or takes too long.
+            RequestFailed: If the request raises in the worker.
         """
         assert self.process.stdin is not None and self.process.stdout is not None
         try:
@@ -93,7 +95,9 @@ def ask(options: ReadOptions, operation: str, *arguments: Any) -> Iterator[Any]:
     A worker is kept for the next request. Each concurrent request has a worker of its own.
     Reading all answers keeps the worker; leaving early ends it.
 
-    Raises: WorkerDied, RequestFailed.
+    Raises:
+        WorkerDied: If the worker ends, or takes too long.
+        RequestFailed: If the request raises in the worker.
     """
     worker = _waiting() or _Worker()
     sound = False

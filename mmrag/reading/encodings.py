@@ -61,7 +61,9 @@ def decode(data: bytes) -> str:
 
     UTF-8 that is damaged here and there is still taken for UTF-8.
 
-    Raises: NotText for binary data; UnknownEncoding where several encodings fit, or none.
+    Raises:
+        NotText: For binary data.
+        UnknownEncoding: Where several encodings fit, or none.
     """
     for mark, encoding in _MARKS:
         if data.startswith(mark):

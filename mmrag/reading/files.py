@@ -134,7 +134,8 @@ def node_id(sha256: str, page: int | None, kind: str, index: int) -> str:
 def file_kind(path: Path, options: ReadOptions) -> FileKind:
     """The kind of a file by its suffix, after a look at its first bytes.
 
-    Raises: ReadError if it is missing, empty, too large, of no known kind, or misnamed.
+    Raises:
+        ReadError: If it is missing, empty, too large, of no known kind, or misnamed.
     """
     name = path.as_posix()
     try:

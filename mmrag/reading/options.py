@@ -33,7 +33,7 @@ class ReadOptions:
     max_memory_bytes: memory that a worker process may take; what needs more is reported. Has
         an effect on Linux only.
 
-    Example:
+    Examples:
         >>> ReadOptions(dpi=96, ocr="off").dpi
         96
     """

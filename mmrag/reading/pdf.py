@@ -94,7 +94,9 @@ def _page_count(document: Any, options: ReadOptions) -> tuple[int, str | None]:
 def open_pdf(path: Path) -> Any:
     """A PyMuPDF document with at least one page.
 
-    Raises: Refused; OSError if the file cannot be opened.
+    Raises:
+        Refused: If the document cannot be read: encrypted, empty, or damaged beyond repair.
+        OSError: If the file cannot be opened.
     """
     with path.open("rb"):  # a missing file is no damaged one
         pass

@@ -41,7 +41,7 @@ class ReadPage:
     needs_ocr: whether it may hold text that only recognition can read, and was not recognised.
     warnings: what the PDF engine complained about on this page.
 
-    Example:
+    Examples:
         >>> ReadPage(page=3).nodes
         []
     """
@@ -65,9 +65,11 @@ def read_file(
     default does. A file gives pages, errors, or both, never nothing.
     sha256: the file's hash, where it is known already.
 
-    Raises: ReadError by default; ConfigError if ``ocr="force"`` and the extra is not installed.
+    Raises:
+        ReadError: By default.
+        ConfigError: If ``ocr="force"`` and the extra is not installed.
 
-    Example:
+    Examples:
         >>> for page in read_file("handbook.pdf", "images"):  # doctest: +SKIP
         ...     print(page.page, [node.metadata["kind"] for node in page.nodes])
     """
@@ -219,7 +221,8 @@ _READERS = {"pdf": _read_pdf, "picture": _read_image, "text": _read_text}
 def count_pages(path: str | Path) -> int:
     """How many pages a PDF has.
 
-    Raises: ReadError if it cannot be opened.
+    Raises:
+        ReadError: If it cannot be opened.
     """
     count: int = _once(path, None, "count", Path(path))
     return count
@@ -239,7 +242,8 @@ def locate_quote(
         page_image: the image of the page as indexing has made it, beside which the page's words
             are kept.
 
-    Raises: ReadError if the page cannot be read.
+    Raises:
+        ReadError: If the page cannot be read.
     """
     words = _kept_words(path, page_image)
     if words is not None:
@@ -261,7 +265,8 @@ def save_marked_page(
         path: the original PDF, opened only where ``page_image`` has no words beside it.
         page_image: see ``locate_quote``.
 
-    Raises: ReadError if the page cannot be read.
+    Raises:
+        ReadError: If the page cannot be read.
     """
     words = _kept_words(path, page_image)
     if words is not None and page_image is not None:

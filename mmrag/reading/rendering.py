@@ -27,7 +27,8 @@ def save_image(page: Any, path: Path, options: ReadOptions, clip: Box | None = N
 def scale_of(page: Any, options: ReadOptions, clip: Box | None = None) -> float:
     """Pixels per point, within the limits.
 
-    Raises: ValueError for a page of no size.
+    Raises:
+        ValueError: For a page of no size.
     """
     area = pymupdf.Rect(clip or page.rect)
     if area.width < 1 or area.height < 1:

@@ -27,7 +27,7 @@ class Scorer(Protocol):
 
     name: what it was loaded from: a hub id, a folder, or a server's model name.
 
-    Example:
+    Examples:
         >>> class ByLength:
         ...     name = "by-length"
         ...     def judge(self, pairs, instruction=None):

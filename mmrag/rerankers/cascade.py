@@ -31,7 +31,8 @@ class Depth:
     step: candidates judged together.
     settle: gap of scores, in (0, 1].
 
-    Raises: ConfigError for values that make no sense.
+    Raises:
+        ConfigError: For values that make no sense.
     """
 
     top_n: int | None = None

@@ -40,7 +40,8 @@ class ChatPlan:
 class ChatAsker:
     """An Asker over a chat model and its processor.
 
-    Raises: ModelError if an answer of the prompt is not one token to the model.
+    Raises:
+        ModelError: If an answer of the prompt is not one token to the model.
     """
 
     def __init__(
@@ -161,8 +162,8 @@ def load_chat_scorer(
 ) -> LocalScorer:
     """Load a checkpoint with a processor and a chat template.
 
-    Raises: ModelError if either is missing or cannot be used here, or the weights do not load
-        exactly.
+    Raises:
+        ModelError: If either is missing or cannot be used here, or the weights do not load exactly.
     """
     processor = load_processor(folder, name)
     model = load_exact(AutoModelForImageTextToText, folder, placement)

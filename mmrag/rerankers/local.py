@@ -104,8 +104,9 @@ class LocalScorer:
 
         Pairs with the same query share what they can.
 
-        Raises: ContentError for a pair that cannot be used (its index is in the message),
-            ModelError for one that does not fit in memory.
+        Raises:
+            ContentError: For a pair that cannot be used (its index is in the message).
+            ModelError: For one that does not fit in memory.
         """
         return sigmoid(self.logits(pairs, instruction))
 

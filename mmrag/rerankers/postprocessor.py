@@ -52,14 +52,16 @@ class MLLMReranker(BaseNodePostprocessor):
             one of two words. With ``base_url``, the name at a server.
         top_n: how many come back; None: all.
         scorer: a loaded scorer, in place of ``model``.
-        base_url, api_key: of an OpenAI-compatible server, up to ``/v1``.
+        base_url: of an OpenAI-compatible server, up to ``/v1``.
+        api_key: for that server.
         prompt: for chat models: a ``RerankPrompt``, a name in ``mmrag.rerankers.PROMPTS``, or a
             template with ``{query}`` and ``{document}``. By default it fits the query.
         instruction: what the query is looking for: free text, or the name of a task in
             ``mmrag.instructions``.
         settle: stop once a whole step of hits stays this far below the ``top_n``-th best score.
         max_depth: judge no more than this many hits, from the first on.
-        budget_ms, budget_tokens: stop before a step that would pass the budget.
+        budget_ms: stop before a step that would take longer than this, in milliseconds in all.
+        budget_tokens: stop before a step that would pass this number of tokens in all.
         step: hits judged together where any of ``settle`` and the budgets is set.
         options: how the model is loaded and what the scorer takes; see ``load_scorer``.
 
@@ -68,8 +70,11 @@ class MLLMReranker(BaseNodePostprocessor):
     ``rerank_note`` where an image was missing. A node that was not judged keeps its place and
     takes the score of its neighbour. Nodes are not changed.
 
-    Raises: ModelError or ConfigError if the model cannot be had. Queries raise EndpointError
-        only if a server fails for every hit.
+    Raises:
+        ModelError: If the model cannot be had. Queries raise EndpointError only if a server fails
+            for every hit.
+        ConfigError: If the model cannot be had. Queries raise EndpointError only if a server fails
+            for every hit.
 
     >>> reranker = MLLMReranker("Qwen/Qwen3-VL-Reranker-2B", top_n=5)  # doctest: +SKIP
     >>> reranker.postprocess_nodes(hits, query_str="wind energy")  # doctest: +SKIP

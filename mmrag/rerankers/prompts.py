@@ -25,9 +25,10 @@ class RerankPrompt:
     answers: the word for yes and the word for no.
     system: the system turn; None leaves it to the model's own template.
 
-    Raises: ConfigError for a template that lacks a place, or words that are the same.
+    Raises:
+        ConfigError: For a template that lacks a place, or words that are the same.
 
-    Example:
+    Examples:
         >>> prompt = RerankPrompt("{query} Is this a fit? {document}", ("yes", "no"))
         >>> prompt.answers
         ('yes', 'no')
@@ -85,7 +86,8 @@ _BY_QUERY = {"text": "answer", "image": "relevance", "fused": "image_question"}
 def find_prompt(prompt: RerankPrompt | str) -> RerankPrompt:
     """A prompt as given, one of ``PROMPTS`` by its name, or one from its template.
 
-    Raises: ConfigError for a name that is not known.
+    Raises:
+        ConfigError: For a name that is not known.
     """
     if isinstance(prompt, RerankPrompt):
         return prompt

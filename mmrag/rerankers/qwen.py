@@ -76,7 +76,8 @@ class PairPlan:
 class QwenAsker:
     """An Asker over a Qwen2-VL, Qwen2.5-VL or Qwen3-VL with a head.
 
-    Raises: ModelError if an answer of the style is not one token to the model.
+    Raises:
+        ModelError: If an answer of the style is not one token to the model.
     """
 
     def __init__(
@@ -249,7 +250,8 @@ def load_answer_scorer(
 ) -> LocalScorer:
     """Load a chat checkpoint of these families, or an embedder's of that shape with a head.
 
-    Raises: ModelError if it does not load exactly, for instance for want of a head.
+    Raises:
+        ModelError: If it does not load exactly, for instance for want of a head.
     """
     model_class, system = NATIVE[read_json(folder / "config.json")["model_type"]]
     model, tokenizer = load_qwen_parts(model_class, folder, placement)

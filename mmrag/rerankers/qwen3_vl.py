@@ -64,7 +64,8 @@ def encode(
     Ordinary tokens are dropped from the end until ``max_length`` are left, visual ones counted;
     ``special`` ones and the template's end stay, the latter uncounted.
 
-    Raises: ContentError if the special tokens alone are more.
+    Raises:
+        ContentError: If the special tokens alone are more.
     """
     ids: list[int] = tokenizer(str(prompt), add_special_tokens=False, verbose=False)["input_ids"]
     body, tail = ids[:-_TAIL_TOKENS], ids[-_TAIL_TOKENS:]
@@ -94,7 +95,9 @@ def load_qwen3_vl_scorer(
 ) -> LocalScorer:
     """Load Qwen3-VL-Reranker-2B/8B, or any checkpoint of that shape; see ``load_scorer``.
 
-    Raises: ModelError if it does not load exactly, ConfigError for a prompt: it has its own.
+    Raises:
+        ModelError: If it does not load exactly.
+        ConfigError: For a prompt: it has its own.
     """
     if prompt is not None:
         raise ConfigError(f"{name} has a prompt of its own: leave out prompt, use instruction.")

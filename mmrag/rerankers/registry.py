@@ -85,10 +85,16 @@ def load_scorer(
         api_key: sent to that server as a bearer token.
         prompt: for models that are asked: a ``RerankPrompt``, the name of one in ``PROMPTS``, or
             a template with ``{query}`` and ``{document}``. None: it fits the query.
-        device, dtype, revision, quantize, device_map: as in ``load_embedder``.
+        device: as in ``load_embedder``.
+        dtype: as in ``load_embedder``.
+        revision: as in ``load_embedder``.
+        quantize: as in ``load_embedder``.
+        device_map: as in ``load_embedder``.
         options: what the kind of scorer takes; see ``ScorerOptions``.
 
-    Raises: ModelError if it cannot be found or used, ConfigError for options that are unknown.
+    Raises:
+        ModelError: If it cannot be found or used.
+        ConfigError: For options that are unknown.
 
     >>> scorer = load_scorer("Qwen/Qwen3-VL-Reranker-2B", dtype="bfloat16")  # doctest: +SKIP
     """

@@ -81,7 +81,8 @@ class RemoteScorer:
         images: False sends text alone, for models that take no images.
         max_pixels, max_bytes: of one image; larger ones are scaled down.
 
-    Raises: ConfigError for options that make no sense.
+    Raises:
+        ConfigError: For options that make no sense.
 
     >>> scorer = RemoteScorer("Qwen/Qwen3-VL-8B-Instruct", "http://localhost:8000/v1")
     >>> scorer.judge([(Content("wind"), Content("Turbines make power."))])  # doctest: +SKIP
@@ -295,7 +296,8 @@ def answer_probability(logprobs: Any, answers: tuple[str, str]) -> float:
     Spellings that differ in case or white space count as one word. A word that is not among
     the tokens listed is taken at the probability of the least likely of these, which bounds it.
 
-    Raises: EndpointError if neither word is listed.
+    Raises:
+        EndpointError: If neither word is listed.
     """
     top = logprobs.content[0].top_logprobs
     if not top:

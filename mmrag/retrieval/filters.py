@@ -21,7 +21,8 @@ def as_where(filters: Where | MetadataFilters | None) -> Where | None:
 
     ``file`` and ``kind`` take == and IN, ``page`` also >, >=, < and <=, other keys == and IN.
 
-    Raises: ConfigError for anything else.
+    Raises:
+        ConfigError: For anything else.
     """
     if filters is None or isinstance(filters, Where):
         return filters

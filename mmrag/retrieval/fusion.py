@@ -48,7 +48,7 @@ class Fused:
     shown: the node that stands for it: ``best``, or its page if that is a passage of a page
         that was found too; the page has the passage's text, and the image.
 
-    Example:
+    Examples:
         >>> (page,) = fuse({"text": [Scored("a", 0.9, {})]})
         >>> page.score, page.ranks
         (1.0, {'text': 1})
@@ -92,9 +92,10 @@ def fuse(
             reciprocal rank fusion (Cormack, Clarke and Buettcher, SIGIR 2009).
         k: of reciprocal rank fusion.
 
-    Raises: ConfigError for another ``by``.
+    Raises:
+        ConfigError: For another ``by``.
 
-    Example:
+    Examples:
         >>> hits = [Scored("a", 0.9, {}), Scored("b", 0.5, {}), Scored("c", 0.1, {})]
         >>> [(each.key, round(each.score, 3)) for each in fuse({"text": hits})]
         [('a', 1.0), ('b', 0.5), ('c', 0.0)]

@@ -55,7 +55,8 @@ def named_nodes(collection: Collection, question: str, where: Where | None) -> l
     A page number says nothing without its document. So this finds something only where files
     are filtered, the question names a file, or there is one file only.
 
-    Returns: scores of 1 for what is named, 0.5 for text that mentions the label or section.
+    Returns:
+        Scores of 1 for what is named, 0.5 for text that mentions the label or section.
     """
     pages = _PAGE.findall(question)
     cover = _COVER.search(question)

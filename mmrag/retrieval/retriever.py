@@ -70,10 +70,11 @@ class UniversalRetriever(BaseRetriever):
     BM25 score in each), the ``box`` that matched and all nodes of the page that were found as
     ``evidence``; its node is as it was stored.
 
-    Raises: ConfigError for unknown or useless weights, filters that cannot be expressed, and
-        queries that the embedder cannot embed.
+    Raises:
+        ConfigError: For unknown or useless weights, filters that cannot be expressed, and queries
+            that the embedder cannot embed.
 
-    Example:
+    Examples:
         >>> from pathlib import Path
         >>> from mmrag import UniversalIndex
         >>> _ = Path("well.txt").write_text("The well is nine metres deep.")

@@ -59,7 +59,8 @@ class Tuning:
 def read_questions(path: Path) -> list[Question]:
     """Questions from JSON lines: ``{"question": ..., "pages": [{"file": ..., "page": 7}]}``.
 
-    Raises: ContentError for a line without either, and for a file without lines.
+    Raises:
+        ContentError: For a line without either, and for a file without lines.
     """
     questions = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
@@ -89,7 +90,8 @@ def tune(retriever: UniversalRetriever, questions: Sequence[Question]) -> Tuning
     Weights are tried in steps of one tenth. Each document's questions are judged with the
     weights that are best for the questions about all other documents.
 
-    Raises: ContentError if the questions are about one document only.
+    Raises:
+        ContentError: If the questions are about one document only.
     """
     documents = np.array([question.document for question in questions])
     names = sorted(set(documents.tolist()))

@@ -35,7 +35,7 @@ def create_app(
 ) -> FastAPI:
     """An application that serves open collections, and closes them when it ends.
 
-    Example:
+    Examples:
         >>> from mmrag.server.library import open_libraries
         >>> app = create_app(open_libraries(["papers/"]))  # doctest: +SKIP
     """

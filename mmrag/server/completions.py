@@ -67,7 +67,9 @@ class Asked:
 def read_chat(request: ChatRequest, limits: ImageLimits) -> Asked:
     """What a request asks. System messages are left out: the answer's prompt is fixed.
 
-    Raises: ConfigError if the last message is not the user's, ContentError for unusable parts.
+    Raises:
+        ConfigError: If the last message is not the user's.
+        ContentError: For unusable parts.
     """
     spoken = [message for message in request.messages if message.role in ("user", "assistant")]
     if not spoken or spoken[-1].role != "user":

@@ -135,7 +135,8 @@ class Library:
     def remove(self, file_id: str) -> FileEntry:
         """Forget a file; an uploaded one is deleted too. Waits for indexing to pause.
 
-        Raises: ApiError 409 while files are being indexed.
+        Raises:
+            ApiError: 409 while files are being indexed.
         """
         entry = self.file(file_id)
         if not self.writer.lock.acquire(timeout=5):
@@ -273,7 +274,8 @@ def open_libraries(
         api_key: of the Qdrant servers.
         observe_batch: is told the size of each batch of queries.
 
-    Raises: ConfigError for two collections of one name; what opening and loading raise.
+    Raises:
+        ConfigError: For two collections of one name; what opening and loading raise.
     """
     from mmrag.embedders import load_embedder
 

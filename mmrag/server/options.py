@@ -26,7 +26,8 @@ class ServerOptions:
     batch_ms: how long a query waits for others to be embedded with it, in milliseconds.
     stop_seconds: how long running requests may take to finish when the server stops.
 
-    Raises: ConfigError for values that make no sense, or for an open door without a key.
+    Raises:
+        ConfigError: For values that make no sense, or for an open door without a key.
     """
 
     host: str = "127.0.0.1"

@@ -29,7 +29,8 @@ def page_picture(
 ) -> tuple[bytes, str]:
     """Image and media type of a page, marked and scaled down to ``width`` pixels as asked.
 
-    Raises: ApiError 404 if the collection has no such page, or its image lies elsewhere.
+    Raises:
+        ApiError: 404 if the collection has no such page, or its image lies elsewhere.
     """
     path = find_page_image(collection, file_id, page)
     if not boxes and width is None:

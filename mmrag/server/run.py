@@ -41,7 +41,8 @@ def serve(
 
     ready: is told the address once requests are taken.
 
-    Raises: ConfigError if the address cannot be used.
+    Raises:
+        ConfigError: If the address cannot be used.
     """
     app = create_app(libraries, options, metrics)
     listening = _listen(options.host, options.port)

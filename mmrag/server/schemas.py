@@ -68,7 +68,8 @@ class SessionRequest(BaseModel):
 def decode_image(text: str, limits: ImageLimits) -> bytes:
     """The bytes of an image that came as a data URL or as base64; never a path or an address.
 
-    Raises: ContentError if it is neither, broken, or larger than ``limits``.
+    Raises:
+        ContentError: If it is neither, broken, or larger than ``limits``.
     """
     if text.startswith("data:"):
         head, _, encoded = text.partition(",")

@@ -22,7 +22,9 @@ _naming = threading.Lock()
 def safe_name(name: str) -> str:
     """A file name that stays in its folder: no path, no control or leading characters that hide.
 
-    Raises: ApiError 415 for a kind of file that is not read, ContentError for no name at all.
+    Raises:
+        ApiError: 415 for a kind of file that is not read.
+        ContentError: For no name at all.
     """
     last = PurePosixPath(unicodedata.normalize("NFC", name).replace("\\", "/")).name
     kept = "".join(c for c in last if unicodedata.category(c)[0] != "C").strip().lstrip(".")
@@ -41,8 +43,9 @@ def store_upload(stream: BinaryIO, name: str, folder: Path, max_bytes: int, max_
 
     A file of that name with other content is kept, and the new one numbered: ``a (2).pdf``.
 
-    Raises: ApiError 413 for a file that is too large, 415 for another kind of file; ReadError
-        for a PDF that cannot be opened.
+    Raises:
+        ApiError: 413 for a file that is too large, 415 for another kind of file.
+        ReadError: For a PDF that cannot be opened.
     """
     name = safe_name(name)
     folder.mkdir(parents=True, exist_ok=True)

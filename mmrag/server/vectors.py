@@ -65,7 +65,9 @@ class RerankRequest(BaseModel):
 def contents_of(request: EmbeddingsRequest, limits: ImageLimits) -> list[Content]:
     """What a request wants embedded.
 
-    Raises: ConfigError for neither or both of input and messages; ContentError for an item.
+    Raises:
+        ConfigError: For neither or both of input and messages.
+        ContentError: For an item.
     """
     if (request.input is None) == (request.messages is None):
         raise ConfigError("Give input, or messages.")
@@ -134,7 +136,8 @@ def scores(
 
     A reranker judges each pair. An embedder compares their vectors: the cosine, 0 if negative.
 
-    Raises: the error of the first document that cannot be judged.
+    Raises:
+        MMRagError: The error of the first document that cannot be judged.
     """
     if isinstance(judge, Scorer):
         judged = judge.judge([(query, document) for document in documents], instruction)

@@ -62,7 +62,7 @@ class Collection:
 
     Made by ``Collection.open``; a context manager that closes itself.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> settings = CollectionSettings("my-model", fingerprint="1", dim=4)
         >>> with Collection.open(tempfile.mkdtemp(), settings=settings) as collection:
@@ -97,9 +97,10 @@ class Collection:
             images_dir: where page images are kept; default: in the folder, or for a server
                 ``mmrag-images/<name>`` in the working directory.
 
-        Raises: MissingCollectionError if it is not there; CollectionError if it is locked, built
-            with other settings or by a newer
-            mmrag; EndpointError if the server cannot be reached.
+        Raises:
+            MissingCollectionError: If it is not there.
+            CollectionError: If it is locked, built with other settings or by a newer mmrag.
+            EndpointError: If the server cannot be reached.
         """
         where = Location.of(location, name, api_key, images_dir)
         try:
@@ -132,9 +133,10 @@ class Collection:
     ) -> int:
         """Bring a collection that an older mmrag built up to date, keeping its vectors.
 
-        Returns: how many nodes were rewritten; 0 where nothing was to be done.
+        Returns:
+            How many nodes were rewritten; 0 where nothing was to be done.
 
-        Raises: as ``open``.
+        Raises what ``open`` raises.
         """
         where = Location.of(location, name, api_key, images_dir)
         engine = where.open_engine(None)
@@ -177,7 +179,8 @@ class Collection:
         vectors: for each node, view to (dim,) float32; may be empty.
         terms: what BM25 finds each node by; None makes them from its text and file name alone.
 
-        Raises: ConfigError for vectors that do not fit.
+        Raises:
+            ConfigError: For vectors that do not fit.
         """
         if terms is None:
             terms = [self._own_terms(node) for node in nodes]
@@ -306,8 +309,9 @@ class Collection:
     def as_llama_vector_store(self, view: View = "text") -> QdrantVectorStore:
         """LlamaIndex's own QdrantVectorStore over one view; the collection must be on a server.
 
-        Raises: CollectionError for a collection in a folder, ConfigError if the package
-            ``llama-index-vector-stores-qdrant`` is missing.
+        Raises:
+            CollectionError: For a collection in a folder.
+            ConfigError: If the package ``llama-index-vector-stores-qdrant`` is missing.
         """
         client = self._location.client
         if client is None:

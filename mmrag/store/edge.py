@@ -58,7 +58,8 @@ class EdgeEngine(Engine):
         schema: how to create the shard if it is missing. It appears under its name only when
             complete.
 
-    Raises: CollectionError if it is in use, broken, or the disk is full.
+    Raises:
+        CollectionError: If it is in use, broken, or the disk is full.
     """
 
     def __init__(self, folder: Path, schema: Schema | None = None) -> None:

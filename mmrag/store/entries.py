@@ -18,7 +18,7 @@ class FileEntry:
     complete: False if pages were lost to time, memory or a full disk; the next run of indexing
         reads the file again.
 
-    Example:
+    Examples:
         >>> entry = FileEntry("in/a.pdf", "0" * 64, pages=2, nodes=5, folder="/home/ann")
         >>> entry.path.as_posix()
         '/home/ann/in/a.pdf'

@@ -46,7 +46,8 @@ class ImageFolder:
 
         given: whether the user named the folder; otherwise it must not lead out of ``home``.
 
-        Raises: CollectionError for a folder that holds links or, not given, is one.
+        Raises:
+            CollectionError: For a folder that holds links or, not given, is one.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         inside = self._home is None or self._real_path.is_relative_to(self._home.resolve())
@@ -69,7 +70,8 @@ class ImageFolder:
     def stored(self, path: Path, node_id: str) -> Path:
         """How the path of a node's image is stored; one from elsewhere is copied in here.
 
-        Raises: CollectionError for a path in here that links lead elsewhere.
+        Raises:
+            CollectionError: For a path in here that links lead elsewhere.
         """
         absolute = path.absolute()
         if self._holds(absolute):

@@ -67,8 +67,9 @@ class Location:
     def open_engine(self, schema: Schema | None) -> Engine:
         """The engine; what is missing is created if there is a ``schema``.
 
-        Raises: MissingCollectionError if nothing is there and there is no ``schema``;
-            CollectionError if it is locked, broken, or the folder holds other files.
+        Raises:
+            MissingCollectionError: If nothing is there and there is no ``schema``.
+            CollectionError: If it is locked, broken, or the folder holds other files.
         """
         if self.folder is not None:
             return self._open_folder(self.folder, schema)

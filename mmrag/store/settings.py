@@ -25,7 +25,7 @@ class CollectionSettings:
     language: stemming for BM25: ``"auto"`` detects it for each document, ``"none"`` leaves words
         as they are.
 
-    Example:
+    Examples:
         >>> settings = CollectionSettings("mmrag-nano", fingerprint="1f0c", dim=384)
         >>> CollectionSettings.from_json(settings.to_json()) == settings
         True

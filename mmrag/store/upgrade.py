@@ -20,7 +20,8 @@ def rebuild_terms(engine: Engine, language: str) -> int:
 
     language: see ``CollectionSettings``.
 
-    Returns: how many nodes there were. Cut short, it can simply be run again.
+    Returns:
+        How many nodes there were. Cut short, it can simply be run again.
     """
     n_nodes = 0
     for sha256 in engine.facet("sha256"):

@@ -51,9 +51,11 @@ def support(
 ) -> tuple[Cosines, Cosines]:
     """Best cosine of each claim on its own pages, and on each other page of their file.
 
-    Returns: (claims,), and (claims and other pages,).
+    Returns:
+        (claims,), and (claims and other pages,).
 
-    Raises: ContentError if no question has an answer, or no page of an answer has text.
+    Raises:
+        ContentError: If no question has an answer, or no page of an answer has text.
     """
     claims = [(one, row) for row in questions for one in sentences(row.get("answer") or "")]
     vectors = {page: embedder.encode(texts) for page, texts in passages.items() if texts}

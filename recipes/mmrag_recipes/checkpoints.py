@@ -131,7 +131,8 @@ class Checkpoints:
     def resume(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> Progress:
         """Take up the last checkpoint, if there is one.
 
-        Raises: ConfigError if it is of a run with other options, rows, images or base weights.
+        Raises:
+            ConfigError: If it is of a run with other options, rows, images or base weights.
         """
         paths = self._steps()
         if not paths:

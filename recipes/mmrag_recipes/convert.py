@@ -286,7 +286,8 @@ def read_records(path: Path, subsets: Sequence[str] = ()) -> Iterator[dict[str, 
 
     In a folder, each sub-folder with parquet files is a subset; its name is in ``subset``.
 
-    Raises: ContentError if it is none of these, or one of the records is no JSON object.
+    Raises:
+        ContentError: If it is none of these, or one of the records is no JSON object.
     """
     if path.is_dir():
         yield from _subsets(path, subsets)

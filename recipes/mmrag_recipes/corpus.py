@@ -70,8 +70,9 @@ def read_corpus(
         kept: file that remembers what was read, by path, size and time of each file, so that a
             run that stops is gone on with.
 
-    Returns: the documents, and a message for each file or page that could not be read, and for
-        each file that has the bytes of another one.
+    Returns:
+        The documents, and a message for each file or page that could not be read, and for each file
+        that has the bytes of another one.
     """
     files, errors, _ = find_files(list(paths))
     documents: dict[str, Document] = {}

@@ -63,7 +63,8 @@ class Dataset:
 def load_datasets(config: TrainConfig, backbone: Backbone) -> list[Dataset]:
     """Open all data sets; the cost of each row is computed once and kept beside the rows.
 
-    Raises: ContentError for bad rows, or if no row of a data set can be used.
+    Raises:
+        ContentError: For bad rows, or if no row of a data set can be used.
     """
     if not config.data:
         raise ConfigError("data: at least one data set is needed.")

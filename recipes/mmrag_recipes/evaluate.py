@@ -38,7 +38,8 @@ def metrics_of(ranked: Sequence[Any], relevant: Mapping[Any, float]) -> Metrics:
         ranked: ids, best first; as long as the deepest cut or longer.
         relevant: relevance of each right id, above 0.
 
-    Raises: ContentError if nothing is relevant.
+    Raises:
+        ContentError: If nothing is relevant.
     """
     if not relevant:
         raise ContentError("A query without any relevant document cannot be scored.")

@@ -47,8 +47,9 @@ def evaluate_pages(
         library: folder to keep the index in, so that a second run is fast; default: none kept.
         weights: of the fusion, over the retriever's own.
 
-    Returns: metrics per ranking (``text``, ``image``, ``bm25``, ``fused``), over all
-        questions and per kind of question.
+    Returns:
+        Metrics per ranking (``text``, ``image``, ``bm25``, ``fused``), over all questions and per
+        kind of question.
     """
     asked = read_questions(questions)
     with (
@@ -66,7 +67,8 @@ def evaluate_pages(
 def read_questions(path: Path) -> list[dict[str, Any]]:
     """Questions with their right pages.
 
-    Raises: ContentError for a line without either, or if no question is asked in words alone.
+    Raises:
+        ContentError: For a line without either, or if no question is asked in words alone.
     """
     questions, pictured = [], 0
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):

@@ -47,7 +47,8 @@ numpy.save(sys.argv[2], probe_vectors(sys.argv[1]))
 def load_trained(run: Path) -> tuple[Backbone, TrainConfig]:
     """Load the model of a finished run, adapters merged.
 
-    Raises: ModelError if the run is not finished, or a trained weight has no place.
+    Raises:
+        ModelError: If the run is not finished, or a trained weight has no place.
     """
     final = run / "final"
     if not (final / "trained.safetensors").is_file():
@@ -110,7 +111,8 @@ def probe_vectors(folder: str | Path, backbone: Backbone | None = None) -> NDArr
 def export(run: Path, out: Path, dtype: str = "float16", scores: Sequence[Path] = ()) -> Path:
     """Write the checkpoint folder of a run and compare it in a fresh process.
 
-    Raises: ModelError if a key has no partner or the reloaded vectors differ.
+    Raises:
+        ModelError: If a key has no partner or the reloaded vectors differ.
     """
     backbone, config = load_trained(run)
     # Of an adapter, the folder of its base: what describes the merged weights lies there.
@@ -126,7 +128,8 @@ def export(run: Path, out: Path, dtype: str = "float16", scores: Sequence[Path] 
 def write_adapter(run: Path, out: Path) -> Path:
     """Write the adapter of a LoRA run in PEFT's layout, beside its base instead of merged.
 
-    Raises: ConfigError if the run has no adapter, or began at one: PEFT cannot stack them.
+    Raises:
+        ConfigError: If the run has no adapter, or began at one: PEFT cannot stack them.
     """
     config = build(TrainConfig, read_file(run / "final" / "config.json"), str(run))
     if config.lora is None or len(find_folders(config.model)) > 1:
@@ -152,7 +155,8 @@ def write_adapter(run: Path, out: Path) -> Path:
 def check_in_fresh_process(folder: Path, expected: NDArray[np.float32]) -> None:
     """Load a folder in a new process and compare its vectors with those expected.
 
-    Raises: ModelError if it does not load, or a cosine is below 0.9999.
+    Raises:
+        ModelError: If it does not load, or a cosine is below 0.9999.
     """
     result = folder / "probe.npy"
     done = subprocess.run(

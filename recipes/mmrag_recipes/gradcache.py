@@ -41,7 +41,8 @@ def step(
             outputs are kept from the first pass to the second, so they take memory for all
             inputs of the step.
 
-    Returns: the loss, detached.
+    Returns:
+        The loss, detached.
     """
     if not chunk or chunk >= len(inputs):
         value = loss(encode(inputs))

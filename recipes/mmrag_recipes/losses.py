@@ -38,7 +38,8 @@ def candidate_mask(
         own_rows: (b,) global row of each query.
         in_batch: whether documents of other rows serve as negatives.
 
-    Returns: (b, n) bool.
+    Returns:
+        (b, n) bool.
     """
     allowed = (document_keys >= 0).unsqueeze(0).expand(len(targets), -1).clone()
     for index, keys in enumerate(positive_keys):

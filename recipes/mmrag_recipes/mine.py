@@ -101,8 +101,9 @@ def mine(
         cache: the embedder, and what it has embedded before.
         extra: documents that are candidates beside those of the rows, each with its page.
 
-    Returns: the rows with ``negatives``, ``negative_scores`` and ``positive_scores`` (cosines
-        of the miner), and the report.
+    Returns:
+        The rows with ``negatives``, ``negative_scores`` and ``positive_scores`` (cosines of the
+        miner), and the report.
     """
     report = MineReport()
     corpus = _read_corpus(rows, cache, extra)

@@ -47,7 +47,8 @@ O = TypeVar("O", bound=Options)  # noqa: E741
 def read_arguments(cls: type[O], arguments: Sequence[str], prog: str) -> O:
     """Options from the words of a command line and the file that ``--config`` names.
 
-    Raises: ConfigError for bad values; SystemExit for words that are no options, and for --help.
+    Raises:
+        ConfigError: For bad values; SystemExit for words that are no options, and for --help.
     """
     description = (cls.__doc__ or "").splitlines()[0]
     parser = argparse.ArgumentParser(
@@ -75,7 +76,8 @@ def read_arguments(cls: type[O], arguments: Sequence[str], prog: str) -> O:
 def find_config(name: str) -> Path:
     """A file of options by its path, or a shipped one by its name.
 
-    Raises: ConfigError if there is neither.
+    Raises:
+        ConfigError: If there is neither.
     """
     shipped = SHIPPED / f"{name}.toml"
     if not Path(name).is_file() and not shipped.is_file():
@@ -87,7 +89,8 @@ def find_config(name: str) -> Path:
 def read_file(path: Path) -> dict[str, Any]:
     """Values of a TOML file, or of a JSON file that ``Options.save`` wrote.
 
-    Raises: ConfigError if it cannot be read.
+    Raises:
+        ConfigError: If it cannot be read.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -102,7 +105,8 @@ def read_file(path: Path) -> dict[str, Any]:
 def build(cls: type[O], values: Mapping[str, Any], where: str) -> O:
     """Validate plain values; numbers are not made from text, nor from true and false.
 
-    Raises: ConfigError naming each bad key, with the nearest known key for an unknown one.
+    Raises:
+        ConfigError: Naming each bad key, with the nearest known key for an unknown one.
     """
     try:
         # As JSON, lists become tuples and texts become paths even in strict mode.

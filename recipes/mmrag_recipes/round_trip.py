@@ -19,7 +19,8 @@ def round_trip(
 ) -> tuple[list[Row], int, int]:
     """Keep rows whose query finds its document among all of the same modality.
 
-    Returns: kept rows, number lost, number kept unseen because the embedder lacks a modality.
+    Returns:
+        Kept rows, number lost, number kept unseen because the embedder lacks a modality.
     """
     able = cache.embedder.modalities
     judged = [

@@ -130,7 +130,8 @@ class RowFile(Sequence[Row]):
 def open_rows(path: str | Path) -> RowFile:
     """Open a file of rows; its index is made if there is none that fits.
 
-    Raises: ContentError that names every bad line, or if there are no rows.
+    Raises:
+        ContentError: That names every bad line, or if there are no rows.
     """
     file = Path(path)
     try:

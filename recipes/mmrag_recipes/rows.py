@@ -123,7 +123,8 @@ class ImageStore:
     def add(self, image: Image.Image | Path | bytes) -> str:
         """Store an image unless it is there already. Returns its id.
 
-        Raises: ContentError if it cannot be decoded.
+        Raises:
+            ContentError: If it cannot be decoded.
         """
         if isinstance(image, Image.Image):
             buffer = io.BytesIO()
@@ -179,9 +180,11 @@ def read_rows(path: str | Path) -> list[Row]:
 def check_rows(path: str | Path, store: ImageStore | None = None) -> tuple[list[Row], list[str]]:
     """Read a file of rows; with a store, also look for each image.
 
-    Returns: the good rows, and one message per bad line: what is wrong and where.
+    Returns:
+        The good rows, and one message per bad line: what is wrong and where.
 
-    Raises: ContentError if the file cannot be read.
+    Raises:
+        ContentError: If the file cannot be read.
     """
     rows: list[Row] = []
     problems: list[str] = []

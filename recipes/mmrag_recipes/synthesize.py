@@ -262,7 +262,8 @@ def run_jobs(jobs: Sequence[Job], maker: Maker, out: Path) -> Iterator[tuple[Job
 
     A job that fails for the server's sake is not kept, so that the next run tries it again.
 
-    Raises: EndpointError if the server fails many times in a row.
+    Raises:
+        EndpointError: If the server fails many times in a row.
     """
     path = out / "generated.jsonl"
     done = _done(path, maker.identity)
@@ -324,8 +325,9 @@ def synthesize(
 ) -> Report:
     """Run the whole pipeline: ``out`` gets ``rows.jsonl``, ``images`` and ``report.json``.
 
-    Raises: ContentError if nothing could be read, EndpointError if the server is down; rows of
-        an earlier run are then left as they are.
+    Raises:
+        ContentError: If nothing could be read.
+        EndpointError: If the server is down; rows of an earlier run are then left as they are.
     """
     if config.languages and model is None:
         raise ConfigError("languages: extracts have the language of the files; name an llm.")

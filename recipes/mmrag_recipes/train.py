@@ -65,8 +65,10 @@ def train(config: TrainConfig, hooks: Sequence[Report] = ()) -> Path:
     Args:
         hooks: called with the values of each step and evaluation, beside ``config.report``.
 
-    Raises: ConfigError for options that do not fit the model or the run in ``out``; ContentError
-        for bad rows; ModelError if the loss does not stay finite.
+    Raises:
+        ConfigError: For options that do not fit the model or the run in ``out``.
+        ContentError: For bad rows.
+        ModelError: If the loss does not stay finite.
     """
     rank, size = distributed.start()
     try:
@@ -251,7 +253,8 @@ def train_step(
 ) -> tuple[float, float]:
     """One optimizer step; no update if a value is not finite.
 
-    Returns: the loss over all processes and the gradient's norm.
+    Returns:
+        The loss over all processes and the gradient's norm.
     """
     device = next(backbone.model.parameters()).device
     low = device.type == "cuda"

@@ -19,7 +19,8 @@ _TOWERS = ("visual", "vision_tower", "vision_embed_tokens")
 def make_trainable(backbone: Backbone, config: TrainConfig) -> list[nn.Parameter]:
     """Choose what trains: adapters, or all weights; less what is frozen. float32 masters.
 
-    Raises: ConfigError if a frozen prefix names nothing, or nothing is left to train.
+    Raises:
+        ConfigError: If a frozen prefix names nothing, or nothing is left to train.
     """
     model: Any = backbone.model
     if config.lora:
@@ -94,7 +95,8 @@ def frozen_towers(model: nn.Module) -> list[nn.Module]:
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
     """AdamW over what trains; each group of ``config.groups`` has its own rate.
 
-    Raises: ConfigError for a group of which nothing trains.
+    Raises:
+        ConfigError: For a group of which nothing trains.
     """
     left = {name: p for name, p in model.named_parameters() if p.requires_grad}
     groups: list[dict[str, Any]] = []

@@ -272,7 +272,8 @@ def load_mm_embed(folder: Path, placement: Placement, *, max_length: int = 512) 
 def read_config(folder: Path) -> LlavaNextConfig:
     """LLaVA-NeXT's configuration with NV-Embed's decoder in place of its own.
 
-    Raises: ModelError for a decoder that is neither NV-Embed-v1 nor described in the folder.
+    Raises:
+        ModelError: For a decoder that is neither NV-Embed-v1 nor described in the folder.
     """
     published = read_json(folder / "config.json")
     if published.get("model_type") != "llava_next":

@@ -21,7 +21,8 @@ _PER_TITLE = 3  # pictures of one title that are used
 def find_fonts(folder: Path, faces: Sequence[str] = ("",)) -> list[str]:
     """Font files below ``folder`` whose names begin like one of ``faces``.
 
-    Raises: ConfigError if there is none.
+    Raises:
+        ConfigError: If there is none.
     """
     files = sorted(str(p) for p in folder.rglob("*.[to]tf") if p.name.startswith(tuple(faces)))
     if not files:

@@ -132,7 +132,8 @@ def read_pairs(data: Path, seed: int) -> list[Pair]:
     A passage of several sentences also gives a pair (one of its sentences, the rest): the
     inverse cloze task (arXiv 1906.00300).
 
-    Raises: ConfigError if no source is there.
+    Raises:
+        ConfigError: If no source is there.
     """
     rng = random.Random(seed)
     chosen: list[Pair] = []
