@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from typing_extensions import Unpack
+
 from mmrag.embedders.base import Embedder
 from mmrag.errors import CollectionError, ConfigError, MissingCollectionError
 from mmrag.ingest.progress import IngestReport, Progress
@@ -24,9 +26,9 @@ if TYPE_CHECKING:
     from llama_index.core.postprocessor.types import BaseNodePostprocessor
     from qdrant_client import QdrantClient
 
-    from mmrag.answering.engine import CitedQueryEngine
+    from mmrag.answering.engine import CitedQueryEngine, EngineOptions
     from mmrag.embedding import UniversalEmbedding
-    from mmrag.retrieval.retriever import UniversalRetriever
+    from mmrag.retrieval.retriever import RetrieverOptions, UniversalRetriever
 
 DEFAULT_EMBEDDER = "mmrag-nano"
 DEFAULT_LOCATION = "./mmrag-library"
@@ -160,7 +162,7 @@ class UniversalIndex:
         """The indexed files, ordered by path."""
         return self.collection.files()
 
-    def as_retriever(self, **options: Any) -> UniversalRetriever:
+    def as_retriever(self, **options: Unpack[RetrieverOptions]) -> UniversalRetriever:
         """A LlamaIndex retriever; ``options`` are those of ``UniversalRetriever``.
 
         Raises:
@@ -180,7 +182,7 @@ class UniversalIndex:
         streaming: bool = False,
         similarity_top_k: int = 8,
         where: Where | None = None,
-        **options: Any,
+        **options: Unpack[EngineOptions],
     ) -> CitedQueryEngine:
         """An engine whose answers cite their pages; ``options`` are those of CitedQueryEngine."""
         from mmrag.answering.engine import CitedQueryEngine

@@ -16,7 +16,7 @@ from qdrant_client import QdrantClient
 
 from mmrag import UniversalIndex
 from mmrag.answering.response import NOT_FOUND
-from mmrag.errors import EndpointError
+from mmrag.errors import EndpointError, MissingCollectionError
 from mmrag.llms.endpoint import open_llm
 from mmrag.queries import Where
 
@@ -144,7 +144,8 @@ def test_an_empty_collection(tmp_path, server):
     with UniversalIndex(QdrantClient(":memory:"), FakeEmbedder(), images_dir=tmp_path) as index:
         index.add(tmp_path / "a.txt")
         index.remove("*")
-        nothing_found(engine(index, server), server)
+        with pytest.raises(MissingCollectionError, match="empty"):
+            engine(index, server)
 
 
 def nothing_found(engine, server):

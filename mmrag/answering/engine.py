@@ -6,7 +6,7 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator, Generator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, get_args
+from typing import Any, TypedDict, get_args
 
 from llama_index.core.base.base_query_engine import BaseQueryEngine
 from llama_index.core.base.base_retriever import BaseRetriever
@@ -94,6 +94,22 @@ class _Task:
     sources: list[Source]
     messages: list[ChatMessage] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+
+
+class EngineOptions(TypedDict, total=False):
+    """The options of ``CitedQueryEngine``, as ``UniversalIndex.as_query_engine`` takes them."""
+
+    images: bool
+    max_sources: int
+    threshold: float | None
+    context_window: int | None
+    image_budget: ImageBudget
+    least_evidence: float
+    sure_evidence: float
+    embedder: Embedder | None
+    dangling: Choice
+    unsupported: Choice
+    callback_manager: CallbackManager | None
 
 
 class CitedQueryEngine(BaseQueryEngine):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
 
@@ -60,8 +60,8 @@ def index(
             from mmrag.reading import ReadOptions
 
             # Given only when asked for: a collection keeps the options that built it.
-            options: dict[str, Any] = {"reading": ReadOptions(ocr=ocr) if ocr else None}
-            with open_library(collection, embedder, language=language, **options) as library:
+            reading = ReadOptions(ocr=ocr) if ocr else None
+            with open_library(collection, embedder, reading=reading, language=language) as library:
                 step("Reading files")
                 step.stop()
                 with indexing() as progress:

@@ -7,13 +7,14 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 if TYPE_CHECKING:
     from mmrag.index import UniversalIndex
     from mmrag.queries import Where
+    from mmrag.reading import ReadOptions
 
 KINDS = ("page", "figure", "passage", "picture", "text")
 DEFAULT_COLLECTION = "./mmrag-library"
@@ -64,13 +65,22 @@ KindOption = Annotated[
 
 @contextmanager
 def open_library(
-    collection: str, embedder: str | None = None, **options: Any
+    collection: str,
+    embedder: str | None = None,
+    *,
+    reading: ReadOptions | None = None,
+    language: str | None = None,
 ) -> Iterator[UniversalIndex]:
-    """The collection of --collection, with the embedder of --embedder."""
+    """The collection of --collection, with the embedder of --embedder.
+
+    None: what the collection was built with.
+    """
     from mmrag.index import UniversalIndex
 
     key = os.environ.get("QDRANT_API_KEY")
-    with UniversalIndex(collection, embedder, api_key=key, **options) as library:
+    with UniversalIndex(
+        collection, embedder, api_key=key, reading=reading, language=language
+    ) as library:
         yield library
 
 

@@ -12,6 +12,7 @@ import asyncio
 import dataclasses
 import logging
 from collections.abc import Iterable, Mapping
+from typing import TypedDict
 
 import numpy as np
 from llama_index.core.base.base_retriever import BaseRetriever
@@ -47,6 +48,20 @@ QUERY_TASKS: Mapping[Modality, str] = {
     "fused": "page_for_image_question",
 }
 """Task of a query by what it is made of."""
+
+
+class RetrieverOptions(TypedDict, total=False):
+    """The options of ``UniversalRetriever``, as ``UniversalIndex.as_retriever`` takes them."""
+
+    similarity_top_k: int
+    where: Where | MetadataFilters | None
+    weights: Mapping[str, float] | None
+    instruction: str | None
+    collapse: bool
+    depth: int
+    fuse_by: FuseBy
+    explain: bool
+    callback_manager: CallbackManager | None
 
 
 class UniversalRetriever(BaseRetriever):

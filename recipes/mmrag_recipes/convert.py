@@ -143,17 +143,17 @@ class Pool:
         order = np.argsort(np.array(hashes, dtype=np.int64), kind="stable")
         self._hashes: NDArray[np.int64] = np.array(hashes, dtype=np.int64)[order]
         self._offsets: NDArray[np.int64] = np.array(offsets, dtype=np.int64)[order]
-        self._file = path.open("rb")
 
     def __getitem__(self, did: str) -> dict[str, Any]:
         """A candidate. Raises ContentError if there is none."""
         place = int(np.searchsorted(self._hashes, _hash(did)))
-        while place < len(self._hashes) and self._hashes[place] == _hash(did):
-            self._file.seek(self._offsets[place])
-            candidate: dict[str, Any] = json.loads(self._file.readline())
-            if str(candidate["did"]) == did:
-                return candidate
-            place += 1
+        with self.path.open("rb") as file:
+            while place < len(self._hashes) and self._hashes[place] == _hash(did):
+                file.seek(self._offsets[place])
+                candidate: dict[str, Any] = json.loads(file.readline())
+                if str(candidate["did"]) == did:
+                    return candidate
+                place += 1
         raise ContentError(f"candidate {did} is not in the pool")
 
 

@@ -14,7 +14,7 @@ SCRIPT = Path(__file__).parents[2] / "docs" / "benchmarks" / "retrieval.py"
 
 def test_it_prints_every_ranking_beside_those_of_version_0_1(tmp_path, monkeypatch, capsys):
     embedder = FakeEmbedder()
-    monkeypatch.setattr("mmrag.embedders.load_embedder", lambda name: embedder)
+    monkeypatch.setattr("mmrag.embedders.load_embedder", lambda name, **_: embedder)
     files = tmp_path / "files"
     files.mkdir()
     rows = []
