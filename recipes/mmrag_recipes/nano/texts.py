@@ -1,7 +1,7 @@
 """Training pairs (query, passage) from free text. One reader per source, one row per pair.
 
 The data folder holds one sub-folder per source; a source that is not there is reported and
-left out. See README.md for where each comes from and its licence.
+left out. See README.md for where each comes from and its license.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def medquad(folder: Path, words: int) -> Iterator[Pair]:
 
 
 def wordnet(folder: Path, words: int) -> Iterator[Pair]:
-    """``data.noun`` and the like: words of a synset and its gloss (WordNet 3.0 licence)."""
+    """``data.noun`` and the like: words of a synset and its gloss (WordNet 3.0 license)."""
     for path in sorted(folder.glob("data.*")):
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
             if line.startswith("  ") or "|" not in line:

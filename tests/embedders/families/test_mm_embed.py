@@ -209,7 +209,7 @@ def test_without_a_retriever_folder_the_decoder_is_that_of_nv_embed_v1(folder, t
     assert config.latent_attention_config["num_latents_value"] == 512
 
 
-def test_its_licence_is_told(folder, tmp_path, caplog):
+def test_its_license_is_told(folder, tmp_path, caplog):
     assert find_known("nvidia/MM-Embed").non_commercial
     (tmp_path / "MM-Embed").symlink_to(folder)
     with caplog.at_level(logging.WARNING):
