@@ -25,7 +25,7 @@ lint: .venv/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/lint-imports --quiet
+	$(BIN)/lint-imports
 
 docs: .venv/.docs
 	$(BIN)/mkdocs build --strict --site-dir build/site

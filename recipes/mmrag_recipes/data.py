@@ -20,7 +20,7 @@ from mmrag.instructions import resolve
 from mmrag.modeling.backbone import Backbone
 from mmrag_recipes.config import DataConfig, TrainConfig
 from mmrag_recipes.console import track
-from mmrag_recipes.row_file import RowFile, open_rows, workers
+from mmrag_recipes.row_file import RowFile, open_rows, save_array, workers, write_whole
 from mmrag_recipes.rows import ImageStore, Item, Row, store_of
 
 LEFT_OUT = -1  # cost of a row that cannot be used
@@ -83,9 +83,9 @@ def _load(data: DataConfig, config: TrainConfig, backbone: Backbone) -> Dataset:
         images = hashlib.sha256()
         for name, path in files:
             images.update(f"{name}:{_ends(path)}".encode())
-        np.save(kept, costs)
+        save_array(kept, costs)
         found = {"problems": [vars(p) for p in problems], "images": images.hexdigest()}
-        notes.write_text(json.dumps(found), encoding="utf-8")
+        write_whole(notes, json.dumps(found).encode())
     found = json.loads(notes.read_text(encoding="utf-8"))
     problems = [Problem(**one) for one in found["problems"]]
     costs = np.load(kept, mmap_mode="r")

@@ -8,6 +8,7 @@ made again when the file changes.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import logging
 import mmap
@@ -175,13 +176,25 @@ def _make_index(path: Path, index: Path, stamp: list[int]) -> Path:
         logger.warning("%s: the index cannot be kept beside the rows (%s).", path, error)
         index = Path(tempfile.mkdtemp(prefix="mmrag-index-"))
     for name, array in arrays.items():
-        np.save(index / f"{name}.npy", array)
-    (index / "images.txt").write_text("".join(f"{name}\n" for name in images), encoding="utf-8")
+        save_array(index / f"{name}.npy", array)
+    write_whole(index / "images.txt", "".join(f"{name}\n" for name in images).encode())
     # Written last, so that an index cut short is no index.
-    partial = index / f"meta.json.{os.getpid()}"
-    partial.write_text(json.dumps({"stamp": stamp, "digest": digest}), encoding="utf-8")
-    partial.replace(index / "meta.json")
+    write_whole(index / "meta.json", json.dumps({"stamp": stamp, "digest": digest}).encode())
     return index
+
+
+def save_array(path: Path, array: Array) -> None:
+    """Write an array as ``.npy``, whole or not at all."""
+    buffer = io.BytesIO()
+    np.save(buffer, array)
+    write_whole(path, buffer.getvalue())
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all: one process may read what another writes."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}")
+    partial.write_bytes(content)
+    partial.replace(path)
 
 
 @dataclass(frozen=True)
