@@ -183,7 +183,7 @@ def _make_index(path: Path, index: Path, stamp: list[int]) -> Path:
     return index
 
 
-def save_array(path: Path, array: Array) -> None:
+def save_array(path: Path, array: NDArray[Any]) -> None:
     """Write an array as ``.npy``, whole or not at all."""
     buffer = io.BytesIO()
     np.save(buffer, array)
