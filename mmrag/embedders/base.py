@@ -24,15 +24,13 @@ class Calibration:
     None, or a ranking that is not listed, means: not measured; the reader's own default holds.
 
     fusion_weights: weight of each ranking in fusion: ``image``, ``text``, ``fused``, ``bm25``.
-    found: least cosine of query and evidence at which an answer counts as found.
     support_cosine: least cosine of a claim and a sentence of its source that supports it.
 
-    >>> Calibration(fusion_weights={"bm25": 3.0}, found=0.4).support_cosine is None
+    >>> Calibration(fusion_weights={"bm25": 3.0}).support_cosine is None
     True
     """
 
     fusion_weights: Mapping[str, float] = field(default_factory=dict)
-    found: float | None = None
     support_cosine: float | None = None
 
     @classmethod
@@ -45,7 +43,7 @@ class Calibration:
         if unknown := sorted(set(values) - set(cls.__dataclass_fields__)):
             raise ConfigError(f"calibration: {', '.join(unknown)} unknown in mmrag.json.")
         weights = values.get("fusion_weights") or {}
-        numbers = [*weights.values(), *(values.get(key) for key in ("found", "support_cosine"))]
+        numbers = [*weights.values(), values.get("support_cosine")]
         if not all(number is None or isinstance(number, (int, float)) for number in numbers):
             raise ConfigError("calibration in mmrag.json must hold numbers.")
         return cls(**values)

@@ -224,10 +224,13 @@ def test_calibration_comes_from_the_marker_or_the_table(qwen2_vl_folder, tmp_pat
     assert load_embedder("mmrag-nano").calibration == Calibration(**marker)
     folder = shutil.copytree(qwen2_vl_folder, tmp_path / "own")
     assert load_embedder(folder, family="gme", device="cpu").calibration is None
-    marker = {"family": "gme", "calibration": {"found": 0.3, "fusion_weights": {"bm25": 2}}}
+    marker = {
+        "family": "gme",
+        "calibration": {"support_cosine": 0.3, "fusion_weights": {"bm25": 2}},
+    }
     (folder / "mmrag.json").write_text(json.dumps(marker))
     own = load_embedder(folder, device="cpu").calibration
-    assert own == Calibration({"bm25": 2}, found=0.3)
+    assert own == Calibration({"bm25": 2}, support_cosine=0.3)
     (folder / "mmrag.json").write_text('{"family": "gme", "calibration": {"fond": 1}}')
     with pytest.raises(ConfigError, match="fond"):
         load_embedder(folder, device="cpu")
