@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
-from collections.abc import AsyncGenerator, Generator, Sequence
+from collections.abc import AsyncGenerator, Generator
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -114,6 +114,7 @@ class CitedChatEngine(BaseChatEngine):
         self.engine = engine
         self.llm = chosen
         window = _cited(engine).context_window or chosen.metadata.context_window
+        # The rest of the window is for the sources and the answer.
         self.memory = memory or Memory.from_defaults(token_limit=max(256, window // _MEMORY_SHARE))
         self.rewrite_prompt = rewrite_prompt
 
@@ -127,6 +128,7 @@ class CitedChatEngine(BaseChatEngine):
         """Answer a message; ``image`` belongs to this message only."""
         self._replace_history(chat_history)
         question = self.standalone(message)
+        # Remembered after the answer: a turn that fails leaves the conversation as it was.
         response = self._engine(streaming=False).query(_query(question, image))
         self._remember(message, str(response))
         return _turn(question, cast(CitedResponse, response))
@@ -196,8 +198,10 @@ class CitedChatEngine(BaseChatEngine):
 
     def _engine(self, *, streaming: bool) -> CitedQueryEngine | PlanningQueryEngine:
         """The engine in the mode of this turn, without changing the one given."""
+        # A copy, since turns that stream and turns that do not may use one engine at once.
         engine = copy.copy(self.engine)
         if isinstance(engine, PlanningQueryEngine):
+            # The copy of the outer engine still shares the inner one, which holds the flag.
             engine.engine = copy.copy(engine.engine)
         _cited(engine).streaming = streaming
         return engine
@@ -211,10 +215,13 @@ class CitedChatEngine(BaseChatEngine):
         history = self.memory.get(input=message)
         if not history or not message.strip():  # an image alone has no words to rewrite
             return message
-        asked = self.rewrite_prompt.format(history=_spoken(history), message=message)
+        # Without marks: [2] in an earlier answer points to a source that this turn does not have.
+        said = "\n".join(f"{m.role.value}: {strip_marks(m.content or '')}" for m in history)
+        asked = self.rewrite_prompt.format(history=said, message=message)
         # The synchronous client, in a thread where need be: an async one is tied to one loop.
         with translated_errors(self.llm.metadata.model_name):
             reply = self.llm.chat([ChatMessage(role=MessageRole.USER, content=asked)])
+        # Models often put the question that they return in quotes.
         question = without_reasoning(reply.message.content or "").strip().strip('"')
         if not question:
             raise EndpointError("The model rewrote the message to an empty one; try another model.")
@@ -222,6 +229,7 @@ class CitedChatEngine(BaseChatEngine):
 
     def _replace_history(self, history: list[ChatMessage] | None) -> None:
         if history is not None:
+            # LlamaIndex's chat engines replace the history they are given, and do not extend it.
             self.memory.set(list(history))
 
     # The reader of a stream writes the memory, at the end. LlamaIndex's own writer is a thread
@@ -239,6 +247,8 @@ class CitedChatEngine(BaseChatEngine):
     ) -> AsyncGenerator[str, None]:
         async for token in tokens:
             yield token
+        # The check may embed passages: in a thread, so that the loop serves other requests
+        # meanwhile.
         answer = await asyncio.to_thread(response.finish, response.response_txt or "")
         response.finish = lambda _: answer
         await asyncio.to_thread(self._remember, message, str(answer))
@@ -256,13 +266,6 @@ def _query(question: str, image: ImageSource | None) -> MultimodalQuery:
     return MultimodalQuery(query_str=question, image=image)
 
 
-def _spoken(history: Sequence[ChatMessage]) -> str:
-    """The conversation in words, without marks that point to sources of other turns."""
-    return "\n".join(
-        f"{message.role.value}: {strip_marks(message.content or '')}" for message in history
-    )
-
-
 def _turn(question: str, response: CitedResponse) -> CitedChatResponse:
     return CitedChatResponse(
         response=str(response),
@@ -275,6 +278,7 @@ def _turn(question: str, response: CitedResponse) -> CitedChatResponse:
 
 
 def _tool_output(question: str, response: Any) -> ToolOutput:
+    # str() of a stream would read it to its end here, before the caller sees a word.
     whole = str(response) if isinstance(response, CitedResponse) else ""
     return ToolOutput(
         content=whole,

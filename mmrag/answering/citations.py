@@ -46,9 +46,12 @@ does not say; set with ``mmrag-nano`` 0.1."""
 _IDLE = SUPPORT / 2  # below it, a source cited beside others adds nothing to a claim
 _TO_EMBED = 32  # passages of a page that are compared by meaning, those with most words first
 
+# A mark followed by ( is the text of a Markdown link, not a citation.
 _MARK = re.compile(rf"[ \t]{{0,3}}(?:{CITATION.pattern})(?!\()", re.IGNORECASE)
 _RANGE = re.compile(r"(\d{1,4})\s*[\u2013-]\s*(\d{1,4})")
 
+# A sentence's end takes the marks behind it along: "... euros. [1]" cites for that sentence.
+# Repetitions are bounded, since an answer is text from outside.
 _END = re.compile(
     rf"(?:[.!?][\"'\u201d\u2019)*]{{0,5}}(?={CITATION.pattern}|\s|$)"
     rf"|[。！？।॥؟۔][\"'\u201d\u2019\u300d\u300f\uff09)*]{{0,5}})"
@@ -124,6 +127,7 @@ def _numbers_of(inside: str) -> list[int]:
     for piece in re.split(r"[,;&\uff0c\u3001]|and", inside, flags=re.IGNORECASE):
         if span := _RANGE.search(piece):
             first, last = int(span[1]), int(span[2])
+            # A longer range is more likely years or pages than sources.
             found += range(first, last + 1) if 0 <= last - first <= 20 else (first, last)
         else:
             found += [int(n) for n in re.findall(r"\d+", piece)]
@@ -185,19 +189,19 @@ def check_answer(
     for line, piece in _pieces(text):
         claim, evidence = _check_claim(piece, known, similarity, support_cosine)
         for n, (score, quote) in evidence.items():
+            # A source has one quote: the passage of the claim that it supports best.
             if n in claim.citations and score >= max(SUPPORT, quotes.get(n, (0.0, ""))[0]):
                 quotes[n] = (score, quote)
         if claim.text or claim.citations or claim.dangling:
             claims.append(claim)
+        # None (could not be checked) stays: only what was found wrong is removed.
         if claim.supported is False and unsupported == "remove" and claim.text:
             continue
         shown.append(line + _rewrite(piece, known, dangling))
     cited = {n for claim in claims for n in claim.citations}
-    marked = [
-        _with_quote(replace(source, cited=source.n in cited), quotes.get(source.n))
-        for source in sources
-    ]
-    return CheckedAnswer("".join(shown).strip(), tuple(claims), tuple(marked))
+    marked = [replace(source, cited=source.n in cited) for source in sources]
+    located = [locate(each, quotes[each.n][1]) if each.n in quotes else each for each in marked]
+    return CheckedAnswer("".join(shown).strip(), tuple(claims), tuple(located))
 
 
 def locate(source: Source, quote: str) -> Source:
@@ -234,9 +238,11 @@ def best_passage(
         return None
     wanted = _wanted(claim, source.text)
     shared = np.asarray([idf.coverage(wanted, having) for having in words])
+    # Embedding is slow and only needed where the words do not settle it.
     if similarity is not None and shared.max() < SUPPORT:
         near = np.argsort(-shared, kind="stable")[:_TO_EMBED]
         alike = similarity([claim], [passages[i] for i in near])[0]
+        # A cosine below the limit says little about support, so it never raises a word score.
         shared[near] = np.where(alike >= support_cosine, alike, shared[near])
     # Of equals, the shorter passage is the better quote.
     best = max(range(len(passages)), key=lambda i: (round(float(shared[i]), 3), -len(passages[i])))
@@ -247,6 +253,7 @@ def best_passage(
 def _passages(text: str) -> tuple[list[str], list[list[str]], Idf]:
     """Sentences and pairs of neighbours, their words, and the weights of these by sentence."""
     single = sentences(text)
+    # Pairs, because a claim often joins a sentence and the one that says what "it" is.
     passages = single + [f"{a} {b}" for a, b in pairwise(single)]
     words = [_having(passage) for passage in passages]
     # In a single sentence every word would count as common; an empty one beside it prevents that.
@@ -265,11 +272,13 @@ def _wanted(claim: str, page: str) -> list[str]:
     found = _words(claim)
     for numeral in numerals(claim):
         readings = ((numeral.literal,), *numeral.readings)
+        # "1.500" is 1500 or 1.5; where the page has either, the claim means that one.
         found += next((each for each in readings if seen >= set(each)), numeral.readings[0])
     return found
 
 
 def _words(text: str) -> list[str]:
+    # Numbers are compared by value (1,890 and 1890), not as words.
     return [term for term in terms(text) if not term[0].isdecimal()]
 
 
@@ -311,6 +320,7 @@ def _check_claim(
     citations = tuple(n for n in marks if n in known)
     text = strip_marks(piece)
     claim = Claim(text, citations, tuple(n for n in marks if n not in known))
+    # A line that only announces a list claims nothing.
     if not terms(text) or (text.endswith(":") and not marks):
         return (claim if marks else Claim("")), {}
     sources = [known[n] for n in citations] or list(known.values())
@@ -319,6 +329,7 @@ def _check_claim(
         return claim, {}
     supported = _supported(text, sources, score, bool(citations))
     if supported and citations:
+        # Only among supported claims: where nothing supports it, every source would be idle.
         claim = replace(claim, idle=tuple(n for n in evidence if evidence[n][0] < _IDLE))
     return replace(claim, supported=supported), evidence
 
@@ -346,21 +357,22 @@ def _supported(text: str, sources: Sequence[Source], score: float, cited: bool) 
     score: support by the words of the best passages, in [0, 1].
     """
     pages = "\n".join(f"{source.text}\n{source.page}" for source in sources)
+    # Words alone are not enough: "costs 80 euros" shares all but the number with "costs 90 euros".
     if score >= SUPPORT and not missing_numbers(text, pages):
         return True
     # A page without a text layer may show in its image what the claim says.
     if any(not source.text.strip() for source in sources):
         return None
-    return None if cited and _names_place(text, sources) else False
+    # A list of references names its sources and claims nothing of them.
+    places = terms(" ".join(f"{source.file} page {source.page}" for source in sources))
+    return None if cited and set(terms(text)) <= set(places) else False
 
 
 def _together(
     text: str, cited: Sequence[Source], evidence: dict[int, Evidence]
 ) -> tuple[float, dict[int, Evidence]]:
-    """Support by the best passages of several sources as one, and by each among them.
-
-    A sentence that joins what two pages say is not to be found on either.
-    """
+    """Support by the best passages of several sources as one, and by each among them."""
+    # A sentence that joins what two pages say is not to be found on either.
     idf = Idf([words for source in cited for words in _passages(source.text)[1]])
     pages = "\n".join(source.text for source in cited)
     wanted, quoted = _wanted(text, pages), {n: _having(q) for n, (_, q) in evidence.items()}
@@ -372,22 +384,13 @@ def _together(
     return max(shared, *(score for score, _ in each.values())), each
 
 
-def _names_place(text: str, cited: Sequence[Source]) -> bool:
-    """Whether a text only names its sources, as a list of references does."""
-    places = terms(" ".join(f"{source.file} page {source.page}" for source in cited))
-    return set(terms(text)) <= set(places)
-
-
 def _rewrite(piece: str, known: Iterable[int], dangling: Choice) -> str:
     """Marks in one spelling; those that point nowhere stay or go."""
 
     def one(mark: re.Match[str]) -> str:
         cited = _numbers_of(mark[1])
         kept = [n for n in cited if n in known or dangling == "flag"]
+        # The space in front goes with the mark: none may be left before a full stop.
         return " " * bool(kept) * mark[0].startswith((" ", "\t")) + "".join(f"[{n}]" for n in kept)
 
     return _MARK.sub(one, piece)
-
-
-def _with_quote(source: Source, quote: Evidence | None) -> Source:
-    return source if quote is None else locate(source, quote[1])

@@ -128,6 +128,7 @@ class Part:
     @property
     def tokens(self) -> int:
         """A cautious estimate of what this part costs."""
+        # The fence, and the lines with file, page, section and caption.
         head = 40
         return head + estimate_tokens(self.text) + -(-self.pixels // PIXELS_PER_TOKEN)
 
@@ -144,6 +145,7 @@ def relevance(hit: NodeWithScore) -> float:
     """The reranker's score where there is one, else the retriever's."""
     reranked = as_hit(hit).rerank_score
     score = hit.score if reranked is None else reranked
+    # Retrievers without scores (keyword lists, say): 0, which any threshold above 0 drops.
     return 0.0 if score is None else score
 
 
@@ -162,10 +164,12 @@ def select_sources(
     Source: adaptive up-to-k selection of "Re-ranking the Context for Multimodal RAG"
     (arXiv 2501.04695); ``calibrate_threshold`` finds the threshold.
     """
-    pages: dict[tuple[str, int | str | None], list[NodeWithScore]] = {}
+    pages: dict[tuple[str, int | str], list[NodeWithScore]] = {}
     for hit in hits:
         if threshold is None or relevance(hit) >= threshold:
-            pages.setdefault(_page_of(hit), []).append(hit)
+            file, page = _location(hit)
+            # Hits without a page number (text files, plain nodes) stay sources of their own.
+            pages.setdefault((file, hit.node.node_id if page is None else page), []).append(hit)
     kept: list[Source] = []
     wanted = set(terms(question))
     for group in pages.values():
@@ -215,6 +219,7 @@ def pack(
     go. The first source always stays.
     """
     notes: list[str] = []
+    # Sanitized before it is measured: taking marks apart makes the text longer.
     parts = [Part(source, sanitize(source.text)) for source in sources]
     if images:
         parts = _fit_images(parts, room, budget, notes)
@@ -233,6 +238,7 @@ def fence(part: Part, boundary: str) -> str:
     for name in ("section", "caption"):
         if value := source.node.node.metadata.get(name):
             where.append(f"{name}: {_one_line(str(value))}")
+    # Said in words: a model takes an empty fence for a source that was left out.
     text = part.text.strip() or "(no text layer)"
     head, tail = f"<<<source {source.n} {boundary}>>>", f"<<<end of source {source.n} {boundary}>>>"
     return "\n".join([head, *where, "text:", text, tail])
@@ -240,11 +246,6 @@ def fence(part: Part, boundary: str) -> str:
 
 def _one_line(text: str) -> str:
     return " ".join(sanitize(text).split())
-
-
-def _page_of(hit: NodeWithScore) -> tuple[str, int | str | None]:
-    file, page = _location(hit)
-    return (file, hit.node.node_id if page is None else page)
 
 
 def _location(hit: NodeWithScore) -> tuple[str, int | None]:
@@ -262,6 +263,7 @@ def _source(group: Sequence[NodeWithScore]) -> Source:
     texts: list[str] = []
     for hit in group:
         text = hit.node.get_content(MetadataMode.NONE).strip()
+        # A passage is part of its page's text, which may be among the hits as well.
         if text and not any(text in other for other in texts):
             texts.append(text)
     return Source(0, file, page, best, "\n\n".join(texts), _image(best))
@@ -280,17 +282,16 @@ def _image(hit: NodeWithScore) -> Path | None:
 
 
 def _same_page(one: Source, other: Source, wanted: set[str]) -> bool:
-    """Whether two sources would tell a reader the same.
-
-    Pages that differ in a number, or in a word of the question (its file's name counts), are
-    not the same however alike they look: two plans of one insurer, two years of one report.
-    """
+    """Whether two sources would tell a reader the same."""
     a, b = terms(one.text), terms(other.text)
+    # Scans without a text layer can only be compared as files.
     if not a or not b:
         return not a and not b and _same_file(one.image, other.image)
     first, second = _triples(a), _triples(b)
     if len(first & second) < DUPLICATE * len(first | second):
         return False
+    # However alike two pages look, a number or a word of the question (the file's name counts)
+    # tells them apart: two plans of one insurer, two years of one report.
     named = [wanted & {*words, *terms(source.file)} for words, source in ((a, one), (b, other))]
     return named[0] == named[1] and numbers(one.text) == numbers(other.text)
 
@@ -321,6 +322,7 @@ def _fit_images(parts: list[Part], room: int, budget: ImageBudget, notes: list[s
     for i in reversed(range(len(parts))):
         if _cost(parts) <= room:
             break
+        # Without its image, a page with hardly any text would be an empty source.
         if parts[i].pixels and len(parts[i].text) >= _ENOUGH_TEXT:
             parts[i] = replace(parts[i], pixels=0)
             notes.append(f"the image of [{i + 1}] was not sent: the context window is full")
@@ -335,6 +337,7 @@ def _fit_texts(parts: list[Part], question: str, room: int, notes: list[str]) ->
     while len(parts) > 1 and _cost(parts) > room:
         notes.append(f"[{parts[-1].source.n}] was left out: the context window is full")
         parts = parts[:-1]
+    # Only the first source is left by now. An answer from its text beats a request that fails.
     if parts and parts[0].pixels and _cost(parts) > room:
         parts = [replace(parts[0], pixels=0)]
         notes.append("the image of [1] was not sent: the context window is too small")
@@ -355,9 +358,11 @@ def condense(text: str, question: str, tokens: int) -> str:
     pieces = sentences(text)
     words = [terms(piece) for piece in pieces]
     idf, wanted = Idf(words), terms(question)
+    # Best first until the room is used up, then in the page's order, so that it still reads well.
     by_worth = sorted(range(len(pieces)), key=lambda i: (-idf.coverage(wanted, words[i]), i))
     chosen: list[int] = []
     for i in by_worth:
+        # Plus one for the line break that joins it.
         tokens -= estimate_tokens(pieces[i]) + 1
         if tokens < 0:
             break

@@ -181,6 +181,7 @@ class CitedQueryEngine(BaseQueryEngine):
         self.llm = llm
         self.node_postprocessors = list(node_postprocessors or [])
         for postprocessor in self.node_postprocessors:
+            # As LlamaIndex's own engines do, so that its events belong to the same trace.
             postprocessor.callback_manager = self.callback_manager
         self.streaming = streaming
         self.images = images
@@ -299,6 +300,7 @@ class CitedQueryEngine(BaseQueryEngine):
         return self._prompts
 
     def _update_prompts(self, prompts: dict[str, Any]) -> None:
+        # LlamaIndex passes the prompts of every module; only ours are taken.
         self._prompts |= {name: prompts[name] for name in self._prompts if name in prompts}
 
     def _task(self, query: QueryBundle, hits: Sequence[NodeWithScore]) -> _Task:
@@ -306,9 +308,11 @@ class CitedQueryEngine(BaseQueryEngine):
         if not sources or self.llm is None:
             return _Task(query, sources)
         asked, notes = self._question_blocks(query)
+        # A document that could guess the boundary could close its fence and speak for us.
         boundary = new_boundary([query.query_str, *(source.text for source in sources)])
         system = self._prompts["system_prompt"].format(boundary=boundary, sentinel=SENTINEL)
         packed = self._pack(sources, query, system, asked)
+        # The question comes last, where models attend best (see `mmrag.answering.context`).
         blocks = _joined([*_blocks(packed, boundary), *asked])
         user = ChatMessage(role=MessageRole.USER, blocks=blocks)
         messages = [ChatMessage(role=MessageRole.SYSTEM, content=system), user]
@@ -322,6 +326,7 @@ class CitedQueryEngine(BaseQueryEngine):
     ) -> tuple[list[TextBlock | ImageBlock], list[str]]:
         """The question with its image, and what is missing from it."""
         content = query_content(query)
+        # A question may be an image alone; a model needs words to answer to.
         asked = content.text or "What do the sources say about this image?"
         prompt = self._prompts["question_prompt"].format(question=asked, sentinel=SENTINEL)
         if content.images and not self.images:
@@ -332,6 +337,7 @@ class CitedQueryEngine(BaseQueryEngine):
         budget = self.image_budget
         for source in content.images:
             image = load_image(source)
+            # Half of the request's bytes; `_pack` leaves the other half to the sources.
             data, mimetype = image_bytes(image, budget.max_pixels, budget.max_bytes // 2)
             blocks.append(TextBlock(text="Image of the question:"))
             blocks.append(ImageBlock(image=data, image_mimetype=mimetype))
@@ -346,7 +352,9 @@ class CitedQueryEngine(BaseQueryEngine):
     ) -> Packed:
         """The sources that fit beside the prompt, the question and the answer."""
         assert self.llm is not None
+        # LlamaIndex's OpenAI models report -1 where no maximum is set.
         answer = max(self.llm.metadata.num_output, 0) or _ANSWER_ROOM
+        # A model's maximum may be as large as its whole window.
         room = self.context_window - min(answer, self.context_window // 4)
         room -= estimate_tokens(system)
         room -= sum(estimate_tokens(block.text) for block in asked if isinstance(block, TextBlock))
@@ -375,6 +383,7 @@ class CitedQueryEngine(BaseQueryEngine):
 
     def _finish(self, task: _Task, reply: str) -> CitedResponse:
         text = without_reasoning(reply)
+        # An error and not "not found": the documents may well have the answer.
         if not text.strip():
             why = f" ({task.notes[-1]})" if task.notes else ""
             raise EndpointError(
@@ -394,6 +403,7 @@ class CitedQueryEngine(BaseQueryEngine):
             dangling=self.dangling,
             unsupported=self.unsupported,
         )
+        # Every sentence was removed as unsupported.
         if not checked.text:
             return _response(task, NOT_FOUND, found=False)
         return _response(task, checked.text, checked=checked)
@@ -414,6 +424,7 @@ class CitedQueryEngine(BaseQueryEngine):
 def _window_of(llm: LLM) -> int:
     """The context window that an LLM reports; a warning where it is nothing but a default."""
     window = llm.metadata.context_window
+    # A window of that very size may be meant: pydantic knows whether it was set.
     declared = "context_window" in getattr(llm, "model_fields_set", ())
     if window == DEFAULT_CONTEXT_WINDOW and not declared:
         logger.warning(
@@ -431,6 +442,7 @@ def _name(llm: LLM) -> str:
 
 def _note_if_incomplete(task: _Task, reply: ChatResponse) -> None:
     why = why_incomplete(reply)
+    # Each token of a stream may carry the reason again.
     if why is not None and why not in task.notes:
         task.notes.append(why)
         logger.warning("%s", why)

@@ -66,8 +66,10 @@ def extract(
     if not wanted and embedder is None:
         return None
     found = evidence(wanted, sources) if wanted else 0.0
+    # Before any embedding: most questions that the pages cannot answer stop here.
     if wanted and found < least_evidence:
         return None
+    # A running head repeats the title on each page and would match every question about it.
     running = running_lines([source.text for source in sources])
     candidates = [
         _Candidate(source, passage)
@@ -118,6 +120,7 @@ def _scores(
     task = "passage_for_question" if question.modality == "text" else "passage_for_image"
     asked = embedder.encode([question], instruction=task)[0]
     alike = np.zeros_like(words)
+    # Opposed vectors are no worse than unrelated ones: both have nothing to do with the question.
     alike[likely] = np.clip(vectors @ asked, 0, 1)
     both = (words + alike) / 2 if wanted else alike
     return np.asarray(both - _PLACE_WORTH * places, dtype=np.float32)
@@ -135,6 +138,7 @@ def _choose(
             break
         words = set(candidates[i].passage.words)
         others = [set(each.passage.words) for each in chosen]
+        # Pages of one report repeat their sentences, often with a word changed.
         if all(len(words & other) < 0.8 * len(words | other) for other in others):
             chosen.append(candidates[i])
     return chosen
@@ -144,17 +148,17 @@ def _answer(chosen: Sequence[_Candidate], sources: Sequence[Source]) -> CheckedA
     claims = tuple(Claim(c.passage.text, (c.source.n,), supported=True) for c in chosen)
     first: dict[int, str] = {}
     for candidate in chosen:
+        # A source has room for one quote: its best passage, which comes first.
         first.setdefault(candidate.source.n, candidate.passage.quote)
     marked = tuple(
         locate(replace(source, cited=True), first[source.n]) if source.n in first else source
         for source in sources
     )
-    return CheckedAnswer("\n".join(_line(each) for each in chosen), claims, marked)
-
-
-def _line(candidate: _Candidate) -> str:
-    """A passage as it is shown; a row of a table is put together, so it is no literal quote."""
-    # A document's own [3] must not be taken for one of ours.
-    text = sanitize(candidate.passage.text)
-    quoted = text if candidate.passage.row else f"\u201c{text}\u201d"
-    return f"{quoted} [{candidate.source.n}]"
+    lines = []
+    for candidate in chosen:
+        # A document's own [3] must not be taken for one of ours.
+        text = sanitize(candidate.passage.text)
+        # A row of a table is put together from heads and cells: it is no literal quote.
+        quoted = text if candidate.passage.row else f"\u201c{text}\u201d"
+        lines.append(f"{quoted} [{candidate.source.n}]")
+    return CheckedAnswer("\n".join(lines), claims, marked)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from mmrag.lexical import sentences, terms
 
 _SENTENCE_END = re.compile(r"[.!:;。！।॥۔…][\"'\u201d\u2019)\]\u300d\u300f]*$")
+# A question on a page (a FAQ, a form) has the words of the user's question, and answers nothing.
 _QUESTION_END = re.compile(r"[?？؟][\"'\u201d\u2019)\]]*$")
 _LIST_ITEM = re.compile(
     r"\s*(?:[\u2022\u25cf\u25e6\u2023\u2043\u00b7\uf0b7*\u2013-]\s|\(?\d{1,2}[.)]\s)"
@@ -52,6 +53,7 @@ def strip_bullet(text: str) -> str:
 
 def running_lines(pages: Sequence[str]) -> frozenset[str]:
     """Lines that stand on two pages or more, page numbers apart: running heads and feet."""
+    # A set for each page: a line repeated within one page is a table's, not a running head.
     seen = Counter(line for page in pages for line in {_bare(line) for line in page.splitlines()})
     return frozenset(line for line, times in seen.items() if times > 1 and line)
 
@@ -128,11 +130,13 @@ def _tables(lines: Sequence[str]) -> tuple[list[Passage], list[str]]:
         run = place
         while run < len(filled) and _cells(lines[filled[run]]):
             run += 1
+        # One line with numbers is a sentence or a caption more often than a table.
         if run - place < 2:
             place += 1
             continue
         head = lines[filled[place - 1]].strip() if place else ""
-        if not _is_head(head):
+        # One word heads no columns, and a sentence above a table only introduces it.
+        if not 1 < len(head.split()) <= _ROW_WORDS or _SENTENCE_END.search(head):
             head = ""
         for i in filled[place:run]:
             rows += [_row(head, lines[i])] if head else []
@@ -149,6 +153,8 @@ def _cells(line: str) -> list[str]:
     if not 2 <= len(words) <= _ROW_WORDS or _SENTENCE_END.search(line) or _LIST_ITEM.match(line):
         return []
     starts = [i for i, word in enumerate(words) if _CELL_START.match(word)]
+    # A row begins with what it is about. Lines that begin with a number are numbered headings and
+    # ticks of axes.
     if not starts or starts[0] == 0 or not words[0][0].isalpha():
         return []
     # A cell is a number and a unit or two; longer text behind a number is a sentence.
@@ -157,11 +163,6 @@ def _cells(line: str) -> list[str]:
         return []
     bounds = zip([0, *starts], [*starts, len(words)], strict=True)
     return [" ".join(words[start:end]) for start, end in bounds]
-
-
-def _is_head(line: str) -> bool:
-    words = line.split()
-    return 1 < len(words) <= _ROW_WORDS and not _SENTENCE_END.search(line)
 
 
 def _row(head: str, line: str) -> Passage:

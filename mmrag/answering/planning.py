@@ -108,7 +108,7 @@ class SubQuestion(BaseModel):
     @field_validator("modality", mode="before")
     @classmethod
     def _known(cls, value: Any) -> Any:
-        """Models make up modalities; a search of all kinds fits any."""
+        # Models make up modalities; a search of all kinds fits any.
         return value if value in KINDS else "any"
 
 
@@ -231,6 +231,7 @@ class PlanningWorkflow(Workflow):
         self.bundle = event.bundle
         self.plan_made = Plan(self.bundle.query_str)
         reply = await self._ask("plan_prompt", most=self.budget.max_searches)
+        # A plan is an improvement, not a condition: without one, the question is searched as it is.
         if reply is None or not reply.questions:
             return await self._stop("the plan could not be read")
         if len(reply.questions) == 1 and not reply.more:
@@ -245,6 +246,7 @@ class PlanningWorkflow(Workflow):
         context.write_event_to_stream(event)
         self.rounds += 1
         left = self.budget.max_searches - len(self.plan_made.searches)
+        # One at a time: local embedders and rerankers gain nothing from threads.
         for question in self._new(event.questions)[:left]:
             await self._search(question)
         if self.plan_made.calls >= self.budget.max_calls:
@@ -285,6 +287,8 @@ class PlanningWorkflow(Workflow):
         where = getattr(self.bundle, "where", None) or getattr(self.engine.retriever, "where", None)
         bundle = sub_query(question, self.bundle, where)
         hits = await asyncio.to_thread(self.engine.retrieve, bundle)
+        # The model guesses where an answer stands; documents without figures must still be
+        # searched.
         if not hits and bundle.where != where:
             note = f"no results of modality {question.modality}; all kinds were searched instead"
             bundle = replace(bundle, where=where)
@@ -296,7 +300,14 @@ class PlanningWorkflow(Workflow):
     async def _ask(self, prompt: str, **values: Any) -> _Reply | None:
         """The model's reply, read; None if it is not as asked for."""
         self.plan_made.calls += 1
-        asked: str = self.prompts[prompt].format(**values, **_question(self.bundle))
+        image = getattr(self.bundle, "image", None)
+        has_image = image is not None or self.bundle.image_path
+        # The model decides about searches only, so it is told of the image and does not see it.
+        asked: str = self.prompts[prompt].format(
+            question=self.bundle.query_str.strip() or "What do the documents say about this image?",
+            with_image=" (an image came with it)" if has_image else "",
+            **values,
+        )
         # In a thread: an async client kept by the LLM would be tied to one event loop.
         with translated_errors(self.llm.metadata.model_name):
             reply = await asyncio.to_thread(self.llm.chat, [ChatMessage(content=asked)])
@@ -307,6 +318,7 @@ class PlanningWorkflow(Workflow):
         question = self.bundle.query_str
         sources = select_sources(interleaved(self.found), question, max_sources=12)
         room = min(_EVIDENCE_TOKENS, self.engine.context_window // 2 or _EVIDENCE_TOKENS)
+        # Text alone: the judge's call must stay much cheaper than the answer's.
         packed = pack(sources, question, room, images=False)
         boundary = new_boundary([question, *(source.text for source in sources)])
         asked = [f"- {search.question}" for search in self.plan_made.searches]
@@ -314,6 +326,7 @@ class PlanningWorkflow(Workflow):
             "boundary": boundary,
             "sources": "\n".join(fence(part, boundary) for part in packed.parts) or "(none)",
             "asked": "\n".join(asked),
+            # "At most 0" would read as a demand to reply enough.
             "most": max(1, self.budget.max_searches - len(asked)),
         }
 
@@ -421,6 +434,7 @@ def sub_query(
 ) -> MultimodalQuery:
     """The query of a sub-question, within the filter ``where``; its kinds go first."""
     kinds = KINDS[question.modality]
+    # The caller's own choice of kinds is a filter; the model's is only a guess.
     if kinds and not (where and where.kinds):
         where = replace(where or Where(), kinds=kinds)
     image = getattr(original, "image", None)
@@ -437,6 +451,7 @@ def interleaved(lists: Sequence[Sequence[NodeWithScore]]) -> list[NodeWithScore]
     """The best hit of each list, then the second of each, and so on; each node once."""
     seen: set[str] = set()
     merged = []
+    # By rank: the scores of different questions cannot be compared.
     for rank in zip_longest(*lists):
         for hit in rank:
             if hit is not None and hit.node.node_id not in seen:
@@ -451,18 +466,10 @@ def read_reply(text: str) -> _Reply | None:
         if value.keys() & {"questions", "enough"}:
             try:
                 return _Reply.model_validate(value)
+            # Models write a draft or an example first; a later object may fit.
             except ValidationError:
                 continue
     return None
-
-
-def _question(bundle: QueryBundle) -> dict[str, Any]:
-    image = getattr(bundle, "image", None)
-    pictured = image is not None or bundle.image_path
-    return {
-        "question": bundle.query_str.strip() or "What do the documents say about this image?",
-        "with_image": " (an image came with it)" if pictured else "",
-    }
 
 
 def _pages(hits: Sequence[NodeWithScore], most: int = 5) -> tuple[str, ...]:
@@ -471,6 +478,7 @@ def _pages(hits: Sequence[NodeWithScore], most: int = 5) -> tuple[str, ...]:
 
 
 def _words(text: str) -> str:
+    # Models repeat a question with other capitals or another end mark.
     return " ".join(text.lower().split()).rstrip("?.! ")
 
 
@@ -497,6 +505,7 @@ def _run(work: Coroutine[Any, Any, T]) -> T:
         asyncio.get_running_loop()
     except RuntimeError:
         return asyncio.run(work)
+    # LlamaIndex keeps the span of its trace in a context variable, which a thread does not inherit.
     context = contextvars.copy_context()
     with ThreadPoolExecutor(1, thread_name_prefix="mmrag-plan") as pool:
         return pool.submit(context.run, asyncio.run, work).result()

@@ -179,8 +179,10 @@ class AsyncCitedStreamingResponse(AsyncStreamingResponse):
 def says_not_found(text: str) -> bool:
     """Whether a model's answer is the sentinel, or says no more than it or what stands for it."""
     bare = text.replace("\\", "").strip().strip("*_`\"'[]. \n")
+    # Models go on after it to explain what is missing; the answer is still none.
     if bare.upper().startswith(SENTINEL):
         return True
+    # With a citation it is a partial answer: "NOT_FOUND for 2019; in 2020 it was 5 [1]".
     return NOT_FOUND in in_words(text) and not parse_marks(text)
 
 
@@ -190,10 +192,8 @@ def in_words(text: str) -> str:
 
 
 def inert(text: str) -> str:
-    """A model's text with its images and HTML taken apart, so that showing it loads nothing.
-
-    A document can tell a model to write an image whose address carries the conversation away.
-    """
+    """A model's text with its images and HTML taken apart, so that showing it loads nothing."""
+    # A document can tell a model to write an image whose address carries the conversation away.
     return _ACTIVE.sub(r"\g<0> ", text)
 
 
@@ -247,6 +247,7 @@ class _Shown:
                 return ""
             self._state = "answer"
         whole = inert(in_words(self._held))
+        # The next token may complete the sentinel, or turn ! and < into an image or a tag.
         kept = max(_sentinel_begun(whole), whole.endswith(("!", "<")))
         self._held = whole[len(whole) - kept :]
         return whole[: len(whole) - kept]
@@ -262,7 +263,9 @@ class _Shown:
 def _undecided(head: str) -> bool:
     """Whether the first characters of an answer may begin reasoning or the sentinel."""
     reasons = any(tag.startswith(head.lower()) for tag in REASONING_TAGS)
-    return reasons or _may_be_sentinel(head)
+    # Models put the sentinel in quotes or in bold, and escape its underscores for Markdown.
+    bare = head.strip().lstrip("*_`\"'[").upper().replace("\\", "")
+    return reasons or SENTINEL.startswith(bare[: len(SENTINEL)])
 
 
 def as_stream(response: CitedResponse) -> CitedStreamingResponse:
@@ -297,21 +300,14 @@ def as_async_stream(response: CitedResponse) -> AsyncCitedStreamingResponse:
     )
 
 
-def _may_be_sentinel(text: str) -> bool:
-    bare = text.strip().lstrip("*_`\"'[").upper()
-    return SENTINEL.startswith(bare.replace("\\", "")[: len(SENTINEL)])
-
-
 def _sentinel_begun(text: str) -> int:
     """Length of the end of a text that may go on to be the sentinel."""
-    tail = text[-len(SENTINEL) - 4 :].upper()
-    return next(
-        (len(tail) - i for i in range(len(tail)) if _may_begin(tail[i:].replace("\\", ""))), 0
-    )
-
-
-def _may_begin(tail: str) -> bool:
-    return bool(tail) and SENTINEL.startswith(tail)
+    tail = text[-len(SENTINEL) - 4 :].upper()  # its underscores may be escaped, and count twice
+    for i in range(len(tail)):
+        bare = tail[i:].replace("\\", "")
+        if bare and SENTINEL.startswith(bare):
+            return len(tail) - i
+    return 0
 
 
 # Entities: a backslash of ours could be undone by one of the model's in front of it.
@@ -329,6 +325,8 @@ def harmless(text: str) -> str:
 def _figure(source: Source) -> str | None:
     """The image of a source that is a figure or an image; None where its file is gone."""
     values = source.node.node.metadata
+    # "picture" is how collections store an image file; pages are too large to show inside an
+    # answer.
     if values.get("kind") not in ("figure", "picture"):
         return None
     if source.image is None or not source.image.is_file():

@@ -72,6 +72,7 @@ def answer_as(
     chosen = _check(engine, llm)
     bundle = QueryBundle(question) if isinstance(question, str) else question
     response = cast(CitedResponse, engine.query(bundle))
+    # A model asked to fill fields from "not found" makes values up.
     if not response.found:
         return StructuredAnswer(None, response)
     text = str(response)
@@ -84,7 +85,11 @@ def answer_as(
             raise EndpointError(
                 f"{chosen.metadata.model_name} returned no valid {output_cls.__name__}: {error}"
             ) from error
-    return StructuredAnswer(value, response, _unseen(value, f"{text} {bundle.query_str}"))
+    # Words are rephrased to fit a field, numbers are not: one that is new was made up.
+    leaves = " ; ".join(str(leaf) for leaf in _leaves(value.model_dump(mode="json")))
+    new = sorted(set(missing_numbers(leaves, f"{text} {bundle.query_str}")))
+    problems = tuple(f"{number} is not in the answer" for number in new)
+    return StructuredAnswer(value, response, problems)
 
 
 async def aanswer_as(
@@ -99,18 +104,13 @@ async def aanswer_as(
 
 def _check(engine: CitedQueryEngine | PlanningQueryEngine, llm: LLM | None) -> LLM:
     inner = engine.engine if isinstance(engine, PlanningQueryEngine) else engine
+    # The object is filled from the whole, checked answer.
     if inner.streaming:
         raise ConfigError("answer_as cannot stream: use an engine with streaming=False.")
     chosen = llm or engine.llm
     if chosen is None:
         raise ConfigError("answer_as needs a language model: pass llm=.")
     return chosen
-
-
-def _unseen(value: BaseModel, text: str) -> tuple[str, ...]:
-    leaves = " ; ".join(str(leaf) for leaf in _leaves(value.model_dump(mode="json")))
-    new = sorted(set(missing_numbers(leaves, text)))
-    return tuple(f"{number} is not in the answer" for number in new)
 
 
 def _leaves(value: object) -> list[object]:
