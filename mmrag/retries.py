@@ -64,12 +64,15 @@ def with_retries(ask: Callable[[], T], retries: int, deadline: Deadline) -> T:
         if error.pause is not None:
             return float(error.pause)
         grown = min(_FIRST_PAUSE * 2 ** (state.attempt_number - 1), _LONGEST_PAUSE)
+        # Some randomness, so that clients refused together do not all come back together.
         return float(grown * random.uniform(1.0, 1.25))
 
     def stop(state: tenacity.RetryCallState) -> bool:
+        # A pause that ends after the deadline would be waited for in vain.
         return state.attempt_number > retries or state.upcoming_sleep >= deadline.left()
 
     def sleep(seconds: float) -> None:
+        # An event instead of time.sleep: whoever closes the client need not wait for the pause.
         if deadline.stop.wait(seconds) and failed is not None:
             raise failed
 
@@ -83,4 +86,5 @@ def with_retries(ask: Callable[[], T], retries: int, deadline: Deadline) -> T:
     try:
         return trying(ask)
     except BusyError as error:
+        # BusyError is ours to steer with; callers know the error within.
         raise error.error from error.error.__cause__

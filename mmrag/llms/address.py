@@ -34,6 +34,7 @@ class Address:
 
     def sign(self, request: httpx.Request) -> None:
         """Put key and query into a request."""
+        # The SDK's own header, made of the placeholder that stands in for the key.
         request.headers.pop("Authorization", None)
         request.headers.update(self.headers)
         if self.query:
@@ -55,6 +56,7 @@ def parse_address(base_url: str, api_key: str | None = None) -> Address:
     except (httpx.InvalidURL, ValueError) as error:
         raise ConfigError(f"{text!r} is not a server address ({error}).") from error
     if url.scheme not in ("http", "https") or not url.host:
+        # "localhost:8000" is completed to an example; "true" or "yes" would make a misleading one.
         looks_like = text if ":" in text or "." in text or "/" in text else "HOST:PORT/v1"
         raise ConfigError(
             f"{text!r} is not a server address. Write it with its scheme, as in "
@@ -63,11 +65,13 @@ def parse_address(base_url: str, api_key: str | None = None) -> Address:
     headers: dict[str, str] = {}
     if url.userinfo:
         login = base64.b64encode(unquote(url.userinfo.decode()).encode()).decode()
+        # Sent from here: an address with a password in it would end up in logs and messages.
         headers = {"Authorization": f"Basic {login}"}
     elif api_key:
         azure = url.host.endswith(".azure.com")
         headers = {"api-key": api_key} if azure else {"Authorization": f"Bearer {api_key}"}
     path = url.path.rstrip("/")
+    # Addresses are often copied from an example of curl, with the path of one call.
     for suffix in _SUFFIXES:
         path = path.removesuffix(suffix)
     bare = url.copy_with(userinfo=b"", path=path or "/", query=None, fragment=None)

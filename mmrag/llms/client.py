@@ -12,6 +12,7 @@ import openai
 
 from mmrag.llms.address import Address
 
+# Content as a list, which some servers send. Lines without it, nearly all, are not parsed.
 _PARTS = re.compile(rb'"content"\s*:\s*\[')
 
 
@@ -58,6 +59,7 @@ def _is_json(response: httpx.Response) -> bool:
 
 
 def _is_event_stream(response: httpx.Response) -> bool:
+    # A compressed stream cannot be cut into lines before it is decoded.
     plain = "content-encoding" not in response.headers
     return plain and "event-stream" in response.headers.get("content-type", "")
 
@@ -70,6 +72,7 @@ class _Lines:
 
     def add(self, data: bytes) -> bytes:
         """The lines that are whole with this piece."""
+        # Pieces are cut anywhere, also within a line or a character.
         *lines, self._rest = (self._rest + data).split(b"\n")
         return b"".join(self._repaired(line) + b"\n" for line in lines)
 
@@ -139,10 +142,11 @@ def repaired(response: httpx.Response) -> httpx.Response:
     choices = value.get("choices")
     status = response.status_code
     if status == 200 and value.get("error") and not choices:
-        status = _status_of(value["error"])
+        status = _error_status(value["error"])
     for choice in choices if isinstance(choices, list) else ():
         message = choice.get("message") if isinstance(choice, dict) else None
         if isinstance(message, dict):
+            # The SDK's model demands a role that some servers leave out.
             message["role"] = message.get("role") or "assistant"
             message["content"] = _joined(message.get("content"))
     # The body is decoded already, and its length may be another now.
@@ -157,7 +161,8 @@ def repaired(response: httpx.Response) -> httpx.Response:
     )
 
 
-def _status_of(error: object) -> int:
+def _error_status(error: object) -> int:
+    # OpenRouter, for one, sends the upstream server's status as the error's code.
     code = error.get("code") if isinstance(error, dict) else None
     return code if isinstance(code, int) and 400 <= code < 600 else 502
 

@@ -62,6 +62,7 @@ class EndpointLLM(OpenAILike):
     def __getstate__(self) -> dict[str, Any]:
         self._client = self._aclient = None  # they hold sockets, and are made anew when needed
         state: dict[str, Any] = super().__getstate__()
+        # It holds the address, whose headers hold the key.
         state["__pydantic_private__"] = None
         return state
 
@@ -99,14 +100,16 @@ def open_llm(
             "of another server (--base-url, base_url=)."
         )
     served: dict[str, int | None] = {}
+    # OpenAI's own list has no windows, and LlamaIndex has a table of them.
     if model is None or (context_window is None and address.url != OPENAI):
         try:
             served = _served(address, timeout=10.0)
+        # Not every server lists its models. That is fatal only if the list was to name the model.
         except EndpointError:
             if model is None:
                 raise
     if model is None:
-        model = _only(served, address.public)
+        model = _only_model(served, address.public)
     window = context_window or served.get(model) or _known_or_assumed_window(model, address.public)
     llm = EndpointLLM(
         model=model,
@@ -114,11 +117,14 @@ def open_llm(
         api_key="",
         is_chat_model=True,
         context_window=window,
+        # Servers refuse a request whose prompt and answer together exceed the window.
         max_tokens=min(max_tokens, window // 4),
         timeout=timeout,
         max_retries=1,
+        # The same question should get the same answer.
         temperature=0.0,
     )
+    # Set after pydantic made the object, whose fields are shown and saved.
     llm._address = address
     return llm
 
@@ -145,18 +151,19 @@ def _served(address: Address, timeout: float) -> dict[str, int | None]:
             reply.raise_for_status()
             rows = reply.json()["data"]
             windows = {str(row["id"]): _window(row) for row in rows}
-            trained = {str(row["id"]): _trained_window(row) for row in rows}
+            # What llama.cpp's server was trained with: the most that it may be given.
+            trained = {str(row["id"]): _meta(row).get("n_ctx_train") for row in rows}
         except httpx.HTTPError as error:
             raise EndpointError(f"{url} cannot be read: {error}. Is the server running?") from error
         except (ValueError, KeyError, TypeError) as error:
             raise EndpointError(f"{url} does not reply as an OpenAI-compatible server.") from error
         for name, window in trained.items():
-            if windows[name] is None and window is not None:
-                windows[name] = _started_with(client, address.url, name) or window
+            if windows[name] is None and isinstance(window, int):
+                windows[name] = _configured_window(client, address.url, name) or window
     return windows
 
 
-def _started_with(client: Client, url: str, model: str) -> int | None:
+def _configured_window(client: Client, url: str, model: str) -> int | None:
     """The window that llama.cpp's server was given, which its list of models does not have."""
     asked = {"model": model, "autoload": "false"}  # a router must not load it for this
     try:
@@ -172,12 +179,14 @@ def translated_errors(model: str) -> Iterator[None]:
     """Turn what a chat endpoint's client raises into EndpointError with advice."""
     try:
         yield
+    # Before APIConnectionError, of which it is a subclass.
     except openai.APITimeoutError as error:
         raise EndpointError(f"{model} did not answer in time; is the server overloaded?") from error
     except openai.APIConnectionError as error:
+        # The SDK's own message is "Connection error."; its cause says what failed.
         raise EndpointError(
-            f"{model} cannot be reached ({_cause(error)}). Check the base URL and that the "
-            "server is running."
+            f"{model} cannot be reached ({error.__cause__ or error}). Check the base URL and that "
+            "the server is running."
         ) from error
     except openai.AuthenticationError as error:
         raise EndpointError(
@@ -186,6 +195,7 @@ def translated_errors(model: str) -> Iterator[None]:
     except openai.NotFoundError as error:
         raise EndpointError(f"{model}: the server has no such model or path: {error}") from error
     except openai.APIStatusError as error:
+        # Text-only models answer a message with images like that, without saying why.
         advice = " If it takes no images, ask without them." if error.status_code == 400 else ""
         raise EndpointError(f"{model}: the server refused ({error}).{advice}") from error
     except (openai.OpenAIError, httpx.HTTPError) as error:
@@ -197,22 +207,13 @@ def translated_errors(model: str) -> Iterator[None]:
         ) from error
 
 
-def _cause(error: BaseException) -> str:
-    return str(error.__cause__ or error)
-
-
 def _window(row: dict[str, Any]) -> int | None:
+    # llama.cpp keeps its figures one level down, in "meta".
     for place in (row, _meta(row)):
         for key in _WINDOW_KEYS:
             if isinstance(place.get(key), int):
                 return int(place[key])
     return None
-
-
-def _trained_window(row: dict[str, Any]) -> int | None:
-    """What llama.cpp says a model was trained with: the most that it may be given."""
-    window = _meta(row).get("n_ctx_train")
-    return window if isinstance(window, int) else None
 
 
 def _meta(row: dict[str, Any]) -> dict[str, Any]:
@@ -222,29 +223,22 @@ def _meta(row: dict[str, Any]) -> dict[str, Any]:
 
 def _known_or_assumed_window(model: str, server: str) -> int:
     """The window in LlamaIndex's table of OpenAI's models, else a small one, with a warning."""
-    window = _known_window(model)
-    if window is None:
-        window = ASSUMED_WINDOW
+    from llama_index.llms.openai.utils import openai_modelname_to_contextsize
+
+    try:
+        return int(openai_modelname_to_contextsize(model))
+    except ValueError:  # a model that the table does not have
         logger.warning(
             "%s does not report the context window of %s; assuming %d tokens. Set "
             "context_window= (--context-window) to use all of it.",
             server,
             model,
-            window,
+            ASSUMED_WINDOW,
         )
-    return window
+        return ASSUMED_WINDOW
 
 
-def _known_window(model: str) -> int | None:
-    from llama_index.llms.openai.utils import openai_modelname_to_contextsize
-
-    try:
-        return openai_modelname_to_contextsize(model)
-    except ValueError:
-        return None
-
-
-def _only(served: dict[str, int | None], base_url: str) -> str:
+def _only_model(served: dict[str, int | None], base_url: str) -> str:
     if len(served) == 1:
         return next(iter(served))
     names = ", ".join(sorted(served)) or "none"

@@ -50,6 +50,7 @@ Inputs = dict[str, Any]
 # From messages as chat templates take them, and their images in order, to what a model takes.
 Prepare = Callable[[list[dict[str, Any]], list[Image.Image]], Inputs]
 _IMAGE_BLOCK: dict[str, Any] = {"type": "image"}
+# Checkpoints allow up to 16384 for one image, and one page would fill the window.
 _MOST_IMAGE_TOKENS = 1280
 
 
@@ -125,12 +126,14 @@ class LocalLLM(CustomLLM):
         super().__init__(
             model_name=str(model),
             context_window=window,
+            # The sources need most of the window.
             max_tokens=min(max_tokens, window // 4),
             system_prompt=system_prompt,
             callback_manager=callback_manager or CallbackManager(),
         )
         self._model, self._tokenizer, self._prepare = loaded, tokenizer, prepare
         self._marks = special_marks(tokenizer)
+        # One answer at a time: `generate` on one model from two threads shares its caches.
         self._lock = threading.Lock()
 
     @classmethod
@@ -224,6 +227,7 @@ class LocalLLM(CustomLLM):
             parts: list[dict[str, Any]] = []
             for block in message.blocks:
                 if isinstance(block, TextBlock):
+                    # A document that writes <|im_end|> must not end the user's turn.
                     parts.append({"type": "text", "text": broken_up(block.text, self._marks)})
                 elif isinstance(block, ImageBlock):
                     parts.append(_IMAGE_BLOCK)
@@ -261,6 +265,7 @@ class _QwenInputs:
         prompt = self.tokenizer.apply_chat_template(
             turns, chat_template=self.template, add_generation_prompt=True, tokenize=False
         )
+        # The template has written all special tokens.
         ids = self.tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"]
         fitted = [resize(image, self.rule.size(*image.size)) for image in images]
         wide = torch.tensor(
@@ -271,6 +276,7 @@ class _QwenInputs:
             cut = [to_patches(image, self.rule) for image in fitted]
             inputs["pixel_values"] = torch.cat([patches for patches, _ in cut])
             inputs["image_grid_thw"] = torch.tensor([grid for _, grid in cut])
+            # Transformers 5 computes image positions from it.
             inputs["mm_token_type_ids"] = (wide == self.image_id).long()
         return inputs
 
@@ -318,6 +324,8 @@ class _Run(StoppingCriteria):  # type: ignore[misc]
                     **inputs,
                     max_new_tokens=most,
                     do_sample=False,
+                    # Greedy; the three settings of sampling must be unset, or transformers warns
+                    # about them.
                     temperature=None,
                     top_p=None,
                     top_k=None,
@@ -325,6 +333,7 @@ class _Run(StoppingCriteria):  # type: ignore[misc]
                     stopping_criteria=StoppingCriteriaList([self]),
                 )
             new = ids[0, inputs["input_ids"].shape[1] :]
+            # An answer may end by itself with the last token that was allowed.
             ends = model.generation_config.eos_token_id
             last = int(new[-1]) if len(new) else None
             self.cut_off = len(new) >= most and last not in (
@@ -335,9 +344,11 @@ class _Run(StoppingCriteria):  # type: ignore[misc]
                 f"a prompt of {inputs['input_ids'].shape[1]} tokens does not fit in memory "
                 f"({error}); lower max_image_tokens, or use a smaller dtype."
             )
+        # An exception of this thread would only be printed; the reader raises it.
         except (RuntimeError, ValueError, TypeError, IndexError, KeyError) as error:
             self._error = ModelError(f"the model failed while writing ({error}).")
         finally:
+            # Also after an error, or the reader would wait for ever.
             self._pieces.end()
 
 
@@ -353,7 +364,7 @@ def _template(folder: Path, tokenizer: Any) -> str:
     """The chat template of a checkpoint, which some keep in a file of its own."""
     own = tokenizer.chat_template or read_json(folder / "chat_template.json").get("chat_template")
     if not isinstance(own, str):
-        raise ModelError(f"{folder}: it has no chat template, so it cannot be asked.")
+        raise ModelError(f"{folder} has no chat template; use a chat model.")
     return own
 
 

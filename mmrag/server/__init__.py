@@ -18,6 +18,7 @@ _MODULES = {
 
 def require(extra: str) -> None:
     """Raise ConfigError with what to install if an extra is missing: ``serve`` or ``mcp``."""
+    # find_spec looks a module up without importing it: a check must not take as long as a start.
     missing = [name for name in _MODULES[extra] if find_spec(name) is None]
     if missing:
         raise ConfigError(

@@ -24,12 +24,14 @@ def write_address(folder: Path, address: Address) -> None:
     values = {"url": address.url, "collection": address.collection, "pid": os.getpid()}
     part = folder / f".{_FILE}.{os.getpid()}"
     part.write_text(json.dumps(values), encoding="utf-8")
+    # Whole or not at all: another process may read the file while it is written.
     part.replace(folder / _FILE)
 
 
 def remove_address(folder: Path) -> None:
     """Take it back, if it is of this process."""
     values = _read(folder)
+    # A second server may have taken the folder over since.
     if values is not None and values.get("pid") == os.getpid():
         (folder / _FILE).unlink(missing_ok=True)
 

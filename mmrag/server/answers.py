@@ -67,6 +67,7 @@ def answer_events(
     question, stream = library.ask(query, history)
     rows = [source_row(source, library.name, base) for source in stream.sources]
     yield Event({"question": question, "sources": rows}, "sources")
+    # The text streams before its claims are checked, so the last event repeats it, checked.
     for token in stream.response_gen:
         yield Event({"text": token}, "token")
     yield Event(answer_row(stream.get_response(), library.name, base), "answer")
@@ -81,6 +82,7 @@ def _place(
     image = view = None
     if file_id is not None:
         view = view_url(base, collection, file_id, page, boxes)
+        # Text files have no pages and no images of them.
         if page is not None:
             image = page_image_url(collection, file_id, page, boxes)
     return {

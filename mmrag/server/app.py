@@ -48,10 +48,12 @@ def create_app(
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        # Starlette runs the lifespan of the outer application only; MCP's sessions need theirs.
         async with AsyncExitStack() as stack:
             if mcp is not None:
                 await stack.enter_async_context(mcp.router.lifespan_context(mcp))
             yield
+        # Closing waits for the writer thread, which the event loop must not.
         await to_thread.run_sync(libraries.close)
 
     app = FastAPI(
@@ -65,9 +67,10 @@ def create_app(
     for routes in (status, api, files, openai, web):
         app.include_router(routes.router)
     if mcp is not None:
+        # Its own path is /mcp already: mounted there, it would be /mcp/mcp.
         app.router.routes.extend(mcp.routes)
     for kind in (MMRagError, HTTPException, RequestValidationError, Exception):
-        app.add_exception_handler(kind, _refuse)
+        app.add_exception_handler(kind, _error_response)
     # The last one added is the first that a request meets.
     if options.cors_origins:
         app.add_middleware(
@@ -81,21 +84,22 @@ def create_app(
     return app
 
 
-async def _refuse(_: Request, error: Exception) -> JSONResponse:
+async def _error_response(_: Request, error: Exception) -> JSONResponse:
     """Any error in OpenAI's form."""
     if isinstance(error, RequestValidationError):
-        error = ApiError(400, _told(error), "invalid_request")
+        error = ApiError(400, _field_errors(error), "invalid_request")
     elif isinstance(error, HTTPException):
         error = ApiError(
             error.status_code, str(error.detail), "http_error", dict(error.headers or {})
         )
     problem = problem_of(error)
+    # Only what is not the client's fault: its message hides the cause, so the log must hold it.
     if problem.status == 500:
         log.error("A request failed", exc_info=error)
     return JSONResponse(problem.body, problem.status, problem.headers)
 
 
-def _told(error: RequestValidationError) -> str:
+def _field_errors(error: RequestValidationError) -> str:
     """What is wrong with a request, field by field: ``body.top_k: Input should be ...``."""
     parts = [
         f"{'.'.join(str(part) for part in each['loc'])}: {each['msg']}" for each in error.errors()
@@ -107,6 +111,7 @@ def _mcp(libraries: Libraries, options: ServerOptions) -> Starlette | None:
     """The application of MCP over HTTP; None without its extra."""
     if find_spec("mcp") is None:
         return None
+    # The extra is optional.
     from mcp.server.transport_security import TransportSecuritySettings
 
     from mmrag.server.mcp_tools import create_mcp

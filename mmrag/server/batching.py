@@ -76,11 +76,21 @@ class BatchingEmbedder:
         progress: bool = False,
     ) -> NDArray[np.float32]:
         """Embed contents; see ``Embedder.encode``."""
+        # Waiting would delay a full batch, and searches would wait for all of it.
         if not 0 < len(contents) <= SMALL:
             return self._embedder.encode(contents, instruction, dim, progress)
         kept = check_dim(dim, self.dim)
-        call = _Call([_with_task(as_content(each), instruction) for each in contents])
+        call = _Call([as_content(each) for each in contents])
+        if instruction is not None:
+            # Calls with different instructions share a batch, so each content carries its own.
+            call.contents[:] = [
+                dataclasses.replace(each, instruction=instruction)
+                if each.instruction is None
+                else each
+                for each in call.contents
+            ]
         self._calls.put(call)
+        # Callers of one batch may ask for different dims, so the batch is made in full.
         return truncate_normalise(call.result.result(), kept)
 
     def close(self) -> None:
@@ -97,6 +107,7 @@ class BatchingEmbedder:
     def _collect(self, first: _Call) -> tuple[list[_Call], bool]:
         """The calls of one batch, and whether ``close`` was among them."""
         calls = [first]
+        # Counted from the first call: a steady stream of calls must not postpone it for ever.
         until = time.monotonic() + self._wait
         while sum(len(call.contents) for call in calls) < self._max_items:
             try:
@@ -113,6 +124,7 @@ class BatchingEmbedder:
         contents = [content for call in calls for content in call.contents]
         try:
             vectors = self._embedder.encode(contents)
+        # Bad content of one caller is no reason to fail the others: each is tried on its own.
         except MMRagError as error:
             if len(calls) == 1:
                 calls[0].result.set_exception(error)
@@ -130,9 +142,3 @@ class BatchingEmbedder:
         for call in calls:
             call.result.set_result(vectors[start : start + len(call.contents)])
             start += len(call.contents)
-
-
-def _with_task(content: Content, instruction: str | None) -> Content:
-    if content.instruction is not None or instruction is None:
-        return content
-    return dataclasses.replace(content, instruction=instruction)

@@ -34,6 +34,7 @@ def find_server(location: str) -> ServerClient | None:
     if address is None:
         return None
     try:
+        # The file of a server that was killed stays behind.
         httpx.get(f"{address.url}/health", timeout=2.0).raise_for_status()
     except httpx.HTTPError:
         return None
@@ -62,6 +63,7 @@ class ServerClient:
 
         turns = [{"role": role, "content": text} for role, text in history]
         events = self._events({**self._body(query), "history": turns})
+        # The sources come first, so that they can be shown while the answer is written.
         name, begun = next(events)
         assert name == "sources"
         final: dict[str, Any] = {}
@@ -80,6 +82,7 @@ class ServerClient:
             response_gen=tokens(),
             source_nodes=[source.node for source in sources],
             sources=sources,
+            # A stream that its reader left early has no final event; its text stays unchecked.
             finish=lambda text: _response(final or {"answer": text, "sources": []}),
         )
         return begun["question"], stream
@@ -111,15 +114,15 @@ class ServerClient:
             with self._http.stream("POST", path, json=body) as reply:
                 if reply.is_error:
                     reply.read()
-                    raise EndpointError(f"{self.address.url}: {_told(reply)}")
+                    raise EndpointError(f"{self.address.url}: {_error_message(reply)}")
                 yield reply
         except httpx.HTTPError as error:
             raise EndpointError(f"{self.address.url} broke off: {error}") from error
 
 
-def _told(reply: httpx.Response) -> str:
+def _error_message(reply: httpx.Response) -> str:
     if reply.status_code == 401:
-        return "the server asks for an API key; set MMRAG_API_KEY."
+        return "the server requires an API key; set MMRAG_API_KEY."
     try:
         return str(reply.json()["error"]["message"])
     except (ValueError, KeyError, TypeError):
@@ -150,6 +153,7 @@ def _source(row: Mapping[str, Any]) -> Source:
     from mmrag.answering.context import Source
 
     hit = _hit(row)
+    # The server is on this machine, so an image file of the user can be shown from its path.
     is_image = row["kind"] == "picture" and Path(row["file"]).is_file()
     return Source(
         n=row["n"],
@@ -159,6 +163,7 @@ def _source(row: Mapping[str, Any]) -> Source:
         text=row["text"],
         image=Path(row["file"]) if is_image else None,
         quote=row["quote"],
+        # Without a quote the boxes show what was found, which the hit holds already.
         boxes=tuple(tuple(box) for box in row["boxes"]) if row["quote"] else (),
         cited=row["cited"],
     )

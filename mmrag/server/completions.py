@@ -81,7 +81,9 @@ def read_chat(request: ChatRequest, limits: ImageLimits) -> Asked:
     if len(text) > LONGEST_QUERY and not is_task:
         raise ConfigError(f"The question is longer than {LONGEST_QUERY} characters.")
     history = tuple(
-        (message.role, without_links(_read_content(message, limits)[0])) for message in spoken[:-1]
+        # Links and lists of sources that we added would mislead the rewriting of the question.
+        (message.role, without_links(_read_content(message, limits)[0]))
+        for message in spoken[:-1]
     )
     return Asked(MultimodalQuery(text, image=image), history, is_task)
 
@@ -104,7 +106,7 @@ def _read_content(message: Message, limits: ImageLimits) -> tuple[str, bytes | N
         else:
             raise ContentError("A part of a message must be of type text or image_url.")
     if len(images) > 1:
-        raise ContentError("Ask with one image at a time.")
+        raise ContentError("A question can have at most one image.")
     return "\n".join(texts), decode_image(images[0], limits) if images else None
 
 
@@ -131,12 +133,15 @@ class ChatChunks:
     def __iter__(self) -> Generator[Event, None, None]:
         texts = self._task() if self._asked.is_task else self._linked()
         first = next(texts, "")  # what fails before the first word is an HTTP error
+        # As OpenAI's first chunk, which has the role and no text.
         yield self._chunk({"role": "assistant", "content": ""})
         for text in chain([first], texts):
             self.content += text
             yield self._chunk({"content": text})
+        # After the text, since a link's place is known only when all before it is written.
         if self._annotations:
             yield self._chunk({"annotations": self._annotations})
+        # OpenAI's clients ignore fields that they do not know; others find the checked answer here.
         yield self._chunk({}, "stop", mmrag=self._answer)
         if self._request.stream_options and self._request.stream_options.include_usage:
             yield self._chunk({}, choices=[], usage=self._usage())

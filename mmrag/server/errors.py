@@ -73,12 +73,14 @@ def problem_of(error: Exception) -> Problem:
             return _problem(status, str(error), code)
     if isinstance(error, MMRagError):
         return _problem(500, str(error), "failed")
+    # The text of an unknown error may hold paths or secrets.
     return _problem(500, "The server failed; its log has the details.", "internal_error")
 
 
 def _problem(
     status: int, message: str, code: str, headers: dict[str, str] | None = None
 ) -> Problem:
+    # The two types that OpenAI's clients tell apart.
     kind = "invalid_request_error" if status < 500 else "server_error"
     error = {"message": message, "type": kind, "code": code, "param": None}
     return Problem(status, {"error": error}, headers or {})

@@ -30,8 +30,11 @@ class Gate:
     @asynccontextmanager
     async def admit(self) -> AsyncIterator[None]:
         """Hold a slot. Raises ApiError 429 if too many wait already."""
+        # Refusing at once is kinder than a timeout: the client can go elsewhere or come back.
         if self._free.locked() and self.waiting >= self.max_waiting:
-            seconds = min(_LONGEST_WAIT, max(1, math.ceil(self._wait_seconds())))
+            # How long the queue takes as it is now, this request included.
+            wait = self._seconds * (self.waiting + 1) / self.slots
+            seconds = min(_LONGEST_WAIT, max(1, math.ceil(wait)))
             raise ApiError(
                 429,
                 f"{self.running} requests run and {self.waiting} wait; try again in {seconds} s.",
@@ -50,8 +53,5 @@ class Gate:
         finally:
             self.running -= 1
             self._free.release()
+            # A moving mean over about the last five requests, since the load changes.
             self._seconds += 0.2 * (time.monotonic() - started - self._seconds)
-
-    def _wait_seconds(self) -> float:
-        """How long the queue takes as it is now."""
-        return self._seconds * (self.waiting + 1) / self.slots

@@ -21,6 +21,7 @@ _OPEN = frozenset({"/", "/health", "/ready", "/favicon.ico", "/api/session"})
 _FORM_ROOM = 64 * 1024  # bytes of a form around its file
 
 SECURITY_HEADERS = {
+    # Nothing but our own files runs or loads, whatever a document or a model writes into a page.
     "Content-Security-Policy": (
         "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; "
         "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -41,15 +42,20 @@ class Guard:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Check a request and pass it on."""
+        # Lifespan events; no route takes websockets.
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
         headers = Headers(scope=scope)
-        limit = self._limit(scope)
+        is_upload = scope["method"] == "POST" and scope["path"] == "/api/files"
+        limit = self.options.max_body_bytes
+        if is_upload:
+            limit = self.options.max_upload_bytes + _FORM_ROOM
         try:
             self._check_host(headers)
             self._check_origin(scope["method"], headers)
             self._check_key(scope["path"], scope["method"], headers)
+            # Refused before it is sent; `bounded` counts those that do not say, or lie.
             if int(headers.get("content-length") or 0) > limit:
                 raise too_large(limit)
         except ApiError as error:
@@ -58,11 +64,6 @@ class Guard:
             await response(scope, receive, with_headers(send))
             return
         await self.app(scope, bounded(receive, limit), with_headers(send))
-
-    def _limit(self, scope: Scope) -> int:
-        if scope["method"] == "POST" and scope["path"] == "/api/files":
-            return self.options.max_upload_bytes + _FORM_ROOM
-        return self.options.max_body_bytes
 
     def _check_host(self, headers: Headers) -> None:
         allowed = self.options.hosts
@@ -75,16 +76,21 @@ class Guard:
             )
 
     def _check_origin(self, method: str, headers: Headers) -> None:
-        """A page of another origin may not change anything, though a browser would send it."""
+        # Browsers send simple requests of other origins without asking; CORS hides the answer only.
         origin = headers.get("origin")
         if origin is None or method in _SAFE or origin in self.options.cors_origins:
             return
+        # By name, as the scheme is not known behind a proxy that ends TLS.
         if urlsplit(origin).netloc != headers.get("host"):
-            raise ApiError(403, "Requests of other web pages are refused.", "origin")
+            raise ApiError(
+                403,
+                f"Requests from web pages of {origin} are refused; allow it with --cors-origin.",
+                "origin",
+            )
 
     def _check_key(self, path: str, method: str, headers: Headers) -> None:
         is_open = path in _OPEN or path.startswith("/static/")
-        if not self.keys or is_open or self._knows(headers):
+        if not self.keys or is_open or self._has_valid_key(headers):
             return
         # A browser asks before it sends a key.
         if method == "OPTIONS" and headers.get("origin") in self.options.cors_origins:
@@ -96,12 +102,13 @@ class Guard:
             {"WWW-Authenticate": "Bearer"},
         )
 
-    def _knows(self, headers: Headers) -> bool:
+    def _has_valid_key(self, headers: Headers) -> bool:
         kind, _, key = headers.get("authorization", "").partition(" ")
         if kind.lower() == "bearer" and self.keys.opens(key.strip()):
             return True
         if (key := headers.get("x-api-key", "")) and self.keys.opens(key):
             return True
+        # Images in the page are loaded by the browser itself, which can send nothing but a cookie.
         session = cookie_parser(headers.get("cookie", "")).get(SESSION_COOKIE)
         return session is not None and self.keys.opens_session(session)
 

@@ -69,6 +69,7 @@ class Writer:
         """Queue a file or folder. uploaded: it is ours, and deleted if it cannot be indexed."""
         job = Job(str(next(self._numbers)), path.name, path, uploaded)
         self._jobs[job.id] = job
+        # A server that runs for months must not remember every file.
         for old in [job for job in self._jobs.values() if job.state not in ("waiting", "running")][
             :-KEPT
         ]:
@@ -93,6 +94,7 @@ class Writer:
     def _run(self) -> None:
         while (first := self._waiting.get()) is not None:
             batch = [first]
+            # One run for all that wait: its start and end cost more than a small file.
             while not self._waiting.empty():
                 job = self._waiting.get()
                 if job is None:
@@ -113,7 +115,8 @@ class Writer:
             with self.lock:
                 report = self._index.add([job.path for job in jobs], progress=self._follow(by_path))
                 for job in jobs:
-                    _conclude(job, report)
+                    _record_outcome(job, report)
+        # The jobs stay as they are; `_run` marks all that are not finished as stopped.
         except _Stopped:
             return
         except MMRagError as error:
@@ -125,6 +128,7 @@ class Writer:
     def _follow(self, jobs: dict[str, Job]) -> Callable[[Progress], None]:
         def follow(now: Progress) -> None:
             if self._stopping.is_set():
+                # The callback is the only place where indexing can be left between two batches.
                 raise _Stopped
             if (job := jobs.get(now.file)) is not None:
                 job.pages = now.pages
@@ -142,7 +146,7 @@ def _finish(jobs: Sequence[Job], state: State, error: str | None = None) -> None
             job.errors += [error] if error else []
 
 
-def _conclude(job: Job, report: IngestReport) -> None:
+def _record_outcome(job: Job, report: IngestReport) -> None:
     """What became of a job; an upload that is of no use is deleted."""
     name = job.path.as_posix()
     inside = f"{name}/"
@@ -157,5 +161,7 @@ def _conclude(job: Job, report: IngestReport) -> None:
     elif name in report.unchanged:
         job.note = "It is in the collection already."
     job.state = "failed" if name in report.failed else "done"
+    # A copy of ours that nothing refers to would only take space; a user's own file is never
+    # touched.
     if job.uploaded and (job.state == "failed" or name in report.duplicates):
         job.path.unlink(missing_ok=True)

@@ -19,6 +19,7 @@ class ApiKeys:
     """
 
     def __init__(self, keys: Iterable[str]) -> None:
+        # Random at each start, so that nobody can compute the hashes that are compared.
         self._secret = secrets.token_bytes(32)
         self._keys = [self._hash(key) for key in keys]
         self._sessions: dict[bytes, None] = {}
@@ -29,12 +30,15 @@ class ApiKeys:
     def opens(self, key: str) -> bool:
         """Whether it is one of the keys. Every key is compared, whichever fits."""
         hashed = self._hash(key)
+        # A list, not a generator: stopping at the first match would tell by its time which key
+        # fits.
         return any([hmac.compare_digest(hashed, known) for known in self._keys])
 
     def new_session(self) -> str:
         """A random token that opens the server until it stops; the oldest give way."""
         token = secrets.token_urlsafe(32)
         self._sessions[self._hash(token)] = None
+        # Dicts keep the order of insertion, so the first is the oldest.
         while len(self._sessions) > MAX_SESSIONS:
             del self._sessions[next(iter(self._sessions))]
         return token

@@ -89,6 +89,7 @@ class Library:
         history: role and text of the messages before. With a language model the question is
         rewritten to stand on its own.
         """
+        # A reranker is of use only with more pages to choose from than are shown.
         top_k = (query.top_k or 8) * (3 if self.answering.postprocessors else 1)
         return ask_engine(self._engine(), dataclasses.replace(query, top_k=top_k), history)
 
@@ -139,6 +140,7 @@ class Library:
             ApiError: 409 while files are being indexed.
         """
         entry = self.file(file_id)
+        # Short, since it holds a thread of the pool; a long run of indexing is reported instead.
         if not self.writer.lock.acquire(timeout=5):
             raise ApiError(
                 409,
@@ -147,6 +149,7 @@ class Library:
                 {"Retry-After": "5"},
             )
         try:
+            # The file first: one that stayed behind would be indexed again at the next start.
             if self.is_upload(entry):
                 entry.path.unlink(missing_ok=True)
             self.collection.remove_file(file_id)
@@ -162,6 +165,7 @@ class Library:
     def close(self) -> None:
         """Stop indexing and release the collection."""
         if self.folder is not None:
+            # Before the rest, so that commands stop finding a server that is about to go.
             remove_address(self.folder)
         self.writer.stop()
         self.index.close()
@@ -186,6 +190,7 @@ def ask_engine(
     question = query.query_str
     if history and engine.llm is not None and question.strip():
         messages = [ChatMessage(role=role, content=text) for role, text in history]
+        # The server keeps no conversations; clients send the history along.
         memory = ChatMemoryBuffer.from_defaults(chat_history=messages)
         question = CitedChatEngine(engine, memory=memory).standalone(question)
     response = engine.query(dataclasses.replace(query, query_str=question))
@@ -234,6 +239,7 @@ class Libraries:
     def judge(self, name: str | None = None) -> Scorer | Embedder:
         """What reranks: a reranker or embedder by name, else the first. Raises ApiError 404."""
         judges: dict[str, Scorer | Embedder] = {**self._scorers(), **self.embedders}
+        # Rerankers come before embedders, which only compare vectors.
         name = name or next(iter(judges))
         if name not in judges:
             raise no_model(name, judges)
@@ -282,16 +288,20 @@ def open_libraries(
     embedders: dict[str, BatchingEmbedder] = {}
     libraries: list[Library] = []
     try:
-        for name, location in _named(locations):
-            wanted = embedder or _built_by(location, name, api_key) or DEFAULT_EMBEDDER
+        for name, location in _named_locations(locations):
+            wanted = embedder or _stored_embedder(location, name, api_key) or DEFAULT_EMBEDDER
             if wanted not in embedders:
                 loaded = load_embedder(wanted)
                 embedders[wanted] = BatchingEmbedder(loaded, batch_ms / 1000, observe=observe_batch)
+                # The first call allocates and compiles; no user should wait for it.
                 embedders[wanted].encode(["warm"], "page_for_question")
             index = UniversalIndex(location, embedders[wanted], name=name, api_key=api_key)
             try:
                 index.add([])  # makes a collection that is not there
-                uploads = _uploads_of(index.collection)
+                # Beside the page images, which have a folder even where Qdrant runs elsewhere.
+                images = index.collection.images_dir
+                own = images.name == "images"  # in the collection's folder, else named like it
+                uploads = images.parent / ("uploads" if own else f"{images.name}-uploads")
             except BaseException:
                 index.close()
                 raise
@@ -303,7 +313,7 @@ def open_libraries(
     return Libraries(libraries, list(embedders.values()))
 
 
-def _named(locations: Sequence[str]) -> list[tuple[str, str]]:
+def _named_locations(locations: Sequence[str]) -> list[tuple[str, str]]:
     """Name and place of each collection: the name given, or the folder's.
 
     On a Qdrant server it is the name of the collection there, ``mmrag`` unless given.
@@ -311,6 +321,7 @@ def _named(locations: Sequence[str]) -> list[tuple[str, str]]:
     found: list[tuple[str, str]] = []
     for location in locations:
         name, equals, place = location.partition("=")
+        # An address may hold = in its query, and a folder may have one in its name.
         if not equals or not name or "/" in name:
             name, place = "", location
         if not name:
@@ -321,16 +332,11 @@ def _named(locations: Sequence[str]) -> list[tuple[str, str]]:
     return found
 
 
-def _built_by(location: str, name: str, api_key: str | None) -> str | None:
+def _stored_embedder(location: str, name: str, api_key: str | None) -> str | None:
     """The embedder that built a collection, if there is one."""
     try:
+        # Opened twice: the index needs the embedder before it opens the collection itself.
         with Collection.open(location, name=name, api_key=api_key) as collection:
             return collection.settings.embedder
     except MissingCollectionError:
         return None
-
-
-def _uploads_of(collection: Collection) -> Path:
-    """Beside the page images: in the folder of a collection, or a folder of its name."""
-    images = collection.images_dir
-    return images.parent / ("uploads" if images.name == "images" else f"{images.name}-uploads")

@@ -64,18 +64,16 @@ class Linker:
         for mark in _MARK.finditer(text):
             parts.append(self._counted(harmless(text[start : mark.start()])))
             start = mark.end()
-            for number in re.findall(r"\d+", mark[1]):
-                parts.append(self._link(int(number)))
+            for n in map(int, re.findall(r"\d+", mark[1])):
+                if n not in self._links:
+                    parts.append(self._counted(f"[{n}]"))
+                    continue
+                # OpenAI's url_citation names the characters that the link takes in the answer.
+                begin = self._length
+                parts.append(self._counted(f"[[{n}]]({self._links[n]})"))
+                self.citations.append(Citation(n, begin, self._length))
         parts.append(self._counted(harmless(text[start:])))
         return "".join(parts)
-
-    def _link(self, n: int) -> str:
-        if n not in self._links:
-            return self._counted(f"[{n}]")
-        begin = self._length
-        link = self._counted(f"[[{n}]]({self._links[n]})")
-        self.citations.append(Citation(n, begin, self._length))
-        return link
 
     def _counted(self, text: str) -> str:
         self._length += len(text)

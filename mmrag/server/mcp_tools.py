@@ -23,7 +23,7 @@ from mmrag.server.answers import answer_row, hit_row
 from mmrag.server.library import Libraries
 from mmrag.server.links import format_boxes, parse_boxes
 from mmrag.server.markdown import place_of
-from mmrag.server.pages import page_picture
+from mmrag.server.pages import page_image_bytes
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -62,6 +62,7 @@ def create_mcp(libraries: Libraries) -> MCPServer:
         asked = MultimodalQuery(query, where=where, top_k=top_k)
         hits = library.search(asked)
         rows = [hit_row(hit, library.name, "") for hit in hits]
+        # An empty result reads to some models as a failed call.
         blocks: list[ContentBlock] = [] if rows else [_text("Nothing found.")]
         for row in rows:
             blocks.append(_text(f"{place_of(row)} (file_id {row['file_id']}):\n{row['text']}"))
@@ -98,7 +99,7 @@ def create_mcp(libraries: Libraries) -> MCPServer:
         collection: CollectionName = None,
     ) -> Image:
         """The image of a page, with boxes marked, to read figures, tables and layout."""
-        return Image(data=picture(collection, file_id, page, mark), format="webp")
+        return Image(data=marked_image(collection, file_id, page, mark), format="webp")
 
     @server.tool(annotations=READ_ONLY)
     @_in_thread
@@ -119,11 +120,11 @@ def create_mcp(libraries: Libraries) -> MCPServer:
     @_in_thread
     def marked_page(collection: str, file_id: str, page: int, mark: str) -> bytes:
         """A page with its evidence marked; mark is ``all`` for none."""
-        return picture(collection, file_id, page, None if mark == "all" else mark)
+        return marked_image(collection, file_id, page, None if mark == "all" else mark)
 
-    def picture(collection: str | None, file_id: str, page: int, mark: str | None) -> bytes:
+    def marked_image(collection: str | None, file_id: str, page: int, mark: str | None) -> bytes:
         opened = libraries.get(collection).collection
-        return page_picture(opened, file_id, page, parse_boxes(mark), PAGE_WIDTH)[0]
+        return page_image_bytes(opened, file_id, page, parse_boxes(mark), PAGE_WIDTH)[0]
 
     return server
 

@@ -17,6 +17,7 @@ class Metrics:
     """Counters of one server, in a registry of their own."""
 
     def __init__(self) -> None:
+        # Not the global one, in which two servers of one process (or test run) would collide.
         self.registry = CollectorRegistry()
         labels = ("method", "route")
         self.requests = Counter(
@@ -62,6 +63,7 @@ class CountRequests:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
+        # What raises before a status was sent ends as a 500.
         started, status = time.perf_counter(), 500
 
         async def seen(message: Message) -> None:

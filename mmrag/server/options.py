@@ -57,7 +57,7 @@ class ServerOptions:
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name}={getattr(self, name)}: give 0 or more.")
         if any(len(key) < 8 for key in self.api_keys):
-            raise ConfigError("An API key is shorter than 8 characters; take a long random one.")
+            raise ConfigError("An API key is shorter than 8 characters; use a long random one.")
         if not self.loopback and not self.api_keys and not self.without_keys:
             raise ConfigError(
                 f"Anyone who reaches {self.host} could read the collection: set an API key "
@@ -66,11 +66,9 @@ class ServerOptions:
 
     @property
     def hosts(self) -> frozenset[str]:
-        """Names that the Host header may hold; empty: any.
-
-        On loopback a web page could otherwise reach the server under a name of its own (DNS
-        rebinding).
-        """
+        """Names that the Host header may hold; empty: any."""
+        # On loopback a web page could otherwise reach the server under a name of its own, which
+        # it points to 127.0.0.1 (DNS rebinding).
         if not self.loopback and not self.allowed_hosts:
             return frozenset()
         return frozenset({"localhost", "127.0.0.1", "::1", self.host, *self.allowed_hosts})

@@ -20,7 +20,7 @@ MAX_WIDTH = 4000
 _POINTS_PER_INCH = 72
 
 
-def page_picture(
+def page_image_bytes(
     collection: Collection,
     file_id: str,
     page: int,
@@ -35,14 +35,18 @@ def page_picture(
     path = find_page_image(collection, file_id, page)
     if not boxes and width is None:
         return path.read_bytes(), "image/jpeg" if path.suffix == ".jpg" else "image/png"
-    original = _original(collection, file_id) if boxes else None
+    original = None
+    if boxes:  # marking may have to draw the page anew; the hash shows whether it is the same file
+        files = (entry for entry in collection.files() if entry.sha256 == file_id)
+        original = next(((entry.path, entry.sha256) for entry in files), None)
     reading = ReadOptions(**collection.settings.reading)
+    # A part of the cache's key: reading a file anew replaces its images under the same name.
     changed = path.stat().st_mtime_ns
     return _rendered(path, changed, page, tuple(boxes), width, reading, original)
 
 
 def find_page_image(collection: Collection, file_id: str, page: int) -> Path:
-    """The stored image of a page; see ``page_picture``."""
+    """The stored image of a page; see ``page_image_bytes``."""
     for node in collection.file_nodes(file_id, page):
         stored = node.metadata.get("page_image") or node_image(node)
         if stored is None:
@@ -71,10 +75,12 @@ def _rendered(
     if width is None:
         return data, "image/png"
     image = Image.open(io.BytesIO(data)).convert("RGB")
+    # Never enlarged: the browser does that as well, for fewer bytes.
     if width < image.width:
         height = max(1, round(image.height * width / image.width))
         image = image.resize((width, height), Image.Resampling.LANCZOS)
     stream = io.BytesIO()
+    # WebP takes a fraction of PNG's bytes; method 2 is fast enough to be done on request.
     image.save(stream, "WEBP", quality=80, method=2)
     return stream.getvalue(), "image/webp"
 
@@ -86,22 +92,15 @@ def _marked(
     reading: ReadOptions,
     original: tuple[Path, str] | None,
 ) -> bytes:
-    """The image with boxes marked.
-
-    Reading scales large pages down to ``max_page_pixels``, so that their images no longer tell
-    how many pixels a point has; such a page is drawn anew from its file.
-    """
+    """The image with boxes marked."""
+    # Reading scales large pages down to ``max_page_pixels``: their images no longer tell how many
+    # pixels a point has, so such a page is drawn anew from its file.
     with Image.open(io.BytesIO(data)) as image:
+        # Rounding to whole pixels leaves an image that was scaled down slightly below the limit.
         scaled_down = image.width * image.height > 0.99 * reading.max_page_pixels
     if not scaled_down:
         return mark_boxes(data, boxes, reading.dpi / _POINTS_PER_INCH)
     if original is None or not original[0].is_file() or file_sha256(original[0]) != original[1]:
-        raise not_found("The page cannot be marked: it is very large, and its file has gone.")
+        raise not_found("Cannot mark this large page: its file was moved, changed or deleted.")
     with tempfile.TemporaryDirectory() as folder:
         return save_marked_page(original[0], page, boxes, Path(folder) / "page.png").read_bytes()
-
-
-def _original(collection: Collection, file_id: str) -> tuple[Path, str] | None:
-    """Where the file of a page is, and its hash."""
-    entries = (entry for entry in collection.files() if entry.sha256 == file_id)
-    return next(((entry.path, entry.sha256) for entry in entries), None)

@@ -27,6 +27,7 @@ class _Uvicorn(uvicorn.Server):
         self._ready()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        # /ready answers 503 from now on, so that a load balancer sends no more.
         self.config.app.state.server.stopping = True  # type: ignore[union-attr]
         super().handle_exit(sig, frame)
 
@@ -54,6 +55,7 @@ def serve(
         timeout_graceful_shutdown=options.stop_seconds,
         server_header=False,
     )
+    # Every-interface addresses listen; they are none to connect to.
     own = address.replace("0.0.0.0", "127.0.0.1").replace("[::]", "[::1]")
 
     def tell() -> None:

@@ -25,6 +25,7 @@ class SearchRequest(BaseModel):
     files: paths, names or globs. pages: first and last; null is no bound.
     """
 
+    # A misspelt filter that is ignored would search everything.
     model_config = ConfigDict(extra="forbid")
 
     query: str = Field("", max_length=LONGEST_QUERY)
@@ -78,12 +79,14 @@ def decode_image(text: str, limits: ImageLimits) -> bytes:
     else:
         encoded = text
     try:
+        # Without validate, characters outside the alphabet are skipped, and a path could pass.
         data = base64.b64decode(encoded, validate=True)
     except binascii.Error as error:
         raise ContentError(
             "The image is neither base64 nor a data URL. Web addresses are not followed: send "
             "the image itself."
         ) from error
+    # Reads the header only: a broken or huge image is refused before it takes a slot.
     image_size(data, limits=limits)
     return data
 

@@ -48,6 +48,7 @@ async def _rest(
         yield first.encode()
         async for event in events:
             yield event.encode()
+    # The status was sent with the first byte: an event is the only way to report a failure.
     except Exception as error:
         problem = problem_of(error)
         if problem.status == 500:

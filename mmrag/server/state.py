@@ -50,6 +50,8 @@ class ServerState:
         """Items that are made in threads, in one slot that ends with the last, or the reader."""
         async with self.gate.admit():
             try:
+                # One item at a time in a thread: the loop stays free, and a reader who leaves stops
+                # the model.
                 while (item := await to_thread.run_sync(next, items, None)) is not None:
                     yield item
             finally:

@@ -26,6 +26,7 @@ def safe_name(name: str) -> str:
         ApiError: 415 for a kind of file that is not read.
         ContentError: For no name at all.
     """
+    # NFC, so that one name is one file: macOS sends accents as separate characters.
     last = PurePosixPath(unicodedata.normalize("NFC", name).replace("\\", "/")).name
     kept = "".join(c for c in last if unicodedata.category(c)[0] != "C").strip().lstrip(".")
     stem, suffix = PurePosixPath(kept).stem, PurePosixPath(kept).suffix
@@ -33,8 +34,9 @@ def safe_name(name: str) -> str:
         raise ContentError("The file has no name; send one, with its suffix.")
     if suffix.lower() not in SUFFIXES:
         known = ", ".join(sorted(SUFFIXES))
-        raise ApiError(415, f"{kept}: this kind of file is not read; send {known}.", "file_kind")
+        raise ApiError(415, f"{kept}: unsupported file type; send one of {known}.", "file_kind")
     room = _LONGEST_NAME - len(suffix.encode())
+    # The limit is in bytes, and may fall within a character.
     return stem.encode()[:room].decode(errors="ignore") + suffix
 
 
@@ -55,11 +57,13 @@ def store_upload(stream: BinaryIO, name: str, folder: Path, max_bytes: int, max_
         with part.open("wb") as file:
             _copy(stream, file, name, max_bytes)
             file.flush()
+            # Once it is answered for, a file must outlive a loss of power.
             os.fsync(file.fileno())
         if part.suffix.lower() == ".pdf" and (pages := count_pages(part)) > max_pages:
             raise ApiError(
                 413, f"{name} has {pages} pages; at most {max_pages} are taken.", "too_many_pages"
             )
+        # Two uploads of one name at once would find the same name free.
         with _naming:
             target = _free_name(folder / name, file_sha256(part))
             part.replace(target)

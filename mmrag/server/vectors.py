@@ -70,9 +70,9 @@ def contents_of(request: EmbeddingsRequest, limits: ImageLimits) -> list[Content
         ContentError: For an item.
     """
     if (request.input is None) == (request.messages is None):
-        raise ConfigError("Give input, or messages.")
+        raise ConfigError("Send either input or messages.")
     if request.messages is not None:
-        return [_of_messages(request.messages, limits)]
+        return [_content_of_messages(request.messages, limits)]
     inputs = request.input if isinstance(request.input, list) else [request.input]
     contents = [content_of(each, limits) for each in inputs if each is not None]
     is_query = (request.input_type or "").endswith("query")
@@ -91,7 +91,7 @@ def content_of(value: Input, limits: ImageLimits) -> Content:
     return Content(value.text, None if value.image is None else decode_image(value.image, limits))
 
 
-def _of_messages(messages: Sequence[Message], limits: ImageLimits) -> Content:
+def _content_of_messages(messages: Sequence[Message], limits: ImageLimits) -> Content:
     instruction, texts, images = None, [], []
     for message in messages:
         for part in parts_of(message):
@@ -102,7 +102,7 @@ def _of_messages(messages: Sequence[Message], limits: ImageLimits) -> Content:
             elif message.role == "user" and part.get("type") == "image_url":
                 images.append(str(part.get("image_url", {}).get("url", "")))
     if len(images) > 1:
-        raise ContentError("One item has one image at most.")
+        raise ContentError("An item can have at most one image.")
     text = "\n".join(texts) if texts else None
     return Content(text, decode_image(images[0], limits) if images else None, instruction)
 
@@ -122,6 +122,7 @@ def embeddings_body(
 
 def _encoded(vector: NDArray[np.float32], request: EmbeddingsRequest) -> str | list[float]:
     if request.encoding_format == "base64":
+        # Little-endian float32: OpenAI's client decodes it with numpy.
         return base64.b64encode(vector.astype("<f4").tobytes()).decode("ascii")
     return [float(value) for value in vector]
 
@@ -170,5 +171,6 @@ def rerank_body(request: RerankRequest, model: str, scored: Sequence[float]) -> 
         "model": model,
         "results": results,
         "usage": {"total_tokens": tokens},
+        # As Cohere's API sends it.
         "meta": {"api_version": {"version": "2"}, "billed_units": {"search_units": 1}},
     }

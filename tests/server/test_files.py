@@ -14,7 +14,7 @@ from mmrag.index import UniversalIndex
 from mmrag.server.errors import ApiError
 from mmrag.server.jobs import Writer
 from mmrag.server.links import format_boxes, parse_boxes
-from mmrag.server.pages import page_picture
+from mmrag.server.pages import page_image_bytes
 from mmrag.server.uploads import safe_name, store_upload
 
 from .conftest import BOILER, build, write_pdf
@@ -287,13 +287,13 @@ def test_a_very_large_page_is_marked_from_its_file(tmp_path):
     with UniversalIndex(tmp_path / "c", FakeEmbedder(dim=64)) as index:
         index.add(path)
         (entry,) = index.files()
-        data, _ = page_picture(index.collection, entry.sha256, 1, [(1200, 1200, 1800, 1300)])
+        data, _ = page_image_bytes(index.collection, entry.sha256, 1, [(1200, 1200, 1800, 1300)])
         image = Image.open(io.BytesIO(data)).convert("RGB")
         middle = tuple(round(edge * image.width / 2400) for edge in (1500, 1250))
         assert image.getpixel(middle) == (255, 214, 0)
         path.write_bytes(b"changed")
-        with pytest.raises(ApiError, match="its file has gone"):
-            page_picture(index.collection, entry.sha256, 1, [(1, 1, 2, 2)])
+        with pytest.raises(ApiError, match="its file was moved, changed or deleted"):
+            page_image_bytes(index.collection, entry.sha256, 1, [(1, 1, 2, 2)])
 
 
 def test_boxes_survive_an_address():

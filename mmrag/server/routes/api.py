@@ -71,13 +71,15 @@ async def ask(body: AskRequest, request: Request, server: Server) -> Response:
 async def open_session(body: SessionRequest, request: Request, server: Server) -> Response:
     """Trade an API key for a cookie, which images in a page can carry."""
     if not server.keys.opens(body.key):
-        raise ApiError(401, "This is not an API key of the server.", "invalid_api_key")
+        raise ApiError(401, "The API key is not valid.", "invalid_api_key")
     response = Response(status_code=204)
     response.set_cookie(
         SESSION_COOKIE,
         server.keys.new_session(),
         httponly=True,
+        # Never sent along with a request that another site starts.
         samesite="strict",
+        # A secure cookie would not come back over plain HTTP, as on localhost.
         secure=request.url.scheme == "https",
     )
     return response

@@ -9,7 +9,7 @@ from fastapi import APIRouter, Path, Query, UploadFile
 from fastapi.responses import Response
 
 from mmrag.server.links import parse_boxes
-from mmrag.server.pages import MAX_WIDTH, page_picture
+from mmrag.server.pages import MAX_WIDTH, page_image_bytes
 from mmrag.server.state import Server
 from mmrag.server.uploads import store_upload
 
@@ -63,6 +63,6 @@ async def page_image(
     """The image of a page, scaled down to ``width``, with the boxes of ``mark`` marked."""
     collection = server.libraries.get(name).collection
     boxes = parse_boxes(mark)
-    data, kind = await to_thread.run_sync(page_picture, collection, file_id, page, boxes, width)
+    data, kind = await to_thread.run_sync(page_image_bytes, collection, file_id, page, boxes, width)
     # The address holds the file's hash, so what it shows changes only with reading itself.
     return Response(data, media_type=kind, headers={"Cache-Control": "private, max-age=3600"})

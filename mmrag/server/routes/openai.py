@@ -59,6 +59,7 @@ async def embeddings(body: EmbeddingsRequest, server: Server) -> dict[str, Any]:
     return embeddings_body(body, contents, vectors)
 
 
+# vLLM and Jina, Jina, and Cohere call it by these names.
 @router.post("/rerank")
 @router.post("/v1/rerank")
 @router.post("/v2/rerank")

@@ -18,6 +18,7 @@ _KINDS = {
     ".css": "text/css; charset=utf-8",
     ".svg": "image/svg+xml",
 }
+# Listed once, so that no request can name a path.
 _FILES = {path.name: path for path in _FOLDER.iterdir()}
 # Asked for anew each time, which costs a 304: an upgrade must not meet old scripts.
 _HEADERS = {"Cache-Control": "no-cache"}
