@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 from tiny import save_qwen2_vl
+from tiny_cross import save_bert
 from tiny_llava import save_llava, save_mm_embed, save_phi3v
 from tiny_qwen2_5 import save_qwen2_5_vl
 from tiny_qwen3 import add_words, save_qwen3_vl, save_wemm
@@ -272,23 +273,28 @@ def rows(folder: Path) -> None:
 
 
 def rerank(folder: Path) -> None:
-    """Pairs per second of both kinds of local reranker, batched and one by one."""
+    """Pairs per second of each kind of local reranker, batched and one by one."""
     chat = save_qwen2_vl(folder / "chat")
     add_words(chat, ("True", "False"))
     trained = save_qwen3_vl(folder / "Qwen3-VL-Reranker-2B", words=("yes", "no"))
+    shape = {"hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 6}
+    minilm = save_bert(folder / "minilm", length=512, **shape)
     chance = np.random.default_rng(2)
     image = Image.fromarray(chance.integers(0, 255, (400, 400, 3), dtype=np.uint8))
     query = Content("which page shows this?", image)
     pairs = [(query, Content("word " * int(n))) for n in chance.integers(100, 300, 32)]
     print("| reranker | pairs/s batched | one by one | ratio | largest difference of scores |")
     print("|---" * 5 + "|")
-    for name, model in (("Qwen2-VL, True or False", chat), ("Qwen3-VL-Reranker", trained)):
+    models = {"Qwen2-VL, True or False": chat, "Qwen3-VL-Reranker": trained}
+    models |= {"cross-encoder": save_bert(folder / "cross", length=512)}
+    models |= {"cross-encoder of MiniLM's shape": minilm}
+    for name, model in models.items():
         scorer = load_scorer(model, device="cpu", dtype="float32")
-        gap = np.abs(scorer.score(pairs) - np.array([scorer.score([p])[0] for p in pairs])).max()
-        together = len(pairs) / timed(lambda s=scorer: s.score(pairs))
-        alone = len(pairs) / timed(lambda s=scorer: [s.score([pair]) for pair in pairs])
-        cells = f"{together:.1f} | {alone:.1f} | {together / alone:.2f} | {gap:.0e}"
-        print(f"| {name} | {cells} |", flush=True)
+        alone = [scorer.judge([pair])[0] for pair in pairs]
+        gap = np.abs(np.subtract(scorer.judge(pairs), alone)).max()
+        fast = len(pairs) / timed(lambda s=scorer: s.judge(pairs))
+        slow = len(pairs) / timed(lambda s=scorer: [s.judge([pair]) for pair in pairs])
+        print(f"| {name} | {fast:.1f} | {slow:.1f} | {fast / slow:.2f} | {gap:.0e} |", flush=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -27,10 +27,9 @@ from mmrag.cli.options import (
     where_from,
 )
 from mmrag.cli.progress import Step, working
+from mmrag.cli.reranking import RerankOption, rerankers
 
 if TYPE_CHECKING:
-    from llama_index.core.postprocessor.types import BaseNodePostprocessor
-
     from mmrag.answering.engine import CitedQueryEngine
     from mmrag.answering.planning import PlanningQueryEngine
     from mmrag.answering.response import CitedResponse
@@ -80,15 +79,7 @@ def ask(
     file: FileOption = None,
     pages: PagesOption = None,
     kind: KindOption = None,
-    rerank: Annotated[
-        str | None,
-        typer.Option(
-            "--rerank",
-            metavar="MODEL",
-            help="Rerank three times as many pages first with a multimodal model: a reranker or "
-            "chat model by name or folder, or 'llm' for the one of --llm.",
-        ),
-    ] = None,
+    rerank: RerankOption = None,
     plan: Annotated[
         bool,
         typer.Option(
@@ -131,7 +122,7 @@ def ask(
                 streaming = live and model is not None
                 with open_library(collection, embedder) as library:
                     step("Loading the embedder")
-                    query.top_k = top_k * (3 if rerank else 1)
+                    query.top_k = top_k * 3 ** len(rerank or ())
                     cited = library.as_query_engine(
                         model,
                         rerankers(rerank, model, top_k, images=not no_images),
@@ -186,27 +177,6 @@ def _planned(engine: CitedQueryEngine) -> PlanningQueryEngine:
     from mmrag.answering.planning import PlanningQueryEngine
 
     return PlanningQueryEngine(engine)
-
-
-def rerankers(
-    name: str | None, llm: EndpointLLM | LocalLLM | None, top_k: int, images: bool
-) -> list[BaseNodePostprocessor]:
-    """The reranker of --rerank."""
-    if name is None:
-        return []
-    from mmrag.rerankers.postprocessor import MLLMReranker
-
-    if name != "llm":
-        return [MLLMReranker(name, top_n=top_k)]
-    if llm is None:
-        raise typer.BadParameter("--rerank llm needs --llm or --base-url.")
-    from mmrag.llms.endpoint import EndpointLLM
-    from mmrag.rerankers.remote import RemoteScorer
-
-    if not isinstance(llm, EndpointLLM):
-        return [MLLMReranker(llm.model_name, top_n=top_k)]
-    scorer = RemoteScorer(llm.model, llm.address, images=images)
-    return [MLLMReranker(scorer=scorer, top_n=top_k)]
 
 
 def note_ignored(server: ServerClient, **options: object) -> None:

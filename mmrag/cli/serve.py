@@ -8,10 +8,11 @@ from typing import Annotated
 
 import typer
 
-from mmrag.cli.ask import BaseURLOption, LLMOption, WindowOption, chat_model, rerankers
+from mmrag.cli.ask import BaseURLOption, LLMOption, WindowOption, chat_model
 from mmrag.cli.console import errors, say
 from mmrag.cli.options import DEFAULT_COLLECTION, DebugOption, EmbedderOption
 from mmrag.cli.progress import working
+from mmrag.cli.reranking import RerankOption, rerankers
 from mmrag.errors import ConfigError
 from mmrag.server import require
 
@@ -48,10 +49,7 @@ def serve(
     no_images: Annotated[
         bool, typer.Option("--no-images", help="Send text only, for models that take no images.")
     ] = False,
-    rerank: Annotated[
-        str | None,
-        typer.Option(metavar="MODEL", help="Rerank pages first, as in mmrag ask."),
-    ] = None,
+    rerank: RerankOption = None,
     embedder: EmbedderOption = None,
     max_upload_mib: Annotated[int, typer.Option(min=1, help="Largest file taken.")] = 200,
     max_upload_pages: Annotated[int, typer.Option(min=1, help="Longest PDF taken.")] = 2000,

@@ -9,15 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
-import math
-import threading
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any
 
-import httpx
 import numpy as np
 from numpy.typing import NDArray
 
@@ -27,10 +22,9 @@ from mmrag.embedders.known import find_known
 from mmrag.embedders.progress import progress_bar
 from mmrag.errors import ConfigError, ContentError, EndpointError
 from mmrag.instructions import resolve
+from mmrag.jsonapi import JsonServer, excerpt
 from mmrag.prompting import data_url
-from mmrag.retries import RETRIED_STATUS, BusyError, Deadline, with_retries
-
-logger = logging.getLogger(__name__)
+from mmrag.retries import Deadline
 
 ALL_MODALITIES: frozenset[Modality] = frozenset(("text", "image", "fused"))
 
@@ -92,8 +86,8 @@ class RemoteEmbedder:
     ) -> None:
         if "{instruction}" not in instruction_format or "{text}" not in instruction_format:
             raise ConfigError("instruction_format must hold {instruction} and {text}.")
-        if batch_size < 1 or concurrency < 1 or retries < 0 or timeout <= 0:
-            raise ConfigError("batch_size, concurrency and timeout must be above 0, retries too.")
+        if batch_size < 1:
+            raise ConfigError("batch_size must be above 0.")
         self.name = model
         self.modalities = modalities
         self.chat = chat
@@ -101,14 +95,17 @@ class RemoteEmbedder:
         self.document_instruction = resolve(document_instruction)
         self.extra_body = dict(extra_body or {})
         self.batch_size = batch_size
-        self.concurrency = concurrency
-        self.timeout = timeout
         self.deadline = deadline
-        self.retries = retries
         self.limits = limits
-        self._url = _embeddings_url(base_url)
-        self._api_key = _checked_key(api_key)
-        self._connect()
+        self.server = JsonServer(
+            _embeddings_url(base_url),
+            model,
+            api_key=api_key,
+            hint="check base_url, which usually ends in /v1, and the model's name",
+            timeout=timeout,
+            retries=retries,
+            concurrency=concurrency,
+        )
         known = find_known(model)
         self.matryoshka_dims = known.matryoshka_dims if known else ()
         self.calibration: Calibration | None = known.calibration if known else None
@@ -116,21 +113,7 @@ class RemoteEmbedder:
         self.fingerprint = self._fingerprint()
 
     def __repr__(self) -> str:
-        return f"RemoteEmbedder({self.name!r}, {_shown(self._url)!r})"
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k not in ("_client", "_slots")}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._connect()
-
-    def _connect(self) -> None:
-        headers = {"Authorization": f"Bearer {self._api_key}"} if self._api_key else {}
-        # The semaphore alone bounds what runs at once: its wait knows the deadline.
-        pool = httpx.Limits(max_connections=None, max_keepalive_connections=self.concurrency)
-        self._client = httpx.Client(headers=headers, timeout=self.timeout, limits=pool)
-        self._slots = threading.BoundedSemaphore(self.concurrency)
+        return f"RemoteEmbedder({self.name!r}, {self.server.shown!r})"
 
     def _fingerprint(self) -> str:
         """Of the model and what shapes its prompts; the same model elsewhere is the same."""
@@ -160,7 +143,7 @@ class RemoteEmbedder:
         vectors = np.zeros((len(items), self.dim), dtype=np.float32)
         call = Deadline(self.deadline)
         with (
-            ThreadPoolExecutor(self.concurrency, thread_name_prefix="mmrag-remote") as pool,
+            ThreadPoolExecutor(self.server.concurrency, thread_name_prefix="mmrag-remote") as pool,
             progress_bar(len(items), progress) as advance,
         ):
             jobs = {
@@ -191,10 +174,12 @@ class RemoteEmbedder:
         where = f"item {indices[0]}" if len(indices) == 1 else f"items {indices[0]}-{indices[-1]}"
         try:
             vectors = self._post(self._body(items), len(items), call)
-        except (ContentError, EndpointError) as error:
-            raise type(error)(f"{where}: {error}") from error
+        except ContentError as error:
+            raise ContentError(f"{where}: {error}") from error
+        except EndpointError as error:
+            raise EndpointError(f"{where}: {error}") from error
         if vectors.shape[1] != self.dim:
-            raise self._error(
+            raise self.server.error(
                 f"answers with {vectors.shape[1]} dimensions where {self.dim} were expected; "
                 "check dim and the model's name"
             )
@@ -233,49 +218,8 @@ class RemoteEmbedder:
         return [{"role": "system", "content": [{"type": "text", "text": task}]}, user]
 
     def _post(self, body: dict[str, Any], n: int, call: Deadline) -> NDArray[np.float32]:
-        """Vectors of one request, tried again with growing pauses. Shape (n, dim)."""
-        raw = json.dumps(body).encode()
-        tries = 0
-
-        def ask() -> bytes:
-            nonlocal tries
-            tries += 1
-            asked: float | None = None
-            try:
-                status, answer, asked = self._send(raw, call)
-            except httpx.RequestError as error:
-                problem = f"cannot be reached ({type(error).__name__}: {error})"
-            else:
-                if status == 200:
-                    return answer
-                problem = f"answers {status}: {_excerpt(answer)}"
-                if status not in RETRIED_STATUS:
-                    raise self._error(problem + _hint(status))
-            pause = None if asked is None else min(asked, self.timeout)
-            raise BusyError(self._error(f"{problem}, tried {tries} times"), pause)
-
-        return self._vectors(with_retries(ask, self.retries, call), n)
-
-    def _send(self, raw: bytes, call: Deadline) -> tuple[int, bytes, float | None]:
-        """Status, body and the pause that the server asks for; raises httpx.RequestError."""
-        if not self._slots.acquire(timeout=min(call.left(), threading.TIMEOUT_MAX)):
-            raise httpx.PoolTimeout("the deadline passed while waiting for a free connection")
-        try:
-            seconds = min(self.timeout, call.left())
-            ends = time.monotonic() + seconds
-            headers = {"Content-Type": "application/json"}
-            wait = max(seconds, 0.001)
-            with self._client.stream(
-                "POST", self._url, content=raw, headers=headers, timeout=wait
-            ) as response:
-                parts = []
-                for part in response.iter_bytes():  # httpx bounds each read, not their sum
-                    parts.append(part)
-                    if time.monotonic() > ends:
-                        raise httpx.ReadTimeout("the answer came too slowly")
-                return response.status_code, b"".join(parts), _retry_after(response)
-        finally:
-            self._slots.release()
+        """Vectors of one request. Shape (n, dim)."""
+        return self._vectors(self.server.post(body, call), n)
 
     def _vectors(self, answer: bytes, n: int) -> NDArray[np.float32]:
         """The rows of an answer in the order of the question, checked."""
@@ -284,64 +228,17 @@ class RemoteEmbedder:
             order = [row.get("index", position) for position, row in enumerate(rows)]
             vectors = [np.asarray(row["embedding"], dtype=np.float32) for row in rows]
         except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise self._error(f"answers nonsense: {_excerpt(answer)}") from error
+            raise self.server.error(f"answers nonsense: {excerpt(answer)}") from error
         if sorted(order, key=str) != sorted(range(n), key=str):
-            raise self._error(f"answers with {len(rows)} vectors where {n} were asked for")
+            raise self.server.error(f"answers with {len(rows)} vectors where {n} were asked for")
         if any(v.ndim != 1 or v.shape != vectors[0].shape or not len(v) for v in vectors):
-            raise self._error("answers with vectors of different shapes")
+            raise self.server.error("answers with vectors of different shapes")
         stacked = np.stack(vectors)[np.argsort(order)]
         if not np.isfinite(stacked).all() or not np.linalg.norm(stacked, axis=1).all():
-            raise self._error("answers with vectors that are zero or not finite")
+            raise self.server.error("answers with vectors that are zero or not finite")
         return stacked
-
-    def _error(self, problem: str) -> EndpointError:
-        message = f"{_shown(self._url)}, model {self.name!r}: {problem}."
-        return EndpointError(message.replace(self._api_key, "***") if self._api_key else message)
 
 
 def _embeddings_url(base_url: str) -> str:
-    if not base_url.startswith(("http://", "https://")):
-        raise ConfigError("base_url must begin with http:// or https://.")
     url = base_url.rstrip("/")
-    try:
-        httpx.URL(url)
-    except httpx.InvalidURL as error:
-        raise ConfigError(f"base_url is not a web address ({error}).") from error
     return url if url.endswith("/embeddings") else f"{url}/embeddings"
-
-
-def _checked_key(api_key: str | None) -> str | None:
-    key = (api_key or "").strip()  # keys read from a file end in a newline
-    if not (key.isascii() and key.isprintable()):
-        raise ConfigError("api_key holds characters that cannot be sent.")
-    return key or None
-
-
-def _shown(url: str) -> str:
-    """The address without a user name or password in it."""
-    scheme, _, rest = url.partition("://")
-    host, slash, path = rest.partition("/")
-    return f"{scheme}://{host.rpartition('@')[2]}{slash}{path.partition('?')[0]}"
-
-
-def _retry_after(response: httpx.Response) -> float | None:
-    """Seconds that the server asks to wait; ``None`` where it does not, or gives a date."""
-    try:
-        seconds = float(response.headers.get("Retry-After", ""))
-    except ValueError:
-        return None
-    return seconds if 0 <= seconds < math.inf else None
-
-
-def _excerpt(answer: bytes, most: int = 300) -> str:
-    text = " ".join(answer[: 4 * most].decode("utf-8", "replace").split())
-    return text if len(text) <= most else f"{text[:most]}..."
-
-
-def _hint(status: int) -> str:
-    match status:
-        case 401 | 403:
-            return " (check api_key)"
-        case 404 | 405 | 307 | 308:
-            return " (check base_url, which usually ends in /v1, and the model's name)"
-    return ""

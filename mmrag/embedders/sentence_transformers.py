@@ -178,7 +178,7 @@ def load_sentence_transformers(
             )
     except (OSError, ValueError, KeyError, RuntimeError, TypeError, ImportError) as error:
         raise ModelError(f"{folder}: sentence-transformers cannot load it ({error}).") from error
-    _check_transformers(model, folder)
+    check_transformers(model, folder)
     if max_length is not None:
         model.max_seq_length = max_length
     settings = {
@@ -199,13 +199,14 @@ def load_sentence_transformers(
     )
 
 
-def _check_transformers(model: Any, folder: Path) -> None:
+def check_transformers(model: Any, folder: Path) -> None:
     """Raise ModelError for weights that are not in the files, or not finite.
 
     sentence-transformers fills what is missing at random, with no more than a log line.
     """
-    described = json.loads((folder / "modules.json").read_text(encoding="utf-8"))
-    for part, row in zip(model.children(), described, strict=True):
+    listed = folder / "modules.json"  # a model of a single part need not have it
+    described = json.loads(listed.read_text(encoding="utf-8")) if listed.is_file() else [{}]
+    for part, row in zip(model.children(), described, strict=listed.is_file()):
         inner = getattr(part, "auto_model", None)
         if inner is None:
             continue
@@ -214,7 +215,7 @@ def _check_transformers(model: Any, folder: Path) -> None:
         ignored = () if "pooler_output" in outputs else ("pooler.",)
         check_weights(
             type(inner),
-            folder / row["path"],
+            folder / row.get("path", ""),
             unused=("",),
             missing_unused=ignored,
             config=inner.config,

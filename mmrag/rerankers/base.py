@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol, TypeAlias, runtime_checkable
+from typing import Any, Protocol, TypeAlias, TypeVar, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +15,8 @@ Pair: TypeAlias = tuple[Content | None, Content | None]
 """A query and a document; None stands for one that is not there."""
 Outcome: TypeAlias = float | MMRagError
 """Probability in [0, 1] that the document serves the query, or why it could not be judged."""
+
+T = TypeVar("T")
 
 
 class DeadlineError(EndpointError):
@@ -48,7 +50,7 @@ class Scorer(Protocol):
 
 
 def isolate(
-    score: Callable[[Sequence[Pair]], NDArray[np.float32]], pairs: Sequence[Pair]
+    score: Callable[[Sequence[T]], NDArray[np.floating[Any]]], pairs: Sequence[T]
 ) -> list[Outcome]:
     """Outcomes by a function that fails as a whole: halved until the pairs at fault are alone."""
     if not pairs:
@@ -60,6 +62,42 @@ def isolate(
             return [type(error)(str(error).removeprefix("pair 0: "))]
     middle = len(pairs) // 2
     return isolate(score, pairs[:middle]) + isolate(score, pairs[middle:])
+
+
+def text_pair(pair: Pair) -> tuple[str, str]:
+    """Query and document for a model that reads text alone; images beside a text are left out.
+
+    Raises:
+        ContentError: If either has no text.
+    """
+    query, document = pair
+    if query is None or not (query.text or "").strip():
+        raise ContentError("The query has no text, and this reranker reads nothing else.")
+    if document is None or not (document.text or "").strip():
+        raise ContentError(
+            "There is no text to judge, and this reranker reads nothing else: let one that sees "
+            "images judge after it."
+        )
+    return query.text or "", document.text or ""
+
+
+def judge_readable(
+    judge: Callable[[Sequence[T]], Sequence[Outcome]],
+    read: Callable[[Pair], T],
+    pairs: Sequence[Pair],
+) -> list[Outcome]:
+    """Outcomes of what ``read`` makes of each pair, or the ContentError that it raises."""
+    outcomes: dict[int, Outcome] = {}
+    readable: dict[int, T] = {}
+    for place, pair in enumerate(pairs):
+        try:
+            readable[place] = read(pair)
+        except ContentError as error:
+            outcomes[place] = error
+    if readable:
+        judged = judge(list(readable.values()))
+        outcomes |= zip(readable, judged, strict=True)
+    return [outcomes[place] for place in range(len(pairs))]
 
 
 def sigmoid(logits: NDArray[np.float32]) -> NDArray[np.float32]:

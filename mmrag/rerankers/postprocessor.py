@@ -1,4 +1,4 @@
-"""MLLMReranker, a LlamaIndex postprocessor: a multimodal model judges each hit for the query.
+"""MLLMReranker, a LlamaIndex postprocessor: a model judges each hit for the query.
 
 No node is lost: what cannot be judged keeps the place that retrieval gave it, and says why.
 """
@@ -48,11 +48,13 @@ class MLLMReranker(BaseNodePostprocessor):
     """Orders hits by a model's judgement of each: pages, images, passages, of any query.
 
     Args:
-        model: a name on the hub or a folder: Qwen3-VL-Reranker, or a chat MLLM that is asked for
-            one of two words. With ``base_url``, the name at a server.
+        model: a name on the hub or a folder: Qwen3-VL-Reranker, a chat MLLM that is asked for one
+            of two words, or a cross-encoder, which reads text alone. With ``base_url``, the name
+            at a server.
         top_n: how many come back; None: all.
         scorer: a loaded scorer, in place of ``model``.
-        base_url: of an OpenAI-compatible server, up to ``/v1``.
+        base_url: of an OpenAI-compatible server, up to ``/v1``, or of an endpoint in Jina's and
+            Cohere's form, up to ``/rerank``.
         api_key: for that server.
         prompt: for chat models: a ``RerankPrompt``, a name in ``mmrag.rerankers.PROMPTS``, or a
             template with ``{query}`` and ``{document}``. By default it fits the query.
@@ -68,7 +70,8 @@ class MLLMReranker(BaseNodePostprocessor):
     Results are ``Hit`` objects with ``retrieval_score`` and ``rerank_score`` (in [0, 1]);
     ``rerank_error`` where judging failed, ``rerank_skipped`` where the cascade stopped before,
     ``rerank_note`` where an image was missing. A node that was not judged keeps its place and
-    takes the score of its neighbour. Nodes are not changed.
+    takes the score of its neighbour. Nodes are not changed. Two in a row are a cascade: the first
+    chooses, by its ``top_n``, what the second judges.
 
     Raises:
         ModelError: If the model cannot be had. Queries raise EndpointError only if a server fails

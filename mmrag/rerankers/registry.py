@@ -27,6 +27,7 @@ RERANKERS: dict[str, str] = {
     "qwen3_vl_reranker": "mmrag.rerankers.qwen3_vl:load_qwen3_vl_scorer",
     "qwen_chat": "mmrag.rerankers.qwen:load_answer_scorer",
     "chat": "mmrag.rerankers.chat:load_chat_scorer",
+    "cross_encoder": "mmrag.rerankers.cross_encoder:load_cross_encoder",
 }
 
 
@@ -35,8 +36,9 @@ class ScorerOptions(TypedDict, total=False):
 
     Here: token_budget (tokens of a padded batch), workers (threads that prepare), max_length
     (tokens of a pair), min_image_tokens, max_image_tokens (visual tokens of one image).
-    On a server: mode, concurrency, timeout, retries, deadline, max_tokens, images, max_pixels,
-    max_bytes; see ``RemoteScorer``.
+    A chat model on a server: mode, concurrency, timeout, retries, deadline, max_tokens, images,
+    max_pixels, max_bytes; see ``RemoteScorer``. A ``/rerank`` endpoint: logits, images, timeout,
+    retries, deadline; see ``RerankEndpoint``.
     """
 
     token_budget: int | None
@@ -51,6 +53,7 @@ class ScorerOptions(TypedDict, total=False):
     deadline: float | None
     max_tokens: int
     images: bool
+    logits: bool
     max_pixels: int
     max_bytes: int
 
@@ -79,9 +82,12 @@ def load_scorer(
 
     Args:
         model: a name on the hub or a folder. Qwen3-VL-Reranker scores as published; a chat MLLM
-            is asked for one of two words. With ``base_url``, the name at a server.
+            is asked for one of two words; a cross-encoder of sentence-transformers reads text
+            alone. With ``base_url``, the name at a server.
         kind: a key of ``all_rerankers()``; None: as the checkpoint says.
-        base_url: of an OpenAI-compatible server, up to ``/v1``; None: the model runs here.
+        base_url: of an OpenAI-compatible server, up to ``/v1``, whose chat model is asked; or
+            of an endpoint in Jina's and Cohere's form, up to ``/rerank``. None: the model runs
+            here.
         api_key: sent to that server as a bearer token.
         prompt: for models that are asked: a ``RerankPrompt``, the name of one in ``PROMPTS``, or
             a template with ``{query}`` and ``{document}``. None: it fits the query.
@@ -97,6 +103,9 @@ def load_scorer(
         ConfigError: For options that are unknown.
 
     >>> scorer = load_scorer("Qwen/Qwen3-VL-Reranker-2B", dtype="bfloat16")  # doctest: +SKIP
+    >>> endpoint = load_scorer("rerank-v4.0-fast", base_url="https://api.cohere.com/v2/rerank")
+    >>> endpoint.name
+    'rerank-v4.0-fast'
     """
     asked = None if prompt is None else find_prompt(prompt)
     here = (device, dtype, revision, quantize, device_map, kind)
@@ -105,11 +114,7 @@ def load_scorer(
             raise ConfigError(
                 "With base_url leave out device, dtype, revision, quantize, device_map and kind."
             )
-        from mmrag.rerankers.remote import RemoteScorer
-
-        _check(RemoteScorer, options)
-        remote: dict[str, Any] = dict(options)
-        return RemoteScorer(str(model), base_url, api_key=api_key, prompt=asked, **remote)
+        return _at_server(str(model), base_url, api_key, asked, options)
     if api_key is not None:
         raise ConfigError("api_key is for a server: give its base_url.")
     from mmrag.modeling.checkpoints import find_checkpoint
@@ -123,6 +128,27 @@ def load_scorer(
     return loaded
 
 
+def _at_server(
+    model: str,
+    base_url: str,
+    api_key: str | None,
+    prompt: RerankPrompt | None,
+    options: Mapping[str, Any],
+) -> Scorer:
+    """What asks a server: its ``/rerank`` endpoint by the address, else its chat model."""
+    if not base_url.rstrip("/").endswith("/rerank"):
+        from mmrag.rerankers.remote import RemoteScorer
+
+        _check(RemoteScorer, options)
+        return RemoteScorer(model, base_url, api_key=api_key, prompt=prompt, **options)
+    from mmrag.rerankers.endpoint import RerankEndpoint
+
+    _check(RerankEndpoint, options)
+    if prompt is not None:
+        raise ConfigError("A /rerank endpoint is not asked in words: leave out prompt.")
+    return RerankEndpoint(model, base_url.rstrip("/"), api_key=api_key, **options)
+
+
 def _kind(name: str, folder: Path) -> str:
     """What a checkpoint is by its own word, by its published name, or by its architecture."""
     from mmrag.modeling.chat import NATIVE
@@ -133,8 +159,12 @@ def _kind(name: str, folder: Path) -> str:
         return own
     if any("qwen3-vl-reranker" in part.lower() for part in (name, folder.resolve().name)):
         return "qwen3_vl_reranker"
-    model_type = read_json(folder / "config.json").get("model_type")
-    return "qwen_chat" if model_type in NATIVE else "chat"
+    config = read_json(folder / "config.json")
+    saved_as = read_json(folder / "config_sentence_transformers.json").get("model_type")
+    heads = ("ForSequenceClassification", "ForCausalLM")
+    if saved_as == "CrossEncoder" or (config.get("architectures") or [""])[0].endswith(heads):
+        return "cross_encoder"
+    return "qwen_chat" if config.get("model_type") in NATIVE else "chat"
 
 
 def _find_loader(kind: str) -> Callable[..., Scorer]:

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 class Answering:
     """How questions are answered.
 
-    llm: None quotes the best sentences. postprocessors: rerankers; with any, three times as
+    llm: None quotes the best sentences. postprocessors: rerankers; for each, three times as
         many pages are retrieved. images: whether pages go to the model as images too.
     """
 
@@ -90,7 +90,7 @@ class Library:
         rewritten to stand on its own.
         """
         # A reranker is of use only with more pages to choose from than are shown.
-        top_k = (query.top_k or 8) * (3 if self.answering.postprocessors else 1)
+        top_k = (query.top_k or 8) * 3 ** len(self.answering.postprocessors)
         return ask_engine(self._engine(), dataclasses.replace(query, top_k=top_k), history)
 
     def answer(

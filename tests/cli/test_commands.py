@@ -11,6 +11,7 @@ from fakes import FakeEmbedder, make_image, make_node
 from judge_server import JudgeServer
 from llama_index.core.schema import NodeWithScore
 from PIL import Image
+from rerank_server import RerankServer
 from rich.console import Console
 from typer.testing import CliRunner
 
@@ -242,6 +243,23 @@ def test_the_model_at_the_server_can_judge_the_pages_first(folder):
         assert json.loads(judged.stdout)["sources"][0]["page"] == 2
     finally:
         judge.close()
+
+
+def test_two_rerankers_at_endpoints_judge_in_a_row(folder, server, monkeypatch):
+    """The first sees nine times as many pages and hands on a third; the second decides."""
+    monkeypatch.setenv("MMRAG_RERANK_KEY", "key")
+    by_words = RerankServer(lambda query, text: 0.2 + 0.5 * ("Dental" in text), key="key")
+    by_eye = RerankServer(lambda query, text: 0.9 - 0.5 * ("Dental" in text), "cohere", key="key")
+    with by_words, by_eye:
+        cascade = ("--rerank", f"one@{by_words.url}", "--rerank", f"two@{by_eye.url}")
+        given = ("--llm", "tiny", "--base-url", server.url, "-c", folder, "-k", 1, "--json")
+        question = ("gold plan family member", *given)
+        first = run("ask", *question, *cascade[:2])
+        both = run("ask", *question, *cascade)
+    assert [source["page"] for source in json.loads(first.stdout)["sources"]] == [2]
+    assert [source["page"] for source in json.loads(both.stdout)["sources"]] == [1]
+    judged = [len(body["documents"]) for body in by_words.requests + by_eye.requests]
+    assert judged[1] >= judged[2] >= 2
 
 
 def test_planning_shows_the_searches(folder, server):
