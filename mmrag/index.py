@@ -24,6 +24,7 @@ from mmrag.store.settings import CollectionSettings, View, refuse_other
 if TYPE_CHECKING:
     from llama_index.core.llms import LLM
     from llama_index.core.postprocessor.types import BaseNodePostprocessor
+    from llama_index.core.vector_stores.types import MetadataFilters
     from qdrant_client import QdrantClient
 
     from mmrag.answering.engine import CitedQueryEngine, EngineOptions
@@ -182,12 +183,15 @@ class UniversalIndex:
         streaming: bool = False,
         similarity_top_k: int = 8,
         where: Where | None = None,
+        filters: MetadataFilters | None = None,
         **options: Unpack[EngineOptions],
     ) -> CitedQueryEngine:
         """An engine whose answers cite their pages; ``options`` are those of CitedQueryEngine."""
         from mmrag.answering.engine import CitedQueryEngine
 
-        retriever = self.as_retriever(similarity_top_k=similarity_top_k, where=where)
+        retriever = self.as_retriever(
+            similarity_top_k=similarity_top_k, where=where, filters=filters
+        )
         return CitedQueryEngine(
             retriever, llm, list(node_postprocessors), streaming=streaming, **options
         )

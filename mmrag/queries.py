@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from llama_index.core.schema import QueryBundle
+from llama_index.core.vector_stores.types import MetadataFilters
 
 from mmrag.content import Content, ImageSource
 from mmrag.errors import ConfigError
@@ -20,6 +21,9 @@ class Where:
     pages: first and last page, both included; None is no bound.
     kinds: ``page``, ``figure``, ``passage``, ``picture``, ``text``; any one suffices.
     metadata: key to a value, or to a list of values any one of which suffices.
+    filters: LlamaIndex's, with AND, OR, NOT and its operators; see ``mmrag.store.filters``.
+
+    What is given must hold all together.
 
     Examples:
         >>> Where(files=("reports/*.pdf",), pages=(1, 20), kinds=("page",)).pages
@@ -30,6 +34,7 @@ class Where:
     pages: tuple[int | None, int | None] | None = None
     kinds: tuple[str, ...] = ()
     metadata: Mapping[str, Any] = field(default_factory=dict)
+    filters: MetadataFilters | None = None
 
 
 @dataclass

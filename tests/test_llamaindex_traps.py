@@ -24,9 +24,7 @@ from llama_index.vector_stores.qdrant import QdrantVectorStore
 from qdrant_client import QdrantClient
 
 from mmrag.embedding import UniversalEmbedding
-from mmrag.errors import ConfigError, ContentError
-from mmrag.queries import MultimodalQuery
-from mmrag.retrieval.filters import as_where
+from mmrag.errors import ContentError
 from mmrag.retrieval.retriever import UniversalRetriever
 from mmrag.store.collection import Collection, CollectionSettings
 
@@ -234,22 +232,21 @@ def test_j_a_missing_image_does_not_hinder_retrieval(model, pages, images, tmp_p
     assert best.node.node_id == pages[0].node_id
 
 
-def test_k_filters_over_lists_of_values_work_or_are_refused(model, tmp_path):
-    """LlamaIndex's ANY is IN here: a node matches by any of its values."""
+def test_k_filters_over_lists_of_values(model, tmp_path):
     topics = {1: ["costs", "plans"], 2: ["history"], 3: ["rules", "costs"]}
     nodes = [make_node("words", page=page, topic=topic) for page, topic in topics.items()]
-
-    def where(operator, value):
-        return MetadataFilters(
-            filters=[MetadataFilter(key="topic", value=value, operator=operator)]
-        )
-
+    cases = {
+        FilterOperator.CONTAINS: ("costs", {1, 3}),
+        FilterOperator.ANY: (["plans", "history"], {1, 2}),
+        FilterOperator.ALL: (["costs", "rules"], {3}),
+    }
     with in_a_collection(tmp_path, model, nodes) as collection:
-        retriever = UniversalRetriever(collection, model.embedder)
-        any_of = MultimodalQuery("words", where=as_where(where(FilterOperator.IN, ["costs", "x"])))
-        assert {hit.node.metadata["page"] for hit in retriever.retrieve(any_of)} == {1, 3}
-    with pytest.raises(ConfigError, match="topic"):
-        as_where(where(FilterOperator.CONTAINS, "costs"))
+        for operator, (value, pages) in cases.items():
+            filters = MetadataFilters(
+                filters=[MetadataFilter(key="topic", value=value, operator=operator)]
+            )
+            retriever = UniversalRetriever(collection, model.embedder, filters=filters)
+            assert {hit.node.metadata["page"] for hit in retriever.retrieve("words")} == pages
 
 
 def test_l_metadata_named_doc_id_comes_back_unchanged(model, tmp_path):

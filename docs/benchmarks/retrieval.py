@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from mmrag import UniversalIndex, Where
 from mmrag.retrieval.fusion import BM25, DEFAULT_WEIGHTS, fuse
 from mmrag.retrieval.retriever import UniversalRetriever
+from mmrag.store.edge import DIALECT
 from mmrag.store.engine import Scored
 from mmrag_recipes.evaluate import metrics_of
 from mmrag_recipes.evaluate_pages import pages_of
@@ -77,7 +78,7 @@ def old_bm25(retriever: UniversalRetriever, question: str, where: Where | None) 
     request = edge.QueryRequest(
         limit=retriever.depth,
         query=edge.TextQuery("text", question),
-        filter=collection._engine._filter(collection._filter(where)),
+        filter=DIALECT.filter(collection._filter(where)),
         with_payload=True,
     )
     found = shard(retriever).query(request)

@@ -26,7 +26,6 @@ from mmrag.embedders.base import Embedder
 from mmrag.errors import ConfigError
 from mmrag.nodes import Credit, Evidence, Hit, as_hit
 from mmrag.queries import MultimodalQuery, Where, query_content
-from mmrag.retrieval.filters import as_where
 from mmrag.retrieval.fusion import (
     BM25,
     DEFAULT_WEIGHTS,
@@ -39,6 +38,7 @@ from mmrag.retrieval.fusion import (
 from mmrag.retrieval.references import named_nodes, only_figures, wants_figures
 from mmrag.store.collection import Collection
 from mmrag.store.engine import Scored
+from mmrag.store.filters import as_where
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +55,7 @@ class RetrieverOptions(TypedDict, total=False):
 
     similarity_top_k: int
     where: Where | MetadataFilters | None
+    filters: MetadataFilters | None
     weights: Mapping[str, float] | None
     instruction: str | None
     collapse: bool
@@ -70,6 +71,8 @@ class UniversalRetriever(BaseRetriever):
     Args:
         similarity_top_k: how many pages come back.
         where: a ``Where``, or LlamaIndex ``MetadataFilters``.
+        filters: LlamaIndex ``MetadataFilters``, which must hold as well; see
+            ``mmrag.store.filters.translated`` for what each operator means.
         weights: weight of each ranking; 0 leaves it out. Default: those that ``mmrag tune`` saved
             with the collection, else those of the embedder's calibration, else
             ``DEFAULT_WEIGHTS``.
@@ -114,13 +117,14 @@ class UniversalRetriever(BaseRetriever):
         fuse_by: FuseBy = "scores",
         explain: bool = False,
         callback_manager: CallbackManager | None = None,
+        filters: MetadataFilters | None = None,
     ) -> None:
         if similarity_top_k < 1 or depth < 1:
             raise ConfigError("similarity_top_k and depth must be at least 1.")
         self.collection = collection
         self.embedder = embedder
         self.similarity_top_k = similarity_top_k
-        self.where = as_where(where)
+        self.where = as_where(where, filters)
         self.weights = _weights(weights, collection, embedder)
         self.instruction = instruction
         self.collapse = collapse

@@ -258,21 +258,16 @@ class Collection:
                 f"This collection has no view {view!r}; it has {', '.join(self.settings.views)}."
             )
         self._check_dim(vector)
-        condition = self._filter(where)
-        return self._engine.nearest(view, vector, limit, condition) if condition else []
+        return self._engine.nearest(view, vector, limit, self._filter(where))
 
     def search_text(self, query: str, limit: int, where: Where | None = None) -> list[Scored]:
         """The nodes that rank highest by BM25, best first; see ``mmrag.store.terms``."""
-        condition = self._filter(where)
         terms = query_terms(query, self._engine.facet(LANGUAGE_FIELD))
-        return self._engine.bm25(terms, limit, condition) if condition and terms else []
+        return self._engine.bm25(terms, limit, self._filter(where)) if terms else []
 
     def find(self, where: Where, limit: int) -> list[Scored]:
         """The first nodes that ``where`` lets through, ordered by id; each has a score of 1."""
-        condition = self._filter(where)
-        if condition is None:
-            return []
-        nodes = dataclasses.replace(condition, must_not=(*condition.must_not, _BOOKKEEPING))
+        nodes = dataclasses.replace(self._filter(where), must_not=(_BOOKKEEPING,))
         return [
             Scored(point.id, 1.0, {k: v for k, v in point.payload.items() if k != TERMS_FIELD})
             for point in islice(self._engine.scroll(nodes), limit)
@@ -294,10 +289,8 @@ class Collection:
 
     def count(self, where: Where | None = None) -> int:
         """How many nodes there are."""
-        condition = self._filter(where)
-        if condition is None:
-            return 0
-        return self._engine.count(dataclasses.replace(condition, must_not=(_BOOKKEEPING,)))
+        nodes = dataclasses.replace(self._filter(where), must_not=(_BOOKKEEPING,))
+        return self._engine.count(nodes)
 
     def unmatched(self, where: Where | None) -> list[str]:
         """Those of the file patterns that match no indexed file."""
@@ -405,12 +398,8 @@ class Collection:
         self._images.remove(images, hashes)
         return removed
 
-    def _filter(self, where: Where | None) -> Filter | None:
-        """None if no file matches: nothing can be found then."""
-        if where is None:
-            return Filter()
-        files = matching_paths(where.files, self.paths()) if where.files else []
-        return as_filter(where, files) if files or not where.files else None
+    def _filter(self, where: Where | None) -> Filter:
+        return Filter() if where is None else as_filter(where, self.paths)
 
 
 def _agree(

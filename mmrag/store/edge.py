@@ -26,13 +26,13 @@ from mmrag.store.engine import (
     FACET_LIMIT,
     SCROLL_PAGE,
     TERMS_FIELD,
+    Dialect,
     Engine,
     Filter,
     Point,
     Schema,
     Scored,
     as_point,
-    translate,
 )
 
 # The write-ahead log keeps every write from a killed process; flushing keeps the log short.
@@ -43,6 +43,9 @@ _SPACE_TO_WRITE = 64 * 1024 * 1024
 _SPACE_TO_CREATE = 96 * 1024 * 1024
 # A point is written to the log, to the vectors, to the payloads and to the indexes over them.
 _COPIES = 4
+
+# Python's bool is a subclass of int, and qdrant-edge takes it for a number.
+DIALECT = Dialect(edge, edge.RangeFloat, edge.RangeDateTime, np.bool_)
 
 LOCK = ".lock"
 """Suffix of the file beside the shard's folder that its user holds locked."""
@@ -108,7 +111,7 @@ class EdgeEngine(Engine):
 
     @override
     def delete(self, where: Filter) -> None:
-        operation = edge.UpdateOperation.delete_points_by_filter(self._filter(where))
+        operation = edge.UpdateOperation.delete_points_by_filter(DIALECT.filter(where))
         self._need_space("delete from", 0)
         with self._errors("delete from"):
             self._open.update(operation)
@@ -131,7 +134,7 @@ class EdgeEngine(Engine):
 
     @override
     def scroll(self, where: Filter, vectors: bool = False) -> Iterator[Point]:
-        offset, condition = None, self._filter(where)
+        offset, condition = None, DIALECT.filter(where)
         while True:
             request = edge.ScrollRequest(
                 offset=offset,
@@ -149,7 +152,9 @@ class EdgeEngine(Engine):
     @override
     def count(self, where: Filter) -> int:
         with self._errors("count in"):
-            return int(self._open.count(edge.CountRequest(exact=True, filter=self._filter(where))))
+            return int(
+                self._open.count(edge.CountRequest(exact=True, filter=DIALECT.filter(where)))
+            )
 
     @override
     def create_indexes(self, schema: Schema) -> None:
@@ -240,17 +245,12 @@ class EdgeEngine(Engine):
         request = edge.QueryRequest(
             limit=limit,
             query=query,
-            filter=self._filter(where),
+            filter=DIALECT.filter(where),
             with_payload=edge.PayloadSelector.Exclude([TERMS_FIELD]),
         )
         with self._errors("search"):
             found = self._open.query(request)
         return [Scored(str(hit.id), float(hit.score), hit.payload or {}) for hit in found]
-
-    def _filter(self, where: Filter) -> edge.Filter:
-        # Python's bool is a subclass of int, and qdrant-edge takes it for a number.
-        translated: edge.Filter = translate(where, edge, edge.RangeFloat, np.bool_)
-        return translated
 
     @contextmanager
     def _errors(self, doing: str) -> Iterator[None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeAlias
@@ -9,10 +10,14 @@ from typing import Any, Protocol, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from mmrag.errors import ConfigError
+
 TERMS_FIELD = "terms"
 LANGUAGE_FIELD = "terms_language"
 SCROLL_PAGE = 256
 FACET_LIMIT = 1_000_000
+
+_PLAIN_PATH = re.compile(r"[A-Za-z0-9_-]+(\[\d*\])?(\.[A-Za-z0-9_-]+(\[\d*\])?)*")
 
 
 @dataclass(frozen=True)
@@ -45,23 +50,52 @@ class AnyOf:
 
 
 @dataclass(frozen=True)
-class Between:
-    """The number at ``key`` lies within the bounds, both included; ``None`` is no bound."""
+class Within:
+    """The value at ``key`` lies within bounds: numbers, or ISO dates and times as strings.
+
+    gte, gt, lte, lt: ``None`` is no bound. Numbers compare with numbers only, dates with dates;
+    times without a zone are UTC.
+    """
 
     key: str
-    low: float | None = None
-    high: float | None = None
+    gte: float | str | None = None
+    lte: float | str | None = None
+    gt: float | str | None = None
+    lt: float | str | None = None
 
 
-Condition: TypeAlias = AnyOf | Between
+@dataclass(frozen=True)
+class HasText:
+    """The string at ``key`` contains ``text``, in the same case.
+
+    words: compare whole words one after the other instead, without case and punctuation.
+    """
+
+    key: str
+    text: str
+    words: bool = False
+
+
+@dataclass(frozen=True)
+class IsEmpty:
+    """There is nothing at ``key``, or null, or an empty list."""
+
+    key: str
 
 
 @dataclass(frozen=True)
 class Filter:
-    """Points that meet every condition of ``must`` and none of ``must_not``."""
+    """Points that meet every condition of ``must``, one of ``should`` and none of ``must_not``.
+
+    An empty ``should`` asks for nothing.
+    """
 
     must: tuple[Condition, ...] = ()
     must_not: tuple[Condition, ...] = ()
+    should: tuple[Condition, ...] = ()
+
+
+Condition: TypeAlias = AnyOf | Within | HasText | IsEmpty | Filter
 
 
 @dataclass(frozen=True)
@@ -139,34 +173,68 @@ class Engine(Protocol):
         ...
 
 
-def translate(
-    where: Filter, library: Any, number_range: Any, truth: Callable[[bool], Any] = bool
-) -> Any:
-    """The filter in the terms of qdrant-edge or qdrant-client.
+@dataclass(frozen=True)
+class Dialect:
+    """Writes filters in the terms of qdrant-edge or of qdrant-client.
 
-    number_range: what ``library`` calls its range of numbers. truth: makes what it takes for a
-    truth value.
+    library: its module of models. numbers, dates: what it calls its ranges. truth: makes what it
+    takes for a truth value.
     """
 
-    def condition(of: Condition) -> Any:
-        if isinstance(of, Between):
-            return library.FieldCondition(key=of.key, range=number_range(gte=of.low, lte=of.high))
+    library: Any
+    numbers: Any
+    dates: Any
+    truth: Callable[[bool], Any] = bool
+
+    def filter(self, where: Filter) -> Any:
+        """The library's filter. Raises ConfigError for a key that Qdrant cannot name."""
+        return self.library.Filter(
+            must=[self._condition(each) for each in where.must],
+            should=[self._condition(each) for each in where.should] or None,
+            must_not=[self._condition(each) for each in where.must_not],
+        )
+
+    def _condition(self, of: Condition) -> Any:
+        match of:
+            case Filter():
+                return self.filter(of)
+            case AnyOf():
+                return self._any_of(of)
+            case Within():
+                bounds = {"gte": of.gte, "lte": of.lte, "gt": of.gt, "lt": of.lt}
+                dates = any(isinstance(bound, str) for bound in bounds.values())
+                return self._field(of.key, range=(self.dates if dates else self.numbers)(**bounds))
+            case HasText(words=True):
+                return self._field(of.key, match=self.library.MatchPhrase(phrase=of.text))
+            case HasText():
+                return self._field(of.key, match=self.library.MatchSubstring(substring=of.text))
+            case IsEmpty():
+                return self._field(of.key, is_empty=True)
+
+    def _any_of(self, of: AnyOf) -> Any:
         kinds = {type(value) for value in of.values}
         if kinds <= {str} or kinds <= {int}:
-            return library.FieldCondition(key=of.key, match=library.MatchAny(any=list(of.values)))
-        return library.Filter(should=[exactly(of.key, value) for value in of.values])
+            return self._field(of.key, match=self.library.MatchAny(any=list(of.values)))
+        return self.library.Filter(should=[self._exactly(of.key, value) for value in of.values])
 
-    def exactly(key: str, value: str | int | float | bool) -> Any:
+    def _exactly(self, key: str, value: str | int | float | bool) -> Any:
         if isinstance(value, float):
-            return library.FieldCondition(key=key, range=number_range(gte=value, lte=value))
+            return self._field(key, range=self.numbers(gte=value, lte=value))
         if isinstance(value, bool):
-            value = truth(value)
-        return library.FieldCondition(key=key, match=library.MatchValue(value=value))
+            value = self.truth(value)
+        return self._field(key, match=self.library.MatchValue(value=value))
 
-    return library.Filter(
-        must=[condition(each) for each in where.must],
-        must_not=[condition(each) for each in where.must_not],
-    )
+    def _field(self, key: str, **of: Any) -> Any:
+        return self.library.FieldCondition(key=_json_path(key), **of)
+
+
+def _json_path(key: str) -> str:
+    """A metadata key as Qdrant's path: dots lead into nested objects, other marks are quoted."""
+    if _PLAIN_PATH.fullmatch(key):
+        return key
+    if not key or '"' in key:
+        raise ConfigError(f"The metadata key {key!r} cannot be filtered; use one without quotes.")
+    return f'"{key}"'
 
 
 def as_point(record: Any) -> Point:

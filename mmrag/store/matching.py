@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import PurePosixPath
 from typing import Any
 
 from mmrag.errors import ConfigError
 from mmrag.queries import Where
-from mmrag.store.engine import AnyOf, Between, Condition, Filter
+from mmrag.store.engine import AnyOf, Condition, Filter, Within
+from mmrag.store.filters import any_of, translated
 
 
 def matching_paths(patterns: Sequence[str], paths: Sequence[str]) -> list[str]:
@@ -26,16 +27,27 @@ def _matches(path: str, pattern: str) -> bool:
     return f"/{path}".endswith(f"/{wanted}") or PurePosixPath(path).match(wanted)
 
 
-def as_filter(where: Where, files: Sequence[str]) -> Filter:
-    """The filter for ``where``; ``files``: the stored paths that ``where.files`` match."""
+def as_filter(where: Where, paths: Callable[[], Sequence[str]]) -> Filter:
+    """The filter for ``where``; ``paths`` gives the stored paths, if they are needed.
+
+    Raises:
+        ConfigError: For values that cannot be matched.
+    """
+
+    def matching(patterns: Sequence[str]) -> list[str]:
+        return matching_paths(patterns, paths())
+
     must: list[Condition] = []
     if where.files:
-        must.append(AnyOf("file", tuple(files)))
+        must.append(AnyOf("file", tuple(matching(where.files))))
     if where.pages is not None:
-        must.append(Between("page", *where.pages))
+        first, last = where.pages
+        must.append(Within("page", gte=first, lte=last))
     if where.kinds:
         must.append(AnyOf("kind", tuple(where.kinds)))
-    must += [AnyOf(key, _values(key, value)) for key, value in where.metadata.items()]
+    must += [any_of(key, _values(key, value)) for key, value in where.metadata.items()]
+    if where.filters is not None:
+        must.append(translated(where.filters, matching))
     return Filter(must=tuple(must))
 
 

@@ -21,13 +21,13 @@ from mmrag.store.engine import (
     FACET_LIMIT,
     SCROLL_PAGE,
     TERMS_FIELD,
+    Dialect,
     Engine,
     Filter,
     Point,
     Schema,
     Scored,
     as_point,
-    translate,
 )
 
 log = logging.getLogger(__name__)
@@ -36,6 +36,7 @@ MAX_BATCH_POINTS = 128
 # Half of the 32 MiB that a Qdrant server accepts by default in one request.
 MAX_BATCH_BYTES = 16 * 1024 * 1024
 _ATTEMPTS = 5
+DIALECT = Dialect(models, models.Range, models.DatetimeRange)
 _FIRST_SERVER_WITH_BM25 = (1, 20)
 
 Result = TypeVar("Result")
@@ -85,7 +86,7 @@ class ServerEngine(Engine):
 
     @override
     def delete(self, where: Filter) -> None:
-        selector = models.FilterSelector(filter=self._filter(where))
+        selector = models.FilterSelector(filter=DIALECT.filter(where))
         self._call(lambda: self._client.delete(self._name, selector, wait=True))
 
     @override
@@ -107,7 +108,7 @@ class ServerEngine(Engine):
 
     @override
     def scroll(self, where: Filter, vectors: bool = False) -> Iterator[Point]:
-        offset, condition = None, self._filter(where)
+        offset, condition = None, DIALECT.filter(where)
         while True:
             records, offset = self._scroll_page(condition, offset, vectors)
             yield from (as_point(record) for record in records)
@@ -117,7 +118,7 @@ class ServerEngine(Engine):
     @override
     def count(self, where: Filter) -> int:
         return self._call(
-            lambda: self._client.count(self._name, count_filter=self._filter(where), exact=True)
+            lambda: self._client.count(self._name, count_filter=DIALECT.filter(where), exact=True)
         ).count
 
     @override
@@ -185,7 +186,7 @@ class ServerEngine(Engine):
                 query=query,
                 using=using,
                 limit=limit,
-                query_filter=self._filter(where),
+                query_filter=DIALECT.filter(where),
                 with_payload=models.PayloadSelectorExclude(exclude=[TERMS_FIELD]),
             )
         )
@@ -204,10 +205,6 @@ class ServerEngine(Engine):
                 with_vectors=vectors,
             )
         )
-
-    def _filter(self, where: Filter) -> models.Filter:
-        translated: models.Filter = translate(where, models, models.Range)
-        return translated
 
     def _create_index(self, name: str, index: Any) -> None:
         self._call(lambda: self._client.create_payload_index(self._name, name, index, wait=True))

@@ -22,7 +22,7 @@ from mmrag.ingest.writer import Writer
 from mmrag.queries import Where
 from mmrag.reading import ReadOptions, ReadPage
 from mmrag.store.collection import Collection, CollectionSettings, FileEntry
-from mmrag.store.engine import Between, Filter
+from mmrag.store.engine import Filter, Within
 
 OPTIONS = ReadOptions(dpi=50, passage_words=20, passage_overlap=0)
 
@@ -699,7 +699,7 @@ def test_nodes_that_a_damaged_collection_has_lost_are_stored_again(embedder, col
     ingest(["in"], collection, embedder)
     whole, encoded = content(collection), embedder.encoded
     assert collection.damaged() == []
-    collection._engine.delete(Filter(must=(Between("page", 2, 2),)))
+    collection._engine.delete(Filter(must=(Within("page", 2, 2),)))
     assert [entry.file for entry in collection.damaged()] == ["in/paper.pdf"]
     ingest(["in"], collection, embedder)
     assert collection.damaged() == []

@@ -24,7 +24,6 @@ from PIL import Image
 from mmrag.errors import ConfigError
 from mmrag.queries import Where
 from mmrag.rerankers.postprocessor import MLLMReranker
-from mmrag.retrieval.filters import as_where
 from mmrag.retrieval.fusion import DEFAULT_WEIGHTS, fuse, page_key, scaled
 from mmrag.retrieval.retriever import UniversalRetriever
 from mmrag.store.collection import Collection, CollectionSettings
@@ -277,42 +276,23 @@ def test_filters_narrow_the_search(collection, embedder):
     assert place(only.search("dental", where=Where(files=("plans.pdf",)))[0]) == ("plans.pdf", 2)
 
 
-def test_llama_index_filters_become_ours():
-    filters = MetadataFilters(
-        filters=[
-            MetadataFilter(key="page", value=3, operator=FilterOperator.GTE),
-            MetadataFilter(key="page", value=9, operator=FilterOperator.LT),
-            MetadataFilter(key="kind", value=["page", "figure"], operator=FilterOperator.IN),
-            MetadataFilter(key="file", value="a.pdf"),
-            MetadataFilter(key="topic", value="tax"),
-        ]
-    )
-    assert as_where(filters) == Where(
-        files=("a.pdf",), pages=(3, 8), kinds=("page", "figure"), metadata={"topic": ["tax"]}
-    )
-
-
 def test_llama_index_filters_reach_the_collection(collection, embedder):
     filters = MetadataFilters(filters=[MetadataFilter(key="topic", value="history")])
     found = UniversalRetriever(collection, embedder, where=filters).retrieve("vision")
     assert [place(hit) for hit in found] == [("n.txt", None)]
 
 
-@pytest.mark.parametrize(
-    "filters",
-    [
-        MetadataFilters(filters=[MetadataFilter(key="a", value="b")], condition=FilterCondition.OR),
-        MetadataFilters(filters=[MetadataFilters(filters=[])]),
-        MetadataFilters(filters=[MetadataFilter(key="a", value=1, operator=FilterOperator.GT)]),
-        MetadataFilters(filters=[MetadataFilter(key="page", value="x")]),
-        # No value at all would match every file.
-        MetadataFilters(filters=[MetadataFilter(key="file", value=[], operator=FilterOperator.IN)]),
-        MetadataFilters(filters=[MetadataFilter(key="a", value=v) for v in "bc"]),
-    ],
-)
-def test_filters_that_cannot_be_kept_are_refused(filters):
-    with pytest.raises(ConfigError):
-        as_where(filters)
+def test_llama_index_filters_and_a_where_hold_together(collection, embedder):
+    operators = {"file": ("*.pdf", FilterOperator.NE), "page": (2, FilterOperator.GTE)}
+    either = MetadataFilters(
+        filters=[MetadataFilter(key=k, value=v, operator=op) for k, (v, op) in operators.items()],
+        condition=FilterCondition.OR,
+    )
+    retriever = UniversalRetriever(
+        collection, embedder, 10, where=Where(kinds=("page", "text")), filters=either
+    )
+    places = {place(hit) for hit in retriever.retrieve("vision plan dental")}
+    assert places == {("n.txt", None), ("report.pdf", 2), ("plans.pdf", 2), ("plans.pdf", 3)}
 
 
 @pytest.mark.parametrize(
@@ -325,20 +305,6 @@ def test_useless_weights_are_refused(collection, embedder, weights):
 
 def test_top_k_of_one_query(retriever):
     assert len(retriever.search("plan", top_k=1)) == 1
-
-
-@pytest.mark.parametrize(
-    ("conditions", "pages"),
-    [
-        ([(5, FilterOperator.LTE), (1, FilterOperator.LT)], (None, 0)),
-        ([(1, FilterOperator.LT), (5, FilterOperator.LTE)], (None, 0)),
-        ([(0, FilterOperator.GTE), (2, FilterOperator.GT)], (3, None)),
-        ([(3, FilterOperator.GT), (0, FilterOperator.GTE)], (4, None)),
-    ],
-)
-def test_page_bounds_at_zero_count(conditions, pages):
-    filters = [MetadataFilter(key="page", value=v, operator=op) for v, op in conditions]
-    assert as_where(MetadataFilters(filters=filters)) == Where(pages=pages)
 
 
 def test_a_pattern_that_matches_no_file_is_said_once(retriever, caplog):

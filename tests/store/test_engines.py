@@ -12,7 +12,7 @@ from qdrant_client.http.exceptions import ResponseHandlingException, UnexpectedR
 
 from mmrag.errors import CollectionError, EndpointError
 from mmrag.store.edge import EdgeEngine
-from mmrag.store.engine import AnyOf, Between, Filter, Point, Schema
+from mmrag.store.engine import AnyOf, Filter, Point, Schema, Within
 from mmrag.store.server import ServerEngine, byte_bounded
 from mmrag.store.terms import index_terms, query_terms
 
@@ -105,14 +105,14 @@ def test_bm25_is_the_published_formula(filled):
             Filter(must=(AnyOf("file", ("a", "b")),), must_not=(AnyOf("kind", ("file",)),)),
             [1, 2, 3],
         ),
-        (Filter(must=(Between("page", 2, None),)), [2, 3]),
-        (Filter(must=(Between("page", None, 2),)), [1, 2]),
-        (Filter(must=(Between("page", 2, 2),)), [2]),
+        (Filter(must=(Within("page", 2, None),)), [2, 3]),
+        (Filter(must=(Within("page", None, 2),)), [1, 2]),
+        (Filter(must=(Within("page", 2, 2),)), [2]),
         (Filter(must=(AnyOf("ok", (True,)),)), [2]),
         (Filter(must=(AnyOf("size", (1.5,)),)), [2]),
         (Filter(must=(AnyOf("tag", ("x", 7)),)), [2, 3]),
         (Filter(must=(AnyOf("tag", (7,)),)), [3]),
-        (Filter(must=(AnyOf("file", ("b",)), Between("page", 1, 2))), []),
+        (Filter(must=(AnyOf("file", ("b",)), Within("page", 1, 2))), []),
     ],
 )
 def test_filters(filled, where, expected):
