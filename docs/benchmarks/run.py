@@ -6,6 +6,7 @@
     make bench NAMES=gradcache   # memory and speed of cached steps
     make bench NAMES=rerank      # pairs batched against one by one
     make bench NAMES="engine rerank"
+    make bench NAMES=gpu         # everything on a card, in 4 minutes; see gpu.py
 
 Models have random weights of a small Qwen2-VL shape; speeds compare only within a run.
 """
@@ -297,6 +298,13 @@ def rerank(folder: Path) -> None:
         print(f"| {name} | {fast:.1f} | {slow:.1f} | {fast / slow:.2f} | {gap:.0e} |", flush=True)
 
 
+def gpu(folder: Path) -> None:
+    """Published shapes on a card, beside a plain transformers loop and sentence-transformers."""
+    from gpu import run
+
+    run(folder)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the benchmarks that are named, or all."""
     known = {
@@ -306,6 +314,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "frozen": frozen,
         "rows": rows,
         "rerank": rerank,
+        "gpu": gpu,
     }
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("names", nargs="*", help=f"of {', '.join(known)}")
