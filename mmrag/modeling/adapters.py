@@ -60,8 +60,14 @@ def merge_adapter(model: nn.Module, folder: Path) -> None:
             module the adapter's configuration asks for without weights.
     """
     config = _read_config(folder)
-    parts = _split(folder, _read_weights(folder))
-    naming = _choose_naming(model, {module for module, _ in parts})
+    parts = _key_by_part(folder, _read_weights(folder))
+    written = {module for module, _ in parts}
+
+    def found(naming: Mapping[str, str]) -> int:
+        return sum(_takes_lora(model, _rename(module, naming)) for module in written)
+
+    # Files do not say which transformers wrote them: the naming that finds most modules did.
+    naming = max(_NAMINGS, key=found)
     renamed = {
         (_rename(module, naming) or module, part): tensor
         for (module, part), tensor in parts.items()
@@ -78,6 +84,7 @@ def merge_adapter(model: nn.Module, folder: Path) -> None:
     weights = {f"{_PREFIX}{module}.{part}": tensor for (module, part), tensor in renamed.items()}
     _fill(adapted, folder, weights)
     try:
+        # safe_merge refuses NaN; a diverged adapter would otherwise spoil the model in silence.
         adapted.merge_and_unload(safe_merge=True)
     except ValueError as error:
         raise ModelError(f"{folder}: the merged weights are not finite ({error}).") from error
@@ -112,6 +119,8 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
         for path in sorted(folder.glob("adapter_model*.safetensors")):
             weights.update(load_file(path))
         if not weights:
+            # Only without safetensors: a .bin file is a pickle, if one that torch restricts to
+            # tensors.
             for path in sorted(folder.glob("adapter_model*.bin")):
                 weights.update(torch.load(path, map_location="cpu", weights_only=True))
     except pickle.UnpicklingError:
@@ -126,7 +135,7 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
     return weights
 
 
-def _split(folder: Path, weights: Mapping[str, Tensor]) -> dict[tuple[str, str], Tensor]:
+def _key_by_part(folder: Path, weights: Mapping[str, Tensor]) -> dict[tuple[str, str], Tensor]:
     """Key each tensor by its module, as the file calls it, and its part of the adapter."""
     parts, unknown = {}, []
     for key, tensor in weights.items():
@@ -138,15 +147,6 @@ def _split(folder: Path, weights: Mapping[str, Tensor]) -> dict[tuple[str, str],
             unknown.append(key)
     check_keys(folder, missing=(), unexpected=unknown)
     return parts
-
-
-def _choose_naming(model: nn.Module, modules: set[str]) -> Mapping[str, str]:
-    """The naming under which most modules of the file are found in the model."""
-
-    def found(naming: Mapping[str, str]) -> int:
-        return sum(_takes_lora(model, _rename(module, naming)) for module in modules)
-
-    return max(_NAMINGS, key=found)
 
 
 def _rename(name: str, naming: Mapping[str, str]) -> str | None:
@@ -162,6 +162,7 @@ def _takes_lora(model: nn.Module, name: str | None) -> bool:
         module = model.get_submodule(name) if name else None
     except AttributeError:
         return False
+    # Embeddings can be adapted as well, but no published adapter of these models does.
     return isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d))
 
 
@@ -188,6 +189,8 @@ def _pin(config: LoraConfig, modules: set[str], naming: Mapping[str, str]) -> Lo
             f"^{re.escape(module)}": pattern[key] for module, key in keys.items() if key in pattern
         }
 
+    # peft matches these patterns, and layers_to_transform, by the names in the model; the file has
+    # the old names.
     config.rank_pattern = per_module(config.rank_pattern)
     config.alpha_pattern = per_module(config.alpha_pattern)
     config.target_modules = set(modules)
@@ -200,6 +203,7 @@ def _pin(config: LoraConfig, modules: set[str], naming: Mapping[str, str]) -> Lo
 
 def _fill(adapted: Any, folder: Path, weights: Mapping[str, Tensor]) -> None:
     """Put the weights in place; names and shapes must be exactly those that peft expects."""
+    # Compared by hand: set_peft_model_state_dict skips names that it does not know.
     state = get_peft_model_state_dict(adapted, save_embedding_layers=False)
     expected = {key: value.shape for key, value in state.items()}
     check_keys(

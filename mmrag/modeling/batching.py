@@ -18,9 +18,11 @@ from mmrag.modeling.loading import is_out_of_memory
 
 logger = logging.getLogger(__name__)
 
+# A CPU gains nothing from larger batches, which cost cache and padding; a GPU is idle with less.
 CPU_TOKEN_BUDGET = 1024
 GPU_TOKEN_BUDGET = 32768
 _MOST_WORKERS = 16
+# Few, for decoded images take memory.
 _BATCHES_AHEAD = 2
 _FIRST_PATIENCE = 4  # batches that must fit before a lowered budget is raised again
 
@@ -45,7 +47,6 @@ class TokenBudget:
     halved at each failure and doubled after a few batches that fit: after 4 at first, after
     twice as many each time that the raised budget fails again.
 
-    Threads may share one: a lost update costs a batch of another size, no more.
 
     >>> budget = TokenBudget(32768)
     >>> budget.exceeded(20000)
@@ -56,10 +57,12 @@ class TokenBudget:
     def __init__(self, full: int) -> None:
         if full < 1:
             raise ConfigError(f"token_budget={full}: give at least 1.")
+        # Without a lock, though threads may share one: a lost update costs a batch of another
+        # size, no more.
         self.full = self.limit = full
         self._fits = 0
         self._patience = _FIRST_PATIENCE
-        self._raised = self._told = False
+        self._raised = self._warned = False
 
     def fitted(self) -> None:
         """Count a batch that fitted."""
@@ -70,14 +73,15 @@ class TokenBudget:
 
     def exceeded(self, tokens: int) -> None:
         """Note that a batch of so many tokens did not fit."""
-        if not self._told:
-            self._told = True
+        if not self._warned:
+            self._warned = True
             logger.warning(
                 "Out of memory with a batch of %d tokens: smaller batches are run for a while. "
                 "token_budget=%d avoids this.",
                 tokens,
                 max(1, tokens // 2),
             )
+        # It was raised too early: wait twice as long before the next try.
         if self._raised:
             self._patience *= 2
         self.limit, self._fits, self._raised = max(1, min(self.limit, tokens) // 2), 0, False
@@ -98,6 +102,7 @@ def default_workers(asked: int | None) -> int:
     """
     if asked is None:
         usable = (
+            # In a container, or under taskset, fewer cores than os.cpu_count says.
             len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         )
         return min(_MOST_WORKERS, usable or 1)
@@ -125,8 +130,6 @@ def open_pool(workers: int, n: int) -> Executor:
 def iter_batches(costs: Sequence[int], limit: Callable[[], int]) -> Iterator[list[int]]:
     """Group items of similar length so that ``len(batch) * longest`` stays within ``limit()``.
 
-    The limit is asked for again before each batch: what is left is planned anew where it fell.
-    The longest items come first: what does not fit in memory shows at once, not at the end.
     An item longer than the limit has a batch of its own.
 
     Args:
@@ -136,10 +139,12 @@ def iter_batches(costs: Sequence[int], limit: Callable[[], int]) -> Iterator[lis
     Yields:
         Indices into ``costs``, each exactly once.
     """
+    # The longest first: what does not fit in memory shows at once, not at the end.
     order = sorted(range(len(costs)), key=lambda index: (-costs[index], index))
     start = 0
     while start < len(order):
         longest = max(1, costs[order[start]])
+        # Asked for each time: what is left is planned anew where the limit fell.
         size = max(1, limit() // longest)
         yield order[start : start + size]
         start += size
@@ -148,10 +153,7 @@ def iter_batches(costs: Sequence[int], limit: Callable[[], int]) -> Iterator[lis
 def prepared(
     pool: Executor, batches: Iterable[list[int]], prepare: Callable[[int], T]
 ) -> Iterator[tuple[list[int], list[T]]]:
-    """Yield batches of indices with what ``prepare`` made of each, while threads go on ahead.
-
-    Only a few batches are ready at a time, for images take memory.
-    """
+    """Yield batches of indices with what ``prepare`` made of each, while threads go on ahead."""
     waiting: list[tuple[list[int], list[Future[T]]]] = []
     try:
         for indices in batches:
@@ -163,6 +165,7 @@ def prepared(
             ready, futures = waiting.pop(0)
             yield ready, [future.result() for future in futures]
     finally:
+        # A consumer that stops early leaves batches behind that nobody will ask for.
         for _, futures in waiting:
             for future in futures:
                 future.cancel()

@@ -27,6 +27,7 @@ def process(processor: Any, texts: Sequence[str], images: Sequence[Sequence[Imag
         return_tensors="pt",
         padding=True,
         padding_side="right",
+        # Some templates write the begin token themselves; two of them change the answer.
         add_special_tokens=not (bos and texts[0].startswith(bos)),
     )
 
@@ -66,6 +67,8 @@ def answer_ids(
     found = []
     for word in answers:
         ids = tokenizer(word, add_special_tokens=False)["input_ids"]
+        # The score is read from one position: the first piece of a longer word would be shared by
+        # others.
         if len(ids) != 1 or tokenizer.decode(ids) != word:
             raise ModelError(
                 f"{name}: the answer {word!r} is not one token to this model; give a RerankPrompt "
@@ -77,5 +80,7 @@ def answer_ids(
 
 def special_marks(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
     """The strings that a tokenizer takes for control tokens wherever they stand."""
+    # All added ones, not only all_special_tokens, which misses markers such as <|im_start|> in some
+    # files.
     added = tokenizer.added_tokens_decoder.values()
     return tuple(str(token) for token in added if token.special)

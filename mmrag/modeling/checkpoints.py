@@ -17,6 +17,7 @@ from mmrag.errors import ModelError
 SHIPPED = Path(__file__).parents[1] / "models"
 MARKER = "mmrag.json"
 ADAPTER_CONFIG = "adapter_config.json"
+# Without the ONNX, GGUF and TensorFlow copies that many repositories hold beside the weights.
 _HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.bin"]
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "adapter_model*.bin")
 # Everything besides the weights that a vector depends on: architecture, tokenizer, image
@@ -84,8 +85,7 @@ def find_base(
 ) -> Path:
     """Folder of the model that an adapter sits on: ``base``, else what the adapter states.
 
-    That is often a path on the machine it was trained on; where there is no such folder here,
-    ``known``, the base of a published adapter, goes first.
+    ``known``, the base of a published adapter, goes before a stated folder that is not here.
 
     Raises:
         ModelError: If the adapter does not say and nothing else is given.
@@ -94,6 +94,7 @@ def find_base(
         return find_checkpoint(base, download=download)
     config = read_json(adapter / ADAPTER_CONFIG)
     stated = config.get("base_model_name_or_path")
+    # Adapters often state a path on the machine that they were trained on.
     if known is not None and not (stated and Path(stated).is_dir()):
         return find_checkpoint(known, download=download)
     if not stated:
@@ -178,8 +179,6 @@ def _check_safetensors(path: Path) -> None:
 def fingerprint(folders: Iterable[Path], settings: Mapping[str, Any]) -> str:
     """Hash of all that moves vectors: weights, configuration, tokenizer, processor, settings.
 
-    Files are read whole, several at a time: training may change a single small tensor.
-
     Returns:
         16 hexadecimal digits.
     """
@@ -190,8 +189,10 @@ def fingerprint(folders: Iterable[Path], settings: Mapping[str, Any]) -> str:
         for pattern in (*_WEIGHTS, *_DESCRIBING)
         for path in sorted(folder.glob(pattern))
     ]
+    # Read whole, since training may change a single small tensor; hashing releases the GIL.
     with ThreadPoolExecutor(4, thread_name_prefix="mmrag-hash") as pool:
         for (name, _), hashed in zip(files, pool.map(_hash, [p for _, p in files]), strict=True):
+            # The name as well: the same bytes as another file are another checkpoint.
             digest.update(name.encode() + b"\0" + hashed)
     return digest.hexdigest()[:16]
 

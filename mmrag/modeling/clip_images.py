@@ -66,6 +66,7 @@ class ClipRule:
         def kept_and_spared(grid: tuple[int, int]) -> tuple[int, int]:
             scale = min(grid[1] / width, grid[0] / height)
             kept = min(int(width * scale) * int(height * scale), width * height)
+            # The second counts between grids that keep the same: the least black border.
             return kept, kept - grid[0] * grid[1]
 
         return max(self.grids, key=kept_and_spared)

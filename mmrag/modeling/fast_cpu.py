@@ -37,6 +37,7 @@ def use_int8(model: nn.Module) -> None:
     """Replace every linear layer of ``model`` by an ``Int8Linear``, in place."""
     for module in list(model.modules()):
         for name, child in module.named_children():
+            # Not subclasses, whose forward may do more than multiply.
             if type(child) is nn.Linear:
                 setattr(module, name, Int8Linear(child))
 
@@ -71,6 +72,7 @@ class Int8Linear(nn.Module):
 
 
 def _scale(x: Tensor, dim: int) -> Tensor:
+    # The clamp keeps a row of zeros, as padding has, from dividing by zero.
     return x.abs().amax(dim, keepdim=True).clamp(min=1e-8) / 127
 
 

@@ -64,6 +64,7 @@ def place(
     if chosen.type == "meta":
         raise ConfigError("device='meta' holds no weights: use auto, cpu, cuda or mps.")
     try:
+        # torch.device accepts cuda:7 on any machine; only an allocation shows whether it is there.
         torch.empty(0, device=chosen)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         first = str(error).partition("\n")[0]
@@ -75,7 +76,10 @@ def place(
     _check_quantize(quantize)
     precision = _dtype(dtype, chosen)
     half = precision in (torch.float16, torch.bfloat16)
-    flash = chosen.type == "cuda" and half and _has_flash_attention()
+    from transformers.utils import is_flash_attn_2_available
+
+    # Flash attention has kernels for half precision on CUDA alone.
+    flash = chosen.type == "cuda" and half and is_flash_attn_2_available()
     attention = "flash_attention_2" if flash else "sdpa"
     return Placement(chosen, precision, attention, quantize, device_map)
 
@@ -90,8 +94,10 @@ def _dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
     if isinstance(dtype, torch.dtype):
         return dtype
     if dtype == "auto":
+        # Most CPUs compute in half precision by converting each number, which is slower.
         if device.type != "cuda":
             return torch.float32
+        # Float16 overflows in some of these models, so it comes last.
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
     if dtype not in _DTYPES:
         raise ConfigError(f"dtype={dtype!r} is not known: use auto, {', '.join(_DTYPES)}.")
@@ -108,12 +114,6 @@ def _check_quantize(quantize: Quantization | None) -> None:
 
     if not is_bitsandbytes_available():
         raise ConfigError("quantize= needs bitsandbytes: pip install bitsandbytes.")
-
-
-def _has_flash_attention() -> bool:
-    from transformers.utils import is_flash_attn_2_available
-
-    return bool(is_flash_attn_2_available())
 
 
 def load_exact(
@@ -230,7 +230,7 @@ def check_weights(
     )
     if info.get("mismatched_keys"):
         names = map(str, info["mismatched_keys"])
-        raise ModelError(f"{folder}: weights of another shape: {_few(names)}.")
+        raise ModelError(f"{folder}: weights of another shape: {_name_some(names)}.")
 
 
 def _from_pretrained(model_class: Any, folder: Path, **options: Any) -> Any:
@@ -258,8 +258,8 @@ def check_finite(model: torch.nn.Module, folder: Path) -> None:
                 broken.append(name)
     if broken:
         raise ModelError(
-            f"{folder}: weights that are not finite: {_few(broken)}. The checkpoint is damaged, "
-            "or its training diverged; a half precision too small for it also does this."
+            f"{folder}: weights that are not finite: {_name_some(broken)}. The checkpoint is "
+            "damaged, or its training diverged; a half precision too small for it also does this."
         )
 
 
@@ -308,15 +308,15 @@ def check_keys(folder: Path, *, missing: Iterable[str], unexpected: Iterable[str
     if missing or unexpected:
         parts = []
         if missing:
-            parts.append(f"{len(missing)} weights are not in the file: {_few(missing)}")
+            parts.append(f"{len(missing)} weights are not in the file: {_name_some(missing)}")
         if unexpected:
             parts.append(
-                f"{len(unexpected)} weights have no place in the model: {_few(unexpected)}"
+                f"{len(unexpected)} weights have no place in the model: {_name_some(unexpected)}"
             )
         raise ModelError(f"{folder}: {'; '.join(parts)}. It is another architecture or incomplete.")
 
 
-def _few(names: Iterable[str], most: int = 8) -> str:
+def _name_some(names: Iterable[str], most: int = 8) -> str:
     listed = list(names)
     more = f" and {len(listed) - most} more" if len(listed) > most else ""
     return ", ".join(listed[:most]) + more

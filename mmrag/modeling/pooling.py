@@ -17,6 +17,7 @@ def last_token(hidden: Tensor, mask: Tensor) -> Tensor:
         (batch, dim).
     """
     positions = torch.arange(mask.shape[1], device=mask.device)
+    # By position and not by count, so that it holds for padding on either side.
     last = (mask * positions).argmax(dim=1)  # (batch,)
     return hidden[torch.arange(hidden.shape[0], device=hidden.device), last]
 

@@ -79,6 +79,8 @@ def tokenize(
         ContentError: If all of the text is not enough to cut.
     """
     whole = str(prompt)
+    # Tokenised whole, since pieces of a string tokenise differently at their seams. verbose=False:
+    # a long text is cut below, so a warning about its length would mislead.
     ids: list[int] = tokenizer(whole, add_special_tokens=special, verbose=False)["input_ids"]
     excess = len(ids) - room
     if excess <= 0:
@@ -90,6 +92,7 @@ def tokenize(
     first = len(prompt.before)
     end = first + len(prompt.text) if keep_end else len(whole)
     text = [i for i, (start, stop) in enumerate(spans) if first <= start < stop <= end]
+    # Neither image tokens nor the end, which is pooled, may go.
     if excess > len(text):
         raise ContentError(
             "the images and the instruction alone are over max_length; raise max_length or lower "

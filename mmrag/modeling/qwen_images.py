@@ -69,6 +69,7 @@ def read_image_rule(folder: Path) -> ImageRule:
             f"{folder}: preprocessor_config.json is missing; the checkpoint is incomplete."
         )
     size = config.get("size") or {}
+    # Three generations of names; the last numbers are the defaults of Qwen2-VL's processor.
     least = config.get("min_pixels") or size.get("shortest_edge") or 56 * 56
     most = config.get("max_pixels") or size.get("longest_edge") or 28 * 28 * 1280
     return ImageRule(
@@ -95,6 +96,7 @@ def smart_resize(
             f"an image of {width}x{height} is too long and thin: one side may be at most "
             f"{MAX_ASPECT} times the other; crop it."
         )
+    # Python's round, half to even, as the published code has it.
     w = max(factor, round(width / factor) * factor)
     h = max(factor, round(height / factor) * factor)
     if w * h > max_pixels:

@@ -113,6 +113,8 @@ class QwenBackbone:
             "family": self.family,
             "max_length": self.recipe.max_length,
             "pixels": [self.rule.min_pixels, self.rule.max_pixels],
+            # A function has no stable name to hash; its results for a large and a thin image stand
+            # for it.
             "fit": [self.recipe.fit(3000, 2000), self.recipe.fit(400, 20)],
             "mrope": self.recipe.mrope,
             "keep_end": self.recipe.keep_end,
@@ -127,11 +129,14 @@ class QwenBackbone:
                 f"{len(content.images)}; embed them one by one."
             )
         item, task = harmless(content, instruction, PLACEHOLDERS)
-        sizes = tuple(self._size(*image_size(source)) for source in self._images(item))
+        # Read from the headers of the files: images are decoded later, in threads.
+        wanted = [self.recipe.fit(*image_size(source)) for source in self._images(item)]
+        sizes = tuple(self.rule.size(*size) for size in wanted)
         counts = [self.rule.n_tokens(*size) for size in sizes]
         ids = tokenize(
             self.tokenizer,
             self.recipe.render(item, task),
+            # The prompt holds one placeholder for each image, which is widened afterwards.
             self.recipe.max_length - sum(counts) + len(counts),
             special=False,
             keep_end=self.recipe.keep_end,
@@ -159,10 +164,8 @@ class QwenBackbone:
     def _images(self, content: Content) -> tuple[Any, ...]:
         if content.images or self.recipe.blank is None:
             return content.images
+        # Families trained with an image in every item give other vectors without one.
         return (Image.new("RGB", self.recipe.blank),)
-
-    def _size(self, width: int, height: int) -> tuple[int, int]:
-        return self.rule.size(*self.recipe.fit(width, height))
 
 
 def decode(
@@ -175,9 +178,6 @@ def decode(
 ) -> tuple[Tensor, Tensor]:
     """Run a model without head on items of any length.
 
-    Rows are padded on the right. A causal model needs no mask for that: it looks at nothing
-    behind a token, so that padding is seen by padding only.
-
     Args:
         cache: keys and values of what stands before each item; it is extended.
 
@@ -185,6 +185,8 @@ def decode(
         States of the last layer after the norm, (len(batch), longest, dim), and the mask of real
         tokens, (len(batch), longest).
     """
+    # Padded on the right. A causal model needs no mask for that: it looks at nothing behind a
+    # token, so that padding is seen by padding only.
     ids, mask = pad([item.ids for item in batch], 0)
     ids, mask = ids.to(model.device), mask.to(model.device)
     embeds = model.get_input_embeddings()(ids)  # (batch, length, dim)
@@ -194,6 +196,7 @@ def decode(
         places = ids == model.config.image_token_id
         features = seen.pooler_output.to(embeds.device, embeds.dtype)
         embeds = embeds.masked_scatter(places.unsqueeze(-1).expand_as(embeds), features)
+        # Qwen3-VL adds features of inner layers of the tower to the first layers of the decoder.
         if deepstack := getattr(seen, "deepstack_features", None):
             extra = {"visual_pos_masks": places, "deepstack_visual_embeds": deepstack}
     if bidirectional:
@@ -238,6 +241,7 @@ def mrope_positions(ids: Sequence[int], image_id: int, grids: Iterable[Sequence[
         grid = torch.stack([torch.zeros_like(inside), inside // columns, inside % columns])
         positions[:, place : place + len(inside)] = grid + (place - lag)
         place += len(inside)
+        # An image takes fewer numbers than tokens: what follows it goes on from its longer side.
         lag += len(inside) - max(rows, columns)
         positions[:, place:] = torch.arange(place, len(ids)) - lag
     return positions
@@ -282,5 +286,6 @@ def load_qwen_parts(
     base = model.model if hasattr(model, "lm_head") else model
     speed_up(base.visual)
     rows = model.get_input_embeddings().num_embeddings
+    # If the two disagree, images would be put in the place of some other token.
     tokens = {IMAGE: int(model.config.image_token_id)}
     return model, load_tokenizer(folder, rows=rows, tokens=tokens)

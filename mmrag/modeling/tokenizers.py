@@ -20,9 +20,6 @@ def load_tokenizer(
 ) -> PreTrainedTokenizerBase:
     """Load ``tokenizer.json`` as it is, or build a tokenizer from older files.
 
-    ``AutoTokenizer`` asks to run the code of some checkpoints, and makes up an empty tokenizer
-    where files are missing: every text then has one and the same vector.
-
     Args:
         rows: of the model's token embeddings.
         tokens: special tokens with the ids that the model's configuration gives them.
@@ -30,7 +27,10 @@ def load_tokenizer(
     Raises:
         ModelError: If the files are missing or broken, or belong to another model.
     """
+    # AutoTokenizer asks to run the code of some checkpoints, and makes up an empty tokenizer where
+    # files are missing: every text then has one and the same vector.
     if (folder / "tokenizer.json").is_file():
+        # For its errors: a git-lfs pointer or half a file raises ours, which says what to do.
         read_json(folder / "tokenizer.json")
         loader: Any = PreTrainedTokenizerFast
     elif (folder / "vocab.json").is_file() or (folder / "tokenizer.model").is_file():

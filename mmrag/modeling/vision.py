@@ -64,16 +64,15 @@ def run_tower(visual: Any, images: Sequence[Tensor], rule: ImageRule) -> Any:
 
 
 def device_patches(images: Sequence[Tensor], rule: ImageRule, device: torch.device) -> Tensor:
-    """Patches of images in order, float32, sent to ``device`` as bytes and cut there.
-
-    A page has four times as many bytes once it is float32, and twice that as patches.
-    """
+    """Patches of images in order, float32, sent to ``device`` as bytes and cut there."""
+    # A page has four times as many bytes once it is float32, and twice that as patches.
     flat = send(torch.cat([image.flatten() for image in images]), device)
     sent = [
         part.view(image.shape)
         for part, image in zip(torch.split(flat, [i.numel() for i in images]), images, strict=True)
     ]
     parts: list[Tensor] = [flat] * len(images)
+    # Pages of one document have one size, so that a batch is usually one stack.
     for places in _by_key([tuple(image.shape) for image in images]).values():
         cut = cut_patches(torch.stack([sent[place] for place in places]), rule)
         for place, part in zip(places, cut.chunk(len(places)), strict=True):

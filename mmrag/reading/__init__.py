@@ -5,14 +5,26 @@ here alone.
 """
 
 from mmrag.reading.files import FoundFiles, file_sha256, find_files, node_id
-from mmrag.reading.options import Box, OcrMode, ReadOptions
+from mmrag.reading.options import (
+    Box,
+    Figure,
+    OcrMode,
+    PageRecord,
+    Passage,
+    Problem,
+    ReadOptions,
+)
 from mmrag.reading.pagewords import words_path
 from mmrag.reading.reader import ReadPage, count_pages, locate_quote, read_file, save_marked_page
 
 __all__ = [
     "Box",
+    "Figure",
     "FoundFiles",
     "OcrMode",
+    "PageRecord",
+    "Passage",
+    "Problem",
     "ReadOptions",
     "ReadPage",
     "count_pages",

@@ -23,11 +23,12 @@ def in_reading_order(words: Sequence[Item], text: Callable[[Item], str]) -> list
     from its right end; words of the other direction keep theirs among themselves.
     """
     own = [_direction(text(word)) for word in words]
+    # By number and not by the first word, which is often a Latin name in a Hebrew row.
     base: Direction = "left" if own.count("left") > own.count("right") else "right"
     runs = [
         (direction, [word for word, _ in run])
         for direction, run in groupby(
-            zip(words, _resolved(own, base), strict=True), key=lambda pair: pair[1]
+            zip(words, _directions(own, base), strict=True), key=lambda pair: pair[1]
         )
     ]
     if base == "left":
@@ -44,7 +45,7 @@ def _direction(text: str) -> Direction:
     return "right" if is_left_to_right(text) else "none"
 
 
-def _resolved(own: Sequence[Direction], base: Direction) -> list[Direction]:
+def _directions(own: Sequence[Direction], base: Direction) -> list[Direction]:
     """Directions with those of numbers and marks filled in.
 
     Between two words of one direction they share it, and what stands behind a Latin word

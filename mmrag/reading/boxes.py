@@ -24,6 +24,7 @@ def moved(corners: Sequence[float], matrix: Sequence[float]) -> Box:
     """The box around two corners after a matrix (a, b, c, d, e, f) as PDF has them."""
     a, b, c, d, e, f = matrix
     x0, y0, x1, y1 = corners
+    # Sorted, since a turn of 90 or 180 degrees swaps the corners.
     left, right = sorted((a * x0 + c * y0 + e, a * x1 + c * y1 + e))
     top, bottom = sorted((b * x0 + d * y0 + f, b * x1 + d * y1 + f))
     return (left, top, right, bottom)

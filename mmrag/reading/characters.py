@@ -39,13 +39,12 @@ def clean(text: str) -> str:
     """
     if text.isascii() and text.isprintable():
         return text
-    text = _VARIANTS.sub(_spelt_out, text.translate(_TABLE))
+    # NFKC has a lone vowel sign stand on a space, which no text has.
+    text = _VARIANTS.sub(
+        lambda match: unicodedata.normalize("NFKC", match[0]).replace(" ", ""),
+        text.translate(_TABLE),
+    )
     return "".join(c for c in text if c in "\n\t" or unicodedata.category(c) not in MEANINGLESS)
-
-
-def _spelt_out(match: re.Match[str]) -> str:
-    # A lone vowel sign has a form with a space below it, which no text has.
-    return unicodedata.normalize("NFKC", match[0]).replace(" ", "")
 
 
 def is_unspaced(text: str) -> bool:

@@ -45,8 +45,10 @@ class _Worker:
 
     def __init__(self) -> None:
         here = str(Path(__file__).parents[2])
+        # The library may be run from a folder that is not installed, as tests and notebooks do.
         paths = [here, *(path for path in sys.path if path)]
         self.process = subprocess.Popen(
+            # -P: a file in the working directory must not shadow a module of the library.
             [sys.executable, "-P", "-m", "mmrag.reading.worker"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -73,6 +75,7 @@ class _Worker:
             while not isinstance(answer := pickle.load(self.process.stdout), Done):
                 yield answer
         except (EOFError, BrokenPipeError, pickle.UnpicklingError) as error:
+            # A worker says nothing more when it dies; its exit code tells why.
             raise WorkerDied(self.process.wait()) from error
         if answer.error is not None:
             raise RequestFailed(answer.error, retry=answer.retry)
@@ -100,6 +103,7 @@ def ask(options: ReadOptions, operation: str, *arguments: Any) -> Iterator[Any]:
         RequestFailed: If the request raises in the worker.
     """
     worker = _waiting() or _Worker()
+    # A worker with answers left in its pipe would give them to the next request.
     sound = False
     try:
         yield from worker.ask(options, operation, arguments)

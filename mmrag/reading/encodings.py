@@ -68,6 +68,7 @@ def decode(data: bytes) -> str:
     for mark, encoding in _MARKS:
         if data.startswith(mark):
             return _strictly(data, encoding)
+    # UTF-16 without a mark; text of one byte a character has no zeros.
     if b"\0" in data[:4096]:
         half = data[: len(data) // 2 * 2]
         little = half[1::2].count(0) > half[0::2].count(0)
@@ -105,6 +106,7 @@ def _of_older_encoding(data: bytes) -> str:
     matches = charset_normalizer.from_bytes(
         sample,
         cp_isolation=[*_LATIN, *_SCRIPTS, *_EAST_ASIAN],
+        # Twice the package's own: short files of rare letters are left to our evidence.
         threshold=_MESS,
         enable_fallback=False,
     )

@@ -30,6 +30,8 @@ def locate(path: Path, page: int, quote: str, recognise: bool) -> Iterator[list[
         shown = _page(document, page)
         layer = page_text(shown)
         words = layer.as_it_is()
+        # In the order that indexing used, or a quote from a column beside a figure would not be
+        # found.
         apart = [figure.box for figure in figures.find_figures(shown, words)]
         if layer.doubt != "none" and recognise:
             words = joined(layer.words, recognised_words(shown, ReadOptions()))

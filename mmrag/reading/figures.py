@@ -92,8 +92,10 @@ def find_figures(page: Any, words: Sequence[Word]) -> list[Found]:
             continue
         raster = any(art.raster for art in group)
         caption = _caption(box, blocks, drawn=not raster)
+        # The labels of a photograph are part of its pixels.
         if not raster:
             box = clipped(_with_labels(box, labels, caption), bounds)
+        # Four shapes are enough to tell art apart, and keep the mark short.
         mark = "|".join([*sorted({art.shape for art in group})[:4], *(f"{v:.0f}" for v in box)])
         figures.append(Found(box, caption.text if caption else "", mark))
     return sorted(figures, key=lambda figure: (figure.box[1], figure.box[0]))
@@ -178,6 +180,7 @@ def _is_figure(group: list[_Art], box: Box, bounds: Box, words: Sequence[Word]) 
         return True
     if all(art.ruled for art in group):
         return _has_bars(group, inside)
+    # One or two curves are an ornament or a signature.
     return len(group) >= 3 or bool(images)
 
 
@@ -267,14 +270,13 @@ def _with_labels(box: Box, labels: Sequence[_Block], caption: _Block | None) -> 
         labels = [line for line in labels if not holds(caption.box, line.box)]
     grown = box
     for _ in range(2):  # the labels of an axis, then the legend below them
-        near = [b.box for b in labels if distance(grown, b.box) <= _reach(b.text)]
+        near = []
+        for line in labels:
+            reach = _LABEL_REACH if any(c.isalpha() for c in line.text) else _NUMBER_REACH
+            if distance(grown, line.box) <= reach:
+                near.append(line.box)
         grown = union([grown, *near])
     if area(grown) > _MAX_GROWTH * area(box):
         return box
     x0, y0, x1, y1 = grown
     return (x0 - _MARGIN, y0 - _MARGIN, x1 + _MARGIN, y1 + _MARGIN)
-
-
-def _reach(label: str) -> float:
-    """How far from a drawing its label may stand, in points; the numbers of an axis farther."""
-    return _LABEL_REACH if any(c.isalpha() for c in label) else _NUMBER_REACH

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import os
 from collections.abc import Callable, Sequence
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Literal, NamedTuple, TypeAlias
 from uuid import NAMESPACE_URL, uuid5
@@ -13,7 +14,8 @@ from uuid import NAMESPACE_URL, uuid5
 from mmrag.errors import ReadError
 from mmrag.reading.options import ReadOptions
 
-FileKind: TypeAlias = Literal["pdf", "picture", "text"]
+FileKind: TypeAlias = Literal["pdf", "picture", "text", "plugin"]
+"""``picture`` for images, as collections store it; ``plugin`` for readers of other packages."""
 
 SUFFIXES: dict[str, FileKind] = {
     ".pdf": "pdf",
@@ -25,13 +27,13 @@ SUFFIXES: dict[str, FileKind] = {
 
 _MAGIC: tuple[tuple[bytes, str, FileKind | None], ...] = (
     (b"%PDF-", "PDF", "pdf"),
-    (b"\x89PNG\r\n\x1a\n", "PNG picture", "picture"),
-    (b"\xff\xd8\xff", "JPEG picture", "picture"),
-    (b"GIF8", "GIF picture", "picture"),
-    (b"II*\0", "TIFF picture", "picture"),
-    (b"MM\0*", "TIFF picture", "picture"),
-    (b"\0\0\0\x0cjP  \r\n\x87\n", "JPEG 2000 picture", "picture"),
-    (b"\xff\x4f\xff\x51", "JPEG 2000 picture", "picture"),
+    (b"\x89PNG\r\n\x1a\n", "PNG image", "picture"),
+    (b"\xff\xd8\xff", "JPEG image", "picture"),
+    (b"GIF8", "GIF image", "picture"),
+    (b"II*\0", "TIFF image", "picture"),
+    (b"MM\0*", "TIFF image", "picture"),
+    (b"\0\0\0\x0cjP  \r\n\x87\n", "JPEG 2000 image", "picture"),
+    (b"\xff\x4f\xff\x51", "JPEG 2000 image", "picture"),
     (b"PK\x03\x04", "ZIP archive or Office document", None),
     (b"\xd0\xcf\x11\xe0", "old Office document", None),
     (b"\x1f\x8b", "gzip archive", None),
@@ -39,8 +41,19 @@ _MAGIC: tuple[tuple[bytes, str, FileKind | None], ...] = (
 )
 
 
+READERS = "mmrag.readers"
+"""Entry points of this group name a suffix, such as ``.docx``, and the function that reads it."""
+
 IMAGES_MARK = ".mmrag"
 """A file of this name says that a folder holds page images, which are not to be read again."""
+
+
+def suffixes() -> dict[str, FileKind]:
+    """Every suffix that is read, in lower case: mmrag's own, and those of installed packages."""
+    others: dict[str, FileKind] = {
+        point.name.lower(): "plugin" for point in entry_points(group=READERS)
+    }
+    return others | SUFFIXES
 
 
 class FoundFiles(NamedTuple):
@@ -61,14 +74,19 @@ def find_files(paths: Sequence[str | Path]) -> FoundFiles:
     found: dict[Path, None] = {}
     errors: list[ReadError] = []
     passed_over: dict[Path, None] = {}
+    known = suffixes()
     for path in map(Path, paths):
         try:
             if path.is_dir():
                 for each in _in_folder(path, errors):
-                    known = each.suffix.lower() in SUFFIXES
-                    (found if known else passed_over)[each] = None
+                    is_read = each.suffix.lower() in known
+                    (found if is_read else passed_over)[each] = None
             else:
-                _check(path)
+                # Named on its own, so that passing over it in silence would surprise.
+                if not path.exists():
+                    raise ReadError("there is no such file or folder", file=path.as_posix())
+                if path.suffix.lower() not in known:
+                    raise ReadError(_unknown(path), file=path.as_posix())
                 found[path] = None
         except OSError as error:  # such as a name that is too long
             errors.append(ReadError(f"it cannot be found ({error.strerror})", file=str(path)))
@@ -76,7 +94,7 @@ def find_files(paths: Sequence[str | Path]) -> FoundFiles:
             errors.append(error)
     files = []
     for path in sorted(found):
-        problem = _unusable(path)
+        problem = _why_unusable(path)
         if problem is None:
             files.append(path)
         else:
@@ -85,15 +103,7 @@ def find_files(paths: Sequence[str | Path]) -> FoundFiles:
     return FoundFiles(files, errors, sorted(passed_over))
 
 
-def _check(path: Path) -> None:
-    """Raise ReadError for a file that is named itself and is missing or of another kind."""
-    if not path.exists():
-        raise ReadError("there is no such file or folder", file=path.as_posix())
-    if path.suffix.lower() not in SUFFIXES:
-        raise ReadError(_unknown(path), file=path.as_posix())
-
-
-def _unusable(path: Path) -> str | None:
+def _why_unusable(path: Path) -> str | None:
     """Why a file can be neither opened nor named, if so."""
     try:
         str(path).encode()
@@ -113,6 +123,7 @@ def _in_folder(folder: Path, errors: list[ReadError]) -> list[Path]:
     files = []
     for root, folders, names in os.walk(folder, onerror=refuse):
         if IMAGES_MARK in names:
+            # os.walk goes into what is left of the list that it gave.
             folders.clear()
             continue
         folders[:] = sorted(name for name in folders if not name.startswith("."))
@@ -144,7 +155,8 @@ def file_kind(path: Path, options: ReadOptions) -> FileKind:
             head = file.read(1024)
     except OSError as error:
         raise ReadError(f"the file cannot be opened ({error.strerror})", file=name) from error
-    kind = SUFFIXES.get(path.suffix.lower())
+    suffix = path.suffix.lower()
+    kind = SUFFIXES.get(suffix) or suffixes().get(suffix)
     if kind is None:
         raise ReadError(_unknown(path), file=name)
     if size == 0:
@@ -156,7 +168,8 @@ def file_kind(path: Path, options: ReadOptions) -> FileKind:
             file=name,
         )
     title, actual = _content(head)
-    if title is not None and actual != kind:
+    # A reader of another package knows its own format; Office documents, for one, are ZIP files.
+    if title is not None and actual != kind and kind != "plugin":
         raise ReadError(
             f"the content is a {title}, not what {path.suffix} says; rename or convert the file",
             file=name,
@@ -166,13 +179,13 @@ def file_kind(path: Path, options: ReadOptions) -> FileKind:
 
 def _content(head: bytes) -> tuple[str | None, FileKind | None]:
     if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
-        return "WebP picture", "picture"
+        return "WebP image", "picture"
     if head[4:8] == b"ftyp":  # a container: its brands say of what
         brands = head[8:64]
         if b"avif" in brands or b"avis" in brands:
-            return "AVIF picture", "picture"
+            return "AVIF image", "picture"
         if brands[:4] in _HEIC_BRANDS:
-            return "HEIC picture (as phones take them), which is not read", None
+            return "HEIC image, which is not supported", None
     for magic, title, kind in _MAGIC:
         if head.startswith(magic):
             return title, kind
@@ -183,7 +196,8 @@ _HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b
 
 
 def _unknown(path: Path) -> str:
-    return f"files of type {path.suffix or '(none)'} are not read; use {' '.join(sorted(SUFFIXES))}"
+    known = " ".join(sorted(suffixes()))
+    return f"files of type {path.suffix or '(none)'} are not supported; use {known}"
 
 
 def write(path: Path, data: bytes) -> None:

@@ -44,6 +44,7 @@ def read_frames(
     yield Step(None, "open")
     with _opened(path) as image:
         many = image.format == "TIFF"
+        # Lossy files stay lossy: a photograph as PNG would be several times larger.
         suffix = ".jpg" if image.format in ("JPEG", "MPO", "WEBP") else ".png"
         number = first
         while number == 1 or many:

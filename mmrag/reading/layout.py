@@ -82,7 +82,7 @@ def in_reading_order(words: Sequence[Word], apart: Sequence[Box] = ()) -> list[T
 
 
 def _ordered(words: Sequence[Word]) -> list[Token]:
-    words = _columns_joined(words)
+    words = _join_vertical(words)
     turn = _direction(words)
     lines = _lines([replace(word, box=_turned(word.box, turn)) for word in words])
     tokens: list[Token] = []
@@ -91,11 +91,9 @@ def _ordered(words: Sequence[Word]) -> list[Token]:
     return [Token(t.text, _turned(t.box, _BACK[turn]), t.gap) for t in _mended(tokens)]
 
 
-def _columns_joined(words: Sequence[Word]) -> list[Word]:
-    """Each column of characters one below the other as one word.
-
-    The engine gives each character of vertical Chinese and Japanese as a line of its own.
-    """
+def _join_vertical(words: Sequence[Word]) -> list[Word]:
+    """Each column of characters one below the other as one word."""
+    # The engine gives each character of vertical Chinese and Japanese as a line of its own.
     steps = [_stands_below(above, below) for above, below in pairwise(words)]
     n_single = sum(len(word.text) == 1 and is_unspaced(word.text) for word in words)
     if sum(steps) * 2 <= max(n_single, len(words) - n_single):
@@ -196,7 +194,10 @@ def _bands(lines: list[_Line]) -> list[list[_Line]]:
     merged: list[list[_Line]] = []
     columns = False
     for band in bands:
-        near = bool(merged) and _space_between(merged[-1], band) < _BAND_SPACE * _height(band)
+        near = False
+        if merged:
+            space = min(line.box[1] for line in band) - max(line.box[3] for line in merged[-1])
+            near = space < _BAND_SPACE * max(line.box[3] - line.box[1] for line in band)
         together = near and _column_gap(merged[-1] + band) is not None
         if merged and (together or (not columns and _column_gap(band) is None)):
             merged[-1] += band
@@ -205,14 +206,6 @@ def _bands(lines: list[_Line]) -> list[list[_Line]]:
             merged.append(list(band))
             columns = _column_gap(band) is not None
     return merged
-
-
-def _space_between(above: Sequence[_Line], below: Sequence[_Line]) -> float:
-    return min(line.box[1] for line in below) - max(line.box[3] for line in above)
-
-
-def _height(lines: Sequence[_Line]) -> float:
-    return max(line.box[3] - line.box[1] for line in lines)
 
 
 def _column_gap(lines: Sequence[_Line]) -> float | None:

@@ -27,7 +27,10 @@ def find_quote(tokens: Sequence[Token], quote: str) -> list[Box]:
     part. A quote that is not there word for word is found by its longest run of words, if that
     is at least five words and half of the quote.
     """
-    letters, owners = _letters(tokens)
+    # Letters and digits in one string, since spaces and hyphens differ between quote and page.
+    plain = [_plain(token.text) for token in tokens]
+    letters = "".join(plain)
+    owners = [i for i, text in enumerate(plain) for _ in text]
     boxes: list[Box] = []
     for part in _ELLIPSIS.split(clean(quote)):
         wanted = _plain(part)
@@ -36,22 +39,17 @@ def find_quote(tokens: Sequence[Token], quote: str) -> list[Box]:
         at = letters.find(wanted)
         if at >= 0:
             boxes += _line_boxes(tokens, owners[at], owners[at + len(wanted) - 1])
-    return boxes or _nearly(tokens, quote)
-
-
-def _letters(tokens: Sequence[Token]) -> tuple[str, list[int]]:
-    """The tokens' letters and digits in one string, and the token of each."""
-    plain = [_plain(token.text) for token in tokens]
-    return "".join(plain), [i for i, text in enumerate(plain) for _ in text]
+    return boxes or _longest_match(tokens, quote)
 
 
 def _plain(text: str) -> str:
     return "".join(c for c in unicodedata.normalize("NFKC", text).casefold() if c.isalnum())
 
 
-def _nearly(tokens: Sequence[Token], quote: str, least: int = 5) -> list[Box]:
+def _longest_match(tokens: Sequence[Token], quote: str, least: int = 5) -> list[Box]:
     words = [plain for word in clean(quote).split() if (plain := _plain(word))]
     there = [_plain(token.text) for token in tokens]
+    # autojunk would drop words that are frequent on a long page.
     match = SequenceMatcher(None, there, words, autojunk=False).find_longest_match()
     if match.size < max(least, len(words) / 2):
         return []
@@ -90,6 +88,7 @@ def mark_boxes(png: bytes, boxes: Sequence[Box], scale: float) -> bytes:
         frame = (x0 - 2, y0 - 2, x1 + 2, y1 + 2)
         frames.append(frame)
         draw.rectangle(frame, fill=_MARK)
+    # Multiplied, as a highlighter does: black text stays black under the colour.
     marked = ImageChops.multiply(image, pen)
     draw = ImageDraw.Draw(marked)
     for frame in frames:

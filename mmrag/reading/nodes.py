@@ -19,6 +19,7 @@ from llama_index.core.schema import (
 from mmrag.reading.files import node_id
 from mmrag.reading.options import PageRecord
 
+# Of no use to a model: paths, hashes and numbers would only change the vectors.
 _HIDDEN_KEYS = ["page_image", "sha256", "box", "text_layer"]
 
 

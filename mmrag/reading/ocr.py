@@ -9,7 +9,6 @@ from typing import Any
 
 from mmrag.errors import ConfigError
 from mmrag.reading.layout import Word
-from mmrag.reading.options import Box
 
 INSTALL = "pip install 'mmrag[ocr]'"
 
@@ -32,23 +31,19 @@ def recognise(png: bytes, scale: float) -> list[Word]:
         return []
     words: list[Word] = []
     for number, line in enumerate(found.word_results):
-        words += [
-            Word(text, _box(corners, scale), 0, number)
-            for text, _, corners in line
-            if corners is not None
-        ]
+        for text, _, corners in line:
+            if corners is not None:
+                # Four corners, since the words of a skewed scan lean; a box is enough here.
+                xs = [float(x) / scale for x, _ in corners]
+                ys = [float(y) / scale for _, y in corners]
+                words.append(Word(text, (min(xs), min(ys), max(xs), max(ys)), 0, number))
     return words
-
-
-def _box(corners: Any, scale: float) -> Box:
-    xs = [float(x) / scale for x, _ in corners]
-    ys = [float(y) / scale for _, y in corners]
-    return (min(xs), min(ys), max(xs), max(ys))
 
 
 @functools.cache
 def _engine() -> Any:
     from rapidocr import RapidOCR
 
+    # It logs at INFO which models it loads, and warns of every image without text.
     logging.getLogger("RapidOCR").setLevel(logging.ERROR)
     return RapidOCR()

@@ -28,6 +28,7 @@ class Outline:
             title = " ".join(clean(title).split())
             path = [*path[: level - 1], title]
             if page > 0 and title:
+                # An entry may name a page alone; its heading is then taken to stand at the top.
                 top = getattr(target.get("to"), "y", 0.0)
                 found.append((page, float(top), order, " > ".join(filter(None, path))))
         found.sort()

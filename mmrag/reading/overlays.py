@@ -44,21 +44,22 @@ def with_fields(page: Any, words: Sequence[Word]) -> list[Word]:
             # The tick is a letter of a symbol font: it is not among the words that one reads.
             words = [word for word in words if not holds(box, word.box)]
             words.append(Word(TICKED if _is_ticked(page, widget) else UNTICKED, box, block, 0))
-        elif _has_value(widget) and not any(holds(box, word.box) for word in words):
+            continue
+        is_secret = widget.field_flags & _PASSWORD
+        has_value = widget.field_type in _VALUES and not is_secret
+        # Most programs draw the value on the page as well; only a value that is not seen is added.
+        if has_value and not any(holds(box, word.box) for word in words):
             words += [Word(value, box, block, 0) for value in _value(widget).split()]
     return words
 
 
 def _is_ticked(page: Any, widget: Any) -> bool:
     """Whether a check box or radio button is on, by the state that is drawn."""
+    # "AS" is what is drawn. The field's value is the state of its whole group of radio buttons.
     kind, state = page.parent.xref_get_key(widget.xref, "AS")
     if kind == "name":
         return bool(state != "/Off")
     return widget.field_value not in (None, "", "Off", False)
-
-
-def _has_value(widget: Any) -> bool:
-    return widget.field_type in _VALUES and not widget.field_flags & _PASSWORD
 
 
 def _value(widget: Any) -> str:

@@ -35,7 +35,9 @@ def words_path(image: Path) -> Path:
 def save_words(image: Path, words: PageWords) -> None:
     """Keep the words of a page beside its image."""
     rows = [
-        [token.text, token.gap, *(round(value, 1) for value in token.box)] for token in words.tokens
+        # A tenth of a point is less than a pixel at 144 dpi.
+        [token.text, token.gap, *(round(value, 1) for value in token.box)]
+        for token in words.tokens
     ]
     content = {"version": _VERSION, "scale": words.scale, "words": rows}
     data = json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode()

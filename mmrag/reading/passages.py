@@ -42,6 +42,7 @@ def cut(
     ends = frozenset(ends)
     total = sum(sizes)
     fresh = limit - overlap
+    # Equal pieces: the rest of a page would otherwise be a passage of three words.
     target = -(-total // max(1, -(-total // fresh)))
     ranges: list[tuple[int, int]] = []
     start = done = 0
@@ -58,6 +59,7 @@ def _stop(sizes: Sequence[int], ends: Collection[int], done: int, target: int, r
     size, best, reach = 0, done, done
     for i in range(done, len(sizes)):
         size += sizes[i]
+        # At least one item, or a token longer than the limit would never be passed.
         if size > room and i > done:
             break
         reach = i + 1

@@ -139,7 +139,7 @@ class _Reader:
         except Exception as error:
             if isinstance(error, OSError) and is_environment_error(error):
                 raise  # a full disk is full for the next page as well
-            message = f"the page cannot be read ({_told(error)}); it is left out"
+            message = f"the page cannot be read ({_short(error)}); it is left out"
             yield Problem(number, message, _is_memory(error))
         yield from self.problems
 
@@ -212,6 +212,7 @@ class _Reader:
                 lambda: [self._figure(page, image, figure) for figure in found],
                 [],
             )
+            # Beside the image: a page without one cannot be marked either.
             save_words(image, PageWords(tokens, scale_of(page, self.options)))
         needs_ocr = recognised is None and layer.doubt != "none"
         if needs_ocr and layer.doubt == "illegible":
@@ -248,7 +249,7 @@ class _Reader:
         except Exception as error:
             if isinstance(error, OSError) and is_environment_error(error):
                 raise
-            self.problems.append(Problem(number, f"{message} ({_told(error)})", _is_memory(error)))
+            self.problems.append(Problem(number, f"{message} ({_short(error)})", _is_memory(error)))
             return otherwise
 
     def _image(self, page: Any, number: int) -> Path:
@@ -303,7 +304,7 @@ def _warnings() -> tuple[str, ...]:
     return tuple(dict.fromkeys(line for line in text.splitlines() if line))[:_MAX_WARNINGS]
 
 
-def _told(error: Exception) -> str:
+def _short(error: Exception) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
     return text[:200]
 

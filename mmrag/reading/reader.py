@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+# In a row, without a page between them: such a file is beyond help, and each costs a minute or so.
 _MAX_DEATHS = 3
 
 
@@ -77,6 +78,7 @@ def read_file(
     if options.ocr == "force":
         ocr.require()
     if not ocr.available():
+        # Here and not in the worker, whose answers then do not depend on what is installed.
         options = replace(options, ocr="off")
     try:
         kind = file_kind(path, options)
@@ -109,6 +111,7 @@ def _read_pdf(source: Source, options: ReadOptions, report: Report) -> Iterator[
     before: PageRecord | None = None
     held: PageRecord | None = None
     for record in _records("pdf", source, options, report):
+        assert isinstance(record, PageRecord)
         # A page is held back until the next is known, to tell logos from figures.
         if held is not None:
             yield _page(source, held, before, record, page_nodes)
@@ -129,6 +132,7 @@ def _page(
     )
     for figure in record.figures:
         if figure.mark in repeated:
+            # Logos and page frames: no node refers to the image any more.
             Path(figure.image).unlink(missing_ok=True)
     nodes = page_nodes(source, record, repeated)
     return ReadPage(record.page, nodes, record.needs_ocr, record.warnings)
@@ -136,8 +140,8 @@ def _page(
 
 def _records(
     operation: str, source: Source, options: ReadOptions, report: Report
-) -> Iterator[PageRecord]:
-    """Pages from worker processes; one that dies costs the step it died in."""
+) -> Iterator[PageRecord | Passage]:
+    """Pages, or passages of a text, from workers; one that dies costs the step it died in."""
     first, deaths, retry = 1, 0, False
     skipped: Skipped = frozenset()
     while deaths < _MAX_DEATHS:
@@ -150,7 +154,7 @@ def _records(
                         step = answer
                     case Problem():
                         report(answer)
-                    case PageRecord():
+                    case PageRecord() | Passage():
                         deaths, retry = 0, False
                         yield answer
             return
@@ -159,7 +163,8 @@ def _records(
             return
         except client.WorkerDied as error:
             deaths, retry = deaths + 1, retry or error.retry
-            report(Problem(step.page, _obituary(step, error, options), error.retry))
+            report(Problem(step.page, _death_message(step, error, options), error.retry))
+            # Opening fails the same way each time.
             if step.page is None:
                 return
             if step.name in _OPTIONAL:
@@ -180,7 +185,7 @@ _STEPS: dict[StepName, tuple[str, str]] = {
 _OPTIONAL: tuple[StepName, ...] = ("image", "figures", "recognition")
 
 
-def _obituary(step: Step, error: client.WorkerDied, options: ReadOptions) -> str:
+def _death_message(step: Step, error: client.WorkerDied, options: ReadOptions) -> str:
     doing, outcome = _STEPS[step.name]
     if error.late:
         return f"{doing} took longer than {options.page_seconds * step.patience:g} s; {outcome}"
@@ -191,6 +196,7 @@ def _obituary(step: Step, error: client.WorkerDied, options: ReadOptions) -> str
 
 def _read_image(source: Source, options: ReadOptions, report: Report) -> Iterator[ReadPage]:
     for record in _records("image", source, options, report):
+        assert isinstance(record, PageRecord)
         node = source.node("picture", record.text, page=record.page, image=record.image)
         yield ReadPage(record.page, [node], record.needs_ocr)
 
@@ -207,6 +213,10 @@ def _read_text(source: Source, options: ReadOptions, report: Report) -> Iterator
     except (client.RequestFailed, client.WorkerDied) as error:
         report(Problem(None, f"its text cannot be read ({error})", error.retry))
         return
+    yield from _text_page(source, passages)
+
+
+def _text_page(source: Source, passages: Sequence[Passage]) -> Iterator[ReadPage]:
     nodes = [
         source.node("text", passage.text, index=index, section=passage.section)
         for index, passage in enumerate(passages)
@@ -215,7 +225,21 @@ def _read_text(source: Source, options: ReadOptions, report: Report) -> Iterator
         yield ReadPage(None, nodes)
 
 
-_READERS = {"pdf": _read_pdf, "picture": _read_image, "text": _read_text}
+def _read_plugin(source: Source, options: ReadOptions, report: Report) -> Iterator[ReadPage]:
+    """A file of a type that another package reads: pages as they come, its passages at the end."""
+    from mmrag.reading.nodes import page_nodes
+
+    passages: list[Passage] = []
+    for record in _records("plugin", source, options, report):
+        if isinstance(record, Passage):
+            passages.append(record)
+            continue
+        nodes = page_nodes(source, record, frozenset())
+        yield ReadPage(record.page, nodes, record.needs_ocr, record.warnings)
+    yield from _text_page(source, passages)
+
+
+_READERS = {"pdf": _read_pdf, "picture": _read_image, "text": _read_text, "plugin": _read_plugin}
 
 
 def count_pages(path: str | Path) -> int:
@@ -298,6 +322,7 @@ def _kept_words(path: str | Path, page_image: str | Path | None) -> PageWords | 
 
 def _once(path: str | Path, page: int | None, operation: str, *arguments: object) -> Any:
     """The one answer of an operation on a page, or on the file where ``page`` is None."""
+    # One step may be recognition, whose patience the worker only grants to steps that name it.
     options = ReadOptions(page_seconds=ReadOptions().page_seconds * RECOGNITION_PATIENCE)
     try:
         (answer,) = client.ask(options, operation, *arguments)

@@ -19,6 +19,8 @@ def save_image(page: Any, path: Path, options: ReadOptions, clip: Box | None = N
     scale = scale_of(page, options, clip)
     expected = (pymupdf.Rect(clip or page.rect) * pymupdf.Matrix(scale, scale)).irect
     size = _png_size(path)
+    # Images are used again after a run that was cut short, but not with another dpi. The engine may
+    # round an edge otherwise.
     if size and abs(size[0] - expected.width) <= 1 and abs(size[1] - expected.height) <= 1:
         return
     write(path, rendered(page, scale, clip))

@@ -50,6 +50,7 @@ def _sections(text: str) -> list[tuple[str | None, str]]:
     path: list[str] = []
     fenced = False
     for line in text.split("\n"):
+        # A # in a block of code is a comment, not a heading.
         fenced ^= _FENCE.match(line) is not None
         heading = None if fenced else _HEADING.match(line)
         title = line[heading.end() :].strip().rstrip("#").rstrip() if heading else ""

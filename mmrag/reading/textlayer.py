@@ -64,20 +64,15 @@ def page_text(page: Any) -> PageText:
     covered = sum(area(clipped(word.box, bounds)) for word in words)
     is_text = has_words(" ".join(word.text for word in words))
     sparse = covered < _SPARSE_SHARE * area(bounds) or not is_text
-    if sparse and _is_scan(page):
-        return PageText(words if is_text else [], "sparse")
+    if sparse:
+        images = (clipped(moved(each["bbox"], shown), bounds) for each in page.get_image_info())
+        if any(area(box) > _SCAN_SHARE * area(bounds) for box in images):
+            return PageText(words if is_text else [], "sparse")
     return PageText(words)
 
 
 def _n_characters(words: Sequence[Word]) -> int:
     return sum(len(word.text) for word in words)
-
-
-def _is_scan(page: Any) -> bool:
-    """Whether one image covers most of a page."""
-    bounds, shown = as_box(page.rect), tuple(page.rotation_matrix)
-    boxes = (clipped(moved(image["bbox"], shown), bounds) for image in page.get_image_info())
-    return any(area(box) > _SCAN_SHARE * area(bounds) for box in boxes)
 
 
 def _legible(words: Sequence[Word]) -> tuple[list[Word], list[Word], int]:
@@ -112,10 +107,8 @@ def _raw_words(page: Any) -> list[Word]:
 
 
 def _symbol_fonts(page: Any) -> dict[str, dict[int, str]]:
-    """The codes of the page's symbol fonts, by name, of those that do not say what they mean.
-
-    The engine gives their codes as they are, or from U+F000 on.
-    """
+    """The codes of the page's symbol fonts, by name, of those that do not say what they mean."""
+    # The engine gives their codes as they are, or from U+F000 on.
     found: dict[str, dict[int, str]] = {}
     for xref, _, _, name, *_ in page.get_fonts():
         table = table_of(name)
@@ -167,6 +160,7 @@ def _mended(words: Sequence[Word], characters: Sequence[tuple[str, str]]) -> lis
         raw = [char for char in word.text if not char.isspace()]
         pairs = characters[at : at + len(raw)]
         if [before for before, _ in pairs] != raw:
+            # Half mended would be worse than as the engine gave them.
             return list(words)
         out.append(replace(word, text="".join(after for _, after in pairs)))
         at += len(raw)

@@ -24,6 +24,7 @@ OPERATIONS = {
     "pdf": ("mmrag.reading.pdf", "read_pages"),
     "image": ("mmrag.reading.images", "read_frames"),
     "text": ("mmrag.reading.text", "read_passages"),
+    "plugin": ("mmrag.reading.plugins", "read_records"),
     "count": ("mmrag.reading.evidence", "count_pages"),
     "locate": ("mmrag.reading.evidence", "locate"),
     "mark": ("mmrag.reading.evidence", "mark"),
@@ -63,10 +64,10 @@ def _serve(request: tuple[float, int, str, str, tuple[Any, ...]], answers: Binar
     except BrokenPipeError:
         raise
     except Exception as error:  # noqa: BLE001 - an engine error is an answer, not our end
-        _send(Done(_told(error), is_environment_error(error)), answers)
+        _send(Done(_failure(error), is_environment_error(error)), answers)
 
 
-def _told(error: Exception) -> str:
+def _failure(error: Exception) -> str:
     if isinstance(error, OSError) and error.errno is not None:
         return f"{error.strerror}: {error.filename}"
     if isinstance(error, MemoryError):
@@ -84,6 +85,7 @@ def _limit_memory(limit: int) -> None:
     _, most = resource.getrlimit(resource.RLIMIT_DATA)
     if most != resource.RLIM_INFINITY:
         limit = min(limit, most)
+    # The hard limit stays, so that the next request may have a higher one.
     resource.setrlimit(resource.RLIMIT_DATA, (limit, most))
 
 

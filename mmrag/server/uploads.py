@@ -12,7 +12,7 @@ from typing import BinaryIO
 
 from mmrag.errors import ContentError
 from mmrag.reading import count_pages, file_sha256
-from mmrag.reading.files import SUFFIXES
+from mmrag.reading.files import suffixes
 from mmrag.server.errors import ApiError
 
 _LONGEST_NAME = 180  # bytes; file systems take 255
@@ -32,8 +32,8 @@ def safe_name(name: str) -> str:
     stem, suffix = PurePosixPath(kept).stem, PurePosixPath(kept).suffix
     if not stem:
         raise ContentError("The file has no name; send one, with its suffix.")
-    if suffix.lower() not in SUFFIXES:
-        known = ", ".join(sorted(SUFFIXES))
+    if suffix.lower() not in suffixes():
+        known = ", ".join(sorted(suffixes()))
         raise ApiError(415, f"{kept}: unsupported file type; send one of {known}.", "file_kind")
     room = _LONGEST_NAME - len(suffix.encode())
     # The limit is in bytes, and may fall within a character.

@@ -316,7 +316,7 @@ def test_files_that_are_no_sound_pdf_give_one_clear_error(make_pdf, read, tmp_pa
         locked: "needs a password",
         garbage: "damaged",
         empty: "0 bytes",
-        named: "PNG picture",
+        named: "PNG image",
         pageless: "no pages",
         tmp_path / "missing.pdf": "cannot be opened",
     }
