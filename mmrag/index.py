@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,8 +17,9 @@ from mmrag.errors import CollectionError, ConfigError, MissingCollectionError
 from mmrag.ingest.progress import IngestReport, Progress
 from mmrag.ingest.run import ingest, reading_settings
 from mmrag.queries import Where
-from mmrag.reading import ReadOptions
+from mmrag.reading import ReadOptions, file_sha256
 from mmrag.store.collection import Collection
+from mmrag.store.damage import Examination
 from mmrag.store.entries import FileEntry
 from mmrag.store.matching import matching_paths
 from mmrag.store.settings import CollectionSettings, View, refuse_other
@@ -158,6 +161,31 @@ class UniversalIndex:
         for path in paths:
             self.collection.remove_file(path)
         return paths
+
+    def repair(self, found: Examination) -> int:
+        """Read and embed again what damage to the collection's files has cost.
+
+        A file is read again if its content is that which was indexed. The working directory is
+        the one in which a file was indexed for as long as it is read.
+
+        found: what ``collection.examine()`` found.
+
+        Returns:
+            How many points are gone still, of files that nothing is left of: index them again.
+        """
+        self.collection.clear_damage(found)
+        n_points = self.collection.count_points()
+        by_folder: dict[str, list[str]] = defaultdict(list)
+        for entry in dict.fromkeys((*found.lost, *found.misplaced, *found.unfinished)):
+            # A collection that somebody else made may name files that were never in it.
+            if entry.path.is_file() and file_sha256(entry.path) == entry.sha256:
+                by_folder[entry.folder].append(entry.file)
+        for folder, files in by_folder.items():
+            with contextlib.chdir(folder or Path.cwd()):
+                self.add(files)
+        n_cleared = len(found.altered) - len(found.as_written)
+        n_restored = self.collection.count_points() - n_points - n_cleared
+        return max(0, found.missing - n_restored)
 
     def files(self) -> list[FileEntry]:
         """The indexed files, ordered by path."""

@@ -22,6 +22,8 @@ from numpy.typing import NDArray
 from mmrag.errors import CollectionError, ConfigError, MissingCollectionError
 from mmrag.nodes import node_text
 from mmrag.queries import Where
+from mmrag.store.damage import Examination, examine
+from mmrag.store.edge import BUILD_ANEW
 from mmrag.store.engine import (
     LANGUAGE_FIELD,
     TERMS_FIELD,
@@ -46,7 +48,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Collection", "CollectionSettings", "FileEntry"]
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 _NAMESPACE = UUID("5a3c1f0e-6f0b-4d57-9f5e-0d6c2f3b8a11")
 _SETTINGS_ID = str(uuid5(_NAMESPACE, "settings"))
@@ -151,6 +153,7 @@ class Collection:
             engine.drop_index("text")  # schema 1 ranked by it
             engine.create_indexes(_schema(upgraded))
             n_nodes = rebuild_terms(engine, upgraded.language)
+            engine.upsert(list(engine.scroll(_FILES)))  # for their checksums
             _store_settings(engine, upgraded)
             return n_nodes
         finally:
@@ -197,7 +200,9 @@ class Collection:
 
     def files(self) -> list[FileEntry]:
         """The finished files, ordered by path."""
-        entries = [FileEntry.from_payload(point.payload) for point in self._engine.scroll(_FILES)]
+        points = self._engine.scroll(_FILES, vectors=True)
+        # A damaged entry is none: its file counts as unfinished, and is read again.
+        entries = [FileEntry.from_payload(p.payload) for p in points if self._engine.is_intact(p)]
         return sorted(entries, key=lambda entry: (entry.file, entry.sha256))
 
     def paths(self) -> list[str]:
@@ -224,11 +229,32 @@ class Collection:
             if sha256 not in done
         }
 
-    def damaged(self) -> list[FileEntry]:
-        """The files of which fewer nodes are here than were stored."""
+    def damaged(self, entries: Sequence[FileEntry]) -> list[FileEntry]:
+        """Those of the files of which fewer nodes are here than were stored, by their number."""
         # A file's own point counts among those with its hash.
         stored = self._engine.facet("sha256")
-        return [entry for entry in self.files() if stored.get(entry.sha256, 0) - 1 < entry.nodes]
+        return [entry for entry in entries if stored.get(entry.sha256, 0) - 1 < entry.nodes]
+
+    def examine(self) -> Examination:
+        """Read every point, and say which are not as they were written."""
+        return examine(self._engine, _schema(self.settings))
+
+    def clear_damage(self, found: Examination) -> None:
+        """Delete the points that ``examine`` found altered, and make wrong indexes anew.
+
+        Files that lose nodes by it are read again by the next run of indexing.
+        """
+        self._engine.delete_ids(found.altered)
+        self._engine.upsert(found.as_written)
+        for entry in found.misplaced:
+            same = _with_hash(entry.sha256)
+            at_its_path = AnyOf("file", (entry.file,))
+            self._engine.delete(dataclasses.replace(same, must_not=(*same.must_not, at_its_path)))
+        if found.indexes:
+            for key in found.indexes:
+                self._engine.drop_index(key)
+            self._engine.create_indexes(_schema(self.settings))
+        self._engine.settle()
 
     def remove_file(self, sha256_or_path: str) -> int:
         """Delete a file's points and page images; returns how many nodes went."""
@@ -279,7 +305,12 @@ class Collection:
         Its metadata has ``file_path``, where the file was when it was indexed, which models are
         not shown. An image outside of ``images_dir`` is taken away.
         """
-        node = metadata_dict_to_node(dict(payload))
+        try:
+            node = metadata_dict_to_node(dict(payload))
+        except (ValueError, TypeError, LookupError) as error:
+            raise CollectionError(
+                f"{self._location} holds a damaged node ({error}). Run mmrag doctor."
+            ) from error
         if "file" in node.metadata:
             path = Path(payload.get("folder", ""), node.metadata["file"])
             node.metadata["file_path"] = path.as_posix()
@@ -291,6 +322,10 @@ class Collection:
         """How many nodes there are."""
         nodes = dataclasses.replace(self._filter(where), must_not=(_BOOKKEEPING,))
         return self._engine.count(nodes)
+
+    def count_points(self) -> int:
+        """How many points there are, with those of files and of the settings."""
+        return self._engine.count(Filter())
 
     def unmatched(self, where: Where | None) -> list[str]:
         """Those of the file patterns that match no indexed file."""
@@ -444,21 +479,28 @@ def _stored_settings(engine: Engine, location: Location) -> CollectionSettings |
     payload = point.payload
     if payload["schema"] < SCHEMA_VERSION:
         raise CollectionError(
-            f"{location} was built by an older mmrag, which kept other terms for BM25 (schema "
-            f"{payload['schema']}, this version writes {SCHEMA_VERSION}). Bring it up to date: "
-            "mmrag upgrade -c FOLDER_OR_URL. Nothing is embedded again."
+            f"{location} was built by an older mmrag, which kept other terms for BM25 or no "
+            f"checksums (schema {payload['schema']}, this version writes {SCHEMA_VERSION}). "
+            "Bring it up to date: mmrag upgrade -c FOLDER_OR_URL. Nothing is embedded again."
         )
+    if not engine.is_intact(point):
+        raise CollectionError(f"The settings of {location} are damaged. {BUILD_ANEW}")
     return CollectionSettings.from_json(payload["settings"])
 
 
 def _settings_point(engine: Engine, location: Location) -> Point | None:
     found = engine.retrieve([_SETTINGS_ID])
-    if found and found[0].payload["schema"] > SCHEMA_VERSION:
+    if not found:
+        return None
+    schema = found[0].payload.get("schema")
+    if not isinstance(schema, int):
+        raise CollectionError(f"The settings of {location} are damaged. {BUILD_ANEW}")
+    if schema > SCHEMA_VERSION:
         raise CollectionError(
-            f"{location} was built by a newer mmrag (schema {found[0].payload['schema']}, this "
-            f"version knows {SCHEMA_VERSION}). Upgrade: pip install -U mmrag"
+            f"{location} was built by a newer mmrag (schema {schema}, this version knows "
+            f"{SCHEMA_VERSION}). Upgrade: pip install -U mmrag"
         )
-    return found[0] if found else None
+    return found[0]
 
 
 def _schema(settings: CollectionSettings) -> Schema:

@@ -7,6 +7,7 @@ child it waits for threads that are not there. All four are met here.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -22,7 +23,9 @@ from numpy.typing import NDArray
 from typing_extensions import override
 
 from mmrag.errors import CollectionError
+from mmrag.store.checksums import checksum, unit_length
 from mmrag.store.engine import (
+    CHECKSUM_FIELD,
     FACET_LIMIT,
     SCROLL_PAGE,
     TERMS_FIELD,
@@ -34,6 +37,7 @@ from mmrag.store.engine import (
     Scored,
     as_point,
 )
+from mmrag.store.point_count import PointCount
 
 # The write-ahead log keeps every write from a killed process; flushing keeps the log short.
 _FLUSH_POINTS = 2000
@@ -47,6 +51,8 @@ _COPIES = 4
 # Python's bool is a subclass of int, and qdrant-edge takes it for a number.
 DIALECT = Dialect(edge, edge.RangeFloat, edge.RangeDateTime, np.bool_)
 
+BUILD_ANEW = "If it cannot be repaired, delete its folder and index the files again."
+"""What is left to do where files are damaged beyond repair."""
 LOCK = ".lock"
 """Suffix of the file beside the shard's folder that its user holds locked."""
 
@@ -69,6 +75,7 @@ class EdgeEngine(Engine):
         self._folder = folder
         self._process = os.getpid()
         self._unflushed = 0
+        self._count = PointCount(folder)
         self._shard: edge.EdgeShard | None = None
         # Held before the engine touches a file: its own lock comes after it has written some.
         self._lock = FileLock(f"{folder}{LOCK}", timeout=0)
@@ -82,17 +89,24 @@ class EdgeEngine(Engine):
             self._need_space("open", 0)
             with self._errors("open"):
                 self._shard = edge.EdgeShard.load(str(folder))
+            self._count.compare(self.count(Filter()))
         except BaseException:
             self._lock.release()
             raise
 
     @override
     def upsert(self, points: Sequence[Point]) -> None:
+        points = [
+            dataclasses.replace(
+                point, vectors={name: unit_length(each) for name, each in point.vectors.items()}
+            )
+            for point in points
+        ]
         rows = [
             edge.Point(
                 point.id,
                 {name: vector.tolist() for name, vector in point.vectors.items()},
-                point.payload,
+                point.payload | {CHECKSUM_FIELD: checksum(point)},
             )
             for point in points
         ]
@@ -103,6 +117,7 @@ class EdgeEngine(Engine):
             for point in points
         )
         self._need_space("write to", _COPIES * size)
+        self._count.forget()
         with self._errors("write to"):
             self._open.update(edge.UpdateOperation.upsert_points(rows))
         self._unflushed += len(rows)
@@ -112,9 +127,13 @@ class EdgeEngine(Engine):
     @override
     def delete(self, where: Filter) -> None:
         operation = edge.UpdateOperation.delete_points_by_filter(DIALECT.filter(where))
-        self._need_space("delete from", 0)
-        with self._errors("delete from"):
-            self._open.update(operation)
+        self._delete(operation)
+
+    @override
+    def delete_ids(self, ids: Sequence[str]) -> None:
+        # The engine reads what it deletes, and fails over a damaged payload: write a sound one.
+        self.upsert([Point(id_, {}) for id_ in ids])
+        self._delete(edge.UpdateOperation.delete_points(list(ids)))
 
     @override
     def retrieve(self, ids: Sequence[str], payload: bool = True) -> list[Point]:
@@ -157,6 +176,39 @@ class EdgeEngine(Engine):
             )
 
     @override
+    def count_term(self, term: str) -> int:
+        has_term = edge.FieldCondition(key=TERMS_FIELD, match=edge.MatchText(term))
+        request = edge.CountRequest(exact=True, filter=edge.Filter(must=[has_term]))
+        with self._errors("count in"):
+            return int(self._open.count(request))
+
+    @override
+    def every_point(self) -> Iterator[Point]:
+        offset = None
+        while True:
+            request = edge.ScrollRequest(
+                offset=offset, limit=SCROLL_PAGE, with_payload=False, with_vector=False
+            )
+            with self._errors("read from"):
+                records, offset = self._open.scroll(request)
+            yield from self._readable([str(record.id) for record in records])
+            if offset is None:
+                return
+
+    @override
+    def is_intact(self, point: Point) -> bool:
+        return point.checksum == checksum(point)
+
+    @property
+    @override
+    def missing(self) -> int:
+        return self._count.missing
+
+    @override
+    def settle(self) -> None:
+        self._count.settle()
+
+    @override
     def create_indexes(self, schema: Schema) -> None:
         self._need_space("index", _SPACE_TO_CREATE)
         with self._errors("index"):
@@ -196,7 +248,9 @@ class EdgeEngine(Engine):
         try:
             if shard is not None:
                 with self._errors("close"):
+                    n_points = shard.count(edge.CountRequest(exact=True))
                     shard.close()
+                self._count.keep(n_points)
         finally:
             self._lock.release()
 
@@ -211,6 +265,29 @@ class EdgeEngine(Engine):
                 "process only, or put it on a Qdrant server that all can share."
             )
         return self._shard
+
+    def _readable(self, ids: Sequence[str]) -> Iterator[Point]:
+        """The points with these ids; one that cannot be read is found by halving."""
+        try:
+            with self._errors("read from"):
+                records = self._open.retrieve(list(ids), True, True)
+        except CollectionError:
+            if self._shard is None:
+                raise
+            if len(ids) == 1:
+                yield Point(ids[0], {})
+                return
+            half = len(ids) // 2
+            yield from self._readable(ids[:half])
+            yield from self._readable(ids[half:])
+        else:
+            yield from map(as_point, records)
+
+    def _delete(self, operation: edge.UpdateOperation) -> None:
+        self._need_space("delete from", 0)
+        self._count.forget()
+        with self._errors("delete from"):
+            self._open.update(operation)
 
     def _create(self, schema: Schema) -> None:
         for rest in self._folder.parent.glob(f"{self._folder.name}.*new"):
@@ -246,7 +323,7 @@ class EdgeEngine(Engine):
             limit=limit,
             query=query,
             filter=DIALECT.filter(where),
-            with_payload=edge.PayloadSelector.Exclude([TERMS_FIELD]),
+            with_payload=edge.PayloadSelector.Exclude([TERMS_FIELD, CHECKSUM_FIELD]),
         )
         with self._errors("search"):
             found = self._open.query(request)
@@ -262,14 +339,16 @@ class EdgeEngine(Engine):
             if type(error).__name__ == "PanicException":
                 self._shard = None  # its state is not known
                 raise CollectionError(
-                    f"cannot {doing} {self._folder}: its files are damaged ({error}). "
-                    "Delete the folder of the collection and index the files again."
+                    f"cannot {doing} {self._folder}: its files are damaged ({error}). {BUILD_ANEW}"
                 ) from error
             if type(error) not in (Exception, ValueError):
                 raise
             if "WouldBlock" in str(error):
                 raise self._in_use(doing) from error
-            raise CollectionError(f"cannot {doing} {self._folder}: {error}") from error
+            raise CollectionError(
+                f"cannot {doing} {self._folder}: {error}. If its files are damaged, run mmrag "
+                f"doctor --repair. {BUILD_ANEW}"
+            ) from error
 
     def _in_use(self, doing: str) -> CollectionError:
         return CollectionError(

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from mmrag.errors import ConfigError
 
 TERMS_FIELD = "terms"
+CHECKSUM_FIELD = "checksum"
 LANGUAGE_FIELD = "terms_language"
 SCROLL_PAGE = 256
 FACET_LIMIT = 1_000_000
@@ -25,11 +26,13 @@ class Point:
     """One stored point: any subset of the named vectors, and a payload.
 
     vectors: name to (dim,) float32.
+    checksum: what was stored with it, of a point that was read; see ``mmrag.store.checksums``.
     """
 
     id: str
     payload: dict[str, Any]
     vectors: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
+    checksum: str | None = None
 
 
 @dataclass(frozen=True)
@@ -126,6 +129,10 @@ class Engine(Protocol):
         """Delete every point that the filter matches."""
         ...
 
+    def delete_ids(self, ids: Sequence[str]) -> None:
+        """Delete the points with these ids."""
+        ...
+
     def retrieve(self, ids: Sequence[str], payload: bool = True) -> list[Point]:
         """The points with these ids that exist, without vectors, in no particular order."""
         ...
@@ -146,6 +153,36 @@ class Engine(Protocol):
 
     def count(self, where: Filter) -> int:
         """How many points the filter matches, exactly."""
+        ...
+
+    def count_term(self, term: str) -> int:
+        """How many points have this term, by the index of BM25."""
+        ...
+
+    def every_point(self) -> Iterator[Point]:
+        """Every point with its vectors, read without an index.
+
+        A point that cannot be read comes with its id alone.
+        """
+        ...
+
+    def is_intact(self, point: Point) -> bool:
+        """Whether a point that was read with its vectors is as it was written.
+
+        A server answers for its own files.
+        """
+        ...
+
+    @property
+    def missing(self) -> int:
+        """How many points fewer there are than when the store was last closed.
+
+        Negative for points that came back; 0 where the number is not known.
+        """
+        ...
+
+    def settle(self) -> None:
+        """Take the present number of points for the right one."""
         ...
 
     def create_indexes(self, schema: Schema) -> None:
@@ -241,4 +278,5 @@ def as_point(record: Any) -> Point:
     """A record of either library as a Point."""
     stored = record.vector or {}
     vectors = {name: np.asarray(values, dtype=np.float32) for name, values in stored.items()}
-    return Point(str(record.id), record.payload or {}, vectors)
+    payload = record.payload or {}
+    return Point(str(record.id), payload, vectors, payload.pop(CHECKSUM_FIELD, None))

@@ -11,6 +11,7 @@ from mmrag.errors import CollectionError, ConfigError, MissingCollectionError
 from mmrag.store.edge import LOCK, EdgeEngine
 from mmrag.store.engine import Engine, Schema
 from mmrag.store.images import ImageFolder
+from mmrag.store.point_count import COUNT
 
 if TYPE_CHECKING:
     from qdrant_client import AsyncQdrantClient, QdrantClient
@@ -110,7 +111,7 @@ class Location:
             raise CollectionError(f"{self} is a file; give a folder for the collection.")
         names = sorted(each.name for each in folder.iterdir()) if folder.is_dir() else []
         # A process that creates the shard, or was killed over it, leaves one ending in "new".
-        own = re.compile(rf"{IMAGES}|{SHARD}{re.escape(LOCK)}|{SHARD}\..*new")
+        own = re.compile(rf"{IMAGES}|{SHARD}({LOCK}|{COUNT})|{SHARD}\..*new")
         foreign = [name for name in names if not own.fullmatch(name)]
         if foreign:
             raise CollectionError(

@@ -90,6 +90,11 @@ class ServerEngine(Engine):
         self._call(lambda: self._client.delete(self._name, selector, wait=True))
 
     @override
+    def delete_ids(self, ids: Sequence[str]) -> None:
+        selector = models.PointIdsList(points=list(ids))
+        self._call(lambda: self._client.delete(self._name, selector, wait=True))
+
+    @override
     def retrieve(self, ids: Sequence[str], payload: bool = True) -> list[Point]:
         records = self._call(
             lambda: self._client.retrieve(self._name, list(ids), with_payload=payload)
@@ -120,6 +125,31 @@ class ServerEngine(Engine):
         return self._call(
             lambda: self._client.count(self._name, count_filter=DIALECT.filter(where), exact=True)
         ).count
+
+    @override
+    def count_term(self, term: str) -> int:
+        has_term = models.FieldCondition(key=TERMS_FIELD, match=models.MatchText(text=term))
+        condition = models.Filter(must=[has_term])
+        return self._call(
+            lambda: self._client.count(self._name, count_filter=condition, exact=True)
+        ).count
+
+    @override
+    def every_point(self) -> Iterator[Point]:
+        return self.scroll(Filter(), vectors=True)
+
+    @override
+    def is_intact(self, point: Point) -> bool:
+        return True
+
+    @property
+    @override
+    def missing(self) -> int:
+        return 0
+
+    @override
+    def settle(self) -> None:
+        return None
 
     @override
     def create_indexes(self, schema: Schema) -> None:

@@ -698,11 +698,11 @@ def test_nodes_that_a_damaged_collection_has_lost_are_stored_again(embedder, col
     two_pages(files / "paper.pdf", "turbines")
     ingest(["in"], collection, embedder)
     whole, encoded = content(collection), embedder.encoded
-    assert collection.damaged() == []
+    assert collection.damaged(collection.files()) == []
     collection._engine.delete(Filter(must=(Within("page", 2, 2),)))
-    assert [entry.file for entry in collection.damaged()] == ["in/paper.pdf"]
+    assert [entry.file for entry in collection.damaged(collection.files())] == ["in/paper.pdf"]
     ingest(["in"], collection, embedder)
-    assert collection.damaged() == []
+    assert collection.damaged(collection.files()) == []
     payloads = [
         {id_: p for id_, (p, _) in stored.items()} for stored in (content(collection), whole)
     ]

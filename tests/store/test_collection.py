@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import qdrant_edge as edge
 from fakes import FakeEmbedder, make_image, make_node
 from llama_index.core import VectorStoreIndex
 from llama_index.core.schema import ImageNode, Node, TextNode
@@ -22,6 +23,7 @@ from mmrag.nodes import node_image, node_text
 from mmrag.queries import Where
 from mmrag.store import collection as module
 from mmrag.store.collection import Collection, CollectionSettings, FileEntry
+from mmrag.store.edge import EdgeEngine
 from mmrag.store.engine import AnyOf, Filter
 from mmrag.store.matching import matching_paths
 from mmrag.store.terms import DocumentTerms
@@ -450,6 +452,10 @@ def downgrade(collection, language="english"):
         old.append(dataclasses.replace(point, payload=payload))
     engine.drop_index("terms")
     engine.upsert(old)
+    if isinstance(engine, EdgeEngine):
+        engine._open.update(
+            edge.UpdateOperation.delete_payload_by_filter(edge.Filter(), ["checksum"])
+        )
 
 
 def everything(collection):
@@ -477,6 +483,7 @@ def test_an_older_schema_is_refused_and_upgraded_without_embedding(home):
     assert home.upgrade() == 0
     with home.open() as collection:
         assert everything(collection) == before
+        assert not collection.examine().damaged
         assert texts(collection.search_text("zug bahn haus", 1)) == [german]
 
 
