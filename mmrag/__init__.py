@@ -34,6 +34,9 @@ if TYPE_CHECKING:
         ModelError,
         ReadError,
     )
+    from mmrag.evaluation.questions import Question, read_questions
+    from mmrag.evaluation.results import Evaluation, Score, System
+    from mmrag.evaluation.run import evaluate
     from mmrag.index import UniversalIndex
     from mmrag.ingest.progress import IngestReport, Progress
     from mmrag.llms.endpoint import open_llm
@@ -75,6 +78,7 @@ _HOME = {
     "ContentError": "errors",
     "Embedder": "embedders",
     "EndpointError": "errors",
+    "Evaluation": "evaluation.results",
     "FileEntry": "store.collection",
     "Fused": "retrieval.fusion",
     "ImageBudget": "answering.context",
@@ -90,14 +94,17 @@ _HOME = {
     "PlanBudget": "answering.planning",
     "PlanningQueryEngine": "answering.planning",
     "Progress": "ingest.progress",
+    "Question": "evaluation.questions",
     "ReadError": "errors",
     "ReadOptions": "reading",
     "ReadPage": "reading",
     "RemoteEmbedder": "embedders.remote",
     "RerankPrompt": "rerankers",
+    "Score": "evaluation.results",
     "Scorer": "rerankers",
     "Source": "answering.context",
     "StructuredAnswer": "answering.structured",
+    "System": "evaluation.results",
     "UniversalEmbedding": "embedding",
     "UniversalIndex": "index",
     "UniversalRetriever": "retrieval.retriever",
@@ -106,6 +113,7 @@ _HOME = {
     "answer_as": "answering.structured",
     "calibrate_threshold": "answering.context",
     "check_embedder": "testing",
+    "evaluate": "evaluation.run",
     "find_files": "reading",
     "fuse": "retrieval.fusion",
     "load_embedder": "embedders",
@@ -114,6 +122,7 @@ _HOME = {
     "locate_quote": "reading",
     "open_llm": "llms.endpoint",
     "read_file": "reading",
+    "read_questions": "evaluation.questions",
     "save_marked_page": "reading",
 }
 
@@ -134,6 +143,7 @@ __all__ = [
     "ContentError",
     "Embedder",
     "EndpointError",
+    "Evaluation",
     "FileEntry",
     "Fused",
     "ImageBudget",
@@ -149,14 +159,17 @@ __all__ = [
     "PlanBudget",
     "PlanningQueryEngine",
     "Progress",
+    "Question",
     "ReadError",
     "ReadOptions",
     "ReadPage",
     "RemoteEmbedder",
     "RerankPrompt",
+    "Score",
     "Scorer",
     "Source",
     "StructuredAnswer",
+    "System",
     "UniversalEmbedding",
     "UniversalIndex",
     "UniversalRetriever",
@@ -166,6 +179,7 @@ __all__ = [
     "answer_as",
     "calibrate_threshold",
     "check_embedder",
+    "evaluate",
     "find_files",
     "fuse",
     "load_embedder",
@@ -174,6 +188,7 @@ __all__ = [
     "locate_quote",
     "open_llm",
     "read_file",
+    "read_questions",
     "save_marked_page",
 ]
 

@@ -15,6 +15,7 @@ from mmrag.cli.ask import ask
 from mmrag.cli.chat import chat
 from mmrag.cli.console import EXIT_CODES
 from mmrag.cli.doctor import doctor
+from mmrag.cli.evaluate import evaluate
 from mmrag.cli.index import index
 from mmrag.cli.list_files import list_files
 from mmrag.cli.mcp import mcp
@@ -33,6 +34,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "list": list_files,
     "remove": remove,
     "tune": tune,
+    "eval": evaluate,
     "upgrade": upgrade,
     "doctor": doctor,
     "models": models,

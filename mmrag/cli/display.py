@@ -216,7 +216,7 @@ def error_row(error: ReadError) -> dict[str, object]:
 
 def files_view(files: Sequence[FileEntry], title: str) -> RenderableType:
     """The indexed files in a table, then what could not be read of them."""
-    table = _table(title)
+    table = plain_table(title)
     table.add_column("file", overflow="fold", ratio=1)
     for name in ("pages", "nodes", "errors"):
         table.add_column(name, justify="right")
@@ -251,7 +251,8 @@ def models_view(models: Iterable[KnownModel]) -> RenderableType:
     return Group(*rows)
 
 
-def _table(title: str) -> Table:
+def plain_table(title: str) -> Table:
+    """A table without lines."""
     return Table(
         title=title,
         title_justify="left",

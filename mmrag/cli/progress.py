@@ -32,6 +32,7 @@ class Step:
     def __init__(self, console: Console, log: bool) -> None:
         self._log = log and not console.is_terminal
         self._status: Status | None = None
+        self._last = 0.0
         if console.is_terminal:
             self._status = console.status("Starting")
             self._status.start()
@@ -42,6 +43,13 @@ class Step:
             self._status.update(Text(clean(text)))
         elif self._log:
             say(text)
+
+    def often(self, text: str) -> None:
+        """Show a count that changes often; a log gets a line every five seconds."""
+        now = time.monotonic()
+        if self._status is not None or now - self._last >= _LINE_EVERY:
+            self._last = now
+            self(text)
 
     def stop(self) -> None:
         """Clear the line, so that something else can be printed."""

@@ -44,8 +44,8 @@ def tune(
     with errors(debug):
         with working() as step:
             step(f"Opening {collection}")
-            from mmrag.retrieval.tuning import read_questions
-            from mmrag.retrieval.tuning import tune as fit
+            from mmrag.evaluation.questions import read_questions
+            from mmrag.evaluation.tuning import tune as fit
 
             asked = read_questions(questions)
             with open_library(collection, embedder) as library:

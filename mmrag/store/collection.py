@@ -286,6 +286,16 @@ class Collection:
         self._check_dim(vector)
         return self._engine.nearest(view, vector, limit, self._filter(where))
 
+    def vectors(self, view: View) -> tuple[list[Scored], NDArray[np.float32]]:
+        """All nodes that have a vector of a view, ordered by id, and these: (n nodes, dim)."""
+        points = [p for p in self._engine.scroll(_NODES, vectors=True) if view in p.vectors]
+        nodes = [
+            Scored(p.id, 1.0, {k: v for k, v in p.payload.items() if k != TERMS_FIELD})
+            for p in points
+        ]
+        rows = [point.vectors[view] for point in points]
+        return nodes, np.array(rows, dtype=np.float32).reshape(-1, self.settings.dim)
+
     def search_text(self, query: str, limit: int, where: Where | None = None) -> list[Scored]:
         """The nodes that rank highest by BM25, best first; see ``mmrag.store.terms``."""
         terms = query_terms(query, self._engine.facet(LANGUAGE_FIELD))

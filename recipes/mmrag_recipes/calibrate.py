@@ -15,7 +15,6 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,11 +22,12 @@ from numpy.typing import NDArray
 from mmrag.embedders import load_embedder
 from mmrag.embedders.base import Embedder
 from mmrag.errors import ContentError
+from mmrag.evaluation.questions import Page, Question
 from mmrag.lexical import sentences
 from mmrag.nodes import node_text
 from mmrag.reading import ReadOptions, find_files, read_file
 from mmrag_recipes.config import CalibrateConfig
-from mmrag_recipes.evaluate_pages import Page, read_questions
+from mmrag_recipes.evaluate_pages import read_questions
 
 Cosines = NDArray[np.float32]
 
@@ -47,7 +47,7 @@ def read_passages(pdfs: Path) -> dict[Page, list[str]]:
 
 
 def support(
-    embedder: Embedder, questions: Sequence[Mapping[str, Any]], passages: Mapping[Page, list[str]]
+    embedder: Embedder, questions: Sequence[Question], passages: Mapping[Page, list[str]]
 ) -> tuple[Cosines, Cosines]:
     """Best cosine of each claim on its own pages, and on each other page of their file.
 
@@ -57,11 +57,11 @@ def support(
     Raises:
         ContentError: If no question has an answer, or no page of an answer has text.
     """
-    claims = [(one, row) for row in questions for one in sentences(row.get("answer") or "")]
+    claims = [(one, row) for row in questions for one in sentences(row.answer or "")]
     vectors = {page: embedder.encode(texts) for page, texts in passages.items() if texts}
     right, wrong = [], []
     for claim, (_, row) in zip(embedder.encode([text for text, _ in claims]), claims, strict=True):
-        own = {(page["file"], int(page["page"])) for page in row["pages"]}
+        own = set(row.pages)
         best = {page: float((rows @ claim).max()) for page, rows in vectors.items()}
         here = [score for page, score in best.items() if page in own]
         files = {file for file, _ in own}

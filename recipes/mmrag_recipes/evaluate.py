@@ -2,76 +2,25 @@
 
     python -m mmrag_recipes evaluate rows.jsonl --model mmrag-nano --dims 384 128
 
-Metrics carry the names that benchmarks use: ``hit@k`` (some right document in the first k),
-``recall@k``, ``p@1``, ``mrr@k``, ``ndcg@k`` (gain 2^relevance - 1, as BEIR and MTEB) and
-``ndcg_linear@k`` (gain = relevance, as MMEB-V2's visual documents). With relevance 0 or 1 both
-nDCGs are the same number.
+The metrics are those of ``mmrag.evaluation.metrics``.
 """
 
 from __future__ import annotations
 
 import json
-import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mmrag.embedders import load_embedder
 from mmrag.embedders.base import Embedder, check_dim, truncate_normalise
-from mmrag.errors import ContentError
+from mmrag.evaluation.metrics import CUTS, Metrics, average, metrics_of
 from mmrag.instructions import resolve
 from mmrag_recipes.config import EvaluateConfig
 from mmrag_recipes.rows import ImageStore, Row, corpus_of, read_rows, store_of
 from mmrag_recipes.vectors import nearest
-
-CUTS = (1, 5, 10)
-Metrics = dict[str, float]
-
-
-def metrics_of(ranked: Sequence[Any], relevant: Mapping[Any, float]) -> Metrics:
-    """Metrics of one ranking.
-
-    Args:
-        ranked: ids, best first; as long as the deepest cut or longer.
-        relevant: relevance of each right id, above 0.
-
-    Raises:
-        ContentError: If nothing is relevant.
-    """
-    if not relevant:
-        raise ContentError("A query without any relevant document cannot be scored.")
-    gains = [relevant.get(item, 0.0) for item in ranked]
-    first = next((rank for rank, gain in enumerate(gains, 1) if gain > 0), None)
-    found: Metrics = {"p@1": float(gains[:1] != [] and gains[0] > 0)}
-    for cut in CUTS:
-        right = sum(gain > 0 for gain in gains[:cut])
-        found[f"hit@{cut}"] = float(right > 0)
-        found[f"recall@{cut}"] = right / len(relevant)
-    deepest = CUTS[-1]
-    found[f"mrr@{deepest}"] = 1 / first if first and first <= deepest else 0.0
-    for cut in CUTS[1:]:
-        best = sorted(relevant.values(), reverse=True)
-        found[f"ndcg@{cut}"] = _dcg(gains, cut, True) / _dcg(best, cut, True)
-        found[f"ndcg_linear@{cut}"] = _dcg(gains, cut, False) / _dcg(best, cut, False)
-    return found
-
-
-def _dcg(gains: Sequence[float], cut: int, exponential: bool) -> float:
-    """Discounted cumulative gain (Jarvelin and Kekalainen 2002; exponential: Burges 2005)."""
-    return sum(
-        (2**gain - 1 if exponential else gain) / math.log2(rank + 1)
-        for rank, gain in enumerate(gains[:cut], 1)
-    )
-
-
-def average(results: Sequence[Metrics]) -> Metrics:
-    """Mean of each metric over queries, and their number ``n``."""
-    names = results[0] if results else {}
-    means = {name: float(np.mean([metrics[name] for metrics in results])) for name in names}
-    return {**means, "n": float(len(results))}
 
 
 def rank(

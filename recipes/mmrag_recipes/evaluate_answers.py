@@ -13,13 +13,13 @@ from __future__ import annotations
 import json
 import random
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from mmrag.answering.engine import CitedQueryEngine
 from mmrag.answering.response import CitedResponse
 from mmrag.errors import ContentError
+from mmrag.evaluation.questions import Question
 from mmrag.index import UniversalIndex
 from mmrag_recipes.config import EvaluateAnswersConfig
 from mmrag_recipes.evaluate_pages import read_questions
@@ -27,7 +27,7 @@ from mmrag_recipes.evaluate_pages import read_questions
 
 def evaluate_answers(
     engine: CitedQueryEngine,
-    own: Sequence[Mapping[str, Any]],
+    own: Sequence[Question],
     foreign: Sequence[str],
     near: Sequence[str] = (),
 ) -> dict[str, int]:
@@ -36,10 +36,10 @@ def evaluate_answers(
     ``own``, ``answered`` (of them), ``certain`` (of those), ``right_page`` (answers citing a
     right page); ``foreign``, ``foreign_answered``, ``foreign_certain``; the same of ``near``.
     """
-    answers = [_ask(engine, question["question"]) for question in own]
+    answers = [_ask(engine, question.text) for question in own]
     right = 0
     for question, answer in zip(own, answers, strict=True):
-        pages = {(page["file"], int(page["page"])) for page in question["pages"]}
+        pages = set(question.pages)
         cited = {(Path(source.file).name, source.page) for source in answer.cited}
         right += answer.found and bool(pages & cited)
     counts = {"own": len(own), **_found(answers), "right_page": right}

@@ -2,36 +2,32 @@
 
     python -m mmrag_recipes evaluate_pages questions.jsonl --pdfs papers/ --model mmrag-nano
 
-Questions are JSON lines: ``{"question": ..., "pages": [{"file": ..., "page": 7}], "kind": ...}``;
-pages count from 1, files are named without their folder, and any of the pages is right. Rows
+Questions are as ``mmrag eval`` takes them, which has intervals, answers and a report as well. Rows
 that name their page (``mmrag_recipes.rows``) are read too: their queries are the questions, less
 those that ask with an image.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import tempfile
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from mmrag.embedders import load_embedder
 from mmrag.embedders.base import Embedder
-from mmrag.errors import ContentError
+from mmrag.errors import ContentError, naming
+from mmrag.evaluation.metrics import Metrics
+from mmrag.evaluation.questions import Question, as_question, json_lines, numbered
+from mmrag.evaluation.run import evaluate
 from mmrag.index import UniversalIndex
-from mmrag.retrieval.fusion import fuse
-from mmrag.retrieval.retriever import UniversalRetriever
-from mmrag.store.engine import Scored
+from mmrag.retrieval.retriever import RetrieverOptions
 from mmrag_recipes.config import EvaluatePagesConfig
-from mmrag_recipes.evaluate import CUTS, Metrics, average, metrics_of, show
+from mmrag_recipes.evaluate import show
 from mmrag_recipes.rows import Row
 
 logger = logging.getLogger("mmrag_recipes")
-
-Page = tuple[str, int]
 
 
 def evaluate_pages(
@@ -48,7 +44,7 @@ def evaluate_pages(
         weights: of the fusion, over the retriever's own.
 
     Returns:
-        Metrics per ranking (``text``, ``image``, ``bm25``, ``fused``), over all questions and per
+        Metrics per ranking (``text``, ``image``, ``bm25``, ``fusion``), over all questions and per
         kind of question.
     """
     asked = read_questions(questions)
@@ -60,38 +56,47 @@ def evaluate_pages(
         if report.errors:
             names = "; ".join(str(error) for error in report.errors)
             raise ContentError(f"Not every file could be read: {names}")
-        retriever = index.as_retriever(depth=200, weights=weights)
-        return _ask_all(retriever, asked)
+        fusions: dict[str, RetrieverOptions] = {"fusion": {"weights": weights}}
+        found = evaluate(index, asked, scopes=("corpus",), depth=200, fusions=fusions)
+    kinds = sorted({question.kind for question in asked if question.kind})
+    results = {}
+    for system in found.systems():
+        for kind in (None, *kinds):
+            scores = found.scores(system, kind)
+            means = {name: score.mean for name, score in scores.items()}
+            means["n"] = float(len(found.asked(kind)))
+            results[system.ranking if kind is None else f"{system.ranking}, {kind}"] = means
+    return dict(sorted(results.items()))
 
 
-def read_questions(path: Path) -> list[dict[str, Any]]:
+def read_questions(path: Path) -> list[Question]:
     """Questions with their right pages.
 
     Raises:
         ContentError: For a line without either, or if no question is asked in words alone.
     """
     questions, pictured = [], 0
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            question = json.loads(line)
-            row = Row.model_validate(question) if "positives" in question else None
-        except ValueError as error:
-            raise ContentError(f"{path}:{number}: {error}") from error
-        if row is not None and row.query.image:
-            pictured += 1
-            continue
-        if row is not None:
-            question = _of_row(row)
-        if not question.get("question") or not question.get("pages"):
-            raise ContentError(f"{path}:{number}: a question and its pages are needed.")
-        questions.append(question)
+    for number, value in json_lines(path):
+        with naming(f"{path}:{number}"):
+            row = _as_row(value)
+            if row is not None and row.query.image:
+                pictured += 1
+                continue
+            questions.append(as_question(value if row is None else _of_row(row), path.parent))
     if pictured:
         logger.warning("%s: %d rows ask with an image and were left out.", path, pictured)
     if not questions:
         raise ContentError(f"{path}: there is no question in words.")
-    return questions
+    return numbered(questions)
+
+
+def _as_row(value: Any) -> Row | None:
+    if "positives" not in value:
+        return None
+    try:
+        return Row.model_validate(value)
+    except ValueError as error:
+        raise ContentError(str(error)) from error
 
 
 def _of_row(row: Row) -> dict[str, Any]:
@@ -99,34 +104,6 @@ def _of_row(row: Row) -> dict[str, Any]:
         return {}
     file, _, page = row.place.rpartition("#")
     return {"question": row.query.text, "pages": [{"file": file, "page": int(page)}]}
-
-
-def _ask_all(
-    retriever: UniversalRetriever, questions: Sequence[Mapping[str, Any]]
-) -> dict[str, Metrics]:
-    found: dict[str, list[Metrics]] = defaultdict(list)
-    for question in questions:
-        relevant = {(page["file"], int(page["page"])): 1.0 for page in question["pages"]}
-        rankings = retriever.rankings(question["question"])
-        ranked = {name: pages_of(hits) for name, hits in rankings.items()}
-        fused = fuse(rankings, retriever.weights)
-        ranked["fused"] = pages_of([entry.best for entry in fused])
-        for name, pages in ranked.items():
-            metrics = metrics_of(pages[: CUTS[-1]], relevant)
-            found[name].append(metrics)
-            if "kind" in question:
-                found[f"{name}, {question['kind']}"].append(metrics)
-    return {name: average(results) for name, results in sorted(found.items())}
-
-
-def pages_of(hits: Sequence[Scored]) -> list[Page]:
-    """Pages in the order of their best nodes."""
-    pages = [
-        (Path(hit.payload["file"]).name, int(hit.payload["page"]))
-        for hit in hits
-        if hit.payload.get("page") is not None
-    ]
-    return list(dict.fromkeys(pages))
 
 
 def run(options: EvaluatePagesConfig) -> None:

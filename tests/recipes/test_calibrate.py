@@ -8,6 +8,7 @@ import pytest
 from fakes import FakeEmbedder
 
 from mmrag.errors import ContentError
+from mmrag.evaluation.questions import Question
 from mmrag_recipes import calibrate
 from mmrag_recipes.config import CalibrateConfig
 
@@ -21,7 +22,7 @@ PASSAGES = {
 
 
 def question(answer, *pages):
-    return {"answer": answer, "pages": [{"file": file, "page": page} for file, page in pages]}
+    return Question("When?", pages, answer=answer)
 
 
 def test_claims_meet_their_pages_and_the_other_pages_of_the_file():
@@ -59,7 +60,8 @@ def test_the_command_prints_what_goes_into_the_checkpoint(tmp_path, monkeypatch,
     for line in ("The hall opens at nine.", "The hall closes at five."):
         pdf.new_page().insert_text((72, 72), line)
     pdf.save(tmp_path / "pdfs" / "a.pdf")
-    row = {"question": "When?", **question("The hall opens at nine.", ("a.pdf", 1))}
+    pages = [{"file": "a.pdf", "page": 1}]
+    row = {"question": "When?", "answer": "The hall opens at nine.", "pages": pages}
     (tmp_path / "questions.jsonl").write_text(json.dumps(row))
     calibrate.run(CalibrateConfig(questions=tmp_path / "questions.jsonl", pdfs=tmp_path / "pdfs"))
     lines = capsys.readouterr().out.splitlines()

@@ -7,6 +7,7 @@ import pytest
 from fakes import FakeEmbedder
 
 from mmrag.errors import ContentError
+from mmrag.evaluation.questions import Question
 from mmrag.index import UniversalIndex
 from mmrag_recipes.evaluate_answers import evaluate_answers, read_foreign
 
@@ -22,9 +23,9 @@ def test_answers_and_abstentions_are_counted(tmp_path):
     folder.mkdir()
     pdf.save(folder / "animals.pdf")
     own = [
-        {"question": "What do blue whales eat?", "pages": [{"file": "animals.pdf", "page": 2}]},
-        {"question": "When do tigers hunt deer?", "pages": [{"file": "animals.pdf", "page": 2}]},
-        {"question": "Who painted the ceiling?", "pages": [{"file": "animals.pdf", "page": 1}]},
+        Question("What do blue whales eat?", (("animals.pdf", 2),)),
+        Question("When do tigers hunt deer?", (("animals.pdf", 2),)),
+        Question("Who painted the ceiling?", (("animals.pdf", 1),)),
     ]
     foreign = ["How tall is the lighthouse of Genoa?", "What do whales eat in oceans?"]
     with UniversalIndex(tmp_path / "library", FakeEmbedder()) as index:

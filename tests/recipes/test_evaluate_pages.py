@@ -30,8 +30,8 @@ def test_pages_are_found_and_counted(tmp_path):
     assert found["bm25"]["n"] == 2
     assert found["bm25, sea"]["hit@1"] == 1.0
     assert found["bm25, land"]["hit@1"] == 0.0
-    assert found["fused, sea"]["hit@5"] == 1.0
-    assert {"text", "image", "bm25", "fused"} <= set(found)
+    assert found["fusion, sea"]["hit@5"] == 1.0
+    assert {"text", "image", "bm25", "fusion"} <= set(found)
 
 
 def test_a_question_without_pages_is_named(tmp_path):
@@ -45,8 +45,8 @@ def test_rows_that_name_their_page_are_questions(tmp_path):
     path = tmp_path / "dev.jsonl"
     rows = [{"id": "r", "query": {"text": "whales"}, "positives": [{"text": "oceans"}]}]
     path.write_text(json.dumps({**rows[0], "source": "sea life.pdf#2 (in oceans)"}) + "\n")
-    wanted = {"question": "whales", "pages": [{"file": "sea life.pdf", "page": 2}]}
-    assert read_questions(path) == [wanted]
+    (read,) = read_questions(path)
+    assert (read.text, read.pages) == ("whales", (("sea life.pdf", 2),))
     path.write_text(json.dumps({**rows[0], "source": "a data set"}) + "\n")
     with pytest.raises(ContentError, match=r"dev\.jsonl:1"):
         read_questions(path)
@@ -54,17 +54,17 @@ def test_rows_that_name_their_page_are_questions(tmp_path):
 
 def test_the_questions_on_the_reports_are_well_formed():
     rows = read_questions(REPORTS)
-    assert len({row["question"] for row in rows}) == len(rows) >= 60
-    assert {row["kind"] for row in rows} == {"narrative", "pilot", "flight"}
-    assert len({page["file"] for row in rows for page in row["pages"]}) == 20
-    assert all(row["answer"] and row["question"].endswith("?") for row in rows)
+    assert len({row.text for row in rows}) == len(rows) >= 60
+    assert {row.kind for row in rows} == {"narrative", "pilot", "flight"}
+    assert len({file for row in rows for file, _ in row.pages}) == 20
+    assert all(row.answer and row.text.endswith("?") for row in rows)
 
 
 def test_the_pages_of_the_questions_exist(shared_data):
     for row in read_questions(REPORTS):
-        for page in row["pages"]:
-            with pymupdf.open(shared_data / "reports" / page["file"]) as pdf:
-                assert 1 <= page["page"] <= len(pdf)
+        for file, page in row.pages:
+            with pymupdf.open(shared_data / "reports" / file) as pdf:
+                assert 1 <= page <= len(pdf)
 
 
 def test_rows_that_ask_with_an_image_are_left_out_and_counted(tmp_path, caplog):
@@ -73,7 +73,7 @@ def test_rows_that_ask_with_an_image_are_left_out_and_counted(tmp_path, caplog):
     row = {"id": "r", "positives": [{"text": "oceans"}], "source": "sea.pdf#2"}
     pictured = json.dumps({**row, "query": {"text": "this whale", "image": "abc"}})
     path.write_text(pictured + "\n\n" + json.dumps({**row, "query": {"text": "whales"}}) + "\n")
-    assert [question["question"] for question in read_questions(path)] == ["whales"]
+    assert [question.text for question in read_questions(path)] == ["whales"]
     assert "1 rows ask with an image" in caplog.text
     path.write_text(pictured)
     with pytest.raises(ContentError, match="no question in words"):

@@ -1,4 +1,4 @@
-"""The benchmark of the docs runs on any collection in a folder."""
+"""The script of the docs writes what version 0.1 found as runs."""
 
 import importlib.util
 import json
@@ -7,12 +7,13 @@ from pathlib import Path
 import pymupdf
 from fakes import FakeEmbedder
 
+from mmrag.evaluation.trec import read_run
 from mmrag.index import UniversalIndex
 
 SCRIPT = Path(__file__).parents[2] / "docs" / "benchmarks" / "retrieval.py"
 
 
-def test_it_prints_every_ranking_beside_those_of_version_0_1(tmp_path, monkeypatch, capsys):
+def test_the_rankings_of_version_0_1_are_written_as_runs(tmp_path, monkeypatch):
     embedder = FakeEmbedder()
     monkeypatch.setattr("mmrag.embedders.load_embedder", lambda name, **_: embedder)
     files = tmp_path / "files"
@@ -31,9 +32,9 @@ def test_it_prints_every_ranking_beside_those_of_version_0_1(tmp_path, monkeypat
     spec = importlib.util.spec_from_file_location("benchmark", SCRIPT)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    module.main([str(questions), "-c", str(tmp_path / "c")])
-    shown = capsys.readouterr().out
-    for name in ("text", "bm25", "BM25 of 0.1", "fusion", "fusion by ranks", "fusion of 0.1"):
-        assert f"| {name} | 1.000 [1.000, 1.000]" in shown
-    assert "| fusion less fusion of 0.1 | 0.000" in shown
-    assert "inside the document, 2 questions, 2 documents" in shown
+    module.main([str(questions), "-c", str(tmp_path / "c"), "--out", str(tmp_path / "runs")])
+    for name in ("bm25", "fusion"):
+        tag, run = read_run(tmp_path / "runs" / f"{name}.run")
+        assert tag == f"{name}-of-0.1"
+        assert run["q1"][0][0] == ("boilers.pdf", 1)
+        assert run["q2"][0][0] == ("dentists.pdf", 1)

@@ -30,10 +30,11 @@ from rank_bm25 import BM25Okapi
 from mmrag.content import load_image
 from mmrag.embedders import load_embedder
 from mmrag.embedders.base import Embedder
+from mmrag.evaluation.metrics import Metrics, average, metrics_of
 from mmrag.nodes import node_image
 from mmrag.reading import ReadOptions, find_files, read_file
 from mmrag_recipes.console import ends_cleanly
-from mmrag_recipes.evaluate import Metrics, average, metrics_of, table
+from mmrag_recipes.evaluate import table
 from mmrag_recipes.nano.images import find_fonts, read_titled, render_page
 
 Scores = NDArray[np.floating[Any]]

@@ -1,21 +1,20 @@
 """Weights fitted to questions."""
 
-import json
-
 import numpy as np
 import pytest
 from fakes import FakeEmbedder, make_node
 
 from mmrag.errors import ContentError
+from mmrag.evaluation.questions import Question
+from mmrag.evaluation.tuning import tune
 from mmrag.retrieval.retriever import UniversalRetriever
-from mmrag.retrieval.tuning import Question, read_questions, tune
 from mmrag.store.collection import Collection, CollectionSettings
 
 TOPICS = ("apple", "boiler", "copper", "dental", "engine", "falcon", "garden", "harbour")
 
 
 def question(document, topic):
-    return Question(f"{topic} report", frozenset({(f"{document}.pdf", TOPICS.index(topic) + 1)}))
+    return Question(f"{topic} report", ((f"{document}.pdf", TOPICS.index(topic) + 1),))
 
 
 @pytest.fixture
@@ -35,7 +34,7 @@ def misled(tmp_path):
 
 def asked(words="report"):
     return [
-        Question(f"{topic} {words} {document}", frozenset({(f"{document}.pdf", page)}))
+        Question(f"{topic} {words} {document}", ((f"{document}.pdf", page),))
         for document in "abc"
         for page, topic in enumerate(TOPICS, start=1)
     ]
@@ -73,18 +72,3 @@ def test_no_gain_is_within_noise(misled):
 def test_one_document_is_not_enough(misled):
     with pytest.raises(ContentError, match="two documents"):
         tune(misled, asked()[:8])
-
-
-def test_questions_are_read_and_bad_lines_named(tmp_path):
-    path = tmp_path / "q.jsonl"
-    row = {"question": "where?", "pages": [{"file": "in/a.pdf", "page": 3}]}
-    path.write_text(json.dumps(row) + "\n\n")
-    (read,) = read_questions(path)
-    assert (read.pages, read.document) == ({("a.pdf", 3)}, "a.pdf")
-    for bad in ("{", "[]", '{"question": "x"}', '{"question": "x", "pages": []}'):
-        path.write_text(json.dumps(row) + "\n" + bad)
-        with pytest.raises(ContentError, match=r"q.jsonl:2: .*page"):
-            read_questions(path)
-    path.write_text("\n")
-    with pytest.raises(ContentError, match="no question"):
-        read_questions(path)

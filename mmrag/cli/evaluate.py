@@ -1,0 +1,219 @@
+"""``mmrag eval``."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from mmrag.cli.ask import rerankers
+from mmrag.cli.console import errors, print_json, say, show
+from mmrag.cli.options import DEFAULT_COLLECTION, DebugOption, open_library
+from mmrag.cli.progress import Step, indexing, working
+from mmrag.cli.scores import evaluation_view
+
+if TYPE_CHECKING:
+    from mmrag.index import UniversalIndex
+
+_MOST_RERANKED = 1000  # of a reranker; the evaluation gives it three for each page that counts
+
+
+def evaluate(
+    questions: Annotated[
+        Path,
+        typer.Argument(
+            metavar="QUESTIONS.jsonl",
+            exists=True,
+            dir_okay=False,
+            help='Lines of {"question": ..., "pages": [{"file": ..., "page": 7}]}.',
+        ),
+    ],
+    folder: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="[FOLDER_OF_PDFS]",
+            exists=True,
+            help="Files to index first, with each --embedder; else a collection is asked.",
+        ),
+    ] = None,
+    collection: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--collection",
+            "-c",
+            metavar="FOLDER_OR_URL",
+            help="A collection to ask; may be repeated. Default: MMRAG_COLLECTION, else "
+            f"{DEFAULT_COLLECTION}.",
+        ),
+    ] = None,
+    embedder: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--embedder",
+            "-e",
+            metavar="NAME_OR_FOLDER",
+            help="Embedding model; may be repeated where a folder of files is given.",
+        ),
+    ] = None,
+    cut: Annotated[
+        list[int] | None,
+        typer.Option("-k", min=1, help="Pages that count; may be repeated. Default: 1, 5 and 10."),
+    ] = None,
+    dim: Annotated[
+        list[int] | None,
+        typer.Option(
+            "--dim",
+            min=1,
+            help="Search with this many leading dimensions as well (Matryoshka); may be repeated.",
+        ),
+    ] = None,
+    rerank: Annotated[
+        str | None,
+        typer.Option(
+            "--rerank",
+            metavar="MODEL",
+            help="Rerank the fusion as well: a reranker or chat model by name or folder.",
+        ),
+    ] = None,
+    run: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--run",
+            metavar="FILE",
+            exists=True,
+            dir_okay=False,
+            help="A TREC run of another system to set beside; may be repeated.",
+        ),
+    ] = None,
+    qrels: Annotated[
+        Path | None,
+        typer.Option(
+            "--qrels",
+            metavar="FILE",
+            exists=True,
+            dir_okay=False,
+            help="TREC qrels: graded right pages, in place of those of the questions.",
+        ),
+    ] = None,
+    save_runs: Annotated[
+        Path | None,
+        typer.Option(
+            "--save-runs",
+            metavar="DIR",
+            help="Save what each ranking returned as TREC runs, with the qrels.",
+        ),
+    ] = None,
+    json_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--json",
+            metavar="FILE",
+            help="Save the results; - prints them. A run that is stopped goes on from what it "
+            "keeps in FILE.cache.",
+        ),
+    ] = None,
+    debug: DebugOption = False,
+) -> None:
+    """Measure on your own questions how well each ranking finds the right pages."""
+    with errors(debug, stopped=_stopped(json_file)):
+        if folder is not None and collection:
+            raise typer.BadParameter("Give a folder of files or --collection, not both.")
+        with working(log=True) as step, _work_folder(json_file) as work:
+            step("Loading")
+            from mmrag.evaluation import trec
+            from mmrag.evaluation.questions import read_questions
+            from mmrag.evaluation.results import System
+            from mmrag.evaluation.run import evaluate as measure
+
+            asked = read_questions(questions)
+            if qrels is not None:
+                asked = trec.with_qrels(asked, trec.read_qrels(qrels))
+            reorder = rerankers(rerank, None, _MOST_RERANKED, True) if rerank else []
+            with ExitStack() as stack:
+                libraries: Mapping[str, UniversalIndex] = {}
+                if folder is not None:
+                    libraries = _indexed(folder, embedder or ["mmrag-nano"], work, stack, step)
+                elif collection or not run:
+                    libraries = _opened(collection, embedder or [], stack, step)
+                evaluation = measure(
+                    libraries,
+                    asked,
+                    keep=work / "retrieval.jsonl",
+                    progress=lambda now: step.often(f"{now.task}: {now.done}/{now.total} asked"),
+                    cuts=tuple(sorted(set(cut or (1, 5, 10)))),
+                    dims=tuple(dim or ()),
+                    rerankers={Path(str(rerank)).name: one for one in reorder},
+                )
+            for path in run or ():
+                tag, rankings = trec.read_run(path)
+                for question in evaluation.asked():
+                    evaluation.add(System(tag, "run"), question.id, rankings.get(question.id, []))
+        if save_runs is not None:
+            trec.save_runs(evaluation, save_runs)
+        if json_file is not None and str(json_file) != "-":
+            evaluation.save(json_file)
+        if str(json_file) == "-":
+            print_json(evaluation.to_json())
+        else:
+            show(evaluation_view(evaluation))
+
+
+def _stopped(json_file: Path | None) -> str:
+    if json_file is None or str(json_file) == "-":
+        return "Stopped. With --json FILE, a run goes on where it was stopped."
+    return "Stopped. The same command goes on from here."
+
+
+@contextmanager
+def _work_folder(json_file: Path | None) -> Iterator[Path]:
+    """Where indexes and results of single questions are: beside the JSON, else for this run."""
+    if json_file is None or str(json_file) == "-":
+        with tempfile.TemporaryDirectory() as scratch:
+            yield Path(scratch)
+    else:
+        yield json_file.with_name(f"{json_file.name}.cache")
+
+
+def _opened(
+    collections: list[str] | None, embedders: list[str], stack: ExitStack, step: Step
+) -> Mapping[str, UniversalIndex]:
+    """The collections by the names of their embedders, or their own where these are the same."""
+    places = collections or [os.environ.get("MMRAG_COLLECTION") or DEFAULT_COLLECTION]
+    if len(embedders) > 1:
+        raise typer.BadParameter("Several --embedder need a folder of files to index.")
+    libraries = {}
+    for place in places:
+        step(f"Opening {place}")
+        given = embedders[0] if embedders else None
+        libraries[place] = stack.enter_context(open_library(place, given))
+    models = [Path(one.collection.settings.embedder).name for one in libraries.values()]
+    if len(set(models)) < len(models):
+        models = [Path(place).name if len(places) > 1 else place for place in libraries]
+    if len(set(models)) < len(models):
+        models = list(libraries)
+    return dict(zip(models, libraries.values(), strict=True))
+
+
+def _indexed(
+    folder: Path, embedders: list[str], work: Path, stack: ExitStack, step: Step
+) -> Mapping[str, UniversalIndex]:
+    """The files indexed with each embedder."""
+    libraries = {}
+    for number, name in enumerate(embedders, 1):
+        step(f"Loading {name}")
+        model = Path(name).name
+        if model in libraries:
+            model = f"{model} ({number})"
+        index = stack.enter_context(open_library(str(work / "indexes" / model), name))
+        step.stop()
+        with indexing() as progress:
+            report = index.add(folder, progress=progress, prune=True)
+        for error in report.errors:
+            say(f"could not be read: {error}")
+        libraries[model] = index
+    return libraries

@@ -1,0 +1,93 @@
+"""Tables of an evaluation, for people."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from rich.console import Group, RenderableType
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from mmrag.cli.display import clean, plain_table
+
+if TYPE_CHECKING:
+    from mmrag.evaluation.results import Evaluation, Scope, Score, System
+
+_TITLES = {"corpus": "All documents", "document": "Inside the document"}
+
+
+def evaluation_view(evaluation: Evaluation) -> RenderableType:
+    """A table for each scope, one by kind of question, and what went wrong."""
+    asked = evaluation.asked()
+    documents = len({question.document for question in asked})
+    rows: list[RenderableType] = [Text(f"{len(asked)} questions about {documents} documents")]
+    for scope in ("corpus", "document"):
+        if evaluation.systems(scope):
+            rows += [Text(), _scope_table(evaluation, scope)]
+    if evaluation.kinds() and evaluation.systems():
+        rows += [Text(), _kinds_table(evaluation)]
+    rows.append(
+        Text(
+            "\n[low, high]: 95 % interval, from a bootstrap over documents"
+            + (" (few documents: it says little)" if documents < 10 else ""),
+            style="dim",
+        )
+    )
+    rows += [Padding(Text(f"- {clean(note)}", style="yellow")) for note in evaluation.notes]
+    return Group(*rows)
+
+
+def metric_names(evaluation: Evaluation) -> list[str]:
+    """The metrics that tables show; the last one with its interval."""
+    deepest = evaluation.cuts[-1]
+    hits = [f"hit@{cut}" for cut in evaluation.cuts]
+    names = [*hits, f"recall@{deepest}", f"mrr@{deepest}", evaluation.main_metric]
+    return list(dict.fromkeys(names))
+
+
+def _scope_table(evaluation: Evaluation, scope: Scope) -> Table:
+    names = metric_names(evaluation)
+    shown = _named_table(_TITLES[scope], [*names, "95 % interval"])
+    systems = evaluation.systems(scope)
+    scores = {system: evaluation.scores(system) for system in systems}
+    best = {name: max(scores[system][name].mean for system in systems) for name in names}
+    for system in systems:
+        cells = [_cell(scores[system][name], best[name]) for name in names]
+        main = scores[system][evaluation.main_metric]
+        interval = Text(f"[{main.low:.3f}, {main.high:.3f}]", style="dim")
+        shown.add_row(*_names(system, systems), *cells, interval)
+    return shown
+
+
+def _kinds_table(evaluation: Evaluation) -> Table:
+    kinds = evaluation.kinds()
+    counts = {kind: len(evaluation.asked(kind)) for kind in kinds}
+    heads = [f"{clean(kind)} ({counts[kind]})" for kind in kinds]
+    shown = _named_table(f"All documents, {evaluation.main_metric} by kind of question", heads)
+    systems = evaluation.systems()
+    for system in systems:
+        scores = [evaluation.scores(system, kind)[evaluation.main_metric] for kind in kinds]
+        shown.add_row(*_names(system, systems), *(f"{score.mean:.3f}" for score in scores))
+    return shown
+
+
+def _named_table(title: str, heads: Sequence[str]) -> Table:
+    shown = plain_table(title)
+    shown.add_column("model", overflow="fold")
+    shown.add_column("ranking", overflow="fold")
+    for head in heads:
+        shown.add_column(head, justify="right")
+    return shown
+
+
+def _names(system: System, systems: Sequence[System]) -> tuple[Text, Text]:
+    """Model and ranking; the model is named once, on the first of its rows."""
+    first = next(one for one in systems if one.model == system.model)
+    model = clean(system.model) if system == first else ""
+    return Text(model, style="bold"), Text(clean(system.name))
+
+
+def _cell(score: Score, best: float) -> Text:
+    return Text(f"{score.mean:.3f}", style="bold green" if score.mean == best > 0 else "")

@@ -1,0 +1,51 @@
+"""A collection as if its vectors had been stored with fewer dimensions (arXiv 2205.13147)."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mmrag.embedders.base import Embedder, check_dim, truncate_normalise
+from mmrag.queries import Where
+from mmrag.store.collection import Collection
+from mmrag.store.engine import Scored
+from mmrag.store.settings import View
+
+
+def cut_collection(collection: Collection, embedder: Embedder, dim: int) -> Collection:
+    """The collection, each search over the leading ``dim`` dimensions, normalised again.
+
+    Vectors are read once and searched exactly, in memory.
+
+    Raises:
+        ConfigError: For a dimension that is not stored, or that the embedder was not trained for.
+    """
+    check_dim(dim, collection.settings.dim, getattr(embedder, "matryoshka_dims", ()))
+    return cast(Collection, _Cut(collection, dim))
+
+
+class _Cut:
+    def __init__(self, collection: Collection, dim: int) -> None:
+        self._collection = collection
+        self._dim = dim
+        self._views: dict[View, tuple[list[Scored], NDArray[np.float32]]] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._collection, name)
+
+    def search(
+        self, view: View, vector: NDArray[np.float32], limit: int, where: Where | None = None
+    ) -> list[Scored]:
+        if view not in self._views:
+            nodes, vectors = self._collection.vectors(view)
+            self._views[view] = nodes, truncate_normalise(vectors, self._dim)
+        nodes, vectors = self._views[view]
+        scores = vectors @ truncate_normalise(vector[None], self._dim)[0]
+        allowed = list(range(len(nodes)))
+        if where is not None:
+            within = {hit.id for hit in self._collection.find(where, self._collection.count())}
+            allowed = [index for index in allowed if nodes[index].id in within]
+        best = sorted(allowed, key=lambda index: (-scores[index], nodes[index].id))[:limit]
+        return [Scored(nodes[i].id, float(scores[i]), nodes[i].payload) for i in best]

@@ -1,0 +1,108 @@
+"""``evaluate``: questions asked of one library or several, whatever is compared."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePath
+from typing import TypeAlias
+
+from typing_extensions import Unpack
+
+from mmrag.errors import ContentError
+from mmrag.evaluation.asking import AskOptions, Options, ask_library
+from mmrag.evaluation.kept import Kept
+from mmrag.evaluation.questions import Question, numbered
+from mmrag.evaluation.results import Evaluation
+from mmrag.index import UniversalIndex
+
+
+@dataclass(frozen=True)
+class Step:
+    """How far an evaluation is: ``done`` of ``total`` questions of one ``task``."""
+
+    task: str
+    done: int
+    total: int
+
+
+ShowStep: TypeAlias = Callable[[Step], None]
+
+
+def evaluate(
+    libraries: UniversalIndex | Mapping[str, UniversalIndex],
+    questions: Sequence[Question],
+    *,
+    keep: str | Path | None = None,
+    progress: ShowStep | None = None,
+    **options: Unpack[AskOptions],
+) -> Evaluation:
+    """Ask every question, and say where each ranking and each fusion has the right pages.
+
+    Args:
+        libraries: one, or several by the name that they have in the results.
+        questions: see ``read_questions``.
+        keep: a file to keep what was found in, by a fingerprint of all that moves it: files,
+            model, options, question. A run that is stopped goes on from it.
+        progress: called with each Step.
+        options: ``cuts``, the values of k, ascending (1, 5, 10); ``scopes`` (``corpus`` and
+            ``document``); ``fusions``, options of the retriever by name; ``dims``, leading
+            dimensions to search with as well; ``rerankers``, postprocessors by name, which
+            reorder the first fusion; ``depth``, nodes of each ranking (100).
+
+    Each question is embedded alone, as it is in use, so that no batch size moves a number.
+
+    Raises:
+        ContentError: If no question has a right page, or no right page is of an indexed file.
+        ConfigError: For options that make no sense.
+        MissingCollectionError: If there is nothing in a library.
+        EndpointError: If a server fails.
+
+    Examples:
+        >>> from pathlib import Path
+        >>> from mmrag import Question, UniversalIndex, evaluate
+        >>> _ = Path("well.md").write_text("The well is nine metres deep.")
+        >>> with UniversalIndex("library") as index:
+        ...     _ = index.add("well.md")
+        ...     found = evaluate(index, [Question("How deep is the well?", (("well.md", 1),))])
+        >>> found.notes
+        []
+    """
+    started = time.monotonic()
+    named = {"": libraries} if isinstance(libraries, UniversalIndex) else dict(libraries)
+    evaluation = Evaluation(numbered(questions))
+    asked = evaluation.asked()
+    if not asked:
+        raise ContentError("No question has a right page; there is nothing to measure.")
+    chosen = Options(**options)
+    evaluation.cuts = chosen.cuts
+    kept = Kept(Path(keep) if keep else None)
+    for name, index in named.items():
+        model = name or PurePath(index.collection.settings.embedder).name
+        evaluation.notes += _missing(model, index, asked)
+
+        def done(count: int, model: str = model) -> None:
+            if progress is not None:
+                progress(Step(model, count, len(asked)))
+
+        for found in ask_library(model, index, asked, chosen, kept, evaluation.notes, done):
+            evaluation.add(*found)
+    evaluation.info["seconds"] = round(time.monotonic() - started, 1)
+    return evaluation
+
+
+def _missing(model: str, index: UniversalIndex, questions: Sequence[Question]) -> list[str]:
+    """Which files of right pages are not in the library. Raises ContentError for all of them."""
+    there = {PurePath(path).name for path in index.collection.paths()}
+    wanted = {file for question in questions for file, _ in question.relevant}
+    missing = sorted(wanted - there)
+    if missing and len(missing) == len(wanted):
+        raise ContentError(
+            f"{model}: none of the files that the questions are about is in the collection "
+            f"({', '.join(missing[:3])}...); it has {', '.join(sorted(there)[:3])}..."
+        )
+    return [
+        f"{model}: {name} is not in the collection; its pages count as not found"
+        for name in missing
+    ]

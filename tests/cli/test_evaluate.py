@@ -1,0 +1,102 @@
+"""``mmrag eval`` over real files in a folder."""
+
+import json
+
+import pymupdf
+import pytest
+from fakes import FakeEmbedder
+from typer.testing import CliRunner
+
+import mmrag.embedders
+from mmrag.cli.app import app
+from mmrag.evaluation.results import Evaluation
+
+ANIMALS = ("tigers live in forests", "whales swim in oceans", "camels cross deserts")
+
+
+@pytest.fixture(autouse=True)
+def plain(monkeypatch):
+    for name in ("MMRAG_LLM", "OPENAI_BASE_URL", "OPENAI_API_BASE", "MMRAG_COLLECTION"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.setattr(
+        mmrag.embedders, "load_embedder", lambda name, **_: FakeEmbedder(name=str(name))
+    )
+
+
+@pytest.fixture
+def pdfs(tmp_path):
+    folder = tmp_path / "pdfs"
+    folder.mkdir()
+    for file in ("zoo", "farm"):
+        pdf = pymupdf.open()
+        for words in ANIMALS:
+            pdf.new_page().insert_text((72, 72), f"{words} of the {file}")
+        pdf.save(folder / f"{file}.pdf")
+    return folder
+
+
+@pytest.fixture
+def questions(tmp_path):
+    rows = [
+        {
+            "question": f"{words} {file}",
+            "pages": [{"file": f"{file}.pdf", "page": page}],
+            "kind": file,
+        }
+        for file in ("zoo", "farm")
+        for page, words in enumerate(ANIMALS, 1)
+    ]
+    path = tmp_path / "questions.jsonl"
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    return path
+
+
+def run(*args):
+    return CliRunner().invoke(app, ["eval", *map(str, args)])
+
+
+def test_a_folder_with_two_models_is_one_table(pdfs, questions, tmp_path):
+    file = tmp_path / "found.json"
+    shown = run(questions, pdfs, "-e", "one", "-e", "two", "-k", 1, "-k", 3, "--json", file)
+    assert shown.exit_code == 0, shown.output
+    assert "6 questions about 2 documents" in shown.stdout
+    assert "Inside the document" in shown.stdout
+    assert "ndcg@3 by kind of question" in shown.stdout
+    found = Evaluation.load(file)
+    assert {system.model for system in found.found} == {"one", "two"}
+    assert found.cuts == (1, 3)
+    # The second time, neither files nor questions are embedded again.
+    again = run(questions, pdfs, "-e", "one", "-e", "two", "-k", 1, "-k", 3, "--json", file)
+    assert again.stdout == shown.stdout
+
+
+def test_a_collection_is_asked_and_printed_as_json(pdfs, questions, tmp_path):
+    CliRunner().invoke(app, ["index", str(pdfs), "-c", str(tmp_path / "c")])
+    shown = run(questions, "-c", tmp_path / "c", "--json", "-")
+    assert shown.exit_code == 0, shown.output
+    (row,) = (
+        row
+        for row in json.loads(shown.stdout)["systems"]
+        if (row["ranking"], row["scope"]) == ("bm25", "corpus")
+    )
+    assert row["metrics"]["hit@1"][0] == 1.0
+
+
+def test_runs_of_others_stand_beside_and_alone(pdfs, questions, tmp_path):
+    runs = tmp_path / "runs"
+    assert run(questions, pdfs, "--save-runs", runs).exit_code == 0
+    assert (runs / "mmrag-nano-bm25.run").is_file()
+    shown = run(questions, "--run", runs / "mmrag-nano-bm25.run", "--qrels", runs / "qrels.txt")
+    assert shown.exit_code == 0, shown.output
+    assert "mmrag-nano-bm25" in shown.stdout
+    assert "1.000" in shown.stdout
+
+
+def test_wrong_use_is_explained(pdfs, questions, tmp_path):
+    both = run(questions, pdfs, "-c", tmp_path / "c")
+    assert both.exit_code == 2
+    assert "not both" in both.stderr
+    several = run(questions, "-c", tmp_path / "c", "-e", "a", "-e", "b")
+    assert several.exit_code == 2
+    assert "need a folder" in several.stderr

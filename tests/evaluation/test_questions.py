@@ -1,0 +1,55 @@
+"""Questions from JSON lines."""
+
+import json
+
+import pytest
+
+from mmrag.errors import ContentError
+from mmrag.evaluation.questions import Question, as_page, numbered, page_id, read_questions
+
+
+def test_questions_are_read_and_bad_lines_named(tmp_path):
+    path = tmp_path / "q.jsonl"
+    row = {"question": "where?", "pages": [{"file": "in/a.pdf", "page": 3}]}
+    path.write_text(json.dumps(row) + "\n\n")
+    (read,) = read_questions(path)
+    assert (read.pages, read.document) == ((("a.pdf", 3),), "a.pdf")
+    for bad in ("{", "[]", '{"question": "x"}', '{"question": "x", "pages": []}'):
+        path.write_text(json.dumps(row) + "\n" + bad)
+        with pytest.raises(ContentError, match=r"q.jsonl:2: .*page"):
+            read_questions(path)
+    path.write_text("\n")
+    with pytest.raises(ContentError, match="no question"):
+        read_questions(path)
+
+
+def test_everything_that_a_row_may_say(tmp_path):
+    path = tmp_path / "q.jsonl"
+    rows = [
+        {
+            "question": "how deep?",
+            "answer": "9 m",
+            "kind": "text",
+            "pages": [],
+            "answerable": False,
+        },
+        {"image": "photo.jpg", "pages": [{"file": "b.pdf", "page": 1}], "id": "photo"},
+    ]
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    first, second = read_questions(path)
+    assert (first.answer, first.kind, first.answerable, first.id) == ("9 m", "text", False, "q1")
+    assert (second.image, second.text, second.id) == (tmp_path / "photo.jpg", "", "photo")
+    assert second.query(top_k=3).image == tmp_path / "photo.jpg"
+
+
+def test_ids_are_unique():
+    with pytest.raises(ContentError, match="two questions have the id 'q2'"):
+        numbered([Question("a", id="q2"), Question("b")])
+
+
+def test_a_page_is_one_word_whatever_its_file_is_called():
+    page = ("50% of #1, über all.pdf", 12)
+    assert len(page_id(page).split()) == 1
+    assert as_page(page_id(page)) == page
+    with pytest.raises(ContentError, match=r"file\.pdf#7"):
+        as_page("nothing")
