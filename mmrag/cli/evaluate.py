@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, TypeGuard
 
 import typer
 
-from mmrag.cli.ask import rerankers
 from mmrag.cli.console import errors, print_json, say, show
 from mmrag.cli.options import DEFAULT_COLLECTION, DebugOption, open_library
 from mmrag.cli.progress import Step, indexing, working
+from mmrag.cli.reranking import RerankOption, rerankers
 from mmrag.cli.scores import evaluation_view
 
 if TYPE_CHECKING:
+    from mmrag.evaluation.questions import Question
+    from mmrag.evaluation.results import Evaluation
     from mmrag.index import UniversalIndex
-
-_MOST_RERANKED = 1000  # of a reranker; the evaluation gives it three for each page that counts
 
 
 def evaluate(
@@ -72,14 +72,7 @@ def evaluate(
             help="Search with this many leading dimensions as well (Matryoshka); may be repeated.",
         ),
     ] = None,
-    rerank: Annotated[
-        str | None,
-        typer.Option(
-            "--rerank",
-            metavar="MODEL",
-            help="Rerank the fusion as well: a reranker or chat model by name or folder.",
-        ),
-    ] = None,
+    rerank: RerankOption = None,
     run: Annotated[
         list[Path] | None,
         typer.Option(
@@ -123,65 +116,89 @@ def evaluate(
     with errors(debug, stopped=_stopped(json_file)):
         if folder is not None and collection:
             raise typer.BadParameter("Give a folder of files or --collection, not both.")
-        with working(log=True) as step, _work_folder(json_file) as work:
+        with working(log=True) as step, _work_folder(json_file) as work, ExitStack() as stack:
             step("Loading")
-            from mmrag.evaluation import trec
-            from mmrag.evaluation.questions import read_questions
-            from mmrag.evaluation.results import System
             from mmrag.evaluation.run import evaluate as measure
 
-            asked = read_questions(questions)
-            if qrels is not None:
-                asked = trec.with_qrels(asked, trec.read_qrels(qrels))
-            reorder = rerankers(rerank, None, _MOST_RERANKED, True) if rerank else []
-            with ExitStack() as stack:
-                libraries: Mapping[str, UniversalIndex] = {}
-                if folder is not None:
-                    libraries = _indexed(folder, embedder or ["mmrag-nano"], work, stack, step)
-                elif collection or not run:
-                    libraries = _opened(collection, embedder or [], stack, step)
-                evaluation = measure(
-                    libraries,
-                    asked,
-                    keep=work / "retrieval.jsonl",
-                    progress=lambda now: step.often(f"{now.task}: {now.done}/{now.total} asked"),
-                    cuts=tuple(sorted(set(cut or (1, 5, 10)))),
-                    dims=tuple(dim or ()),
-                    rerankers={Path(str(rerank)).name: one for one in reorder},
-                )
-            for path in run or ():
-                tag, rankings = trec.read_run(path)
-                for question in evaluation.asked():
-                    evaluation.add(System(tag, "run"), question.id, rankings.get(question.id, []))
-        if save_runs is not None:
-            trec.save_runs(evaluation, save_runs)
-        if json_file is not None and str(json_file) != "-":
-            evaluation.save(json_file)
-        if str(json_file) == "-":
-            print_json(evaluation.to_json())
-        else:
-            show(evaluation_view(evaluation))
+            asked = _asked(questions, qrels)
+            cuts = tuple(sorted(set(cut or (1, 5, 10))))
+            chain = rerankers(rerank, None, cuts[-1], images=True)
+            if folder is not None:
+                libraries = _indexed(folder, embedder or ["mmrag-nano"], work, stack, step)
+            elif run and not collection:
+                libraries = {}
+            else:
+                libraries = _opened(collection, embedder or [], stack, step)
+            evaluation = measure(
+                libraries,
+                asked,
+                keep=work / "retrieval.jsonl",
+                progress=lambda now: step.often(f"{now.task}: {now.done}/{now.total} asked"),
+                cuts=cuts,
+                dims=tuple(dim or ()),
+                rerankers={", then ".join(rerank): chain} if rerank else {},
+            )
+        _add_runs(evaluation, run or [])
+        _write(evaluation, save_runs, json_file)
+
+
+def _asked(path: Path, qrels: Path | None) -> list[Question]:
+    """The questions, with the relevance of the qrels if there are any."""
+    from mmrag.evaluation import trec
+    from mmrag.evaluation.questions import read_questions
+
+    asked = read_questions(path)
+    return asked if qrels is None else trec.with_qrels(asked, trec.read_qrels(qrels))
+
+
+def _add_runs(evaluation: Evaluation, paths: list[Path]) -> None:
+    """Set the runs of other systems beside what was asked."""
+    from mmrag.evaluation import trec
+    from mmrag.evaluation.results import System
+
+    for path in paths:
+        tag, rankings = trec.read_run(path)
+        for question in evaluation.asked():
+            evaluation.add(System(tag, "run"), question.id, rankings.get(question.id, []))
+
+
+def _write(evaluation: Evaluation, runs: Path | None, json_file: Path | None) -> None:
+    """Save what is to be saved, and print a table, or JSON for ``--json -``."""
+    if runs is not None:
+        from mmrag.evaluation.trec import save_runs
+
+        save_runs(evaluation, runs)
+    if _is_file(json_file):
+        evaluation.save(json_file)
+    if json_file is None or _is_file(json_file):
+        show(evaluation_view(evaluation))
+    else:
+        print_json(evaluation.to_json())
+
+
+def _is_file(json_file: Path | None) -> TypeGuard[Path]:
+    return json_file is not None and str(json_file) != "-"
 
 
 def _stopped(json_file: Path | None) -> str:
-    if json_file is None or str(json_file) == "-":
-        return "Stopped. With --json FILE, a run goes on where it was stopped."
-    return "Stopped. The same command goes on from here."
+    if _is_file(json_file):
+        return "Stopped. The same command goes on from here."
+    return "Stopped. With --json FILE, a run goes on where it was stopped."
 
 
 @contextmanager
 def _work_folder(json_file: Path | None) -> Iterator[Path]:
     """Where indexes and results of single questions are: beside the JSON, else for this run."""
-    if json_file is None or str(json_file) == "-":
-        with tempfile.TemporaryDirectory() as scratch:
-            yield Path(scratch)
-    else:
+    if _is_file(json_file):
         yield json_file.with_name(f"{json_file.name}.cache")
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        yield Path(scratch)
 
 
 def _opened(
     collections: list[str] | None, embedders: list[str], stack: ExitStack, step: Step
-) -> Mapping[str, UniversalIndex]:
+) -> dict[str, UniversalIndex]:
     """The collections by the names of their embedders, or their own where these are the same."""
     places = collections or [os.environ.get("MMRAG_COLLECTION") or DEFAULT_COLLECTION]
     if len(embedders) > 1:
@@ -201,7 +218,7 @@ def _opened(
 
 def _indexed(
     folder: Path, embedders: list[str], work: Path, stack: ExitStack, step: Step
-) -> Mapping[str, UniversalIndex]:
+) -> dict[str, UniversalIndex]:
     """The files indexed with each embedder."""
     libraries = {}
     for number, name in enumerate(embedders, 1):

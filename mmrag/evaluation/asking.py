@@ -30,7 +30,7 @@ FUSIONS: Mapping[str, RetrieverOptions] = {
 """The ways to fuse that are compared: options of the retriever by name, the first as it ships."""
 
 _EVERY_RANKING = dict.fromkeys(DEFAULT_WEIGHTS, 1.0)
-_RERANKED = 3  # pages given to a reranker for each page that counts, as ``mmrag ask --rerank``
+_RERANKED = 3  # pages given to each reranker for one that it hands on, as ``mmrag ask --rerank``
 
 
 class AskOptions(TypedDict, total=False):
@@ -40,7 +40,7 @@ class AskOptions(TypedDict, total=False):
     scopes: tuple[Scope, ...]
     fusions: Mapping[str, RetrieverOptions]
     dims: tuple[int, ...]
-    rerankers: Mapping[str, BaseNodePostprocessor]
+    rerankers: Mapping[str, Sequence[BaseNodePostprocessor]]
     depth: int
 
 
@@ -52,7 +52,7 @@ class Options:
     scopes: tuple[Scope, ...] = ("corpus", "document")
     fusions: Mapping[str, RetrieverOptions] = field(default_factory=lambda: FUSIONS)
     dims: tuple[int, ...] = ()
-    rerankers: Mapping[str, BaseNodePostprocessor] = field(default_factory=dict)
+    rerankers: Mapping[str, Sequence[BaseNodePostprocessor]] = field(default_factory=dict)
     depth: int = 100
 
     def __post_init__(self) -> None:
@@ -142,10 +142,12 @@ class _Retrievers:
                     add(name, dim, pages_of(hits), None)
             for name, retriever in fused.items():
                 add(name, dim, pages_of_nodes(retriever.retrieve(query)), None)
-        for label, reranker in self.options.rerankers.items():
+        for label, chain in self.options.rerankers.items():
             name, retriever = next(iter(self.by_dim[None][1].items()))
-            query.top_k = _RERANKED * retriever.similarity_top_k
-            nodes = reranker.postprocess_nodes(retriever.retrieve(query), query_bundle=query)
+            query.top_k = retriever.similarity_top_k * _RERANKED ** len(chain)
+            nodes = retriever.retrieve(query)
+            for reranker in chain:
+                nodes = reranker.postprocess_nodes(nodes, query_bundle=query)
             add(name, None, pages_of_nodes(nodes), label)
         return rows
 
@@ -155,7 +157,7 @@ def _state(index: UniversalIndex, retrievers: _Retrievers, options: Options) -> 
     from mmrag import __version__
 
     files = sorted((entry.sha256, entry.file) for entry in index.files())
-    rerankers = {name: repr(one) for name, one in options.rerankers.items()}
+    rerankers = {name: repr(chain) for name, chain in options.rerankers.items()}
     weights = retrievers.own.weights
     return fingerprint(
         __version__,

@@ -48,8 +48,8 @@ def evaluate(
         progress: called with each Step.
         options: ``cuts``, the values of k, ascending (1, 5, 10); ``scopes`` (``corpus`` and
             ``document``); ``fusions``, options of the retriever by name; ``dims``, leading
-            dimensions to search with as well; ``rerankers``, postprocessors by name, which
-            reorder the first fusion; ``depth``, nodes of each ranking (100).
+            dimensions to search with as well; ``rerankers``, by name the postprocessors that
+            reorder the first fusion, one after the other; ``depth``, nodes of each ranking (100).
 
     Each question is embedded alone, as it is in use, so that no batch size moves a number.
 

@@ -82,7 +82,7 @@ def test_a_reranker_reorders_the_fusion(library, questions):
         def postprocess_nodes(self, nodes, query_bundle):
             return nodes[::-1]
 
-    found = evaluate(library, questions, rerankers={"backwards": Backwards()}, cuts=(1, 5))
+    found = evaluate(library, questions, rerankers={"backwards": [Backwards()]}, cuts=(1, 5))
     system = System("fake", "fusion", reranker="backwards")
     hits = library.as_retriever(similarity_top_k=15).search(questions[0].text)
     pages = [(hit.metadata["file"], hit.metadata["page"]) for hit in hits[::-1]]
