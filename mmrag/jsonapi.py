@@ -62,13 +62,17 @@ class JsonServer:
         self.timeout = timeout
         self.retries = retries
         self.concurrency = concurrency
-        self._api_key = _checked_key(api_key)
+        self._api_key = (api_key or "").strip() or None  # keys read from a file end in a newline
+        # A header is ASCII; httpx would raise an error that shows the key.
+        if self._api_key and not (self._api_key.isascii() and self._api_key.isprintable()):
+            raise ConfigError("api_key holds characters that cannot be sent.")
         self._connect()
 
     def __repr__(self) -> str:
         return f"JsonServer({self.shown!r}, {self.model!r})"
 
     def __getstate__(self) -> dict[str, Any]:
+        # Sockets and semaphores cannot be pickled; the copy connects anew.
         return {k: v for k, v in self.__dict__.items() if k not in ("_client", "_slots")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -113,6 +117,7 @@ class JsonServer:
                 problem = f"answers {status}: {excerpt(answer)}"
                 if status not in RETRIED_STATUS:
                     raise RefusedError(self._message(problem + self._advice(status)), status)
+            # A server under repair may ask for hours.
             pause = None if asked is None else min(asked, self.timeout)
             raise BusyError(self.error(f"{problem}, tried {tries} times"), pause)
 
@@ -145,12 +150,14 @@ class JsonServer:
 
     def _message(self, problem: str) -> str:
         message = f"{self.shown}, model {self.model!r}: {problem}."
+        # Some servers repeat the request's headers in their errors.
         return message.replace(self._api_key, "***") if self._api_key else message
 
     def _advice(self, status: int) -> str:
         match status:
             case 401 | 403:
                 return " (check api_key)"
+            # A missing /v1 shows as any of these, by server.
             case 404 | 405 | 307 | 308:
                 return f" ({self.hint})"
         return ""
@@ -172,17 +179,11 @@ def _checked_url(url: str) -> str:
     return url
 
 
-def _checked_key(api_key: str | None) -> str | None:
-    key = (api_key or "").strip()  # keys read from a file end in a newline
-    if not (key.isascii() and key.isprintable()):
-        raise ConfigError("api_key holds characters that cannot be sent.")
-    return key or None
-
-
 def _retry_after(response: httpx.Response) -> float | None:
     """Seconds that the server asks to wait; ``None`` where it does not, or gives a date."""
     try:
         seconds = float(response.headers.get("Retry-After", ""))
     except ValueError:
         return None
+    # "nan" and "inf" are floats to Python.
     return seconds if 0 <= seconds < math.inf else None

@@ -118,6 +118,7 @@ def as_items(
             used.
         ConfigError: For the name of a task that does not exist.
     """
+    # A str is a sequence too, and would be embedded letter by letter.
     single = (str, bytes, bytearray, io.BytesIO, os.PathLike, Mapping, np.ndarray, Image.Image)
     if isinstance(contents, (*single, Content)) or not isinstance(contents, Iterable):
         kind = type(contents).__name__
@@ -129,6 +130,7 @@ def as_items(
     for index, value in enumerate(contents):
         with naming(f"item {index}"):
             content = as_content(value)
+        # Here and not in each family: some would drop the part they cannot see, in silence.
         if content.modality not in embedder.modalities:
             able = ", ".join(sorted(embedder.modalities))
             raise ContentError(
@@ -165,4 +167,5 @@ def truncate_normalise(vectors: NDArray[np.floating[Any]], dim: int) -> NDArray[
     """First ``dim`` dimensions of each row, scaled to L2 norm 1 (Matryoshka, arXiv 2205.13147)."""
     kept = np.asarray(vectors[:, :dim], dtype=np.float32)
     norms = np.linalg.norm(kept, axis=1, keepdims=True)
+    # The bound keeps a zero vector from becoming NaN, which no index takes.
     return np.asarray(kept / np.maximum(norms, 1e-12), dtype=np.float32)

@@ -163,5 +163,6 @@ def find_known(name: str) -> KnownModel | None:
     for model in KNOWN:
         if name == model.name:
             return model
+    # A folder that a checkpoint was downloaded to usually keeps its name.
     last = name.rstrip("/").rpartition("/")[2]
     return next((m for m in KNOWN if m.name.rpartition("/")[2] == last), None)

@@ -75,6 +75,7 @@ class LocalEmbedder:
         self._lock = threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
+        # A lock cannot be pickled; Ray and multiprocessing send embedders to other processes.
         return {key: value for key, value in self.__dict__.items() if key != "_lock"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -106,11 +107,13 @@ class LocalEmbedder:
             open_pool(self.workers, len(items)) as pool,
             progress_bar(len(items), progress) as advance,
         ):
+            # All plans before any image is decoded: bad items are found, and batches cut, at once.
             plans = list(pool.map(self._plan, range(len(items)), items))
             batches = iter_batches([plan.n_tokens for plan in plans], lambda: self.budget.limit)
             for indices, inputs in prepared(pool, batches, prepare):
                 vectors[indices] = run_halving(self._forward, inputs, self.budget, self.name)
                 advance(len(indices))
+        # Float16 overflows in some models; a NaN in a collection would spoil every search.
         if not np.isfinite(vectors).all():
             raise ModelError(
                 f"{self.name}: a vector is not finite; load the model with dtype='float32'."

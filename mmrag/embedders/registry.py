@@ -93,6 +93,7 @@ class FamilyOptions(TypedDict, total=False):
 def all_families() -> dict[str, EntryPoint]:
     """Every family by its key: mmrag's own, and those that installed packages bring."""
     own = {key: EntryPoint(key, value, GROUP) for key, value in FAMILIES.items()}
+    # Ours win: a package must not change the vectors of a known family.
     return {point.name: point for point in entry_points(group=GROUP)} | own
 
 
@@ -138,7 +139,7 @@ def load_embedder(
     (1, 384)
     """
     from mmrag.embedders.local import LocalEmbedder
-    from mmrag.modeling.checkpoints import fingerprint
+    from mmrag.modeling.checkpoints import fingerprint, read_json
     from mmrag.modeling.fast_cpu import use_fast_arithmetic
     from mmrag.modeling.loading import place
 
@@ -158,6 +159,9 @@ def load_embedder(
     calibration = known.calibration if known else None
     if "calibration" in about:
         calibration = Calibration.from_dict(about["calibration"])
+    # WeMM publishes them in its config.json, under a name of its own.
+    published = read_json(folders[0] / "config.json").get("matryoshka_dimensions")
+    dims = about.get("matryoshka_dims") or published
     moves = {"dtype": str(placement.dtype), "quantize": quantize, **backbone.settings()}
     return LocalEmbedder(
         backbone,
@@ -166,7 +170,7 @@ def load_embedder(
         token_budget=token_budget,
         prefers_text=bool(about.get("prefers_text", False)),
         prefers_passages=bool(about.get("prefers_passages", False)),
-        matryoshka_dims=_matryoshka_dims(folders, known),
+        matryoshka_dims=tuple(dims or (known.matryoshka_dims if known else ())),
         calibration=calibration,
         workers=workers,
     )
@@ -216,11 +220,7 @@ def read_marker(folders: list[Path]) -> dict[str, Any]:
 
 
 def _choose(name: str | Path, folders: list[Path], family: str | None) -> str:
-    """The recipe asked for, the folder's own, or that of the known checkpoint. Never a guess.
-
-    Checkpoints of one architecture are trained with different prompts, and with another one
-    every vector is wrong without any sign of it.
-    """
+    """The recipe asked for, the folder's own, or that of the known checkpoint. Never a guess."""
     from mmrag.modeling.checkpoints import read_json
 
     known = find_known(str(name))
@@ -233,21 +233,14 @@ def _choose(name: str | Path, folders: list[Path], family: str | None) -> str:
     if len(folders) == 1 and (folder / "modules.json").is_file():
         logger.info("%s: a sentence-transformers model; loaded as that.", name)
         return SENTENCE_TRANSFORMERS
+    # No guess by architecture: checkpoints of one are trained with different prompts, and with
+    # another prompt every vector is wrong without any sign of it.
     model_type = read_json(folders[0] / "config.json").get("model_type", "unknown")
     raise ModelError(
         f"{name}: this checkpoint (model_type {model_type}) is not among the known ones and does "
         f"not say which recipe it follows. Pass family=, one of {', '.join(all_families())}, or "
         f"{SENTENCE_TRANSFORMERS}."
     )
-
-
-def _matryoshka_dims(folders: list[Path], known: KnownModel | None) -> tuple[int, ...]:
-    from mmrag.modeling.checkpoints import read_json
-
-    own = read_marker(folders).get("matryoshka_dims") or read_json(folders[0] / "config.json").get(
-        "matryoshka_dimensions"  # as WeMM publishes it
-    )
-    return tuple(own or (known.matryoshka_dims if known else ()))
 
 
 def _load_sentence_transformers(
@@ -270,12 +263,14 @@ def _load(
         able = ", ".join([*all_families(), SENTENCE_TRANSFORMERS])
         raise ConfigError(f"family={family!r} is not known: use one of {able}.")
     load: Callable[..., Backbone] = point.load()
+    # A checkpoint made here keeps the options it was trained with in mmrag.json.
     own = {key: value for key, value in read_marker(folders).items() if key in _options(load)}
     if "modalities" in own:
         own["modalities"] = frozenset(own["modalities"])
     _check_options(load, family, options)
+    # Merging into 4 or 8 bits would round the adapter away.
     if len(folders) > 1 and placement.quantize is not None:
-        raise ConfigError("quantize= cannot be had with an adapter: export it merged first.")
+        raise ConfigError("quantize= does not work with an adapter: export it merged first.")
     backbone = load(folders[0], placement, **{**own, **options})
     for adapter in folders[1:]:
         from mmrag.modeling.adapters import merge_adapter

@@ -97,8 +97,9 @@ class RemoteEmbedder:
         self.batch_size = batch_size
         self.deadline = deadline
         self.limits = limits
+        endpoint = base_url.rstrip("/")
         self.server = JsonServer(
-            _embeddings_url(base_url),
+            endpoint if endpoint.endswith("/embeddings") else f"{endpoint}/embeddings",
             model,
             api_key=api_key,
             hint="check base_url, which usually ends in /v1, and the model's name",
@@ -109,21 +110,19 @@ class RemoteEmbedder:
         known = find_known(model)
         self.matryoshka_dims = known.matryoshka_dims if known else ()
         self.calibration: Calibration | None = known.calibration if known else None
-        self.dim = self._find_dim() if dim is None else dim
-        self.fingerprint = self._fingerprint()
+        if dim is None:  # asked of the server, which alone knows it
+            probe = self._body([Content(text="How long are the vectors?")])
+            dim = int(self._post(probe, 1, Deadline(deadline)).shape[1])
+        self.dim = dim
+        # Of the model and what shapes its prompts, not of the address: the same model at another
+        # server is the same, and a collection stays usable.
+        shape = (self.name, self.dim, self.chat, self.instruction_format)
+        settings = [*shape, self.document_instruction, self.extra_body]
+        digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+        self.fingerprint = digest.hexdigest()[:16]
 
     def __repr__(self) -> str:
         return f"RemoteEmbedder({self.name!r}, {self.server.shown!r})"
-
-    def _fingerprint(self) -> str:
-        """Of the model and what shapes its prompts; the same model elsewhere is the same."""
-        shape = (self.name, self.dim, self.chat, self.instruction_format)
-        settings = [*shape, self.document_instruction, self.extra_body]
-        return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
-
-    def _find_dim(self) -> int:
-        item = Content(text="How long are the vectors?")
-        return int(self._post(self._body([item]), 1, Deadline(self.deadline)).shape[1])
 
     def encode(
         self,
@@ -155,6 +154,7 @@ class RemoteEmbedder:
                     vectors[jobs[future]] = future.result()
                     advance(len(jobs[future]))
             finally:
+                # Also ends the pauses of requests that are being retried.
                 call.stop.set()
                 for future in jobs:
                     future.cancel()
@@ -229,16 +229,13 @@ class RemoteEmbedder:
             vectors = [np.asarray(row["embedding"], dtype=np.float32) for row in rows]
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise self.server.error(f"answers nonsense: {excerpt(answer)}") from error
+        # By str, since a broken server may send anything as an index.
         if sorted(order, key=str) != sorted(range(n), key=str):
             raise self.server.error(f"answers with {len(rows)} vectors where {n} were asked for")
         if any(v.ndim != 1 or v.shape != vectors[0].shape or not len(v) for v in vectors):
             raise self.server.error("answers with vectors of different shapes")
         stacked = np.stack(vectors)[np.argsort(order)]
+        # A vector of zeros has no direction: stored, it would never be found.
         if not np.isfinite(stacked).all() or not np.linalg.norm(stacked, axis=1).all():
             raise self.server.error("answers with vectors that are zero or not finite")
         return stacked
-
-
-def _embeddings_url(base_url: str) -> str:
-    url = base_url.rstrip("/")
-    return url if url.endswith("/embeddings") else f"{url}/embeddings"

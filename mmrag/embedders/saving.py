@@ -15,6 +15,7 @@ from mmrag.modeling.checkpoints import MARKER, read_json
 
 # Weights and their index are written anew; everything else of the source describes them.
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".index.json")
+# Written below; a README of the source describes another model.
 _OWN = ("config.json", "modules.json", MARKER, "README.md")
 
 _ST_MODULES = [
@@ -64,6 +65,7 @@ def save_checkpoint(
     model: Any = backbone.model
     weights = None
     if dtype is not None:
+        # A converted copy: the model itself may go on training in its own dtype.
         weights = {key: value.to(dtype) for key, value in model.state_dict().items()}
     model.save_pretrained(target, state_dict=weights)
     if not type(model).__module__.startswith("transformers."):

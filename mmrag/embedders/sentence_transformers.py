@@ -105,9 +105,12 @@ class SentenceTransformersEmbedder:
         """Indices of items that share modality and instruction, longest text first."""
         groups: dict[tuple[Modality, str | None], list[int]] = {}
         for index, item in enumerate(items):
+            # sentence-transformers takes one prompt, and one kind of input, in a call.
             groups.setdefault((item.modality, item.instruction), []).append(index)
         batches = []
         for group in groups.values():
+            # Texts of similar length are padded little; the longest first shows at once what does
+            # not fit.
             group.sort(key=lambda index: -len(items[index].text or ""))
             for start in range(0, len(group), self.batch_size):
                 batches.append(group[start : start + self.batch_size])
@@ -121,9 +124,14 @@ class SentenceTransformersEmbedder:
             if instruction is None:
                 vectors = self.model.encode_document(inputs, **options)
             else:
-                vectors = self.model.encode_query(
-                    inputs, prompt=self._prompt(instruction), **options
-                )
+                prompt = None  # the model's own prompt for queries
+                if self.prompt_format is not None:
+                    prompt = self.prompt_format.format(instruction=instruction)
+                elif "message" in self.model.modalities:
+                    # A model with a chat template puts it into the system turn; any other would
+                    # take it for a part of the text.
+                    prompt = instruction
+                vectors = self.model.encode_query(inputs, prompt=prompt, **options)
         return np.asarray(vectors, dtype=np.float32)
 
     def _input(self, index: int, item: Content) -> Any:
@@ -132,12 +140,6 @@ class SentenceTransformersEmbedder:
         with naming(f"item {index}"):
             image = load_image(item.images[0])
         return image if item.text is None else {"image": image, "text": item.text}
-
-    def _prompt(self, instruction: str) -> str | None:
-        """What stands for the instruction; ``None`` is the model's own prompt for queries."""
-        if self.prompt_format is not None:
-            return self.prompt_format.format(instruction=instruction)
-        return instruction if "message" in self.model.modalities else None
 
 
 def load_sentence_transformers(
@@ -174,6 +176,8 @@ def load_sentence_transformers(
                 str(folder),
                 device=str(placement.device),
                 model_kwargs={"dtype": placement.dtype},
+                # The folder is complete; without this, missing files would be looked for on the
+                # hub.
                 local_files_only=True,
             )
     except (OSError, ValueError, KeyError, RuntimeError, TypeError, ImportError) as error:
@@ -200,10 +204,8 @@ def load_sentence_transformers(
 
 
 def check_transformers(model: Any, folder: Path) -> None:
-    """Raise ModelError for weights that are not in the files, or not finite.
-
-    sentence-transformers fills what is missing at random, with no more than a log line.
-    """
+    """Raise ModelError for weights that are not in the files, or not finite."""
+    # sentence-transformers fills what is missing at random, with no more than a log line.
     listed = folder / "modules.json"  # a model of a single part need not have it
     described = json.loads(listed.read_text(encoding="utf-8")) if listed.is_file() else [{}]
     for part, row in zip(model.children(), described, strict=listed.is_file()):

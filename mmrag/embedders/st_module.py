@@ -28,6 +28,7 @@ class UniversalModule(InputModule):  # type: ignore[misc]
     def __init__(self, folder: str | Path) -> None:
         super().__init__()
         self.folder = Path(folder)
+        # sentence-transformers moves and casts its modules itself, after they are made.
         self.backbone = load_backbone(folder, device="cpu", dtype="float32")
         self.auto_model = self.backbone.model  # a child, so that ``to`` moves it
 

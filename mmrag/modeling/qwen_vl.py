@@ -9,7 +9,7 @@ three-axis positions the vectors of images differ (cosine 0.98 and less).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -272,6 +272,43 @@ def load_qwen(
     model, tokenizer = load_qwen_parts(model_class, folder, placement, unused=unused)
     rule = read_image_rule(folder).with_tokens(min_image_tokens, max_image_tokens)
     return QwenBackbone(model, tokenizer, rule, recipe, modalities)
+
+
+def qwen_loader(
+    recipe: Recipe,
+    least: int | None,
+    most: int | None,
+    *,
+    modalities: frozenset[Modality] = ALL_MODALITIES,
+    model_class: type[nn.Module] = Qwen2VLModel,
+) -> Callable[..., QwenBackbone]:
+    """The ``load_*`` function of a family that a recipe describes in full.
+
+    Args:
+        least: visual tokens of one image, at least; None: as the checkpoint says.
+        most: visual tokens of one image, at most; None: as the checkpoint says.
+    """
+
+    # Keyword-only, with the family's defaults: the registry reads from here which options it takes.
+    def load(
+        folder: Path,
+        placement: Placement,
+        *,
+        max_length: int = recipe.max_length,
+        min_image_tokens: int | None = least,
+        max_image_tokens: int | None = most,
+    ) -> QwenBackbone:
+        return load_qwen(
+            folder,
+            placement,
+            replace(recipe, max_length=max_length),
+            min_image_tokens,
+            max_image_tokens,
+            modalities=modalities,
+            model_class=model_class,
+        )
+
+    return load
 
 
 def load_qwen_parts(

@@ -39,6 +39,7 @@ def load_gme(
     *,
     family: str = "gme",
     modalities: frozenset[Modality] = ALL_MODALITIES,
+    # The published script's; it counts visual tokens, of which an image has at most 1280.
     max_length: int = 1800,
     min_image_tokens: int | None = None,
     max_image_tokens: int | None = None,

@@ -164,14 +164,14 @@ class LlavaNextBackbone:
         newline = self.model.image_newline.to(rows.dtype).expand(len(rows), 1, -1)
         return torch.cat([features[0], torch.cat([rows, newline], dim=1).flatten(0, 1)])
 
-    def _visual_tokens(self, size: tuple[int, int]) -> int:
-        rows, columns = (part.stop - part.start for part in self.rule.inner(*size))
-        return self.rule.across**2 + int(rows * (columns + 1))
-
     def _ids(
         self, content: Content, instruction: str | None, sizes: Sequence[tuple[int, int]]
     ) -> list[int]:
-        visual = [self._visual_tokens(size) for size in sizes]
+        visual = []
+        for size in sizes:
+            rows, columns = (part.stop - part.start for part in self.rule.inner(*size))
+            # The whole view, then the rows of the tiles with a newline behind each.
+            visual.append(self.rule.across**2 + rows * (columns + 1))
         prompt = self.recipe.render(content, instruction)
         room = self.recipe.max_length + len(visual) - sum(visual)
         return expand(tokenize(self.tokenizer, prompt, room), self._image_id, visual)
@@ -202,6 +202,7 @@ def load_e5_v(folder: Path, placement: Placement, *, max_length: int = 8192) -> 
 def _load(folder: Path, placement: Placement, recipe: LlavaRecipe) -> LlavaNextBackbone:
     model = load_exact(LlavaNextModel, folder, placement, unused=_HEADS, key_mapping=TOWER_NAMES)
     rule = read_clip_rule(folder, int(model.config.vision_config.patch_size))
+    # The model's own: the processor's file of some checkpoints lists other grids.
     rule = replace(rule, grids=tuple((h, w) for h, w in model.config.image_grid_pinpoints))
     rows = model.get_input_embeddings().num_embeddings
     tokenizer = load_tokenizer(folder, rows=rows, tokens={IMAGE: model.config.image_token_id})

@@ -147,6 +147,8 @@ class MMEmbedModel(LlavaNextModel):  # type: ignore[misc]
             latent["cross_dim_head"],
         )
         for layer in self.language_model.layers:
+            # transformers passes a mask of its own only where there is padding; without one, SDPA
+            # goes by this.
             layer.self_attn.is_causal = False
         self.post_init()
 
@@ -204,7 +206,11 @@ class MMEmbedBackbone:
         task, images = plan.content.instruction, plan.content.images
         # As published, transparency is dropped, not laid on white.
         tiles = self.rule.whole(load_image(images[0], on_white=False)) if images else None
-        masked = self._masked(task) if task else 0
+        masked = 0
+        if task:
+            # Its length with start and end tokens. Within the prompt no end token follows it, so
+            # that the newline behind it is left out of the mean too, as published.
+            masked = len(self.tokenizer(f"Instruct: {task}")["input_ids"]) + 1
         if masked >= plan.n_tokens:
             raise ContentError(
                 f"the instruction alone is over max_length={self.max_length} tokens; raise it."
@@ -226,6 +232,7 @@ class MMEmbedBackbone:
         hidden = self.model.latent_attention_model(output.last_hidden_state)
         starts = torch.tensor([item.masked for item in batch], device=device)
         behind = torch.arange(ids.shape[1], device=device) >= starts.unsqueeze(1)
+        # In float32: a sum over hundreds of tokens loses digits in half precision.
         return mean_tokens(hidden.float(), mask * behind)
 
     def _features(self, batch: Sequence[MMEmbedInputs]) -> list[Tensor]:
@@ -239,14 +246,6 @@ class MMEmbedBackbone:
         projected = self.model.multi_modal_projector(states)  # (images, n * n, dim)
         newline = self.model.image_newline.to(projected.dtype).expand(len(projected), 1, -1)
         return list(torch.cat([projected, newline], dim=1))
-
-    def _masked(self, instruction: str) -> int:
-        """Length of the instruction with its start and end tokens.
-
-        Within the prompt no end token follows it, so that the newline behind it is left out of
-        the mean too, as published.
-        """
-        return len(self.tokenizer(f"Instruct: {instruction}")["input_ids"]) + 1
 
 
 def mm_embed_prompt(content: Content, instruction: str | None) -> Prompt:

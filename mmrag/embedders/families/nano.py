@@ -116,6 +116,7 @@ class NanoBackbone:
         ids: list[int] = []
         if content.text is not None:
             ids = tokenize(self.tokenizer, Prompt("", content.text, ""), self.max_length)
+        # Text and image never meet in one sequence; the sum is only what the item costs.
         visual = sum(self.rule.n_tokens(*size) for size in sizes)
         return Plan(content, ids + [_VISUAL] * visual, sizes)
 
@@ -157,6 +158,7 @@ class NanoBackbone:
         added = self.model.readout(output.pooler_output).float()
         counts = [rows * columns for rows, columns in cells(images, self.rule)]
         sums = torch.stack([part.sum(0) for part in torch.split(added, counts)])
+        # A sum and not a mean: after normalising they are the same.
         return F.normalize(sums, dim=1)
 
 

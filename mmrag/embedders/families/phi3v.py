@@ -190,11 +190,9 @@ class Phi3VBackbone:
         return Phi3VInputs(torch.tensor(ids), channels_first(image))
 
     def forward(self, batch: Sequence[Phi3VInputs]) -> Tensor:
-        """State of each item's last token, (len(batch), dim), not normalised.
-
-        Items past the length that Phi-3 was first trained for have other rotary factors, and
-        run apart: the vector of an item must not depend on what it is batched with.
-        """
+        """State of each item's last token, (len(batch), dim), not normalised."""
+        # Items past the length that Phi-3 was first trained for have other rotary factors, and
+        # run apart: the vector of an item must not depend on what it is batched with.
         lengths = [item.n_tokens for item in batch]
         short = [i for i, length in enumerate(lengths) if length <= self._short]
         long = [i for i, length in enumerate(lengths) if length > self._short]
@@ -218,6 +216,7 @@ class Phi3VBackbone:
         """The whole image and its tiles, (1 + tiles, 3, side, side); their rows and columns."""
         side = self.rule.side
         normalised = self.rule.normalise(send(pixels.contiguous(), self.model.device).unsqueeze(0))
+        # On the normalised pixels, as published; resized as bytes, the view would differ.
         whole = F.interpolate(normalised, size=(side, side), mode="bicubic")
         grid = pixels.shape[1] // side, pixels.shape[2] // side
         return torch.cat([whole, cut(normalised[0], side)]), grid

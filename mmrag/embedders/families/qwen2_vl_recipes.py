@@ -8,117 +8,20 @@ that of UNITE (arXiv 2505.19650).
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from mmrag.content import Content, Modality
 from mmrag.embedders.families.gme import GME_DEFAULT, gme_prompt
-from mmrag.modeling.loading import Placement
 from mmrag.modeling.prompts import Prompt
 from mmrag.modeling.qwen_vl import (
     IMAGE_BLOCK,
-    QwenBackbone,
     Recipe,
     as_it_is,
-    load_qwen,
     qwen_fetch_size,
+    qwen_loader,
 )
 
 _SYSTEM = f"<|im_start|>system\n{GME_DEFAULT}<|im_end|>\n<|im_start|>user\n"
 _ASSISTANT = "<|im_end|>\n<|im_start|>assistant\n"
 _END = "<|endoftext|>"
-
-
-def load_ops_mm(
-    folder: Path,
-    placement: Placement,
-    *,
-    max_length: int = 8192,
-    min_image_tokens: int = 256,
-    max_image_tokens: int = 1280,
-) -> QwenBackbone:
-    """Load Ops-MM-embedding-v1-2B/7B: GME's prompt, with M-RoPE positions."""
-    recipe = Recipe("ops_mm", gme_prompt, as_it_is, max_length, mrope=True)
-    return load_qwen(folder, placement, recipe, min_image_tokens, max_image_tokens)
-
-
-def load_dse(
-    folder: Path,
-    placement: Placement,
-    *,
-    max_length: int = 8192,
-    min_image_tokens: int = 1,
-    max_image_tokens: int = 2560,
-) -> QwenBackbone:
-    """Load dse-qwen2-2b-mrl-v1: M-RoPE positions, and a small black image beside every text.
-
-    It was trained without instructions: whichever one comes marks a query, and is not shown.
-    """
-    modalities: frozenset[Modality] = frozenset({"text", "image"})
-    recipe = Recipe("dse", dse_prompt, qwen_fetch_size, max_length, mrope=True, blank=(56, 56))
-    return load_qwen(
-        folder, placement, recipe, min_image_tokens, max_image_tokens, modalities=modalities
-    )
-
-
-def load_vdr(
-    folder: Path,
-    placement: Placement,
-    *,
-    max_length: int = 8192,
-    min_image_tokens: int = 1,
-    max_image_tokens: int = 768,
-) -> QwenBackbone:
-    """Load vdr-2b-multi-v1 or vdr-2b-v1: DSE, trained on with a prompt without assistant turn."""
-    modalities: frozenset[Modality] = frozenset({"text", "image"})
-    recipe = Recipe("vdr", vdr_prompt, as_it_is, max_length, mrope=True, blank=(56, 56))
-    return load_qwen(
-        folder, placement, recipe, min_image_tokens, max_image_tokens, modalities=modalities
-    )
-
-
-def load_mcdse(
-    folder: Path,
-    placement: Placement,
-    *,
-    max_length: int = 8192,
-    min_image_tokens: int = 1,
-    max_image_tokens: int = 960,
-) -> QwenBackbone:
-    """Load mcdse-2b-v1, the forerunner of vdr-2b with larger images."""
-    modalities: frozenset[Modality] = frozenset({"text", "image"})
-    recipe = Recipe("mcdse", vdr_prompt, as_it_is, max_length, mrope=True, blank=(56, 56))
-    return load_qwen(
-        folder, placement, recipe, min_image_tokens, max_image_tokens, modalities=modalities
-    )
-
-
-def load_lamra(
-    folder: Path,
-    placement: Placement,
-    *,
-    max_length: int = 32768,
-    min_image_tokens: int | None = None,
-    max_image_tokens: int | None = None,
-) -> QwenBackbone:
-    """Load LamRA-Ret. Bounds of images are the checkpoint's own: up to 16384 tokens each.
-
-    Positions are plain, as in its training code; its demo has M-RoPE under later transformers.
-    """
-    recipe = Recipe("lamra", lamra_prompt, qwen_fetch_size, max_length)
-    return load_qwen(folder, placement, recipe, min_image_tokens, max_image_tokens)
-
-
-def load_unite(
-    folder: Path,
-    placement: Placement,
-    *,
-    max_length: int = 8192,
-    min_image_tokens: int = 256,
-    max_image_tokens: int = 1280,
-) -> QwenBackbone:
-    """Load Unite-Base-Qwen2-VL or Unite-Instruct-Qwen2-VL, 2B or 7B."""
-    recipe = Recipe("unite", unite_prompt, qwen_fetch_size, max_length)
-    return load_qwen(folder, placement, recipe, min_image_tokens, max_image_tokens)
 
 
 def dse_prompt(content: Content, instruction: str | None) -> Prompt:
@@ -170,3 +73,41 @@ def _summary(content: Content, instruction: str | None, question: str, end: str)
     task = (instruction or "") + (" " if instruction and text else "")
     image = IMAGE_BLOCK if content.images else ""
     return Prompt(_SYSTEM + image + task, text, question + end)
+
+
+_PAGES: frozenset[Modality] = frozenset({"text", "image"})
+
+# Which prompt, size before the image rule, positions and bounds of an image each family has, as
+# its published inference code sets them; what differs from GME's recipe is said beside it.
+
+# GME's prompt, with M-RoPE positions.
+load_ops_mm = qwen_loader(Recipe("ops_mm", gme_prompt, as_it_is, 8192, mrope=True), 256, 1280)
+
+# A small black image stands beside every text. It was trained without instructions: whichever
+# one comes marks a query, and is not shown.
+load_dse = qwen_loader(
+    Recipe("dse", dse_prompt, qwen_fetch_size, 8192, mrope=True, blank=(56, 56)),
+    1,
+    2560,
+    modalities=_PAGES,
+)
+
+# vdr-2b-multi-v1 and vdr-2b-v1: DSE, trained on with a prompt without the assistant's turn.
+load_vdr = qwen_loader(
+    Recipe("vdr", vdr_prompt, as_it_is, 8192, mrope=True, blank=(56, 56)), 1, 768, modalities=_PAGES
+)
+
+# The forerunner of vdr-2b, with larger images.
+load_mcdse = qwen_loader(
+    Recipe("mcdse", vdr_prompt, as_it_is, 8192, mrope=True, blank=(56, 56)),
+    1,
+    960,
+    modalities=_PAGES,
+)
+
+# Bounds of images are the checkpoint's own: up to 16384 tokens each. Positions are plain, as in
+# its training code; its demo has M-RoPE under later transformers.
+load_lamra = qwen_loader(Recipe("lamra", lamra_prompt, qwen_fetch_size, 32768), None, None)
+
+# Unite-Base-Qwen2-VL and Unite-Instruct-Qwen2-VL, 2B and 7B.
+load_unite = qwen_loader(Recipe("unite", unite_prompt, qwen_fetch_size, 8192), 256, 1280)

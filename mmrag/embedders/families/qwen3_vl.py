@@ -29,18 +29,15 @@ MAX_IMAGE_TOKENS = 1800
 
 def embedding_prompt(content: Content, instruction: str | None) -> Prompt:
     """The literal prompt: a system turn with the instruction, images before the text."""
-    system = f"<|im_start|>system\n{_sentence(instruction)}<|im_end|>\n"
+    task = (instruction or "").strip() or DEFAULT_INSTRUCTION
+    # As published: a full stop, unless the instruction ends in any sign of Unicode category P.
+    task = task if unicodedata.category(task[-1]).startswith("P") else f"{task}."
+    system = f"<|im_start|>system\n{task}<|im_end|>\n"
     return Prompt(
         before=f"{system}<|im_start|>user\n{IMAGE_BLOCK * len(content.images)}",
         text=content.text or "",
         after="<|im_end|>\n<|im_start|>assistant\n",
     )
-
-
-def _sentence(instruction: str | None) -> str:
-    """The instruction with a full stop, unless it ends in any sign of Unicode category P."""
-    text = (instruction or "").strip() or DEFAULT_INSTRUCTION
-    return text if unicodedata.category(text[-1]).startswith("P") else f"{text}."
 
 
 def load_qwen3_vl(
@@ -63,6 +60,7 @@ def load_qwen3_vl(
         embedding_prompt,
         as_it_is,
         max_length,
+        # It was trained on several images in one item; max_length bounds them.
         max_images=sys.maxsize,
         mrope=True,
         keep_end=keep_end,

@@ -60,8 +60,10 @@ def load_wemm(
         min_image_tokens,
         max_image_tokens,
         model_class=Qwen3_5Model,
+        # The heads for the next token, and for several at once, are not needed to embed.
         unused=("lm_head.", "mtp."),
     )
+    # Without the token, it would be cut into pieces and the vector taken from the last one.
     if EMBEDDING not in backbone.tokenizer.get_vocab():
         raise ModelError(f"{folder}: its tokenizer has no {EMBEDDING}; it is no WeMM-Embedding.")
     return backbone

@@ -1,13 +1,12 @@
 """VLM2Vec-LLaVaNext and E5-V: exact against reference vectors and against transformers' model."""
 
-import json
 import math
 import urllib.request
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from golden_cases import assert_vectors, golden_cases, noise
 from safetensors.torch import load_file, save_file
 from tiny_llava import GRIDS, PATCH, PIECES, SIDE, save_llava
 from transformers import (
@@ -24,11 +23,6 @@ from mmrag.modeling.clip_images import ClipRule
 from mmrag.testing import check_embedder
 
 VLM2VEC = "vlm2vec_llava_next"
-
-
-def image(width: int, height: int, seed: int = 0) -> Image.Image:
-    noise = np.random.default_rng(seed).integers(0, 255, (height, width, 3), dtype=np.uint8)
-    return Image.fromarray(noise)
 
 
 @pytest.fixture(scope="module")
@@ -50,33 +44,16 @@ def e5_v(tmp_path_factory):
 @pytest.fixture(scope="module")
 def reference(golden):
     """Backbone, prepared item and expected values of each case."""
-    folder = golden / VLM2VEC
-    loaded = {}
-    cases = []
-    for case in json.loads((folder / "expected.json").read_text())["cases"]:
-        style, squash = "mmeb" if "style" in case else "demo", case.get("resize", [None])[0]
-        if (style, squash) not in loaded:
-            loaded[style, squash] = load_embedder(
-                folder / "checkpoint", family=VLM2VEC, device="cpu", style=style, squash=squash
-            ).backbone
-        backbone = loaded[style, squash]
-        image = folder / "images" / case["image"] if case["image"] else None
-        content = Content(case["text"], image)
-        assert backbone.plan(content, case["instruction"]).n_tokens == case["n_tokens"]
-        cases.append((backbone, inputs_of(backbone, content, case["instruction"]), case))
-    return cases
+
+    def options(case):
+        style = "mmeb" if "style" in case else "demo"
+        return {"style": style, "squash": case.get("resize", [None])[0]}
+
+    return golden_cases(golden / VLM2VEC, VLM2VEC, options)
 
 
-@torch.no_grad()
 def test_vectors_equal_those_of_the_reference_code(reference):
-    items = [item for _, item, _ in reference]
-    expected = torch.tensor([case["vector"] for _, _, case in reference])
-    model = reference[0][0]  # forward does not depend on the style
-    alone = torch.cat([model.forward([item]) for item in items])
-    mixed = torch.cat([model.forward(items[start::4]) for start in range(4)])
-    order = torch.cat([torch.arange(start, len(items), 4) for start in range(4)])
-    for vectors in (alone, mixed[order.argsort()]):
-        assert (torch.cosine_similarity(vectors, expected) >= 0.9999).all()
+    assert_vectors(reference)
 
 
 def test_ids_and_pixels_equal_those_of_the_reference_code(reference):
@@ -115,14 +92,14 @@ def independent_vectors(folder, cases):
 CASES = [
     (Content("word"), None, "word"),
     (Content("word"), "Find the page:", "Find the page: word"),
-    (Content(image=image(100, 61)), None, "<image> Represent the given image."),
-    (Content(image=image(31, 190)), "Find the image.", "<image> Find the image."),
+    (Content(image=noise(100, 61)), None, "<image> Represent the given image."),
+    (Content(image=noise(31, 190)), "Find the image.", "<image> Find the image."),
     (
-        Content("the second line", image(400, 130)),
+        Content("the second line", noise(400, 130)),
         None,
         "<image> Represent the given image with related text information: the second line",
     ),
-    (Content("", image(9, 14)), None, "<image> Represent the given image."),
+    (Content("", noise(9, 14)), None, "<image> Represent the given image."),
 ]
 
 
@@ -139,9 +116,9 @@ E5_TAIL = " in one word: <|eot_id|><|start_header_id|>assistant<|end_header_id|>
 E5_CASES = [
     (Content("word"), None, f"{E5_HEAD}word\nSummary above sentence{E5_TAIL}"),
     (Content("word"), "Find this:", f"{E5_HEAD}Find this: word\nSummary above sentence{E5_TAIL}"),
-    (Content(image=image(90, 61)), None, f"{E5_HEAD}<image>\nSummary above image{E5_TAIL}"),
+    (Content(image=noise(90, 61)), None, f"{E5_HEAD}<image>\nSummary above image{E5_TAIL}"),
     (
-        Content("word", image(90, 61)),
+        Content("word", noise(90, 61)),
         None,
         f"{E5_HEAD}<image>\nword\nSummary above image and text{E5_TAIL}",
     ),
@@ -175,7 +152,7 @@ def test_prompts_of_the_evaluation(folder, content, instruction, prompt):
 
 def test_token_ids(embedder):
     backbone = embedder.backbone
-    item = inputs_of(backbone, Content(image=image(112, 56)), None)
+    item = inputs_of(backbone, Content(image=noise(112, 56)), None)
     tokens = backbone.tokenizer.convert_ids_to_tokens(item.ids.tolist())
     # One whole view of 4x4 features, then 4 rows of 8 with a newline each.
     images = ["<image>"] * (16 + 4 * 9)
@@ -188,16 +165,16 @@ def test_tiles_equal_those_of_transformers(folder):
     processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
     rule = ClipRule(SIDE, PATCH, tuple(map(tuple, GRIDS)))
     for size in [(100, 61), (61, 100), (30, 30), (500, 40), (33, 400), (1, 3), (168, 56)]:
-        expected = processor(images=[image(*size)], return_tensors="pt")["pixel_values"][0]
+        expected = processor(images=[noise(*size)], return_tensors="pt")["pixel_values"][0]
         torch.testing.assert_close(
-            rule.normalise(rule.anyres(image(*size))), expected, atol=1e-5, rtol=0
+            rule.normalise(rule.anyres(noise(*size))), expected, atol=1e-5, rtol=0
         )
 
 
 def test_squashing_comes_before_the_tiles(folder):
     squashed = load_embedder(folder, family=VLM2VEC, device="cpu", squash=112)
     plain = load_embedder(folder, family=VLM2VEC, device="cpu")
-    wide = image(300, 40)
+    wide = noise(300, 40)
     (a,), (b,) = squashed.encode([wide]), plain.encode([wide.resize((112, 112))])
     assert a @ b >= 0.99999
     assert squashed.fingerprint != plain.fingerprint
@@ -209,7 +186,7 @@ def test_contract(folder):
 
 def test_long_text_keeps_the_end_of_the_prompt(folder, e5_v):
     backbone = load_embedder(folder, family=VLM2VEC, device="cpu", style="mmeb", max_length=150)
-    item = inputs_of(backbone.backbone, Content("word " * 900, image(112, 56)), "Find the image.")
+    item = inputs_of(backbone.backbone, Content("word " * 900, noise(112, 56)), "Find the image.")
     assert item.n_tokens == 150
     assert (item.ids == PIECES).sum() == 52
     tokens = backbone.backbone.tokenizer.convert_ids_to_tokens(item.ids.tolist())
@@ -222,18 +199,18 @@ def test_long_text_keeps_the_end_of_the_prompt(folder, e5_v):
 def test_an_image_that_leaves_no_room_is_refused(folder):
     embedder = load_embedder(folder, family=VLM2VEC, device="cpu", max_length=30)
     with pytest.raises(ContentError, match=r"item 1: .*max_length"):
-        embedder.encode(["word", image(200, 200)])
+        embedder.encode(["word", noise(200, 200)])
 
 
 def test_placeholders_in_the_text_are_not_images(embedder):
-    item = inputs_of(embedder.backbone, Content("the <image> token", image(112, 56)), None)
+    item = inputs_of(embedder.backbone, Content("the <image> token", noise(112, 56)), None)
     assert (item.ids == PIECES).sum() == 52
     assert np.isfinite(embedder.encode(["<image>"])).all()
 
 
 def test_several_images_are_refused(embedder):
     with pytest.raises(ContentError, match="takes 1 image"):
-        embedder.encode([Content(image=[image(20, 20), image(30, 30)])])
+        embedder.encode([Content(image=[noise(20, 20), noise(30, 30)])])
 
 
 def test_a_missing_weight_is_named(folder, tmp_path):
@@ -249,7 +226,7 @@ def test_a_missing_weight_is_named(folder, tmp_path):
 
 def test_gradients_reach_every_part(embedder):
     backbone = embedder.backbone
-    items = [inputs_of(backbone, Content("word", image(60, 50)), None)]
+    items = [inputs_of(backbone, Content("word", noise(60, 50)), None)]
     backbone.forward([*items, inputs_of(backbone, Content("word"), None)]).square().sum().backward()
     model = backbone.model
     for part in (model.vision_tower, model.multi_modal_projector, model.language_model):

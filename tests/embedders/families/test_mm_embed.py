@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from golden_cases import assert_vectors, golden_cases, noise
 from PIL import Image
 from reference_llava import clip_states, decode, linear, norm, normalised, read_weights, unit
 from tiny_llava import LATENT_HEADS, PIECES, SIDE, save_mm_embed
@@ -19,11 +20,6 @@ from mmrag.embedders.known import find_known
 from mmrag.errors import ContentError, ModelError
 from mmrag.modeling.backbone import inputs_of
 from mmrag.testing import check_embedder
-
-
-def image(width: int, height: int) -> Image.Image:
-    noise = np.random.default_rng(width).integers(0, 255, (height, width, 3), dtype=np.uint8)
-    return Image.fromarray(noise)
 
 
 @pytest.fixture(scope="module")
@@ -39,34 +35,20 @@ def embedder(folder):
 @pytest.fixture(scope="module")
 def reference(golden):
     """Backbone, prepared item and expected values of each case."""
-    folder = golden / "mm_embed"
-    loaded = {}
-    cases = []
-    for case in json.loads((folder / "expected.json").read_text())["cases"]:
-        limit = case["max_length"]
-        if limit not in loaded:
-            loaded[limit] = load_embedder(
-                folder / "checkpoint", family="mm_embed", device="cpu", max_length=limit
-            ).backbone
-        image = folder / "images" / case["image"] if case["image"] else None
+
+    def read(case, image):
         text = "" if case["text"] is None and image is None else case["text"]
         # A bare query is one with an empty instruction.
-        task = (case["instruction"] or "") if case["is_query"] else None
-        assert loaded[limit].plan(Content(text, image), task).n_tokens == case["n_tokens"]
-        cases.append((loaded[limit], inputs_of(loaded[limit], Content(text, image), task), case))
-    return cases
+        return Content(text, image), (case["instruction"] or "") if case["is_query"] else None
+
+    def options(case):
+        return {"max_length": case["max_length"]}
+
+    return golden_cases(golden / "mm_embed", "mm_embed", options, read)
 
 
-@torch.no_grad()
 def test_vectors_equal_those_of_the_reference_code(reference):
-    items = [item for _, item, _ in reference]
-    expected = torch.tensor([case["vector"] for _, _, case in reference])
-    model = reference[0][0]  # forward does not depend on the limit
-    alone = torch.cat([model.forward([item]) for item in items])
-    mixed = torch.cat([model.forward(items[start::4]) for start in range(4)])
-    order = torch.cat([torch.arange(start, len(items), 4) for start in range(4)])
-    for vectors in (alone, mixed[order.argsort()]):
-        assert (torch.cosine_similarity(vectors, expected) >= 0.9999).all()
+    assert_vectors(reference)
 
 
 def test_ids_and_pixels_equal_those_of_the_reference_code(reference):
@@ -90,10 +72,10 @@ TASK = "Given a question, retrieve passages"
 CASES = [
     (Content("word"), None, "word"),
     (Content("What is in the image"), TASK, f"Instruct: {TASK}\nQuery: What is in the image"),
-    (Content(image=image(70, 40)), None, "<image>\n"),
-    (Content(image=image(33, 80)), TASK, f"Instruct: {TASK}\nQuery: <image>\n"),
-    (Content("the line", image(56, 56)), None, "<image>\nthe line"),
-    (Content("the line", image(90, 50)), TASK, f"Instruct: {TASK}\nQuery: <image>\nthe line"),
+    (Content(image=noise(70, 40)), None, "<image>\n"),
+    (Content(image=noise(33, 80)), TASK, f"Instruct: {TASK}\nQuery: <image>\n"),
+    (Content("the line", noise(56, 56)), None, "<image>\nthe line"),
+    (Content("the line", noise(90, 50)), TASK, f"Instruct: {TASK}\nQuery: <image>\nthe line"),
 ]
 
 
@@ -151,7 +133,7 @@ def test_vectors_equal_an_independent_computation(embedder, folder):
 
 def test_token_ids_and_mask(embedder):
     backbone = embedder.backbone
-    item = inputs_of(backbone, Content("word", image(50, 40)), "Find the image")
+    item = inputs_of(backbone, Content("word", noise(50, 40)), "Find the image")
     tokens = backbone.tokenizer.convert_ids_to_tokens(item.ids.tolist())
     assert "".join(tokens[-4:]) == "<0x0A>word</s>"
     assert tokens.count("<image>") == 17
@@ -168,7 +150,7 @@ def test_the_end_token_survives_a_cut(folder, embedder):
     backbone = load_embedder(folder, family="mm_embed", device="cpu", max_length=40).backbone
     words = Content(" ".join(map(str, range(100))))
     text = inputs_of(backbone, words, "Find the image")
-    fused = inputs_of(backbone, Content(words.text, image(9, 9)), None)
+    fused = inputs_of(backbone, Content(words.text, noise(9, 9)), None)
     assert text.n_tokens == 40
     assert fused.n_tokens == 40 + 16  # an image of 17 tokens counts as one
     assert [int(item.ids[-1]) for item in (text, fused)] == [2, 2]
@@ -187,9 +169,9 @@ def test_every_token_of_the_text_has_an_embedding(embedder):
 
 
 def test_transparency_is_dropped_as_published(embedder):
-    clear = image(40, 40)
+    clear = noise(40, 40)
     clear.putalpha(0)
-    a, b = embedder.encode([clear, image(40, 40)])
+    a, b = embedder.encode([clear, noise(40, 40)])
     assert a @ b >= 0.99999
 
 
@@ -219,7 +201,7 @@ def test_its_license_is_told(folder, tmp_path, caplog):
 
 def test_gradients_reach_every_part(embedder):
     backbone = embedder.backbone
-    items = [inputs_of(backbone, Content("word", image(60, 50)), "Find")]
+    items = [inputs_of(backbone, Content("word", noise(60, 50)), "Find")]
     backbone.forward([*items, inputs_of(backbone, Content("word"), None)]).square().sum().backward()
     model = backbone.model
     parts = [model.vision_tower, model.multi_modal_projector, model.language_model]

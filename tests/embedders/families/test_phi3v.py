@@ -1,6 +1,5 @@
 """VLM2Vec-Full on Phi-3.5-V: exact against reference vectors and against its recipe by hand."""
 
-import json
 import math
 import urllib.request
 
@@ -8,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from golden_cases import assert_vectors, golden_cases, noise
 from PIL import Image
 from reference_llava import clip_states, decode, linear, normalised, read_weights, unit
 from safetensors.torch import load_file, save_file
@@ -23,11 +23,6 @@ from mmrag.testing import check_embedder
 PHI = "vlm2vec_phi3v"
 
 
-def image_of(width: int, height: int) -> Image.Image:
-    noise = np.random.default_rng(width).integers(0, 255, (height, width, 3), dtype=np.uint8)
-    return Image.fromarray(noise)
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return save_phi3v(tmp_path_factory.mktemp("phi3v"))
@@ -41,34 +36,16 @@ def embedder(folder):
 @pytest.fixture(scope="module")
 def reference(golden):
     """Backbone, prepared item and expected values of each case."""
-    folder = golden / PHI
-    loaded = {}
-    cases = []
-    for case in json.loads((folder / "expected.json").read_text())["cases"]:
-        options = "mmeb" if "style" in case else "demo", case.get("num_crops", 4)
-        if options not in loaded:
-            style, crops = options
-            loaded[options] = load_embedder(
-                folder / "checkpoint", family=PHI, device="cpu", style=style, num_crops=crops
-            ).backbone
-        image = folder / "images" / case["image"] if case["image"] else None
-        content = Content(case["text"], image)
-        assert loaded[options].plan(content, case["instruction"]).n_tokens == case["n_tokens"]
-        item = inputs_of(loaded[options], content, case["instruction"])
-        cases.append((loaded[options], item, case))
-    return cases
+
+    def options(case):
+        style = "mmeb" if "style" in case else "demo"
+        return {"style": style, "num_crops": case.get("num_crops", 4)}
+
+    return golden_cases(golden / PHI, PHI, options)
 
 
-@torch.no_grad()
 def test_vectors_equal_those_of_the_reference_code(reference):
-    items = [item for _, item, _ in reference]
-    expected = torch.tensor([case["vector"] for _, _, case in reference])
-    model = reference[0][0]  # forward does not depend on style and crops
-    alone = torch.cat([model.forward([item]) for item in items])
-    mixed = torch.cat([model.forward(items[start::4]) for start in range(4)])
-    order = torch.cat([torch.arange(start, len(items), 4) for start in range(4)])
-    for vectors in (alone, mixed[order.argsort()]):
-        assert (torch.cosine_similarity(vectors, expected) >= 0.9999).all()
+    assert_vectors(reference)
 
 
 def test_ids_and_pixels_equal_those_of_the_reference_code(reference):
@@ -156,10 +133,10 @@ def independent_vector(w, tokenizer, prompt, image, num_crops=4):
 CASES = [
     (Content("word"), None, "word"),
     (Content("word"), "Find the page:", "Find the page: word"),
-    (Content(image=image_of(100, 61)), None, "<|image_1|> Represent the given image."),
-    (Content(image=image_of(40, 150)), "Find the image.", "<|image_1|> Find the image."),
+    (Content(image=noise(100, 61)), None, "<|image_1|> Represent the given image."),
+    (Content(image=noise(40, 150)), "Find the image.", "<|image_1|> Find the image."),
     (
-        Content("the second line", image_of(300, 200)),
+        Content("the second line", noise(300, 200)),
         None,
         "<|image_1|> Represent the given image with related text information: the second line",
     ),
@@ -178,7 +155,7 @@ def test_vectors_equal_an_independent_computation(embedder, folder):
 
 def test_more_crops_equal_an_independent_computation(folder):
     embedder = load_embedder(folder, family=PHI, device="cpu", num_crops=9)
-    image = image_of(120, 100)
+    image = noise(120, 100)
     prompt = "<|image_1|> Represent the given image."
     tokenizer = embedder.backbone.tokenizer
     expected = independent_vector(read_weights(folder), tokenizer, prompt, image, num_crops=9)
@@ -197,7 +174,7 @@ def test_a_long_item_leaves_the_others_in_its_batch_alone(embedder):
 
 
 def test_token_ids(embedder):
-    item = inputs_of(embedder.backbone, Content(image=image_of(112, 112)), None)
+    item = inputs_of(embedder.backbone, Content(image=noise(112, 112)), None)
     ids = item.ids.tolist()
     # 2x2 tiles and the whole, of 2x2 tokens each, a separator, and the ends of 4 + 2 rows.
     count = 5 * 4 + 1 + 6
@@ -217,7 +194,7 @@ def test_prompts_of_the_evaluation(folder, embedder):
         return ids[ids >= 0].tolist()
 
     spoken = "\nRepresent the given image.\n"
-    assert tail(Content(image=image_of(60, 60)), None) == [1, *tokenizer(spoken)["input_ids"]]
+    assert tail(Content(image=noise(60, 60)), None) == [1, *tokenizer(spoken)["input_ids"]]
     assert tail(Content("word"), "Find:") == tokenizer("Find: word\n")["input_ids"]
     assert tail(Content("word"), None) == tokenizer("word")["input_ids"]
     assert evaluation.fingerprint != embedder.fingerprint
@@ -247,14 +224,14 @@ def test_contract(folder):
 
 def test_long_text_is_cut_and_an_image_is_not(folder):
     backbone = load_embedder(folder, family=PHI, device="cpu", style="mmeb", max_length=60).backbone
-    item = inputs_of(backbone, Content("word " * 900, image_of(112, 112)), "Find the image.")
+    item = inputs_of(backbone, Content("word " * 900, noise(112, 112)), "Find the image.")
     assert item.n_tokens == 60
     assert (item.ids == -1).sum() == 27
     tokens = backbone.tokenizer.convert_ids_to_tokens(item.ids[-3:].tolist())
     assert tokens == ["▁word", "▁word", "<0x0A>"]
     small = load_embedder(folder, family=PHI, device="cpu", max_length=20)
     with pytest.raises(ContentError, match="max_length"):
-        small.encode([image_of(112, 112)])
+        small.encode([noise(112, 112)])
 
 
 def test_an_impossible_number_of_crops_is_refused(folder):
@@ -284,7 +261,7 @@ def test_another_architecture_is_refused(tmp_path):
 
 def test_gradients_reach_every_part(embedder):
     backbone = embedder.backbone
-    items = [inputs_of(backbone, Content("word", image_of(60, 50)), None)]
+    items = [inputs_of(backbone, Content("word", noise(60, 50)), None)]
     backbone.forward([*items, inputs_of(backbone, Content("word"), None)]).square().sum().backward()
     images = backbone.model.vision_embed_tokens
     for part in (images.img_processor, images.img_projection, backbone.model.layers):
