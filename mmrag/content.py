@@ -304,9 +304,11 @@ def _from_data_url(url: str, limits: ImageLimits) -> bytes:
     head, comma, body = url.partition(",")
     if not comma or not head.lower().endswith(";base64"):
         raise ContentError("A data URL must look like data:image/png;base64,...")
+    # Before decoding: four characters of base64 are three bytes.
     if len(body) * 3 // 4 > limits.max_bytes:
         raise ContentError(f"The data URL is over the limit of {limits.max_bytes:,} bytes.")
     try:
+        # Browsers and mail wrap long lines; validate would refuse the line ends.
         return base64.b64decode("".join(body.split()), validate=True)
     except ValueError as error:
         raise ContentError(f"The data URL is not valid base64 ({error}).") from error
@@ -337,6 +339,7 @@ def _from_array(array: NDArray[Any], limits: ImageLimits) -> Image.Image:
     if 0 in array.shape:
         raise ContentError(f"{name}: the image is empty.")
     _check_pixels((array.shape[1], array.shape[0]), name, limits)
+    # A slice or a transposed array has strides that Pillow does not take.
     return Image.fromarray(np.ascontiguousarray(_to_uint8(array, name)))
 
 
@@ -346,6 +349,7 @@ def _to_uint8(array: NDArray[Any], name: str) -> NDArray[np.uint8]:
     if array.dtype == np.bool_:
         return array.astype(np.uint8) * np.uint8(255)
     if array.dtype.kind == "u" and array.dtype.itemsize == 2:  # in any byte order
+        # 65535 / 257 is 255: white stays white.
         return np.round(array / 257).astype(np.uint8)
     if np.issubdtype(array.dtype, np.floating):
         if not np.isfinite(array).all() or array.min() < 0 or array.max() > 1:
@@ -368,11 +372,13 @@ def _check_pixels(size: tuple[int, int], name: str, limits: ImageLimits) -> None
 def _check_scans(image: Image.Image, name: str, limits: ImageLimits) -> None:
     """Raise ContentError for a JPEG that takes minutes to decode."""
     stream = getattr(image, "fp", None)
+    # Only progressive files decode all pixels once for each scan.
     if stream is None or not image.info.get("progressive"):
         return
     place = stream.tell()
     stream.seek(0)
     n_scans = stream.read(limits.max_bytes).count(_START_OF_SCAN)
+    # Pillow goes on from where it stopped reading.
     stream.seek(place)
     if n_scans * image.width * image.height > _MOST_SCANS * limits.max_pixels:
         raise ContentError(
@@ -399,7 +405,7 @@ def _upright(image: Image.Image, own: bool) -> Image.Image:
 
 
 def _to_rgb(image: Image.Image, on_white: bool) -> Image.Image:
-    if image.mode in _SIXTEEN_BIT_MODES:
+    if image.mode in _SIXTEEN_BIT_MODES:  # Pillow's own convert clips them at 255
         return _from_deep(image).convert("RGB")
     if on_white and image.has_transparency_data:
         layer = image.convert("RGBA")
@@ -409,8 +415,16 @@ def _to_rgb(image: Image.Image, on_white: bool) -> Image.Image:
 
 
 def _from_deep(image: Image.Image) -> Image.Image:
-    """Scale 16-bit and float grey images to 8 bits; Pillow's own convert clips them at 255."""
-    white = _white_of(image)
+    """Scale 16-bit and float grey images to 8 bits."""
+    # No field of the file says what is white: floats are in [0, 1] or [0, 255], integers of 8 or
+    # 16 bits, and the brightest pixel tells which.
+    white = 65535.0
+    if image.mode in ("F", "I"):
+        brightest = max((float(values.max()) for _, values in _strips(image)), default=0.0)
+        if image.mode == "F":
+            white = 1.0 if brightest <= 1.0 else 255.0
+        elif brightest <= 255:
+            white = 255.0
     transparent = image.info.get("transparency")  # one grey value, where a PNG declares it
     out = np.empty((image.height, image.width), np.uint8)
     for top, values in _strips(image):
@@ -427,13 +441,3 @@ def _strips(image: Image.Image) -> Iterator[tuple[int, NDArray[np.float64]]]:
     for top in range(0, image.height, rows):
         strip = image.crop((0, top, image.width, min(top + rows, image.height)))
         yield top, np.nan_to_num(np.asarray(strip, dtype=np.float64))
-
-
-def _white_of(image: Image.Image) -> float:
-    """The value of white: floats are in [0, 1] or [0, 255], integers of 8 or 16 bits."""
-    if image.mode not in ("F", "I"):
-        return 65535.0
-    brightest = max((float(values.max()) for _, values in _strips(image)), default=0.0)
-    if image.mode == "F":
-        return 1.0 if brightest <= 1.0 else 255.0
-    return 255.0 if brightest <= 255 else 65535.0

@@ -116,6 +116,7 @@ class UniversalEmbedding(MultiModalEmbedding):
         name = embedder.name if embedder is not None else model_name or DEFAULT_MODEL
         fields: dict[str, Any] = {**settings}
         super().__init__(model_name=name, **fields)
+        # For its error: a misspelt task should fail here and not at the first query.
         resolve(self.query_instruction)
         self._engine = _Engine(embedder)
 
@@ -158,6 +159,7 @@ class UniversalEmbedding(MultiModalEmbedding):
 
     def to_dict(self, **kwargs: Any) -> dict[str, Any]:
         """Settings, and the fingerprint of the weights: LlamaIndex's cache keys depend on it."""
+        # IngestionCache keys nodes by this dict: with other weights, cached vectors would be wrong.
         return {**super().to_dict(**kwargs), "fingerprint": self.embedder.fingerprint}
 
     @classmethod
@@ -180,16 +182,17 @@ class UniversalEmbedding(MultiModalEmbedding):
         instruction: str | None = None,
         show_progress: bool = False,
     ) -> list[Embedding]:
-        """Embed contents of any mix, ``embed_batch_size`` a call, with LlamaIndex's events.
-
-        The events carry texts and the names of images, never their bytes.
-        """
+        """Embed contents of any mix, ``embed_batch_size`` a call, with LlamaIndex's events."""
         size, payload = self.embed_batch_size, self.to_payload()
         starts = range(0, len(contents), size)
         vectors: list[Embedding] = []
         for start in get_tqdm_iterable(starts, show_progress, "Generating embeddings"):
             batch = contents[start : start + size]
-            chunks = [_label(content) for content in batch]
+            # Events are logged and sent to tracing services: names of images, never their bytes.
+            chunks = []
+            for each in batch:
+                names = [f"[{describe(image)}]" for image in each.images]
+                chunks.append(" ".join([each.text, *names] if each.text is not None else names))
             dispatcher.event(EmbeddingStartEvent(model_dict=payload))
             with self.callback_manager.event(
                 CBEventType.EMBEDDING, payload={EventPayload.SERIALIZED: payload}
@@ -313,22 +316,18 @@ class _Engine:
         self._lock = threading.Lock()
 
     def get(self, load: Callable[[], Embedder]) -> Embedder:
+        # LlamaIndex embeds in threads; two of them must not load the model twice.
         with self._lock:
             if self._embedder is None:
                 self._embedder = load()
             return self._embedder
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Engine:
+        # LlamaIndex copies embed models; the weights are too large to have twice.
         return self
 
     def __reduce__(self) -> tuple[type[_Engine], tuple[Embedder | None]]:
         return _Engine, (self.given,)
-
-
-def _label(content: Content) -> str:
-    """A content in words, for events."""
-    parts = [content.text] if content.text is not None else []
-    return " ".join([*parts, *(f"[{describe(image)}]" for image in content.images)])
 
 
 def _check_settings(

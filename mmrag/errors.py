@@ -44,6 +44,7 @@ class ReadError(MMRagError):
 
     def __reduce__(self) -> tuple[partial[ReadError], tuple[str]]:
         """Pickle with the fields that ``args`` does not hold."""
+        # Exceptions are pickled by their args; Ray and worker processes send errors back.
         fields = partial(ReadError, file=self.file, page=self.page, retry=self.retry)
         return fields, (self.args[0],)
 
@@ -73,11 +74,9 @@ class ConfigError(MMRagError):
 
 
 def is_environment_error(error: BaseException) -> bool:
-    """Whether an error says that the machine failed, and nothing about the bytes that were read.
-
-    The operating system sets ``errno`` (no space left, input/output error, too many open files);
-    decoders that raise OSError for damaged data do not.
-    """
+    """Whether an error says that the machine failed, and nothing about the bytes that were read."""
+    # The operating system sets errno (no space left, input/output error, too many open files);
+    # decoders that raise OSError for damaged data do not.
     return isinstance(error, MemoryError) or (
         isinstance(error, OSError) and error.errno is not None
     )

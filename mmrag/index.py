@@ -90,16 +90,21 @@ class UniversalIndex:
         }
         self._reading = reading
         self._embedder = None if embed_model is None else _as_embedder(embed_model)
+        # A UniversalEmbedding may have been told to cut its vectors; an Embedder has no such field.
+        own_dim = getattr(embed_model, "dim", None)
+        is_model = isinstance(embed_model, (str, Path, Embedder))
         given: dict[str, Any] = {
             "views": tuple(views) if views else None,
-            "dim": dim or _wanted_dim(embed_model),
+            "dim": dim or (None if is_model else own_dim),
             "language": language,
             "reading": reading_settings(reading) if reading else None,
         }
         self._given: dict[str, Any] = {
             key: value for key, value in given.items() if value is not None
         }
-        self._collection = self._open_existing()
+        self._collection: Collection | None = None
+        with contextlib.suppress(MissingCollectionError):  # the first ``add`` makes it
+            self._collection = self._open_checked()
 
     @property
     def collection(self) -> Collection:
@@ -141,7 +146,12 @@ class UniversalIndex:
         progress: True shows a bar on stderr; a function is called with each Progress.
         """
         many = [paths] if isinstance(paths, (str, Path)) else list(paths)
-        embedder = self._unloaded() or self.embedder
+        if self._collection is not None and self._embedder is None:
+            # As it built the collection, and not loaded yet: unchanged files need no model.
+            stand_in = _Unloaded(self._collection.settings, lambda: self.embedder)
+            embedder = cast(Embedder, stand_in)
+        else:
+            embedder = self.embedder
         if self._collection is None:
             self._collection = Collection.open(**self._where, settings=self._settings(embedder))
         with _shown(progress) as show:
@@ -199,6 +209,7 @@ class UniversalIndex:
         """
         from mmrag.retrieval.retriever import UniversalRetriever
 
+        # An empty collection would answer every question with "not found".
         if self.collection.count() == 0:
             raise MissingCollectionError("This collection is empty; index something into it first.")
         return UniversalRetriever(self.collection, self.embedder, **options)
@@ -235,18 +246,6 @@ class UniversalIndex:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _unloaded(self) -> Embedder | None:
-        """The embedder that built the collection, not loaded yet: unchanged files need none."""
-        if self._collection is None or self._embedder is not None:
-            return None
-        return cast(Embedder, _Unloaded(self._collection.settings, lambda: self.embedder))
-
-    def _open_existing(self) -> Collection | None:
-        try:
-            return self._open_checked()
-        except MissingCollectionError:
-            return None
-
     def _open_checked(self) -> Collection:
         """The collection as it was built. Raises CollectionError for what contradicts it."""
         collection = Collection.open(**self._where)
@@ -256,6 +255,7 @@ class UniversalIndex:
         try:
             refuse_other(collection.settings, wanted, "The collection")
         except BaseException:
+            # Otherwise the folder stays locked after the error.
             collection.close()
             raise
         return collection
@@ -322,13 +322,6 @@ def _as_embedder(embed_model: UniversalEmbedding | Embedder | str | Path) -> Emb
             "Embedder, or the name of one."
         )
     return embedder
-
-
-def _wanted_dim(embed_model: UniversalEmbedding | Embedder | str | Path | None) -> int | None:
-    """The dimensions that a UniversalEmbedding was told to keep."""
-    if embed_model is None or isinstance(embed_model, (str, Path, Embedder)):
-        return None
-    return embed_model.dim
 
 
 @contextmanager

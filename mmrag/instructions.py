@@ -66,6 +66,7 @@ def resolve(instruction: str | None) -> str | None:
         return TASKS[text]
     if _NAME.fullmatch(text):
         near = difflib.get_close_matches(text.lower().replace("-", "_"), TASKS)
+        # A single hyphenated word ("semi-structured") may be meant as free text.
         if near or "_" in text:
             raise ConfigError(
                 f"There is no task instruction named {text!r}. Did you mean: "

@@ -122,11 +122,13 @@ def fold(word: str) -> str:
     if word.isascii():
         return word
     bare = _ACCENTS.sub("", unicodedata.normalize("NFD", word)).translate(_BARE_LETTERS)
+    # Composed again: marks of other scripts were kept and must compare equal.
     return unicodedata.normalize("NFC", bare)
 
 
 def stem(word: str) -> str:
     """Singular of an English plural by Harman's three rules; other words stay as they are."""
+    # "gas", "bus": too short to have a plural ending.
     if len(word) < 4 or not word.endswith("s"):
         return word
     if word.endswith("ies") and word[-4] not in "ea":
@@ -144,12 +146,19 @@ def sentences(text: str) -> list[str]:
     """
     found: list[str] = []
     for block in _blocks(text):
-        found += _split_block(block)
+        for piece in _split_block(block):
+            while len(piece) > _LONGEST:  # at a space; text without spaces is cut anywhere
+                space = piece.rfind(" ", 0, _LONGEST)
+                at = space if space > 0 else _LONGEST
+                found.append(piece[:at])
+                piece = piece[at:].strip()
+            found.append(piece)
     joined: list[str] = []
     carry = ""
     for piece in found:
         piece = f"{carry} {piece}".strip()
         carry = ""
+        # In bytes: a few ideographs say as much as a dozen letters.
         if len(piece.encode()) < _SHORT:
             carry = piece
         else:
@@ -184,7 +193,7 @@ def _split_block(block: str) -> list[str]:
         pieces.append(block[start : match.end()].strip())
         start = match.end()
     pieces.append(block[start:].strip())
-    return [part for piece in pieces if piece for part in _wrap(piece)]
+    return [piece for piece in pieces if piece]
 
 
 def stays_open(text: str) -> bool:
@@ -193,16 +202,6 @@ def stays_open(text: str) -> bool:
     initial = len(word) == 1 and word.isalpha()
     item = word.isdigit() and text.strip() == word
     return word in _ABBREVIATIONS or initial or item
-
-
-def _wrap(piece: str) -> list[str]:
-    parts: list[str] = []
-    while len(piece) > _LONGEST:
-        cut = piece.rfind(" ", 0, _LONGEST)
-        cut = cut if cut > 0 else _LONGEST
-        parts.append(piece[:cut])
-        piece = piece[cut:].strip()
-    return [*parts, piece]
 
 
 class Idf:
@@ -218,6 +217,7 @@ class Idf:
     def __call__(self, term: str) -> float:
         """The weight of a term, above 0."""
         seen = self._seen[term]
+        # The 1 keeps it above 0 for terms that most texts have.
         return math.log(1 + (self._n - seen + 0.5) / (seen + 0.5))
 
     def coverage(self, wanted: Iterable[str], having: Iterable[str]) -> float:

@@ -136,12 +136,13 @@ def node_content(node: BaseNode, view: NodeView = "fused") -> Content:
     Raises:
         ContentError: For a node that has neither text nor image but sound or film.
     """
-    image = _node_image(node)
+    image = _image_source(node)
     if image is None:
         if isinstance(node, Node) and node.text_resource is None:
             raise ContentError(f"node {node.node_id}: it has neither text nor image to embed.")
         return Content(node.get_content(metadata_mode=MetadataMode.EMBED))
     text = node.get_content(metadata_mode=MetadataMode.NONE)
+    # An empty text beside the image would move its vector in some families.
     if view == "image" or not text.strip():
         return Content(image=image)
     if view == "text":
@@ -149,7 +150,7 @@ def node_content(node: BaseNode, view: NodeView = "fused") -> Content:
     return Content(text, image)
 
 
-def _node_image(node: BaseNode) -> ImageSource | None:
+def _image_source(node: BaseNode) -> ImageSource | None:
     """The image of a Node, ImageNode, Document or ImageDocument."""
     if isinstance(node, ImageNode):
         data, place = node.image, node.image_path or node.image_url
@@ -160,5 +161,6 @@ def _node_image(node: BaseNode) -> ImageSource | None:
     else:
         return None
     if data:
+        # LlamaIndex stores base64 with or without the head of a data URL.
         return data if data.startswith("data:") else f"data:image/*;base64,{data}"
     return place or None

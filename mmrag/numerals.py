@@ -165,6 +165,7 @@ def decimal_mark(text: str) -> str | None:
     other = sum(word in _COMMA_LANGUAGES for word in words)
     dots, commas = bool(_DOT_DECIMAL.search(text)), bool(_COMMA_DECIMAL.search(text))
     if english > other:
+        # English prose with a German table in it: the numbers say more than the words.
         return "," if commas and not dots else "."
     if other > english:
         return ","
@@ -191,7 +192,8 @@ def readings_of(token: str, mark: str | None, unit_behind: bool = False) -> tupl
 
 def _separated(token: str, mark: str | None) -> tuple[Reading, ...]:
     """The readings of digits with dots, commas or apostrophes between them."""
-    whole, last, part = _split_at_last(token)
+    at = max(token.rfind(separator) for separator in ".,'")
+    whole, last, part = token[:at], token[at], token[at + 1 :]
     grouped = _GROUPS.fullmatch(token) is not None and not token.startswith("0")
     joined = (_value(re.sub(r"\D", "", token)),)
     may_be_decimal = last != "'" and token.count(last) == 1
@@ -214,12 +216,6 @@ def _is_version(token: str) -> bool:
     return set(token) <= set("0123456789.") and not _DATE.fullmatch(token)
 
 
-def _split_at_last(token: str) -> tuple[str, str, str]:
-    """Digits before the last separator, the separator, and the digits behind it."""
-    at = max(token.rfind(mark) for mark in ".,'")
-    return token[:at], token[at], token[at + 1 :]
-
-
 def _value(whole: str, part: str = "") -> str:
     """One spelling: no zeros in front, none at the end of the decimals."""
     whole, part = whole.lstrip("0") or "0", part.rstrip("0")
@@ -233,6 +229,7 @@ def _scaled(readings: tuple[Reading, ...], behind: str) -> tuple[Reading, ...]:
         return readings
     zeros = 3 * (scale.lastindex or 0)
     whole, _, part = readings[0][0].partition(".")
+    # "3.25 thousand" has a value; "0.12345 thousand" is more likely two numbers.
     if len(part) > zeros:
         return readings
     return (*readings, (_value(whole + part.ljust(zeros, "0")),))
@@ -256,6 +253,7 @@ def _han_value(numeral: str) -> int:
         if value < 10:
             digit = value
         else:
+            # 十 alone is ten, not zero times ten.
             total += max(1, digit) * value
             digit = 0
     return total + digit

@@ -38,6 +38,9 @@ _BRACKET_MARKER = re.compile(
 )
 
 
+_INVISIBLE = frozenset({"Cc", "Cf", "Co", "Cn"})  # control, format, private use, unassigned
+
+
 def broken_up(text: str, marks: Sequence[str]) -> str:
     """The text with control tokens spelt apart, so that it cannot end its own turn."""
     for mark in marks:
@@ -48,6 +51,7 @@ def broken_up(text: str, marks: Sequence[str]) -> str:
 
 def estimate_tokens(text: str) -> int:
     """A cautious count of a text's tokens, for any tokenizer."""
+    # By bytes, for any script: a tokenizer has more tokens for a rare one, and it more bytes.
     return -(-len(text.encode("utf-8")) // BYTES_PER_TOKEN)
 
 
@@ -55,17 +59,20 @@ def sanitize(text: str) -> str:
     """A document's text made harmless to the format of a prompt; the words stay.
 
     Chat markers and tags such as ``<|im_end|>``, ``<tool_call>`` and ``[INST]`` get spaces
-    inside their brackets, so that no tokenizer takes them for its own; invisible and control
-    characters, which hide instructions from people, are dropped; and ``[3]`` becomes
-    ``(ref 3)``, so that a document's own reference is not taken for a citation.
+    inside their brackets, invisible and control characters are dropped, and ``[3]`` becomes
+    ``(ref 3)``.
     """
-    visible = "".join(c for c in text if c in "\n\t\u200c\u200d" or not _invisible(c))
+    # What nobody sees can hold instructions that people do not notice. The joiners U+200C and
+    # U+200D stay: Persian and Indic scripts need them.
+    visible = "".join(
+        char
+        for char in text
+        if char in "\n\t\u200c\u200d" or unicodedata.category(char) not in _INVISIBLE
+    )
+    # Spaces inside the brackets, so that no tokenizer takes a marker for its own.
     apart = _BRACKET_MARKER.sub(r"\1 \2 \3", _TAG.sub(r"\1 \2 \3", visible))
+    # A document's own reference must not be taken for a citation of ours.
     return CITATION.sub(r"(ref \1)", apart)
-
-
-def _invisible(char: str) -> bool:
-    return unicodedata.category(char) in ("Cc", "Cf", "Co", "Cn")
 
 
 def new_boundary(texts: Iterable[str]) -> str:
@@ -83,9 +90,11 @@ def image_bytes(image: Image.Image, max_pixels: int, max_bytes: int | None) -> t
     """
     image = _scaled(image, max_pixels)
     data = _saved(image, "PNG")
+    # PNG first: text and lines of a page suffer most from JPEG.
     if max_bytes is None or len(data) <= max_bytes:
         return data, "image/png"
     data = _saved(image, "JPEG")
+    # Halved until it fits: how far JPEG compresses an image cannot be foretold.
     while len(data) > max_bytes and image.width * image.height > 1:
         image = _scaled(image, max(1, image.width * image.height // 2))
         data = _saved(image, "JPEG")

@@ -70,6 +70,7 @@ def query_content(query: str | QueryBundle) -> Content:
     image = query.image_path if image is None else image
     if isinstance(image, str) and not image:  # never by truth: an array has none
         image = None
+    # LlamaIndex's bundle has a text always; a blank one stands for an image alone.
     text = query.query_str if query.query_str.strip() else None
     if text is None and image is None:
         raise ConfigError("The query is empty: give a text, an image, or both.")

@@ -10,7 +10,6 @@ import pickle
 from collections.abc import Callable, Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from mmrag.content import Content
@@ -20,6 +19,7 @@ from mmrag.errors import ConfigError
 Check = Callable[[Embedder, Sequence[Content]], None]
 
 LEAST_COSINE = 0.99999
+# Longer than any model's context: it must be cut, and not raise or run out of memory.
 _LONG_TEXT = "every word of this sentence is repeated until nothing more fits " * 2000
 
 
@@ -90,12 +90,6 @@ def _page(width: int, height: int) -> Image.Image:
     return image
 
 
-def _cosines(a: NDArray[np.float32], b: NDArray[np.float32]) -> NDArray[np.float64]:
-    a64, b64 = a.astype(np.float64), b.astype(np.float64)
-    norms = np.linalg.norm(a64, axis=1) * np.linalg.norm(b64, axis=1)
-    return np.asarray((a64 * b64).sum(axis=1) / norms)
-
-
 def _shapes(embedder: Embedder, contents: Sequence[Content]) -> None:
     vectors = embedder.encode(contents)
     assert vectors.shape == (len(contents), embedder.dim), f"shape {vectors.shape} is wrong"
@@ -112,7 +106,9 @@ def _batch_invariance(embedder: Embedder, contents: Sequence[Content], least: fl
         [embedder.encode(contents[start : start + 3]) for start in range(0, len(contents), 3)]
     )
     for name, other in (("alone", alone), ("in threes", by_three)):
-        cosines = _cosines(together, other)
+        # In float64: the rounding of float32 is as large as what is looked for.
+        a, b = together.astype(np.float64), other.astype(np.float64)
+        cosines = (a * b).sum(axis=1) / (np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1))
         worst = int(cosines.argmin())
         assert cosines[worst] >= least, (
             f"input {worst} together and {name} differ: cosine {cosines[worst]:.6f}"
@@ -127,6 +123,7 @@ def _order(embedder: Embedder, contents: Sequence[Content]) -> None:
 
 def _different_contents_differ(embedder: Embedder, contents: Sequence[Content]) -> None:
     vectors = embedder.encode(contents)
+    # Less 2 on the diagonal, where each vector meets itself.
     similarity = vectors @ vectors.T - 2 * np.eye(len(contents), dtype=np.float32)
     first, second = np.unravel_index(int(similarity.argmax()), similarity.shape)
     equal = np.array_equal(vectors[first], vectors[second])

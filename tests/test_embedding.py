@@ -487,7 +487,7 @@ def test_secrets_are_in_no_dict_repr_or_payload():
     assert "sk-secret" not in shown
     assert "api_key" not in model.to_dict()
     assert "http" not in str(model.to_payload())
-    assert model.embedder._api_key == "sk-secret"
+    assert model.embedder.server._api_key == "sk-secret"
     assert UniversalEmbedding.from_dict(model.to_dict(), api_key="k").api_key is not None
 
 

@@ -1,4 +1,4 @@
-"""Tiny Qwen2-VL checkpoints in GME's published layout, built from config with random weights."""
+"""Tiny Qwen2-VL and Qwen2.5-VL checkpoints as published, built from config, random weights."""
 
 import json
 from pathlib import Path
@@ -6,7 +6,12 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
+from transformers import (
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+)
 
 from mmrag.modeling.qwen_images import cut_patches
 
@@ -53,11 +58,35 @@ def seen(item, rule):
 
 def save_qwen2_vl(folder: Path, seed: int = 0) -> Path:
     """A random Qwen2-VL checkpoint with the key names and config fields it was published with."""
+    pixels = {"min_pixels": 4 * 784, "max_pixels": 64 * 784}
+    save_qwen2_files(folder, "qwen2_vl", {"embed_dim": 32, "mlp_ratio": 2}, pixels)
+    torch.manual_seed(seed)
+    model = Qwen2VLForConditionalGeneration(Qwen2VLConfig.from_pretrained(folder))
+    return save_qwen2_weights(folder, model, seed)
+
+
+def save_qwen2_5_vl(folder: Path) -> Path:
+    """A random Qwen2.5-VL checkpoint, in its published layout as well."""
+    vision = {"out_hidden_size": 32, "intermediate_size": 48, "tokens_per_second": 2}
+    vision |= {"window_size": 112, "fullatt_block_indexes": [1]}
+    pixels = {"min_pixels": 3136, "max_pixels": 12845056}
+    pixels |= {"image_processor_type": "Qwen2VLImageProcessor"}
+    save_qwen2_files(folder, "qwen2_5_vl", vision, pixels)
+    torch.manual_seed(0)
+    model = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig.from_pretrained(folder))
+    return save_qwen2_weights(folder, model, 0)
+
+
+def save_qwen2_files(
+    folder: Path, kind: str, vision: dict[str, object], pixels: dict[str, object]
+) -> None:
+    """Tokenizer, config.json and preprocessor_config.json of a small model."""
     folder.mkdir(parents=True, exist_ok=True)
     ids = save_qwen_tokenizer(folder)
+    names = {"qwen2_vl": "Qwen2VL", "qwen2_5_vl": "Qwen2_5_VL"}
     published = {
-        "architectures": ["Qwen2VLForConditionalGeneration"],
-        "model_type": "qwen2_vl",
+        "architectures": [f"{names[kind]}ForConditionalGeneration"],
+        "model_type": kind,
         "hidden_size": 32,
         "intermediate_size": 64,
         "num_hidden_layers": 2,
@@ -75,32 +104,28 @@ def save_qwen2_vl(folder: Path, seed: int = 0) -> Path:
         "vision_end_token_id": ids["<|vision_end|>"],
         "vision_config": {
             "depth": 2,
-            "embed_dim": 32,
             "hidden_size": 32,
             "num_heads": 2,
-            "mlp_ratio": 2,
             "in_chans": 3,
             "patch_size": 14,
             "spatial_merge_size": 2,
             "temporal_patch_size": 2,
+            **vision,
         },
     }
     (folder / "config.json").write_text(json.dumps(published))
-    pixels = {"min_pixels": 4 * 784, "max_pixels": 64 * 784, "patch_size": 14}
-    pixels |= {"temporal_patch_size": 2, "merge_size": 2}
+    pixels = {**pixels, "patch_size": 14, "temporal_patch_size": 2, "merge_size": 2}
     (folder / "preprocessor_config.json").write_text(json.dumps(pixels))
-    torch.manual_seed(seed)
-    model = Qwen2VLForConditionalGeneration(Qwen2VLConfig.from_pretrained(folder))
+
+
+def save_qwen2_weights(folder: Path, model: torch.nn.Module, seed: int) -> Path:
+    """Its weights with noise, under the names of before transformers 4.52, as published."""
     generator = torch.Generator().manual_seed(seed)
     weights = {}
     for key, value in model.state_dict().items():
-        if key == "lm_head.weight":
-            continue
-        # Wide enough that attention is not flat and mistakes in positions show.
-        noise = torch.randn(value.shape, generator=generator) * 0.15
-        published_key = key.replace("model.language_model.", "model.").replace(
-            "model.visual.", "visual."
-        )
-        weights[published_key] = value + noise
+        if key != "lm_head.weight":
+            name = key.replace("model.language_model.", "model.").replace("model.visual", "visual")
+            # Wide enough that attention is not flat and mistakes in positions show.
+            weights[name] = value + torch.randn(value.shape, generator=generator) * 0.15
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     return folder

@@ -26,10 +26,9 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from tiny import save_qwen2_vl
+from tiny import save_qwen2_5_vl, save_qwen2_vl
 from tiny_cross import save_bert
 from tiny_llava import save_llava, save_mm_embed, save_phi3v
-from tiny_qwen2_5 import save_qwen2_5_vl
 from tiny_qwen3 import add_words, save_qwen3_vl, save_wemm
 
 from mmrag.content import Content

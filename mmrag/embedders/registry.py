@@ -139,7 +139,7 @@ def load_embedder(
     (1, 384)
     """
     from mmrag.embedders.local import LocalEmbedder
-    from mmrag.modeling.checkpoints import fingerprint, read_json
+    from mmrag.modeling.checkpoints import fingerprint
     from mmrag.modeling.fast_cpu import use_fast_arithmetic
     from mmrag.modeling.loading import place
 
@@ -159,9 +159,6 @@ def load_embedder(
     calibration = known.calibration if known else None
     if "calibration" in about:
         calibration = Calibration.from_dict(about["calibration"])
-    # WeMM publishes them in its config.json, under a name of its own.
-    published = read_json(folders[0] / "config.json").get("matryoshka_dimensions")
-    dims = about.get("matryoshka_dims") or published
     moves = {"dtype": str(placement.dtype), "quantize": quantize, **backbone.settings()}
     return LocalEmbedder(
         backbone,
@@ -170,7 +167,7 @@ def load_embedder(
         token_budget=token_budget,
         prefers_text=bool(about.get("prefers_text", False)),
         prefers_passages=bool(about.get("prefers_passages", False)),
-        matryoshka_dims=tuple(dims or (known.matryoshka_dims if known else ())),
+        matryoshka_dims=_matryoshka_dims(folders, known),
         calibration=calibration,
         workers=workers,
     )
@@ -241,6 +238,15 @@ def _choose(name: str | Path, folders: list[Path], family: str | None) -> str:
         f"not say which recipe it follows. Pass family=, one of {', '.join(all_families())}, or "
         f"{SENTENCE_TRANSFORMERS}."
     )
+
+
+def _matryoshka_dims(folders: list[Path], known: KnownModel | None) -> tuple[int, ...]:
+    from mmrag.modeling.checkpoints import read_json
+
+    # WeMM publishes them in its config.json, under a name of its own.
+    published = read_json(folders[0] / "config.json").get("matryoshka_dimensions")
+    own = read_marker(folders).get("matryoshka_dims") or published
+    return tuple(own or (known.matryoshka_dims if known else ()))
 
 
 def _load_sentence_transformers(

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from tiny_qwen2_5 import save_qwen2_5_vl
+from tiny import save_qwen2_5_vl
 from tiny_qwen3 import save_qwen3_vl
 
 from mmrag.content import Content

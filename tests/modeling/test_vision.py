@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny import save_qwen2_vl
-from tiny_qwen2_5 import save_qwen2_5_vl
+from tiny import save_qwen2_5_vl, save_qwen2_vl
 from tiny_qwen3 import save_qwen3_vl
 from transformers import Qwen2_5_VLModel, Qwen2VLModel, Qwen3VLModel
 

@@ -5,8 +5,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from tiny import save_qwen2_vl
-from tiny_qwen2_5 import save_qwen2_5_vl
+from tiny import save_qwen2_5_vl, save_qwen2_vl
 from tiny_qwen3 import add_words, save_qwen3_vl
 from transformers import AutoImageProcessor, AutoTokenizer
 from transformers.models.auto import AutoModelForImageTextToText

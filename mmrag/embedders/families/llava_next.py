@@ -202,7 +202,7 @@ def load_e5_v(folder: Path, placement: Placement, *, max_length: int = 8192) -> 
 def _load(folder: Path, placement: Placement, recipe: LlavaRecipe) -> LlavaNextBackbone:
     model = load_exact(LlavaNextModel, folder, placement, unused=_HEADS, key_mapping=TOWER_NAMES)
     rule = read_clip_rule(folder, int(model.config.vision_config.patch_size))
-    # The model's own: the processor's file of some checkpoints lists other grids.
+    # Those of the configuration, by which the model itself finds the border of the features.
     rule = replace(rule, grids=tuple((h, w) for h, w in model.config.image_grid_pinpoints))
     rows = model.get_input_embeddings().num_embeddings
     tokenizer = load_tokenizer(folder, rows=rows, tokens={IMAGE: model.config.image_token_id})

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_qwen2_5 import save_qwen2_5_vl
+from tiny import save_qwen2_5_vl
 from transformers import AutoImageProcessor, AutoTokenizer, Qwen2_5_VLModel
 
 from mmrag.content import Content

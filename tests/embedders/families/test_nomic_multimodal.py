@@ -5,8 +5,8 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from tiny import save_qwen2_5_vl
 from tiny_adapters import adapter_weights, merged, save_adapter
-from tiny_qwen2_5 import save_qwen2_5_vl
 from transformers import (
     AutoImageProcessor,
     AutoTokenizer,
