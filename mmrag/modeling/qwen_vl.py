@@ -23,7 +23,7 @@ from transformers.masking_utils import create_bidirectional_mask
 from mmrag.content import Content, Modality, image_size, load_image
 from mmrag.errors import ContentError
 from mmrag.modeling.backbone import Plan
-from mmrag.modeling.batching import pad
+from mmrag.modeling.batching import pad, send
 from mmrag.modeling.loading import Placement, load_exact
 from mmrag.modeling.pooling import last_token, mean_tokens
 from mmrag.modeling.prompts import Prompt, expand, harmless, tokenize
@@ -35,7 +35,7 @@ from mmrag.modeling.qwen_images import (
     smart_resize,
 )
 from mmrag.modeling.tokenizers import load_tokenizer
-from mmrag.modeling.vision import run_tower, speed_up
+from mmrag.modeling.vision import add_features, run_tower, speed_up
 
 IMAGE = "<|image_pad|>"
 IMAGE_BLOCK = f"<|vision_start|>{IMAGE}<|vision_end|>"
@@ -188,7 +188,7 @@ def decode(
     # Padded on the right. A causal model needs no mask for that: it looks at nothing behind a
     # token, so that padding is seen by padding only.
     ids, mask = pad([item.ids for item in batch], 0)
-    ids, mask = ids.to(model.device), mask.to(model.device)
+    ids, mask = send(ids, model.device), send(mask, model.device)
     embeds = model.get_input_embeddings()(ids)  # (batch, length, dim)
     extra: dict[str, Any] = {}
     if images := [image for item in batch for image in item.images]:
@@ -208,7 +208,7 @@ def decode(
     positions = [item.positions.T for item in batch if item.positions is not None]
     if positions:  # else the decoder counts 0, 1, 2, ... on all three axes
         padded = pad_sequence(positions, batch_first=True).permute(2, 0, 1)  # (3, batch, length)
-        extra["position_ids"] = padded.to(embeds.device)
+        extra["position_ids"] = send(padded.contiguous(), embeds.device)
     output = model.language_model(
         inputs_embeds=embeds, past_key_values=cache, use_cache=cache is not None, **extra
     )
@@ -322,6 +322,8 @@ def load_qwen_parts(
     model = load_exact(model_class, folder, placement, unused=unused)
     base = model.model if hasattr(model, "lm_head") else model
     speed_up(base.visual)
+    if hasattr(base.language_model, "_deepstack_process"):
+        base.language_model._deepstack_process = add_features
     rows = model.get_input_embeddings().num_embeddings
     # If the two disagree, images would be put in the place of some other token.
     tokens = {IMAGE: int(model.config.image_token_id)}

@@ -1,6 +1,7 @@
 """Vision towers run fast give what transformers' own code gives, and pixels are bit-equal."""
 
 import pickle
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -9,11 +10,20 @@ from PIL import Image
 from tiny import save_qwen2_5_vl, save_qwen2_vl
 from tiny_qwen3 import save_qwen3_vl
 from transformers import Qwen2_5_VLModel, Qwen2VLModel, Qwen3VLModel
+from transformers.models.qwen2_vl.modeling_qwen2_vl import VisionMlp, apply_rotary_pos_emb_vision
 
 from mmrag.modeling import vision
 from mmrag.modeling.clip_images import ClipRule, channels_first
 from mmrag.modeling.qwen_images import ImageRule, pixels_of, to_patches
-from mmrag.modeling.vision import attend_by_length, device_patches, run_tower, speed_up
+from mmrag.modeling.vision import (
+    QuickGeluMlp,
+    add_features,
+    attend_by_length,
+    device_patches,
+    run_tower,
+    speed_up,
+    turned,
+)
 
 MODELS = {
     "qwen2_vl": (save_qwen2_vl, Qwen2VLModel, ImageRule(1, 10**6)),
@@ -100,6 +110,59 @@ def test_images_of_one_size_attend_in_one_call(tmp_path, monkeypatch):
     images = [pixels_of(noise(56, 84, n)) for n in range(20)] + [pixels_of(noise(84, 84))]
     run_tower(visual, images, rule)
     assert sorted(calls) == [1] * len(visual.blocks) + [20] * len(visual.blocks)
+
+
+def test_turning_and_quick_gelu_equal_the_published_arithmetic():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(7, 2, 3, 8, generator=generator)
+    angles = torch.randn(7, 4, generator=generator).repeat(1, 2)
+    cos, sin = angles.cos(), angles.sin()
+    expected = torch.stack(apply_rotary_pos_emb_vision(x[:, 0], x[:, 1], cos, sin), 1)
+    torch.testing.assert_close(turned(x, cos, sin), expected, atol=1e-6, rtol=1e-6)
+    half = turned(x.bfloat16(), cos, sin)
+    torch.testing.assert_close(half, turned(x.bfloat16().float(), cos, sin).bfloat16())
+
+    mlp = VisionMlp(8, 32, "quick_gelu")
+    states = torch.randn(5, 8, generator=generator)
+    torch.testing.assert_close(QuickGeluMlp(mlp)(states), mlp(states), atol=1e-6, rtol=1e-5)
+    gradients = [
+        torch.autograd.grad(f(states).sum(), mlp.fc1.weight)[0] for f in (mlp, QuickGeluMlp(mlp))
+    ]
+    torch.testing.assert_close(*gradients, atol=1e-5, rtol=1e-5)
+    mlp.fc1 = torch.nn.Sequential(mlp.fc1)  # as an adapter takes its place
+    torch.testing.assert_close(QuickGeluMlp(mlp)(states), mlp(states))
+
+
+def test_segments_of_any_length_go_to_torch_in_one_call(monkeypatch):
+    """The kernel runs on cards only: what it is given is checked against its description."""
+    calls = []
+
+    def by_segment(query, key, value, ends, key_ends, longest, longest_key):
+        calls.append((ends.tolist(), longest))
+        assert key_ends is ends and longest_key == longest and ends.dtype == torch.int32
+        parts = [
+            torch.nn.functional.scaled_dot_product_attention(
+                *(t[a:b].transpose(0, 1) for t in (query, key, value))
+            ).transpose(0, 1)
+            for a, b in pairwise(ends.tolist())
+        ]
+        return torch.cat(parts)
+
+    q, k, v = torch.randn(3, 12, 2, 8, generator=torch.Generator().manual_seed(0))
+    expected = attend_by_length(q, k, v, [3, 5, 3, 1], 8**-0.5)
+    monkeypatch.setattr(vision, "varlen_attn", by_segment)
+    monkeypatch.setattr(vision, "has_varlen", lambda query, scale: True)
+    torch.testing.assert_close(attend_by_length(q, k, v, [3, 5, 3, 1], 8**-0.5), expected)
+    attend_by_length(q, k, v, [6, 6], 8**-0.5)  # of one length: no need for it
+    assert calls == [([0, 3, 8, 11, 12], 5)]
+
+
+def test_features_are_added_at_the_visual_tokens():
+    hidden, places = torch.arange(12.0).view(2, 3, 2), torch.tensor([[0, 1, 0], [1, 1, 0]]).bool()
+    expected = hidden.clone()
+    features = torch.tensor([[1.0, 2], [3, 4], [5, 6]])
+    expected[places] += features
+    torch.testing.assert_close(add_features(hidden, places, features), expected)
 
 
 def test_attention_stays_within_segments_and_can_be_differentiated():
