@@ -53,7 +53,7 @@ def read_all(collection: Collection):
         vector = EMBEDDER.encode([words])[0]
         hits = (*collection.search("text", vector, 5), *collection.search_text(words, 5))
         # Nodes of equal score come in any order.
-        found.append(([round(hit.score, 4) for hit in hits], hits[0].payload["file"]))
+        found.append([round(hit.score, 4) for hit in hits])
         assert all(collection.node(hit.payload).node_id == hit.id for hit in hits)
     return points, found, collection.files()
 
@@ -75,8 +75,12 @@ def examined(library: Path):
 
 
 def repaired(library: Path):
-    with UniversalIndex(library, EMBEDDER) as index:
-        n_untraced = index.repair(index.collection.examine())
+    """What is read after a repair; None where the collection cannot be opened or repaired."""
+    try:
+        with UniversalIndex(library, EMBEDDER) as index:
+            n_untraced = index.repair(index.collection.examine())
+    except CollectionError as error:
+        return None, [str(error)]
     read, said = examined(library)
     return read, said + [f"{n_untraced} points are gone"] * bool(n_untraced)
 
@@ -155,12 +159,12 @@ def outcome(library: Path, expected, dice: random.Random) -> tuple[str, str]:
         return (
             ("SILENT", f"{done}: {difference(read, expected)}") if changed else ("harmless", done)
         )
-    if read is None:
-        return "refused", f"{done}: {said[-1]}"
     again = in_a_child(lambda: repaired(copy))
     if isinstance(again, str):
         return "raw repair", f"{done}: {again}"
     read, said = again
+    if read is None:
+        return "refused", f"{done}: {said[-1]}"
     # Deleted points count in the scores of BM25 until the engine drops them.
     if not said and (read[0], read[2]) == (expected[0], expected[2]):
         return "repaired", done

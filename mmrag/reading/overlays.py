@@ -89,10 +89,24 @@ def comments(page: Any) -> Iterator[Comment]:
 
 
 def attachments(document: Any) -> list[str]:
-    """Names of the files that are attached to a document, or to a place on its pages."""
-    names = []
+    """Names of the files that are attached to a document; see ``attached_here`` for its pages."""
+    names: list[str] = []
     with contextlib.suppress(Exception):  # a broken list of names costs the names
         names = [document.embfile_info(i)["ufilename"] for i in range(document.embfile_count())]
+    return _cleaned(names)
+
+
+def attached_here(page: Any) -> list[str]:
+    """Names of the files that are attached to places on a page."""
+    names = []
+    for annotation in page.annots(types=[pymupdf.PDF_ANNOT_FILE_ATTACHMENT]) or ():
+        # The engine's own "file_info" takes the bytes of names beyond ASCII for letters.
+        keys = (page.parent.xref_get_key(annotation.xref, f"FS/{key}") for key in ("UF", "F"))
+        names += [name for kind, name in keys if kind == "string" and name][:1]
+    return _cleaned(names)
+
+
+def _cleaned(names: Sequence[str]) -> list[str]:
     return [name for each in names if (name := " ".join(clean(each).split()))]
 
 

@@ -63,11 +63,7 @@ def read_pages(
         if complaint:
             yield Problem(None, complaint)
         if names := overlays.attachments(document):
-            yield Problem(
-                None,
-                f"files are attached to it that are not read: {', '.join(names)}; save them beside "
-                "it and index them",
-            )
+            yield Problem(None, _attached(names))
         if document.is_repaired:
             yield Problem(
                 None,
@@ -155,6 +151,14 @@ class _Reader:
             layer.words,
         )
         layer = replace(layer, words=words)
+        names: list[str] = self._try(
+            number,
+            "files that are attached to it cannot be named",
+            lambda: overlays.attached_here(page),
+            [],
+        )
+        if names:
+            self.problems.append(Problem(number, _attached(names)))
         found: list[figures.Found] = []
         if self.options.figures and (number, "figures") not in self.skipped:
             yield Step(number, "figures")
@@ -297,6 +301,13 @@ def comment_tokens(page: Any) -> list[Token]:
         for comment in overlays.comments(page)
         for i, text in enumerate(comment.text.split())
     ]
+
+
+def _attached(names: Sequence[str]) -> str:
+    return (
+        f"files are attached to it that are not read: {', '.join(names)}; save them beside it and "
+        "index them"
+    )
 
 
 def _warnings() -> tuple[str, ...]:

@@ -61,6 +61,64 @@ def test_the_code_of_a_program_and_addresses_are_legible() -> None:
     assert garbled_lines(lines) == set()
 
 
+LISTINGS = {
+    "C": """static PyObject *CPyBytes_GetItem(PyObject *o, CPyTagged index) {
+if (CPyTagged_CheckShort(index)) {
+Py_ssize_t n = CPyTagged_ShortAsSsize_t(index);
+Py_ssize_t size = ((PyVarObject *)o)->ob_size;
+if (n < 0) n += size; // counted from the end
+if (n < 0 || n >= size) {
+PyErr_SetString(PyExc_IndexError, "index out of range");
+return CPY_INT_TAG; }
+return num_to_tag(PyBytes_AS_STRING(o)[n]);""",
+    "CUDA": """const int i = blockIdx.x * blockDim.x + threadIdx.x;
+const int x = ((i%(N*b*b))%(b*b))/b;
+const int y = ((i%(N*b*b))%(b*b))%b;
+if (i >= n_rows) return; // past the last row
+float total = 0; for (int k = 0; k < n_columns; ++k) {
+total += weights[k] * rows[i*n_columns + k]; }
+out[i] = total / max(n_columns, 1);""",
+    "JavaScript": """const path = require("path");
+const match = arg.match(/^--([^=]+)=([\\s\\S]*)$/);
+const doubleDashIndex = args.indexOf("--");
+// Everything behind two dashes is a value and no option.
+if (match && !flags.bools[match[1]]) {
+setArg(match[1], match[2], arg); // the value of an option
+} else if (/^--no-.+/.test(arg)) {
+setArg(arg.match(/^--no-(.+)/)[1], false, arg);
+} else { argv._.push(flags.strings._ ? arg : Number(arg)); }
+return Object.keys(options).filter((name) => name in defaults);""",
+    "Perl": """use strict; use warnings;
+my ($ix, $iy) = ($p[$j+1][0] - $p[$j][0], $p[$j+1][1]);
+# Names of the hunks in the order of their lines
+push @keys, map {&stringify($_) . "=>" . &stringify($v->{$_})} @k;
+if ($in =~ m/^(0[0-7]*)$/s) { return oct($in); }
+foreach my $name (sort keys %{$hunk->{"blocks"}}) {
+print "The block $name has the lines $hunk->{$name}\\n" unless $seen{$name}++; }
+$e =~ s/([^\\0]*)/'$1'/ unless $e =~ /^(?:-?[\\d.]+|\\*[\\w:]*)$/x;
+return wantarray ? @found : scalar(@found);""",
+    "Vim": """let tagpat='</\\=\\(\\k\\|[.:-]\\)\\+\\|/>'
+if b:xml_namespace == 'DEFAULT' " no prefix is written
+let start_tag = matchstr(getline('.'), tagpat)
+call cursor(line('.'), col('.') - strlen(start_tag))
+execute "nnoremap <silent> <buffer> ]m :call s:Jump('n', '" . b:next . "')<cr>"
+endif""",
+}
+
+
+@pytest.mark.parametrize("language", LISTINGS)
+def test_listings_of_programs_are_legible(language) -> None:
+    assert garbled_lines(LISTINGS[language].splitlines()) == set()
+
+
+@pytest.mark.parametrize("by", [1, 15, 65])
+def test_garbled_lines_beside_a_listing_are_found(by) -> None:
+    prose = [SENTENCES["English"]] * 30
+    garbled = [shifted(SENTENCES["English"], by)] * 3
+    lines = [*LISTINGS["C"].splitlines(), *prose, *garbled, *prose]
+    assert garbled_lines(lines) == {39, 40, 41}
+
+
 @pytest.mark.parametrize(
     "garbage",
     [

@@ -71,6 +71,19 @@ def test_attached_files_are_named(make_pdf, read) -> None:
     assert "budget.txt" in str(error) and not error.retry
 
 
+def test_files_attached_to_a_place_on_a_page_are_named(make_pdf, read) -> None:
+    def draw(document: pymupdf.Document) -> None:
+        document.new_page().insert_text((60, 80), "Cover sheet")
+        page = document.new_page()
+        page.insert_text((60, 80), "The figures behind this page are attached.")
+        page.add_file_annot((60, 120), b"9120 francs", "a.csv", ufilename="figures – März.csv")
+
+    reading = read(make_pdf(draw))
+    assert len(reading.pages) == 2
+    (error,) = reading.errors
+    assert error.page == 2 and "figures – März.csv" in str(error) and not error.retry
+
+
 @pytest.mark.parametrize("needs_rendering", [True, False])
 def test_a_dynamic_form_is_an_error_that_says_what_to_do(needs_rendering, make_pdf, read) -> None:
     def draw(document: pymupdf.Document) -> None:
