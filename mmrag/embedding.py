@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from inspect import signature
 from typing import Any, TypedDict, Unpack, get_args
 
@@ -25,7 +26,7 @@ from mmrag.content import Content, ImageSource, describe
 from mmrag.embedders.base import Embedder
 from mmrag.errors import ConfigError
 from mmrag.instructions import resolve
-from mmrag.nodes import NodeView, node_content
+from mmrag.nodes import NodeView, node_content, refuse_lost_image
 from mmrag.queries import query_content
 
 DEFAULT_MODEL = "mmrag-nano"
@@ -188,20 +189,11 @@ class UniversalEmbedding(MultiModalEmbedding):
         vectors: list[Embedding] = []
         for start in get_tqdm_iterable(starts, show_progress, "Generating embeddings"):
             batch = contents[start : start + size]
-            # Events are logged and sent to tracing services: names of images, never their bytes.
-            chunks = []
-            for each in batch:
-                names = [f"[{describe(image)}]" for image in each.images]
-                chunks.append(" ".join([each.text, *names] if each.text is not None else names))
-            dispatcher.event(EmbeddingStartEvent(model_dict=payload))
-            with self.callback_manager.event(
-                CBEventType.EMBEDDING, payload={EventPayload.SERIALIZED: payload}
-            ) as event:
+            with embedding_events(payload, batch, self.callback_manager) as done:
                 if self.rate_limiter is not None:
                     self.rate_limiter.acquire()
                 rows = self._encode(batch, instruction)
-                event.on_end({EventPayload.CHUNKS: chunks, EventPayload.EMBEDDINGS: rows})
-            dispatcher.event(EmbeddingEndEvent(chunks=chunks, embeddings=rows))
+                done(rows)
             vectors.extend(rows)
         return vectors
 
@@ -268,8 +260,11 @@ class UniversalEmbedding(MultiModalEmbedding):
         images, with or without text, without it.
 
         Raises:
-            ContentError: For a node whose image cannot be used.
+            ContentError: For a node whose image cannot be used, or would be lost in storage: that
+                of an ImageDocument, of a Document, or of a class that LlamaIndex does not know.
         """
+        for node in nodes:
+            refuse_lost_image(node)
         contents = [node_content(node, self.node_view) for node in nodes]
         vectors = self.embed_contents(contents, show_progress=bool(kwargs.get("show_progress")))
         for node, vector in zip(nodes, vectors, strict=True):
@@ -328,6 +323,33 @@ class _Engine:
 
     def __reduce__(self) -> tuple[type[_Engine], tuple[Embedder | None]]:
         return _Engine, (self.given,)
+
+
+@contextmanager
+def embedding_events(
+    model: Embedder | Mapping[str, Any],
+    contents: Sequence[Content],
+    callback_manager: CallbackManager | None = None,
+) -> Iterator[Callable[[list[Embedding]], None]]:
+    """LlamaIndex's events around one call of an embedder; give the vectors to what it yields.
+
+    model: an Embedder, or what events say of the model.
+    """
+    payload = {"model_name": model.name} if isinstance(model, Embedder) else dict(model)
+    # Events are logged and sent to tracing services: names of images, never their bytes.
+    chunks = []
+    for each in contents:
+        names = [f"[{describe(image)}]" for image in each.images]
+        chunks.append(" ".join([each.text, *names] if each.text is not None else names))
+    dispatcher.event(EmbeddingStartEvent(model_dict=payload))
+    manager = callback_manager or CallbackManager()
+    with manager.event(CBEventType.EMBEDDING, payload={EventPayload.SERIALIZED: payload}) as event:
+
+        def done(vectors: list[Embedding]) -> None:
+            event.on_end({EventPayload.CHUNKS: chunks, EventPayload.EMBEDDINGS: vectors})
+            dispatcher.event(EmbeddingEndEvent(chunks=chunks, embeddings=vectors))
+
+        yield done
 
 
 def _check_settings(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import dataclasses
+import logging
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -27,12 +29,15 @@ from mmrag.store.settings import CollectionSettings, View, refuse_other
 if TYPE_CHECKING:
     from llama_index.core.llms import LLM
     from llama_index.core.postprocessor.types import BaseNodePostprocessor
+    from llama_index.core.schema import BaseNode, Document
     from llama_index.core.vector_stores.types import MetadataFilters
     from qdrant_client import QdrantClient
 
     from mmrag.answering.engine import CitedQueryEngine, EngineOptions
     from mmrag.embedding import UniversalEmbedding
     from mmrag.retrieval.retriever import RetrieverOptions, UniversalRetriever
+
+log = logging.getLogger(__name__)
 
 DEFAULT_EMBEDDER = "mmrag-nano"
 DEFAULT_LOCATION = "./mmrag-library"
@@ -152,18 +157,104 @@ class UniversalIndex:
             embedder = cast(Embedder, stand_in)
         else:
             embedder = self.embedder
-        if self._collection is None:
-            self._collection = Collection.open(**self._where, settings=self._settings(embedder))
+        collection = self._made()
         with _shown(progress) as show:
             return ingest(
                 many,
-                self._collection,
+                collection,
                 embedder,
                 options=self._reading,
                 progress=show,
                 prune=prune,
                 workers=workers,
             )
+
+    def insert_nodes(self, nodes: Sequence[BaseNode]) -> None:
+        """Insert nodes of your own: TextNode, ImageNode, Node with text, image or both.
+
+        They are searched and cited as pages are, and ``files`` lists their documents. A node's
+        document is its ``ref_doc_id``, else what its metadata names (``file``, ``file_path``,
+        ``file_name``, ``title``, ``url`` or ``source``). A node that is stored already is skipped
+        if nothing in it has changed, else replaced. Each view is embedded here; a vector that a
+        node brings along is not used. Images are copied into the collection.
+
+        Raises:
+            ContentError: For nodes that cannot be embedded or stored; all others are stored.
+        """
+        from mmrag.ingest.insert import insert_nodes
+
+        insert_nodes(nodes, self._made(), self.embedder)
+
+    async def ainsert_nodes(self, nodes: Sequence[BaseNode]) -> None:
+        """As ``insert_nodes``, off the event loop."""
+        await asyncio.to_thread(self.insert_nodes, nodes)
+
+    def insert(self, document: Document) -> None:
+        """Insert a document, split by ``Settings.transformations``; one with an image is not split.
+
+        An earlier version of the document, by its id, is replaced.
+
+        Raises:
+            ContentError: If it cannot be embedded or stored; an earlier version stays.
+        """
+        self.refresh_ref_docs([document])
+
+    async def ainsert(self, document: Document) -> None:
+        """As ``insert``, off the event loop."""
+        await asyncio.to_thread(self.insert, document)
+
+    def update_ref_doc(self, document: Document) -> None:
+        """The same as ``insert``."""
+        self.insert(document)
+
+    async def aupdate_ref_doc(self, document: Document) -> None:
+        """As ``update_ref_doc``, off the event loop."""
+        await self.ainsert(document)
+
+    def refresh_ref_docs(self, documents: Sequence[Document], **_update_kwargs: Any) -> list[bool]:
+        """Insert documents that are new or have changed, in text, metadata or image.
+
+        Args:
+            _update_kwargs: LlamaIndex's, for its stores; nothing depends on them here.
+
+        Returns:
+            For each document, whether it was inserted.
+
+        Raises:
+            ContentError: As ``insert``; the documents before it are inserted.
+        """
+        from mmrag.ingest.insert import insert_document
+
+        collection, embedder = self._made(), self.embedder
+        return [insert_document(document, collection, embedder) for document in documents]
+
+    async def arefresh_ref_docs(
+        self, documents: Sequence[Document], **_update_kwargs: Any
+    ) -> list[bool]:
+        """As ``refresh_ref_docs``, off the event loop."""
+        return await asyncio.to_thread(self.refresh_ref_docs, documents)
+
+    def delete_ref_doc(self, ref_doc_id: str, delete_from_docstore: bool = False) -> None:
+        """Delete a document and its nodes, also a file that was read, by a node's ``ref_doc_id``.
+
+        Args:
+            delete_from_docstore: LlamaIndex's; the collection is the only store here.
+        """
+        del delete_from_docstore
+        if not self.collection.remove_document(ref_doc_id):
+            log.warning("ref_doc_id %s not found, nothing deleted.", ref_doc_id)
+
+    async def adelete_ref_doc(self, ref_doc_id: str, delete_from_docstore: bool = False) -> None:
+        """As ``delete_ref_doc``, off the event loop."""
+        await asyncio.to_thread(self.delete_ref_doc, ref_doc_id, delete_from_docstore)
+
+    def delete_nodes(self, node_ids: list[str]) -> None:
+        """Delete inserted nodes by id; nodes of files that were read go with their file only."""
+        self.collection.inserted.remove_nodes(node_ids)
+
+    async def adelete_nodes(self, node_ids: list[str]) -> None:
+        """As ``delete_nodes``, off the event loop."""
+        await asyncio.to_thread(self.delete_nodes, node_ids)
 
     def remove(self, *patterns: str) -> list[str]:
         """Forget files by path, name or glob pattern; returns the paths that went."""
@@ -245,6 +336,13 @@ class UniversalIndex:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _made(self) -> Collection:
+        """The collection, made if there is none yet."""
+        if self._collection is None:
+            settings = self._settings(self.embedder)
+            self._collection = Collection.open(**self._where, settings=settings)
+        return self._collection
 
     def _open_checked(self) -> Collection:
         """The collection as it was built. Raises CollectionError for what contradicts it."""

@@ -10,6 +10,7 @@ from llama_index.core.bridge.pydantic import BaseModel, Field
 from llama_index.core.schema import (
     BaseNode,
     ImageNode,
+    IndexNode,
     MetadataMode,
     Node,
     NodeWithScore,
@@ -110,9 +111,21 @@ def node_text(node: BaseNode) -> str:
 
 
 def node_image(node: BaseNode) -> Path | None:
-    """The node's own image, if it has one."""
+    """The file of the node's own image, if it has one."""
+    if isinstance(node, ImageNode):
+        return Path(node.image_path) if node.image_path else None
     resource = node.image_resource if isinstance(node, Node) else None
     return Path(resource.path) if resource and resource.path else None
+
+
+# The keys under which readers of LlamaIndex and others say where a node comes from.
+_NAMES = ("file", "file_path", "file_name", "title", "url", "source")
+
+
+def document_name(node: BaseNode) -> str:
+    """What people call the document of a node: the file or title in its metadata, else its id."""
+    names = (node.metadata.get(key) for key in _NAMES)
+    return next((str(name) for name in names if name), node.ref_doc_id or node.node_id)
 
 
 def page_name(metadata: Mapping[str, Any]) -> str:
@@ -136,7 +149,7 @@ def node_content(node: BaseNode, view: NodeView = "fused") -> Content:
     Raises:
         ContentError: For a node that has neither text nor image but sound or film.
     """
-    image = _image_source(node)
+    image = image_source(node)
     if image is None:
         if isinstance(node, Node) and node.text_resource is None:
             raise ContentError(f"node {node.node_id}: it has neither text nor image to embed.")
@@ -150,8 +163,8 @@ def node_content(node: BaseNode, view: NodeView = "fused") -> Content:
     return Content(text, image)
 
 
-def _image_source(node: BaseNode) -> ImageSource | None:
-    """The image of a Node, ImageNode, Document or ImageDocument."""
+def image_source(node: BaseNode) -> ImageSource | None:
+    """The image of a Node, ImageNode, Document or ImageDocument: its bytes, file or address."""
     if isinstance(node, ImageNode):
         data, place = node.image, node.image_path or node.image_url
     elif isinstance(node, Node) and node.image_resource is not None:
@@ -164,3 +177,15 @@ def _image_source(node: BaseNode) -> ImageSource | None:
         # LlamaIndex stores base64 with or without the head of a data URL.
         return data if data.startswith("data:") else f"data:image/*;base64,{data}"
     return place or None
+
+
+def refuse_lost_image(node: BaseNode) -> None:
+    """Raise ContentError for a node that would come back from storage without its image.
+
+    LlamaIndex reads every class but its four kinds of node back as a TextNode.
+    """
+    if type(node) not in (TextNode, ImageNode, IndexNode, Node) and image_source(node) is not None:
+        raise ContentError(
+            f"node {node.node_id}: a {type(node).__name__} comes back from storage as a TextNode, "
+            "without its image. Give Node(text_resource=..., image_resource=...) instead."
+        )

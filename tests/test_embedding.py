@@ -280,15 +280,27 @@ def test_every_llamaindex_node_with_an_image_is_seen_as_one(model, stub, red):
         ImageNode(image_path=red),
         ImageNode(image=encoded),
         ImageNode(image_resource=MediaResource(path=red)),
-        ImageDocument(image_path=red),
-        ImageDocument(image=raw),
-        Document(image_resource=MediaResource(path=red)),
         Node(image_resource=MediaResource(data=raw)),
         node_with(None, red),
     ]
     model(nodes)
     truth = direct(Content(image=red))
     assert [node.embedding for node in nodes] == [truth] * len(nodes)
+
+
+def test_documents_with_an_image_are_embedded_but_not_as_nodes(model, red):
+    """As nodes of a pipeline they would be stored, and come back without their image."""
+    raw = Path(red).read_bytes()
+    documents = [
+        ImageDocument(image_path=red),
+        ImageDocument(image=raw),
+        Document(image_resource=MediaResource(path=red)),
+    ]
+    for document in documents:
+        with pytest.raises(ContentError, match=r"comes back .* without its image\. Give Node\("):
+            model([document])
+    truth = direct(Content(image=red))
+    assert model.embed_contents([node_content(document) for document in documents]) == [truth] * 3
 
 
 def test_caption_of_an_image_node_is_embedded_with_it(model, stub, red):

@@ -17,7 +17,7 @@ from llama_index.core.schema import ImageNode, MetadataMode, Node, NodeWithScore
 from mmrag.content import image_size, load_image
 from mmrag.errors import ConfigError, ContentError
 from mmrag.lexical import Idf, sentences, terms
-from mmrag.nodes import as_hit, page_name
+from mmrag.nodes import as_hit, document_name, page_name
 from mmrag.numerals import numbers
 from mmrag.prompting import PIXELS_PER_TOKEN, estimate_tokens, image_bytes, sanitize
 
@@ -251,10 +251,8 @@ def _one_line(text: str) -> str:
 def _location(hit: NodeWithScore) -> tuple[str, int | None]:
     """File and page from our metadata, or from the keys that LlamaIndex's readers write."""
     metadata = hit.node.metadata
-    names = (metadata.get(key) for key in ("file", "file_path", "file_name"))
-    file = next((str(name) for name in names if name), hit.node.ref_doc_id or hit.node.node_id)
     page = str(metadata.get("page", metadata.get("page_label")))
-    return file, int(page) if page.isdecimal() else None
+    return document_name(hit.node), int(page) if page.isdecimal() else None
 
 
 def _source(group: Sequence[NodeWithScore]) -> Source:

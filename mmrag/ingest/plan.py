@@ -66,7 +66,7 @@ def make_plan(paths: Sequence[str | Path], collection: Collection, report: Inges
     report.failed += [error.file for error in found.errors]
     note_passed_over(found.passed_over, report)
     hashes = _hashes(found.files, report)
-    files = collection.files()
+    files = collection.read_files()
     entries = Entries(files, damaged=collection.damaged(files))
     places = dict(zip(hashes, absolute_paths(map(Path, hashes)), strict=True))
     plan = Plan({places[name]: hashes[name] for name in hashes})

@@ -162,7 +162,7 @@ def _note_missing_views(collection: Collection, embedder: Embedder, report: Inge
 def _prune(paths: Sequence[str | Path], collection: Collection, report: IngestReport) -> None:
     """Forget the files that were under the folders given and are there no longer."""
     folders = [Path(path).resolve() for path in paths if Path(path).is_dir()]
-    entries = collection.files()
+    entries = collection.read_files()
     places = absolute_paths(Path(entry.folder, entry.file) for entry in entries)
     for entry, path in zip(entries, places, strict=True):
         if any(path.is_relative_to(folder) for folder in folders) and not path.exists():
@@ -172,7 +172,7 @@ def _prune(paths: Sequence[str | Path], collection: Collection, report: IngestRe
 
 def _drop_outdated(plan: Plan, collection: Collection) -> None:
     """Delete what a run that was cut short has left of files that have changed or gone since."""
-    entries = collection.files()
+    entries = collection.read_files()
     finished = {entry.sha256 for entry in entries if entry.complete}
     places = absolute_paths(Path(entry.folder, entry.file) for entry in entries)
     for entry, path in zip(entries, places, strict=True):

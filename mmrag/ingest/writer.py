@@ -11,8 +11,9 @@ import numpy as np
 from llama_index.core.schema import BaseNode
 from numpy.typing import NDArray
 
-from mmrag.content import Content
+from mmrag.content import Content, ImageSource
 from mmrag.embedders.base import Embedder
+from mmrag.embedding import embedding_events
 from mmrag.errors import ContentError, ReadError
 from mmrag.ingest.plan import Job
 from mmrag.ingest.prefetch import End
@@ -170,7 +171,8 @@ class Writer:
     def _embed(self, batch: Sequence[_Waiting]) -> list[dict[View, NDArray[np.float32]]]:
         """For each node, view to (dim,) float32."""
         keys = [(row, view) for row, each in enumerate(batch) for view in each.views]
-        results = self._encode([batch[row].views[view] for row, view in keys])
+        contents = [batch[row].views[view] for row, view in keys]
+        results = encode_each(self._embedder, contents, self._collection.settings.dim)
         vectors: list[dict[View, NDArray[np.float32]]] = [{} for _ in batch]
         for (row, view), result in zip(keys, results, strict=True):
             if isinstance(result, ContentError):
@@ -181,18 +183,6 @@ class Writer:
             else:
                 vectors[row][view] = result
         return vectors
-
-    def _encode(self, contents: Sequence[Content]) -> list[NDArray[np.float32] | ContentError]:
-        """One vector for each content; a bad one is found by halving the batch."""
-        if not contents:
-            return []
-        try:
-            return list(self._embedder.encode(contents, dim=self._collection.settings.dim))
-        except ContentError as error:
-            if len(contents) == 1:
-                return [error]
-        half = len(contents) // 2
-        return self._encode(contents[:half]) + self._encode(contents[half:])
 
     def _tell(self, job: Job) -> None:
         if self._progress is not None:
@@ -208,6 +198,24 @@ class Writer:
             )
 
 
+def encode_each(
+    embedder: Embedder, contents: Sequence[Content], dim: int
+) -> list[NDArray[np.float32] | ContentError]:
+    """One vector for each content; a bad one is found by halving the batch."""
+    if not contents:
+        return []
+    try:
+        with embedding_events(embedder, contents) as done:
+            vectors = embedder.encode(contents, dim=dim)
+            done(vectors.tolist())
+        return list(vectors)
+    except ContentError as error:
+        if len(contents) == 1:
+            return [error]
+    half = len(contents) // 2
+    return encode_each(embedder, contents[:half], dim) + encode_each(embedder, contents[half:], dim)
+
+
 def node_views(
     node: BaseNode, views: Sequence[View], embedder: Embedder, cut: bool = False
 ) -> dict[View, Content]:
@@ -219,12 +227,23 @@ def node_views(
     Args:
         cut: whether the page that the node belongs to was cut into passages.
     """
+    in_passages = cut and node.metadata.get("kind") == "page"
     text = node_text(node).strip()
-    image = node_image(node)
+    return views_of(text, node_image(node), views, embedder, in_passages=in_passages)
+
+
+def views_of(
+    text: str,
+    image: ImageSource | None,
+    views: Sequence[View],
+    embedder: Embedder,
+    *,
+    in_passages: bool = False,
+) -> dict[View, Content]:
+    """The views of a text and an image; see ``node_views``. in_passages: text is found by parts."""
     possible: dict[View, Content] = {}
     if image is not None and not (text and getattr(embedder, "prefers_text", False)):
         possible["image"] = Content(image=image)
-    in_passages = cut and node.metadata.get("kind") == "page"
     if text and not (in_passages and getattr(embedder, "prefers_passages", False)):
         possible["text"] = Content(text=text)
     if image is not None and text:

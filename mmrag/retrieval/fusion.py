@@ -69,9 +69,9 @@ class Fused:
 
 
 def page_key(hit: Scored) -> Hashable:
-    """The page a node is on; a node of a file without pages stands for itself."""
-    page = hit.payload.get("page")
-    return (hit.payload.get("sha256"), page) if page is not None else hit.id
+    """The page of a file a node is on; other nodes, and those inserted, stand for themselves."""
+    page, sha256 = hit.payload.get("page"), hit.payload.get("sha256")
+    return hit.id if page is None or sha256 is None else (sha256, page)
 
 
 def fuse(

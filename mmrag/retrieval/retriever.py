@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from mmrag.content import Content, ImageSource, Modality
 from mmrag.embedders.base import Embedder
+from mmrag.embedding import embedding_events
 from mmrag.errors import ConfigError
 from mmrag.nodes import Credit, Evidence, Hit, as_hit
 from mmrag.queries import MultimodalQuery, Where, query_content
@@ -227,7 +228,9 @@ class UniversalRetriever(BaseRetriever):
         contents = [Content(text=text, image=content.image) for text in texts]
         dim = self.collection.settings.dim
         task = self.instruction or QUERY_TASKS[content.modality]
-        vectors = self.embedder.encode(contents, instruction=task, dim=dim)
+        with embedding_events(self.embedder, contents, self.callback_manager) as done:
+            vectors = self.embedder.encode(contents, instruction=task, dim=dim)
+            done(vectors.tolist())
         mean = vectors.mean(axis=0)
         return np.asarray(mean / max(float(np.linalg.norm(mean)), 1e-12), dtype=np.float32)
 
@@ -240,7 +243,11 @@ class UniversalRetriever(BaseRetriever):
             view_scores=entry.scores,
             box=entry.best.payload.get("box"),
             evidence=[
-                Evidence(node_id=hit.id, kind=hit.payload["kind"], box=hit.payload.get("box"))
+                Evidence(
+                    node_id=hit.payload.get("node_id", hit.id),
+                    kind=hit.payload["kind"],
+                    box=hit.payload.get("box"),
+                )
                 for hit in entry.nodes
             ],
             explanation=_explained(entry) if self.explain else None,

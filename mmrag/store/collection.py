@@ -12,18 +12,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from uuid import UUID, uuid5
+from uuid import uuid5
 
 import numpy as np
 from llama_index.core.schema import BaseNode
 from llama_index.core.vector_stores.utils import metadata_dict_to_node, node_to_metadata_dict
 from numpy.typing import NDArray
 
-from mmrag.errors import CollectionError, ConfigError, MissingCollectionError
+from mmrag.errors import CollectionError, ConfigError
 from mmrag.nodes import node_text
 from mmrag.queries import Where
 from mmrag.store.damage import Examination, examine
-from mmrag.store.edge import BUILD_ANEW
 from mmrag.store.engine import (
     LANGUAGE_FIELD,
     TERMS_FIELD,
@@ -31,14 +30,22 @@ from mmrag.store.engine import (
     Engine,
     Filter,
     Point,
-    Schema,
     Scored,
 )
 from mmrag.store.entries import FileEntry, folder_of
 from mmrag.store.images import image_paths, with_image_paths
+from mmrag.store.inserted import InsertedNodes, Insertion, point_id, with_image_file
 from mmrag.store.location import Location
+from mmrag.store.making import (
+    NAMESPACE,
+    SCHEMA_VERSION,
+    agree,
+    schema_of,
+    settings_point,
+    store_settings,
+)
 from mmrag.store.matching import as_filter, matching_paths
-from mmrag.store.settings import CollectionSettings, View, refuse_other
+from mmrag.store.settings import CollectionSettings, View
 from mmrag.store.terms import AUTO_LANGUAGE, DocumentTerms, NodeTerms, has_terms, query_terms
 from mmrag.store.upgrade import rebuild_terms
 
@@ -48,15 +55,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Collection", "CollectionSettings", "FileEntry"]
 
-SCHEMA_VERSION = 3
-
-_NAMESPACE = UUID("5a3c1f0e-6f0b-4d57-9f5e-0d6c2f3b8a11")
-_SETTINGS_ID = str(uuid5(_NAMESPACE, "settings"))
 _BOOKKEEPING = AnyOf("kind", ("file", "settings"))
 _FILES = Filter(must=(AnyOf("kind", ("file",)),))
 _NODES = Filter(must_not=(_BOOKKEEPING,))
-_KEYWORDS = ("file", "kind", "sha256", "doc_id", LANGUAGE_FIELD)
-_INTEGERS = ("page",)
 
 
 class Collection:
@@ -78,6 +79,7 @@ class Collection:
         self._images = location.images
         self.settings = settings
         self.images_dir = location.images.path
+        self.inserted = InsertedNodes(engine, self._images)
 
     @classmethod
     def open(
@@ -106,9 +108,9 @@ class Collection:
         """
         where = Location.of(location, name, api_key, images_dir)
         try:
-            engine = where.open_engine(_schema(settings) if settings else None)
+            engine = where.open_engine(schema_of(settings) if settings else None)
             try:
-                stored = _agree(engine, settings, where)
+                stored = agree(engine, settings, where)
                 where.images.make(given=where.images_given)
             except BaseException:
                 engine.close()
@@ -143,7 +145,7 @@ class Collection:
         where = Location.of(location, name, api_key, images_dir)
         engine = where.open_engine(None)
         try:
-            point = _settings_point(engine, where)
+            point = settings_point(engine, where)
             if point is None or point.payload["schema"] >= SCHEMA_VERSION:
                 return 0
             settings = dict(point.payload["settings"])
@@ -151,10 +153,10 @@ class Collection:
                 settings["language"] = AUTO_LANGUAGE
             upgraded = CollectionSettings.from_json(settings)
             engine.drop_index("text")  # schema 1 ranked by it
-            engine.create_indexes(_schema(upgraded))
+            engine.create_indexes(schema_of(upgraded))
             n_nodes = rebuild_terms(engine, upgraded.language)
             engine.upsert(list(engine.scroll(_FILES)))  # for their checksums
-            _store_settings(engine, upgraded)
+            store_settings(engine, upgraded)
             return n_nodes
         finally:
             engine.close()
@@ -162,12 +164,12 @@ class Collection:
     @property
     def weights(self) -> dict[str, float]:
         """Weights of the rankings that were fitted for this collection; empty if none were."""
-        point = _settings_point(self._engine, self._location)
+        point = settings_point(self._engine, self._location)
         return dict(point.payload.get("weights", {})) if point else {}
 
     def save_weights(self, weights: Mapping[str, float]) -> None:
         """Keep the weights of the rankings with the collection; empty ones forget them."""
-        _store_settings(self._engine, self.settings, weights)
+        store_settings(self._engine, self.settings, weights)
 
     def write(
         self,
@@ -194,16 +196,48 @@ class Collection:
         if points:
             self._engine.upsert(points)
 
+    def insert(
+        self,
+        nodes: Sequence[Insertion],
+        vectors: Sequence[Mapping[View, Any]],
+        terms: Sequence[NodeTerms],
+        files: Mapping[str, str],
+    ) -> None:
+        """Store nodes of an application; equal ids are replaced. Images are copied in here.
+
+        vectors, terms: as for ``write``. files: document id to the name of the document.
+
+        Raises:
+            ConfigError: For vectors that do not fit.
+        """
+        points: list[Point] = []
+        images: set[Path] = set()
+        for each, of_node, of_text in zip(nodes, vectors, terms, strict=True):
+            stored = self._with_stored_images(
+                with_image_file(each.node.model_copy(deep=True), self._images)
+            )
+            images |= image_paths(stored)
+            payload = each.payload(stored, files[each.doc_id])
+            payload |= of_text.to_payload() if has_terms(payload) else {}
+            points.append(Point(point_id(stored.node_id), payload, self._checked(stored, of_node)))
+        if points:
+            self.inserted.drop_images([each.node.node_id for each in nodes], images)
+            self._engine.upsert(points)
+
     def mark_done(self, file: FileEntry) -> None:
         """Write the file's own point: all of its nodes are stored."""
         self._engine.upsert([Point(_file_id(file.sha256), file.to_payload())])
 
     def files(self) -> list[FileEntry]:
-        """The finished files, ordered by path."""
+        """The finished files, and the documents that were inserted, ordered by path."""
         points = self._engine.scroll(_FILES, vectors=True)
         # A damaged entry is none: its file counts as unfinished, and is read again.
         entries = [FileEntry.from_payload(p.payload) for p in points if self._engine.is_intact(p)]
         return sorted(entries, key=lambda entry: (entry.file, entry.sha256))
+
+    def read_files(self) -> list[FileEntry]:
+        """The files alone, which can be read again."""
+        return [entry for entry in self.files() if not entry.doc_id]
 
     def paths(self) -> list[str]:
         """Every path that has points here, of unfinished files too."""
@@ -237,7 +271,7 @@ class Collection:
 
     def examine(self) -> Examination:
         """Read every point, and say which are not as they were written."""
-        return examine(self._engine, _schema(self.settings))
+        return examine(self._engine, schema_of(self.settings))
 
     def clear_damage(self, found: Examination) -> None:
         """Delete the points that ``examine`` found altered, and make wrong indexes anew.
@@ -253,13 +287,31 @@ class Collection:
         if found.indexes:
             for key in found.indexes:
                 self._engine.drop_index(key)
-            self._engine.create_indexes(_schema(self.settings))
+            self._engine.create_indexes(schema_of(self.settings))
         self._engine.settle()
 
     def remove_file(self, sha256_or_path: str) -> int:
         """Delete a file's points and page images; returns how many nodes went."""
+        of_documents = [
+            self.inserted.remove(entry.doc_id)
+            for entry in self.files()
+            if entry.doc_id and sha256_or_path in (entry.file, entry.sha256)
+        ]
         by_path = self._remove(AnyOf("file", (sha256_or_path,)))
-        return by_path + self._remove(AnyOf("sha256", (sha256_or_path,)))
+        return sum(of_documents) + by_path + self._remove(AnyOf("sha256", (sha256_or_path,)))
+
+    def remove_document(self, ref_doc_id: str) -> int:
+        """Delete what came from a document, by LlamaIndex's ``ref_doc_id``.
+
+        That of a file that was read is the ``ref_doc_id`` of any node of it.
+
+        Returns:
+            How many nodes went; 0 if there is no such document.
+        """
+        if self.inserted.entries([ref_doc_id]):
+            return self.inserted.remove(ref_doc_id)
+        found = self.find(Where(metadata={"doc_id": ref_doc_id}), 1)
+        return self.remove_file(found[0].payload["sha256"]) if found else 0
 
     def move_file(self, entry: FileEntry, path: str) -> FileEntry:
         """Give a file another path, keeping its vectors."""
@@ -312,8 +364,8 @@ class Collection:
     def node(self, payload: Mapping[str, Any]) -> BaseNode:
         """The node a payload was made from, with its images' paths as they are here.
 
-        Its metadata has ``file_path``, where the file was when it was indexed, which models are
-        not shown. An image outside of ``images_dir`` is taken away.
+        The metadata of a file's node has ``file_path``, where the file was when it was indexed,
+        which models are not shown. An image outside of ``images_dir`` is taken away.
         """
         try:
             node = metadata_dict_to_node(dict(payload))
@@ -321,7 +373,7 @@ class Collection:
             raise CollectionError(
                 f"{self._location} holds a damaged node ({error}). Run mmrag doctor."
             ) from error
-        if "file" in node.metadata:
+        if "sha256" in payload and "file" in node.metadata:
             path = Path(payload.get("folder", ""), node.metadata["file"])
             node.metadata["file_path"] = path.as_posix()
             for keys in (node.excluded_llm_metadata_keys, node.excluded_embed_metadata_keys):
@@ -385,15 +437,16 @@ class Collection:
         self.close()
 
     def _payload(self, node: BaseNode, terms: NodeTerms) -> dict[str, Any]:
-        stored = with_image_paths(
-            node.model_copy(deep=True), lambda path: self._images.stored(path, node.node_id)
-        )
+        stored = self._with_stored_images(node.model_copy(deep=True))
         payload = node_to_metadata_dict(stored)
         if text := node_text(node):
             payload["text"] = text
         if folder := folder_of(node.metadata.get("file", "/")):
             payload["folder"] = folder  # so that the path is found from any working directory
         return payload | terms.to_payload() if has_terms(payload) else payload
+
+    def _with_stored_images(self, node: BaseNode) -> BaseNode:
+        return with_image_paths(node, lambda path: self._images.stored(path, node.node_id))
 
     def _own_terms(self, node: BaseNode) -> NodeTerms:
         text = node_text(node)
@@ -447,87 +500,13 @@ class Collection:
         return Filter() if where is None else as_filter(where, self.paths)
 
 
-def _agree(
-    engine: Engine, wanted: CollectionSettings | None, location: Location
-) -> CollectionSettings:
-    """The settings that hold: those stored, or those wanted by whoever creates it."""
-    stored = _stored_settings(engine, location)
-    if stored is not None:
-        if wanted is not None:
-            refuse_other(stored, wanted, location)
-        return stored
-    if engine.count(Filter()) > 0:
-        raise CollectionError(f"{location} was not made by mmrag; choose another name or folder.")
-    if wanted is None:
-        raise MissingCollectionError(f"{location} is empty; index something into it first.")
-    if location.client is not None:
-        from mmrag.store.server import ServerEngine
-
-        assert isinstance(engine, ServerEngine)
-        if engine.vector_dims() != dict(_schema(wanted).vectors):
-            raise CollectionError(
-                f"{location} was not made by mmrag: it has other vectors. Choose another name."
-            )
-        engine.create(_schema(wanted))
-    _store_settings(engine, wanted)
-    return wanted
-
-
-def _store_settings(
-    engine: Engine, settings: CollectionSettings, weights: Mapping[str, float] | None = None
-) -> None:
-    payload = {"kind": "settings", "schema": SCHEMA_VERSION, "settings": settings.to_json()}
-    payload |= {"weights": dict(weights or {})}
-    engine.upsert([Point(_SETTINGS_ID, payload)])
-    engine.flush()
-
-
-def _stored_settings(engine: Engine, location: Location) -> CollectionSettings | None:
-    point = _settings_point(engine, location)
-    if point is None:
-        return None
-    payload = point.payload
-    if payload["schema"] < SCHEMA_VERSION:
-        raise CollectionError(
-            f"{location} was built by an older mmrag, which kept other terms for BM25 or no "
-            f"checksums (schema {payload['schema']}, this version writes {SCHEMA_VERSION}). "
-            "Bring it up to date: mmrag upgrade -c FOLDER_OR_URL. Nothing is embedded again."
-        )
-    if not engine.is_intact(point):
-        raise CollectionError(f"The settings of {location} are damaged. {BUILD_ANEW}")
-    return CollectionSettings.from_json(payload["settings"])
-
-
-def _settings_point(engine: Engine, location: Location) -> Point | None:
-    found = engine.retrieve([_SETTINGS_ID])
-    if not found:
-        return None
-    schema = found[0].payload.get("schema")
-    if not isinstance(schema, int):
-        raise CollectionError(f"The settings of {location} are damaged. {BUILD_ANEW}")
-    if schema > SCHEMA_VERSION:
-        raise CollectionError(
-            f"{location} was built by a newer mmrag (schema {schema}, this version knows "
-            f"{SCHEMA_VERSION}). Upgrade: pip install -U mmrag"
-        )
-    return found[0]
-
-
-def _schema(settings: CollectionSettings) -> Schema:
-    return Schema(
-        vectors=dict.fromkeys(settings.views, settings.dim),
-        keywords=_KEYWORDS,
-        integers=_INTEGERS,
-    )
-
-
 def _with_hash(sha256: str) -> Filter:
     """The nodes of the file with this content."""
     return Filter(must=(AnyOf("sha256", (sha256,)),), must_not=(_BOOKKEEPING,))
 
 
 def _file_id(sha256: str) -> str:
-    return str(uuid5(_NAMESPACE, f"file/{sha256}"))
+    return str(uuid5(NAMESPACE, f"file/{sha256}"))
 
 
 def _batched(points: Iterator[Point], size: int) -> Iterator[list[Point]]:

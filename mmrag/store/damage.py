@@ -63,12 +63,15 @@ def examine(engine: Engine, schema: Schema) -> Examination:
             found.as_written.append(point)
         if payload.get("kind") == "file":
             entries.append(FileEntry.from_payload(payload))
+        elif "node_hash" in payload:
+            n_nodes[payload["doc_id"]] += 1
         elif "sha256" in payload:
             n_nodes[payload["sha256"]] += 1
             places[payload["sha256"]].add((payload.get("file", ""), payload.get("folder", "")))
     for entry in entries:
-        if n_nodes[entry.sha256] < entry.nodes:
-            found.lost[entry] = entry.nodes - n_nodes[entry.sha256]
+        n_found = n_nodes[entry.doc_id or entry.sha256]
+        if n_found < entry.nodes:
+            found.lost[entry] = entry.nodes - n_found
         if any(file != entry.file for file, _ in places[entry.sha256]):
             found.misplaced.append(entry)
     finished = {entry.sha256 for entry in entries}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,15 @@ from typing import Any
 class FileEntry:
     """One indexed file: its path as given, its content's hash, and what became of it.
 
+    A document that was inserted has an entry too.
+
     errors: what could not be read or embedded.
     folder: the working directory that a relative ``file`` was given in; else empty.
     complete: False if pages were lost to time, memory or a full disk; the next run of indexing
         reads the file again.
+    doc_id: of a document whose nodes were inserted, LlamaIndex's ``ref_doc_id``; ``sha256`` is
+        then the hash of its content. Empty for a file that was read.
+    metadata: what was given for the file; each of its nodes has it too.
 
     Examples:
         >>> entry = FileEntry("in/a.pdf", "0" * 64, pages=2, nodes=5, folder="/home/ann")
@@ -31,6 +36,8 @@ class FileEntry:
     errors: tuple[str, ...] = ()
     folder: str = ""
     complete: bool = True
+    doc_id: str = ""
+    metadata: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     @property
     def path(self) -> Path:

@@ -14,8 +14,9 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from llama_index.core.schema import BaseNode, Node
+from llama_index.core.schema import BaseNode, ImageNode, Node
 
+from mmrag.content import ImageSource, load_image
 from mmrag.errors import CollectionError
 from mmrag.nodes import node_image
 from mmrag.reading import words_path
@@ -81,12 +82,24 @@ class ImageFolder:
                 f"{path} is a link to {absolute.resolve()}, outside of the collection; delete it."
             )
         elif absolute.is_file():
-            own = self.path / hashlib.sha256(node_id.encode()).hexdigest()[:16]
+            own = self.path / _own_folder(node_id)
             own.mkdir(exist_ok=True)
             absolute = shutil.copyfile(absolute, own / absolute.name)
         if self._home is not None and absolute.is_relative_to(self._home):
             return absolute.relative_to(self._home)
         return absolute
+
+    def saved(self, image: ImageSource, node_id: str) -> Path:
+        """Keep a node's image in a file of its own. Returns its absolute path.
+
+        Raises:
+            ContentError: If it is no image.
+        """
+        own = self.path / _own_folder(node_id)
+        own.mkdir(exist_ok=True)
+        # Encoded anew: nothing but pixels is stored, and the suffix is right.
+        load_image(image).save(own / "image.png")
+        return own / "image.png"
 
     def found(self, stored: Path) -> Path | None:
         """The way back from ``stored``; None for a path that may not be read."""
@@ -115,6 +128,10 @@ class ImageFolder:
         return path.resolve().is_relative_to(self._real_path)
 
 
+def _own_folder(node_id: str) -> str:
+    return hashlib.sha256(node_id.encode()).hexdigest()[:16]
+
+
 def _is_page_image(path: Path) -> bool:
     """Whether mmrag wrote this file: it lies two levels below the mark of an images folder.
 
@@ -134,7 +151,10 @@ def image_paths(node: BaseNode) -> set[Path]:
 def with_image_paths(node: BaseNode, change: Callable[[Path], Path | None]) -> BaseNode:
     """Change the image paths of ``node`` in place; one that becomes None is taken away."""
     image = node_image(node)
-    if isinstance(node, Node) and node.image_resource and image:
+    if isinstance(node, ImageNode) and image:
+        path = change(image)
+        node.image_path = None if path is None else path.as_posix()
+    elif isinstance(node, Node) and node.image_resource and image:
         path = change(image)
         resource = node.image_resource.model_copy(update={"path": path})
         node.image_resource = resource if path is not None else None

@@ -21,7 +21,7 @@ from qdrant_client import QdrantClient, models
 from mmrag.errors import CollectionError, ConfigError, MissingCollectionError
 from mmrag.nodes import node_image, node_text
 from mmrag.queries import Where
-from mmrag.store import collection as module
+from mmrag.store import making
 from mmrag.store.collection import Collection, CollectionSettings, FileEntry
 from mmrag.store.edge import EdgeEngine
 from mmrag.store.engine import AnyOf, Filter
@@ -434,7 +434,7 @@ def test_the_same_model_under_another_name_is_welcome(home):
 
 
 def test_a_newer_schema_is_refused(home, monkeypatch):
-    monkeypatch.setattr(module, "SCHEMA_VERSION", 99)
+    monkeypatch.setattr(making, "SCHEMA_VERSION", 99)
     home.open().close()
     monkeypatch.undo()
     with pytest.raises(CollectionError, match=r"newer mmrag.*pip install -U"):
@@ -581,11 +581,11 @@ def test_a_forked_process_is_told_and_leaves_the_collection_to_its_parent(tmp_pa
 
 def test_a_collection_cut_short_at_birth_is_finished(tmp_path):
     """Killed after the shard was made, before the settings were written."""
-    from mmrag.store.collection import _schema
     from mmrag.store.edge import EdgeEngine
+    from mmrag.store.making import schema_of
 
     (tmp_path / "x").mkdir()
-    EdgeEngine(tmp_path / "x" / "qdrant", _schema(SETTINGS)).close()
+    EdgeEngine(tmp_path / "x" / "qdrant", schema_of(SETTINGS)).close()
     with pytest.raises(MissingCollectionError):
         Collection.open(tmp_path / "x")
     with Collection.open(tmp_path / "x", settings=SETTINGS) as collection:
