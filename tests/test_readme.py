@@ -126,3 +126,23 @@ def test_recipe_commands_of_the_docs_are_understood():
     for line in lines:
         recipe, *words = shlex.split(line)[3:]
         assert read_arguments(RECIPES[recipe], words, recipe), line
+
+
+def test_links_of_the_readme_work_on_pypi():
+    pytest.importorskip("hatch_fancy_pypi_readme")
+    done = subprocess.run(
+        [sys.executable, "-m", "hatchling", "metadata", "readme"],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    targets = re.findall(r"(!?)\[[^\]]*\]\(([^)]+)\)", done.stdout)
+    assert len(targets) > 20
+    for is_image, target in targets:
+        assert target.startswith("https://"), target
+        if is_image:
+            assert target.startswith("https://raw.githubusercontent.com/"), target
+        # What the address names on GitHub is there in the repository.
+        path = re.split(r"/main/", target)[-1]
+        assert not target.startswith("https://raw") or (REPOSITORY / path).is_file(), target
