@@ -41,6 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise SystemExit(0 if words in ([], ["--help"]) else f"error: no recipe {words[0]!r}")
     name = words[0]
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    # httpx logs every request at INFO: thousands of lines when queries are written.
     logging.getLogger("httpx").setLevel(logging.WARNING)
     with ends_cleanly():
         options = read_arguments(RECIPES[name], words[1:], f"mmrag_recipes {name}")

@@ -12,13 +12,16 @@ import random
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mmrag_recipes.row_file import Keys
 
+# Rows of a bin differ by at most this factor, so that at most a quarter of a batch is padding.
 _BIN_GROWTH = 1.3
+# tokens; below, rows cost so little that one bin does for all of them.
 _FIRST_EDGE = 32.0
 # Rows in conflict that a step looks at again, in batches: bounds its time.
 _LOOK_BACK = 16
@@ -53,8 +56,11 @@ def plan(sources: Sequence[Source], batch_size: int, seed: int) -> Iterator[Batc
     Source: cost bins after MoCa (arXiv 2506.23115), one data set per batch after VLM2Vec-V2
     (arXiv 2507.04590).
     """
+    # Its own generator: nothing else that draws may shift the plan.
     chooser = random.Random(seed)
+    # By usable rows, so that a data set of which many are left out is not repeated more often.
     shares = [source.weight * int((np.asarray(source.costs) >= 0).sum()) for source in sources]
+    # Different seeds, or data sets of one size would be drawn in the same order.
     passes = [_passes(source, batch_size, seed * 1009 + i) for i, source in enumerate(sources)]
     while True:
         dataset = chooser.choices(range(len(sources)), shares)[0]
@@ -65,6 +71,7 @@ def plan(sources: Sequence[Source], batch_size: int, seed: int) -> Iterator[Batc
 def _passes(source: Source, size: int, seed: int) -> Iterator[tuple[int, tuple[int, ...]]]:
     epoch = 0
     while True:
+        # By the number of the pass alone, so that a resumed run plans the same one.
         for rows in one_pass(source, size, np.random.default_rng([abs(seed), epoch])):
             yield epoch, rows
         epoch += 1
@@ -98,7 +105,9 @@ def _order(source: Source, size: int, chance: np.random.Generator) -> list[int]:
     first = bins[0] if len(bins) else 0
     order = order[np.lexsort((bins, bins < first))]
     starts = chance.permutation(len(order) // size) * size
+    # Random order of the chunks: otherwise a pass would go from cheap rows to costly ones.
     chunks = [order[start : start + size] for start in starts]
+    # Last, where a batch that is not full ends the pass.
     rest = order[len(order) // size * size :]
     flat: list[int] = np.concatenate([*chunks, rest]).tolist()
     return flat
@@ -117,11 +126,14 @@ def _take(waiting: deque[int], stream: Iterator[int], source: Source, size: int)
     passed: list[int] = []
     looked_back = min(len(waiting), _LOOK_BACK * size)
     candidates = (waiting.popleft() for _ in range(looked_back))
-    for index in _chain(candidates, stream):
+    for index in chain(candidates, stream):
         own_positives = set(keys.positives[index].tolist())
         own_negatives = set(keys.negatives[index].tolist())
         query, place = int(keys.queries[index]), int(keys.places[index])
+        # Two rows may share a negative: it is one for both.
         clash = own_positives & (positives | negatives) or own_negatives & positives
+        # The same question answered by another document would be a false negative, and so may
+        # anything from one page.
         if clash or query in queries or place in places:
             passed.append(index)
             continue
@@ -137,12 +149,10 @@ def _take(waiting: deque[int], stream: Iterator[int], source: Source, size: int)
     return chosen
 
 
-def _chain(candidates: Iterator[int], stream: Iterator[int]) -> Iterator[int]:
-    yield from candidates
-    yield from stream
-
-
 def shard(rows: Sequence[int], rank: int, size: int) -> list[int]:
     """Rows of one process: every process gets the same number, and costs are spread evenly."""
+    # A gather needs equally many rows of each process; the batch size divides, but for a small data
+    # set.
     even = len(rows) - len(rows) % size
+    # Every size-th row: rows are sorted by cost within a chunk.
     return list(rows[rank:even:size])

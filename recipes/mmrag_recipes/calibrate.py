@@ -38,6 +38,7 @@ def read_passages(pdfs: Path) -> dict[Page, list[str]]:
     files = find_files([pdfs]).files
     with tempfile.TemporaryDirectory() as scratch:
         for path in files:
+            # Only text is wanted, so the images that reading makes may be small.
             for page in read_file(path, scratch, ReadOptions(dpi=24, figures=False)):
                 if page.page is not None and page.nodes:
                     single = sentences(node_text(page.nodes[0]))
@@ -66,6 +67,7 @@ def support(
         here = [score for page, score in best.items() if page in own]
         files = {file for file, _ in own}
         others = [s for page, s in best.items() if page[0] in files and page not in own]
+        # A claim whose file has a single page has no wrong citation to compare with.
         if here and others:
             right.append(max(here))
             wrong += others
@@ -78,6 +80,7 @@ def least_cosine(wrong: Cosines, share: float) -> float:
     """The least cosine, in hundredths, that at most ``share`` of wrong citations reach."""
     steps = np.arange(0, 101) / 100
     passing = (wrong[None] >= steps[:, None]).mean(axis=1)
+    # argmax finds the first True; at 1.00 nothing passes, so there is one.
     return float(steps[int(np.argmax(passing <= share))])
 
 

@@ -59,6 +59,7 @@ def identity(config: TrainConfig, datasets: list[Dataset], base: str) -> dict[st
         entry["rows"] = dataset.digest
         del entry["name"]
         values.setdefault("data", []).append(entry)
+    # By its weights: a folder may be moved, and a name on the hub gets new files.
     values["model"] = base
     return values
 
@@ -108,14 +109,17 @@ class Checkpoints:
             "progress": asdict(progress),
             "weights": trained_state(model),
             "optimizer": optimizer.state_dict(),
+            # As text, since weights_only loads tensors and plain containers alone.
             "identity": json.dumps(self.about),
         }
         self._write(state, self.folder / f"step-{progress.step:06d}.pt")
+        # After the new one is complete, so that there is always one to resume from.
         for path in self._steps()[: -self.keep]:
             path.unlink()
 
     def save_best(self, model: nn.Module, step: int, value: float) -> None:
         """Write the weights of the best evaluation so far."""
+        # Without the optimizer, which is twice as large: nothing resumes from here.
         state = {"step": step, "value": value, "weights": trained_state(model)}
         self._write(state, self.folder / "best.pt")
 
@@ -137,7 +141,9 @@ class Checkpoints:
         paths = self._steps()
         if not paths:
             return Progress()
+        # weights_only: a checkpoint from somewhere else must not run code.
         state = torch.load(paths[-1], map_location="cpu", weights_only=True)
+        # Before any weight is touched.
         check_identity(self.out, self.about, json.loads(state["identity"]))
         _fill(model, state["weights"])
         optimizer.load_state_dict(state["optimizer"])
@@ -151,6 +157,7 @@ class Checkpoints:
     def _write(self, state: dict[str, Any], path: Path) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(path.name + ".part")
+        # Whole or not at all: a kill while writing leaves the last one intact.
         torch.save(state, partial)
         partial.replace(path)
 
@@ -163,4 +170,5 @@ def trained_state(model: nn.Module) -> dict[str, Tensor]:
 def _fill(model: nn.Module, weights: dict[str, Tensor]) -> None:
     parameters = dict(model.named_parameters())
     for name, value in weights.items():
+        # In place: the optimizer holds these very tensors.
         parameters[name].data.copy_(value)

@@ -27,6 +27,8 @@ def ends_cleanly() -> Iterator[None]:
     """End with one line instead of a traceback on bad input and on Ctrl-C."""
     try:
         yield
+    # Errors of ours say what to do; a traceback would bury that. Anything else is a bug and keeps
+    # its own.
     except (MMRagError, OSError) as error:
         raise SystemExit(f"error: {error}") from error
     except KeyboardInterrupt:

@@ -36,6 +36,7 @@ Record = Mapping[str, Any]
 Converted = Iterator[Row | str]
 """Rows, and a message for each record that is left out."""
 
+# Of Phi-3.5, LLaVA and Qwen: families put in their own.
 _PLACEHOLDER = re.compile(r"<\|image_\d+\|>|<image>|<\|image_pad\|>")
 _SHOWN_PROBLEMS = 20
 
@@ -51,16 +52,13 @@ class Images:
         """Make an item; placeholders are taken out of the text, the images into the store."""
         plain = _PLACEHOLDER.sub("", text or "").strip()
         named = [images] if isinstance(images, str) else images or []
-        ids = [self.store.add(self._path(name)) for name in named if name]
+        paths = [self.folder / name for name in named if name]
+        if absent := [str(path) for path in paths if not path.is_file()]:
+            raise ContentError(f"there is no image {', '.join(absent)}")
+        ids = [self.store.add(path) for path in paths]
         if not plain and not ids:
             raise ContentError("an item has neither text nor image")
         return Item(text=plain or None, image=ids[0] if len(ids) == 1 else tuple(ids) or None)
-
-    def _path(self, image: str) -> Path:
-        path = self.folder / image
-        if not path.is_file():
-            raise ContentError(f"there is no image {path}")
-        return path
 
 
 def from_mmeb(records: Iterable[Record], images: Images, task: str) -> Converted:
@@ -108,6 +106,7 @@ def from_mbeir(
         if instructions is None:
             return record.get("instruction")
         sought = pool[record["pos_cand_list"][0]]["modality"]
+        # A qid is "data set:number".
         asked = str(record["qid"]).partition(":")[0], record["query_modality"], sought
         if asked not in instructions:
             raise ContentError(f"no instruction for {asked}")
@@ -132,6 +131,7 @@ class Pool:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        # M-BEIR's pools have millions of candidates: 16 bytes of each are kept, not the records.
         hashes, offsets = [], []
         with path.open("rb") as file:
             offset = 0
@@ -148,6 +148,7 @@ class Pool:
         """A candidate. Raises ContentError if there is none."""
         place = int(np.searchsorted(self._hashes, _hash(did)))
         with self.path.open("rb") as file:
+            # Two ids may share a hash, so the id itself decides.
             while place < len(self._hashes) and self._hashes[place] == _hash(did):
                 file.seek(self._offsets[place])
                 candidate: dict[str, Any] = json.loads(file.readline())
@@ -174,21 +175,21 @@ def read_instructions(path: Path) -> dict[tuple[str, str, str], str]:
         raise ContentError(f"{path}: there is no column {error}.") from error
 
 
-def from_swift(records: Iterable[Record], pictures: Images, task: str) -> Converted:
+def from_swift(records: Iterable[Record], images: Images, task: str) -> Converted:
     """ms-swift's rows in both forms.
 
     ``messages`` with ``images``, ``positive_messages`` and ``negative_messages``; or ``query``,
     ``response`` and ``rejected_response``. A system message of the query is its instruction.
     """
 
-    def side(messages: Sequence[Mapping[str, str]], images: Sequence[str]) -> Item:
+    def side(messages: Sequence[Mapping[str, str]], names: Sequence[str]) -> Item:
         text = "\n".join(m["content"] for m in messages if m["role"] != "system")
-        return pictures.item(text, [_image(image) for image in images])
+        return images.item(text, [_image(name) for name in names])
 
     def sides(record: Record, kind: str) -> list[Item]:
         messages = record.get(f"{kind}_messages") or []
-        images = record.get(f"{kind}_images") or [[] for _ in messages]
-        return [side(*pair) for pair in zip(messages, images, strict=True)]
+        names = record.get(f"{kind}_images") or [[] for _ in messages]
+        return [side(*pair) for pair in zip(messages, names, strict=True)]
 
     def convert(number: int, record: Record) -> Row:
         if "query" in record:
@@ -198,9 +199,9 @@ def from_swift(records: Iterable[Record], pictures: Images, task: str) -> Conver
                 id=f"{task}-{number}",
                 task=task,
                 instruction=record.get("system"),
-                query=pictures.item(record["query"], record.get("images")),
-                positives=[pictures.item(record["response"], None)],
-                negatives=[pictures.item(text, None) for text in rejected],
+                query=images.item(record["query"], record.get("images")),
+                positives=[images.item(record["response"], None)],
+                negatives=[images.item(text, None) for text in rejected],
                 source=task,
             )
         told = [m["content"] for m in record["messages"] if m["role"] == "system"]
@@ -278,6 +279,7 @@ def _each(records: Iterable[Record], convert: Callable[[int, Record], Row]) -> C
         except KeyError as error:
             yield f"record {number}: {error} is missing"
         except (ContentError, ValidationError, ValueError, TypeError) as error:
+            # pydantic's errors have several lines; the first names the field.
             yield f"record {number}: {str(error).splitlines()[0]}"
 
 
@@ -348,6 +350,7 @@ def _parquet(path: Path) -> Iterator[dict[str, Any]]:
     except ImportError as error:
         raise ConfigError("Parquet files need pyarrow: pip install 'mmrag[train]'") from error
     try:
+        # In parts: training sets have hundreds of thousands of records.
         for batch in parquet.ParquetFile(path).iter_batches(batch_size=1000):
             yield from batch.to_pylist()
     except pyarrow.ArrowInvalid as error:
@@ -368,6 +371,7 @@ def run(options: ConvertConfig) -> None:
             if n_problems <= _SHOWN_PROBLEMS:
                 print(f"left out: {made}")
 
+    # A generator: a large set is never in memory as a whole.
     count = write_rows(options.out, rows())
     print(f"{count} rows, {n_problems} left out: {options.out}")
 

@@ -79,10 +79,13 @@ def read_corpus(
     messages = [str(error) for error in errors]
     known = _read_kept(kept) if kept else {}
     for path in track(files, len(files), "reading files"):
-        stamp = _stamp(path, options)
+        # By size and time, not by hash: a folder of thousands of files is looked at in a moment.
+        state = path.stat()
+        stamp = f"{path.as_posix()}|{state.st_size}|{state.st_mtime_ns}|{options}"
         if stamp not in known:
             known[stamp] = _read(path, store, options)
             if kept:
+                # After each file: reading a large folder takes long, and may be stopped.
                 with kept.open("a", encoding="utf-8") as file:
                     listed = [asdict(document) for document in known[stamp][0]]
                     record = {"stamp": stamp, "documents": listed, "problems": known[stamp][1]}
@@ -90,17 +93,13 @@ def read_corpus(
         found, problems = known[stamp]
         messages += problems
         for document in found:
+            # Ids come from the bytes of a file, so a copy under another name has the same.
             twin = documents.setdefault(document.id, document)
             if twin.file != document.file:
                 message = f"left out, it has the same content as {twin.file}"
                 messages.append(str(ReadError(message, file=path.as_posix())))
                 break
     return list(documents.values()), messages
-
-
-def _stamp(path: Path, options: ReadOptions | None) -> str:
-    state = path.stat()
-    return f"{path.as_posix()}|{state.st_size}|{state.st_mtime_ns}|{options}"
 
 
 def _read_kept(kept: Path) -> dict[str, tuple[list[Document], list[str]]]:

@@ -74,20 +74,31 @@ def load_datasets(config: TrainConfig, backbone: Backbone) -> list[Dataset]:
 def _load(data: DataConfig, config: TrainConfig, backbone: Backbone) -> Dataset:
     rows, store = open_rows(data.rows), store_of(data.rows)
     files = [(name, store.folder / name) for name in rows.images]
+    # Images by size and time: hashing them all would take minutes at every start.
     stats = [(name, _stat(path)) for name, path in files]
-    about = [backbone.settings(), _description(config.model), config.hard_negatives, stats]
+    # Costs depend on what describes the checkpoint, its tokenizer above all, and on no weight.
+    described = sorted(
+        path
+        for path in find_folders(config.model)[0].iterdir()
+        if path.suffix in (".json", ".txt", ".model") and path.stat().st_size < _LARGEST_DESCRIPTION
+    )
+    digests = [f"{p.name}:{hashlib.sha256(p.read_bytes()).hexdigest()}" for p in described]
+    about = [backbone.settings(), digests, config.hard_negatives, stats]
     key = hashlib.sha256(json.dumps(about, default=str).encode()).hexdigest()[:16]
     kept, notes = rows.folder / f"costs-{key}.npy", rows.folder / f"costs-{key}.json"
     if not notes.is_file():
         costs, problems = _compute_costs(rows, store, backbone, config.hard_negatives)
         images = hashlib.sha256()
         for name, path in files:
+            # Once, when the costs are made: the identity of a run needs more than size and time.
             images.update(f"{name}:{_ends(path)}".encode())
         save_array(kept, costs)
         found = {"problems": [vars(p) for p in problems], "images": images.hexdigest()}
+        # Last: where it is, the costs are there too.
         write_whole(notes, json.dumps(found).encode())
     found = json.loads(notes.read_text(encoding="utf-8"))
     problems = [Problem(**one) for one in found["problems"]]
+    # Mapped, so that the processes of a machine share one copy.
     costs = np.load(kept, mmap_mode="r")
     if not bool((costs != LEFT_OUT).any()):
         raise ContentError(f"{data.rows}: no row can be used: {problems[0].reason}")
@@ -113,14 +124,6 @@ def _ends(path: Path) -> str:
     except OSError:
         return "missing"
     return digest.hexdigest()
-
-
-def _description(model: str) -> list[str]:
-    """Digests of what describes a checkpoint, its tokenizer above all, and is no weight."""
-    folder = find_folders(model)[0]
-    files = sorted(p for p in folder.iterdir() if p.suffix in (".json", ".txt", ".model"))
-    small = [p for p in files if p.stat().st_size < _LARGEST_DESCRIPTION]
-    return [f"{p.name}:{hashlib.sha256(p.read_bytes()).hexdigest()}" for p in small]
 
 
 def _compute_costs(
@@ -166,6 +169,7 @@ def _cost(row: Row, store: ImageStore, backbone: Backbone, hard_negatives: int) 
     total = backbone.plan(store.content(row.query), resolve(row.instruction)).n_tokens
     for positive in row.positives[1:]:
         store.content(positive)  # its image must be there too
+    # The first stands for all: they are of one kind.
     total += backbone.plan(store.content(row.positives[0]), None).n_tokens
     for item in row.negatives[:hard_negatives]:
         try:

@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 _PATIENCE = timedelta(hours=2)
+# A copy of 128 MB: large enough for full bandwidth, small beside the gradients.
 _BUCKET = 32_000_000  # elements reduced at a time
 
 
@@ -29,6 +30,7 @@ def start() -> tuple[int, int]:
     if "RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return 0, 1
     if not dist.is_initialized():
+        # NCCL is for GPUs alone, and needs its device chosen before the group is made.
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         if backend == "nccl":
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
@@ -71,6 +73,8 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
         total = grads[0].contiguous()
+        # Every process asks for gradients of all rows; each needs the sum of what was asked of its
+        # own.
         dist.all_reduce(total)
         first = rank() * int(ctx.rows)
         return total[first : first + int(ctx.rows)]
@@ -95,6 +99,7 @@ def most(value: int, device: torch.device) -> int:
 
 def total(value: Tensor) -> Tensor:
     """Sum of a tensor over all processes, without gradients."""
+    # all_reduce works in place; the caller's value must stay its own.
     value = value.detach().clone()
     if size() > 1:
         dist.all_reduce(value)
@@ -105,6 +110,7 @@ def from_first(value: float, device: torch.device) -> float:
     """What the first process says; the others' values are not looked at."""
     if size() == 1:
         return value
+    # Metrics are Python floats: in float32 processes could disagree in the last digit.
     tensor = torch.tensor(value, device=device, dtype=torch.float64)
     dist.broadcast(tensor, 0)
     return float(tensor)
@@ -124,19 +130,20 @@ def mean(value: Tensor) -> float:
 def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
     """Average gradients over processes, once; a missing gradient counts as zero.
 
-    A weight that no process used keeps none, as on one process: the optimizer, its momentum and
-    its weight decay leave it alone.
+    A weight that no process used keeps none.
     """
     if size() == 1:
         return
     for bucket in _buckets(parameters):
         parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in bucket]
+        # In the same message, instead of a second one for each bucket.
         used = parts[0].new_tensor([float(p.grad is not None) for p in bucket])
         flat = torch.cat([*(part.flatten() for part in parts), used])
         dist.all_reduce(flat)
         counts = flat[-len(bucket) :].tolist()
         means = torch.split(flat[: -len(bucket)] / size(), [p.numel() for p in bucket])
         for parameter, count, mean_of in zip(bucket, counts, means, strict=True):
+            # None and not zero, as on one process: momentum and weight decay leave it alone.
             parameter.grad = mean_of.view_as(parameter).clone() if count else None
 
 
@@ -146,6 +153,7 @@ def _buckets(parameters: Iterable[nn.Parameter]) -> Iterator[list[nn.Parameter]]
     count = 0
     for parameter in parameters:
         full = count + parameter.numel() > _BUCKET
+        # One message has one dtype; adapters in float32 may sit beside weights in bfloat16.
         if bucket and (full or parameter.dtype != bucket[0].dtype):
             yield bucket
             bucket, count = [], 0

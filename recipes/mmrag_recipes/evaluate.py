@@ -43,10 +43,12 @@ def evaluate_rows(
     """
     corpus = corpus_of(rows)
     kept = check_dim(dim, embedder.dim)
+    # In full, and cut below: one embedding serves every dimension of a ranking.
     documents = embedder.encode([store.content(item) for item in corpus])
     position = {item.key: index for index, item in enumerate(corpus)}
     asked: dict[str | None, list[int]] = defaultdict(list)
     for index, row in enumerate(rows):
+        # One call for each instruction, so that batches are full.
         asked[resolve(row.instruction)].append(index)
     ranked: dict[int, NDArray[np.int64]] = {}
     for instruction, indices in asked.items():

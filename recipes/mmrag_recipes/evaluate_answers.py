@@ -40,6 +40,7 @@ def evaluate_answers(
     right = 0
     for question, answer in zip(own, answers, strict=True):
         pages = set(question.pages)
+        # By name: questions do not know where the PDFs lie.
         cited = {(Path(source.file).name, source.page) for source in answer.cited}
         right += answer.found and bool(pages & cited)
     counts = {"own": len(own), **_found(answers), "right_page": right}
@@ -73,6 +74,7 @@ def read_foreign(path: Path, count: int, seed: int) -> list[str]:
             if not text:
                 raise ContentError(f"{path}:{number}: there is no question.")
             found.append(text)
+    # Drawn and not the first ones, which in XQuAD are about a single article.
     return random.Random(seed).sample(found, min(count, len(found)))
 
 

@@ -53,10 +53,12 @@ def evaluate_pages(
         UniversalIndex(library or Path(scratch) / "library", embedder) as index,
     ):
         report = index.add(pdfs, progress=True)
+        # A page that could not be read would count as not found.
         if report.errors:
             names = "; ".join(str(error) for error in report.errors)
             raise ContentError(f"Not every file could be read: {names}")
         fusions: dict[str, RetrieverOptions] = {"fusion": {"weights": weights}}
+        # Deep enough for the ranks of nearly all right pages.
         found = evaluate(index, asked, scopes=("corpus",), depth=200, fusions=fusions)
     kinds = sorted({question.kind for question in asked if question.kind})
     results = {}
@@ -75,16 +77,16 @@ def read_questions(path: Path) -> list[Question]:
     Raises:
         ContentError: For a line without either, or if no question is asked in words alone.
     """
-    questions, pictured = [], 0
+    questions, n_with_image = [], 0
     for number, value in json_lines(path):
         with naming(f"{path}:{number}"):
             row = _as_row(value)
             if row is not None and row.query.image:
-                pictured += 1
+                n_with_image += 1
                 continue
-            questions.append(as_question(value if row is None else _of_row(row), path.parent))
-    if pictured:
-        logger.warning("%s: %d rows ask with an image and were left out.", path, pictured)
+            questions.append(as_question(value if row is None else _question_of(row), path.parent))
+    if n_with_image:
+        logger.warning("%s: %d rows ask with an image and were left out.", path, n_with_image)
     if not questions:
         raise ContentError(f"{path}: there is no question in words.")
     return numbered(questions)
@@ -99,7 +101,7 @@ def _as_row(value: Any) -> Row | None:
         raise ContentError(str(error)) from error
 
 
-def _of_row(row: Row) -> dict[str, Any]:
+def _question_of(row: Row) -> dict[str, Any]:
     if not row.place:
         return {}
     file, _, page = row.place.rpartition("#")

@@ -55,8 +55,14 @@ def load_trained(run: Path) -> tuple[Backbone, TrainConfig]:
         raise ModelError(f"{run}: there are no final weights; let the training finish first.")
     config = build(TrainConfig, read_file(final / "config.json"), str(final / "config.json"))
     backbone = load_backbone(
-        config.model, family=config.family, device="cpu", dtype="float32", **config.limits
+        # Merging in half precision would round away what a small adapter learned.
+        config.model,
+        family=config.family,
+        device="cpu",
+        dtype="float32",
+        **config.limits,
     )
+    # As in training, so that the weights of adapters have a place.
     make_trainable(backbone, config)
     weights = load_file(final / "trained.safetensors")
     parameters = {n: p for n, p in backbone.model.named_parameters() if p.requires_grad}
@@ -91,6 +97,7 @@ def merge_adapters(model: torch.nn.Module) -> None:
 
 def probe_contents(modalities: frozenset[Any]) -> list[Content]:
     """Contents that tell two checkpoints apart, of the modalities given."""
+    # Made here, with structure in both directions: a swapped side or channel shows.
     down, right = np.mgrid[:84, :112].astype(np.uint8)
     image = Image.fromarray(np.stack([2 * down, 2 * right, 255 - down - right], axis=-1))
     contents = {
@@ -118,9 +125,11 @@ def export(run: Path, out: Path, dtype: str = "float16", scores: Sequence[Path] 
     # Of an adapter, the folder of its base: what describes the merged weights lies there.
     folders = find_folders(config.model)
     kinds = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+    # The limits it was trained with: others would move its vectors.
     marker = {**read_marker(folders), **config.limits}
     save_checkpoint(backbone, folders[0], out, dtype=kinds[dtype], marker=marker)
     (out / "README.md").write_text(model_card(config, out.name, scores), encoding="utf-8")
+    # A new process has nothing of this one: what is missing from the folder shows.
     check_in_fresh_process(out, probe_vectors(out, backbone))
     return out
 
@@ -145,6 +154,7 @@ def write_adapter(run: Path, out: Path) -> Path:
     }
     adapter = peft_config(config.lora)
     adapter.base_model_name_or_path = config.model
+    # peft loads an adapter frozen then, as readers of a published one expect.
     adapter.inference_mode = True
     out.mkdir(parents=True, exist_ok=True)
     adapter.save_pretrained(str(out))

@@ -32,6 +32,7 @@ class Drawer:
             )
         except openai.OpenAIError as error:
             raise EndpointError(f"{self.model}: {error}") from error
+        # Some servers send an address in spite of response_format.
         if not reply.data or not reply.data[0].b64_json:
             raise EndpointError(f"{self.model}: the server sent no image.")
         try:
@@ -72,6 +73,7 @@ class Figures:
             return None
         query = self.embedder.encode([entity.name], "image_for_caption")[0]
         scores = self._vectors @ query
+        # Best first; the document's own figure would give the answer away.
         for index in np.argsort(-scores, kind="stable").tolist():
             figure: Document = self.figures[index]
             if scores[index] < least:
@@ -94,6 +96,7 @@ def drawn_image(
 ) -> str | None:
     """Draw an entity. Returns the id of the image; None if it does not show the caption."""
     image_id = store.add(drawer.draw(entity.caption))
+    # Image models often miss what they are asked for, and such a row would teach nonsense.
     if shows(embedder, store.path(image_id), entity.caption, least):
         return image_id
     return None

@@ -56,6 +56,7 @@ def step(
             for part in chunks:
                 states.append(_random_state())
                 parts.append(encode(part))
+        # A leaf of its own: the backward of the loss ends here.
         vectors = torch.cat(parts).detach().requires_grad_()
         value = loss(vectors)
         value.backward()  # type: ignore[no-untyped-call]
@@ -66,6 +67,7 @@ def step(
         for part, state, gradient in zip(chunks, states, gradients, strict=True):
             with _replay(state):
                 again = encode(part)
+            # Chain rule: the chunk's vectors carry the loss's gradient to the weights.
             torch.autograd.backward(again, gradient.to(again.dtype))
     return value.detach()
 
@@ -96,6 +98,8 @@ def _run_once(module: nn.Module) -> Iterator[_Outputs]:
         yield outputs
     finally:
         if own is None:
+            # The instance had none of its own; setting the class's would keep it from being
+            # pickled.
             del module.forward
         else:
             module.forward = own

@@ -17,6 +17,7 @@ VectorLoss = Callable[[Tensor, Tensor], Tensor]
 
 def scores(queries: Tensor, documents: Tensor) -> Tensor:
     """Cosine of each query (b, d) with each document (n, d): (b, n), float32."""
+    # In float32: cosines near 1 differ by less than half precision can tell.
     return F.normalize(queries.float(), dim=-1) @ F.normalize(documents.float(), dim=-1).T
 
 
@@ -47,6 +48,7 @@ def candidate_mask(
         allowed[index] &= ~torch.isin(document_keys, keys)
     if not in_batch:
         allowed &= own_rows.unsqueeze(1) == rows.unsqueeze(0)
+    # The positive itself was masked with its copies above.
     allowed[torch.arange(len(targets)), targets] = True
     return allowed
 
@@ -74,9 +76,11 @@ def info_nce(
     """
     positive = similarity.gather(1, targets.unsqueeze(1))  # (b, 1)
     if false_negative_margin is not None:
+        # Detached: the mask is a decision, nothing to differentiate.
         false = similarity.detach() > positive.detach() + false_negative_margin
         kept = ~false.scatter(1, targets.unsqueeze(1), False)
         allowed = allowed & (kept if own is None else kept | own)
+    # (b, n)
     logits = (similarity / temperature).masked_fill(~allowed, float("-inf"))
     return F.cross_entropy(logits, targets, reduction="none")
 
@@ -100,6 +104,7 @@ def distil_scores(
     low = torch.finfo(torch.float32).min / 4
     ours = (similarity / temperature).masked_fill(~known, low).log_softmax(dim=1)
     theirs = (teacher / teacher_temperature).masked_fill(~known, low).softmax(dim=1)
+    # The bound keeps 0 * log 0 at 0 instead of NaN.
     terms = theirs * (theirs.clamp(min=1e-12).log() - ours)
     return terms.masked_fill(~(known & is_taught(known)), 0).sum(dim=1)
 

@@ -122,12 +122,14 @@ def _read_corpus(
     rows: Sequence[Row], cache: VectorCache, extra: Sequence[tuple[Item, str]]
 ) -> _Corpus:
     items = {item.key: item for item in corpus_of(rows)}
+    # By content, so that a page of the corpus that a row holds already comes once.
     items.update((item.key, item) for item, _ in extra)
     position = {key: index for index, key in enumerate(items)}
     places: defaultdict[int, set[str]] = defaultdict(set)
     answers: defaultdict[int, set[int]] = defaultdict(set)
     for row in rows:
         own = [position[item.key] for item in row.positives]
+        # Questions are asked twice in some sets, with different answers marked.
         answers[row.query.key].update(own)
         for index in own if row.place else ():
             places[index].add(str(row.place))
@@ -149,6 +151,7 @@ def _mine_row(
     score_of = dict(zip(order.tolist(), scores.tolist(), strict=True))
     own = [corpus.position[item.key] for item in row.positives]
     own_scores = (corpus.vectors[own] @ query).tolist()
+    # All positives must stay ahead of a negative, the worst too.
     worst = min(own_scores)
     # A positive that is not among the candidates ranks below all of them.
     rank_of_positive = max([*order.tolist(), index].index(index) for index in own)
@@ -158,6 +161,7 @@ def _mine_row(
     modality = row.positives[0].modality
     for rank, index in _without_answers(row, order, own, corpus, config, report):
         if corpus.items[index].modality != modality:
+            # Below the positive, another modality teaches nothing new.
             if rank < rank_of_positive:
                 wrong.append(index)
         elif rank < config.rank_cut:
@@ -166,6 +170,7 @@ def _mine_row(
             report.dropped["too close to the positive's score"] += 1
         else:
             right.append(index)
+    # By row, so that adding rows to the file changes none of the others.
     chance = random.Random(f"{config.seed}/{row.id}")
     chosen = _choose(wrong, config.wrong, config, chance)
     chosen += _choose(right, config.right, config, chance)
@@ -192,6 +197,7 @@ def _without_answers(
     report: MineReport,
 ) -> list[tuple[int, int]]:
     """Rank and index of candidates that are neither a positive, nor like one, nor the query."""
+    # (candidates,)
     nearness = (corpus.vectors[order] @ corpus.vectors[list(own)].T).max(axis=1)
     texts = {_plain(item.text) for item in (*row.positives, row.query) if item.text}
     allowed = []
@@ -205,6 +211,7 @@ def _without_answers(
         if nearness[rank] > config.duplicate_cosine or (text and _plain(text) in texts):
             report.dropped["like a positive"] += 1
             continue
+        # Another cut of the same page may hold the answer.
         if row.place in corpus.places.get(index, ()):
             report.dropped["from the positive's page"] += 1
             continue
@@ -223,16 +230,13 @@ def _choose(pool: list[int], count: int, config: MineConfig, chance: random.Rand
 
 
 def rescore(rows: Iterable[Row], scorer: Scorer, store: ImageStore) -> Iterator[Row]:
-    """Rows with the scores of a reranker for their positives and negatives, to learn from.
-
-    A row of which a pair cannot be judged gets no scores at all: nothing is learned from half.
-    """
+    """Rows with the scores of a reranker for their positives and negatives, to learn from."""
     for row in rows:
         items = [*row.positives, *row.negatives]
         query = store.content(row.query)
         outcomes = scorer.judge([(query, store.content(item)) for item in items], row.instruction)
         scores = [outcome for outcome in outcomes if isinstance(outcome, float)]
-        if len(scores) < len(items):
+        if len(scores) < len(items):  # a ranking with holes would teach that they come last
             logger.warning("row %s gets no scores of the reranker: a pair failed", row.id)
             scores = []
         cut = len(row.positives)
@@ -247,6 +251,7 @@ def run(options: MineConfig) -> None:
     kept = options.rows.with_name(options.rows.name + ".index")
     extra: list[tuple[Item, str]] = []
     if options.corpus:
+        # Only kinds that answer somewhere: others could never be confused with an answer.
         wanted = {item.modality for row in rows for item in row.positives} & embedder.modalities
         documents, problems = read_corpus(options.corpus, store)
         extra = [
@@ -262,6 +267,7 @@ def run(options: MineConfig) -> None:
         scored = rescore(mined, load_scorer(options.reranker), store)
         mined = list(track(scored, len(mined), "scoring"))
     write_rows(options.out, mined)
+    # Rows name images of the store beside them.
     if options.out.parent.resolve() != options.rows.parent.resolve():
         for image_id in images_of(mined):
             store_of(options.out).copy_from(store, image_id)

@@ -54,7 +54,9 @@ def read_arguments(cls: type[O], arguments: Sequence[str], prog: str) -> O:
     parser = argparse.ArgumentParser(
         prog=prog,
         description=description,
+        # What is not given must not hide the value of the file.
         argument_default=argparse.SUPPRESS,
+        # Abbreviations would change their meaning when an option is added.
         allow_abbrev=False,
     )
     shipped = ", ".join(sorted(path.stem for path in SHIPPED.glob("*.toml")))
@@ -65,11 +67,16 @@ def read_arguments(cls: type[O], arguments: Sequence[str], prog: str) -> O:
         _add(parser, name, field, positional=name in cls.positional)
     # TOML keys have underscores, and are understood here too.
     words = [w.replace("_", "-") if w.startswith("--") and "=" not in w else w for w in arguments]
+    # Intermixed: options may stand between the positional words.
     given = vars(parser.parse_intermixed_args(words))
     file = given.pop("config", None)
     values = read_file(find_config(file)) if file else {}
     for name, value in given.items():
-        _put(values, name.split("."), value)
+        *tables, last = name.split(".")
+        inner = values
+        for table in tables:
+            inner = inner.setdefault(table, {})
+        inner[last] = value
     return build(cls, values, file or "command line")
 
 
@@ -118,6 +125,7 @@ def build(cls: type[O], values: Mapping[str, Any], where: str) -> O:
 
 def _problem(cls: type[Options], error: dict[str, Any]) -> str:
     """One validation error in words."""
+    # pydantic names the branch of a union, such as tuple[DataConfig, ...]; users do not know it.
     path = [part for part in error["loc"] if not isinstance(part, str) or "[" not in part]
     *tables, key = path or ["options"]
     name = ".".join(map(str, path))
@@ -159,12 +167,12 @@ def _add(parser: argparse.ArgumentParser, name: str, field: FieldInfo, positiona
         parser.add_argument(flag, action=action, dest=name, help=text)
         return
     several = typing.get_origin(kind) is tuple
+    one = typing.get_args(kind)[0] if several else kind
+    # Texts as they are: a folder called 2024 must not become a number.
+    is_text = one in (str, Path) or typing.get_origin(one) is typing.Literal
     optional = "?" if positional else None
     parser.add_argument(
-        flag,
-        nargs="*" if several else optional,
-        type=str if _is_text(kind) else _read_value,
-        **named,
+        flag, nargs="*" if several else optional, type=str if is_text else _read_value, **named
     )
 
 
@@ -184,23 +192,10 @@ def _table(annotation: Any) -> type[Options] | None:
     return plain if isinstance(plain, type) and issubclass(plain, Options) else None
 
 
-def _is_text(kind: Any) -> bool:
-    if typing.get_origin(kind) is tuple:
-        kind = typing.get_args(kind)[0]
-    return kind in (str, Path) or typing.get_origin(kind) is typing.Literal
-
-
 def _read_value(text: str) -> Any:
     """A word of the command line as TOML, or as text where it is none."""
     try:
+        # One syntax for file and command line: 1e-3, [1, 2], {a = 1}.
         return tomllib.loads(f"v = {text}")["v"]
     except tomllib.TOMLDecodeError:
         return text
-
-
-def _put(values: dict[str, Any], keys: list[str], value: Any) -> None:
-    """Set a value by its dotted key."""
-    *tables, last = keys
-    for table in tables:
-        values = values.setdefault(table, {})
-    values[last] = value

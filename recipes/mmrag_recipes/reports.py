@@ -46,6 +46,7 @@ def _describe(dataset: Dataset, backbone: Backbone) -> str:
     sides = [("query", row.query, row.instruction), ("positive", row.positives[0], None)]
     sides += [("negative", item, None) for item in row.negatives[:1]]
     for side, item, instruction in sides:
+        # Really prepared, so that a broken image or prompt shows before a training is paid for.
         inputs: Any = inputs_of(backbone, dataset.store.content(item), resolve(instruction))
         shown = repr(
             item.text if item.text is None or len(item.text) < 90 else item.text[:87] + "..."
@@ -89,11 +90,14 @@ def memory_estimate(config: TrainConfig, backbone: Backbone, costs: Sequence[int
     # Gradient and two moments in float32 for each weight that trains.
     if config.lora:
         text = model.config.get_text_config()
+        # Seven projections, each with two matrices; the sides of the MLP are wider than hidden_size,
+        # hence the last 2.
         per_layer = 2 * config.lora.r * 7 * text.hidden_size * 2
         trained = per_layer * text.num_hidden_layers
     else:
         trained = sum(p.numel() for p in parameters)
     rows = config.batch_size
+    # A batch is padded to its longest row: nine tenths of them fit this.
     per_row = sorted(costs)[int(0.9 * (len(costs) - 1))]
     items = rows * (2 + config.hard_negatives)
     tokens = float(per_row * rows)
@@ -102,6 +106,7 @@ def memory_estimate(config: TrainConfig, backbone: Backbone, costs: Sequence[int
     text = model.config.get_text_config()
     unit = 68.0 if parameters[0].element_size() == 4 else 34.0
     if config.gradient_checkpointing:
+        # One hidden state (2 bytes) is left of the 34.
         unit /= 17
     activations = tokens * text.num_hidden_layers * text.hidden_size * unit
     total = held + trained * 12 + activations
@@ -119,6 +124,7 @@ def plot_run(out: Path) -> Path | None:
     except ImportError:
         logger.warning("No plot was drawn: pip install 'mmrag[train]' brings matplotlib.")
         return None
+    # Servers have no display.
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
@@ -128,7 +134,10 @@ def plot_run(out: Path) -> Path | None:
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4))
     losses = [r["loss"] for r in steps]
     left.plot([r["step"] + 1 for r in steps], losses, color="0.75", linewidth=0.8, label="step")
-    left.plot([r["step"] + 1 for r in steps], _smooth(losses), label="mean of 20 steps")
+    # Batches differ in difficulty, so that the loss of single steps hides the trend.
+    recent = [losses[max(0, i - 19) : i + 1] for i in range(len(losses))]
+    means = [sum(values) / len(values) for values in recent]
+    left.plot([r["step"] + 1 for r in steps], means, label="mean of 20 steps")
     left.set(xlabel="step", ylabel="loss", title="Training loss")
     left.legend()
     names = [n for n in (evaluations[0]["metrics"] if evaluations else {}) if n.endswith("ndcg@10")]
@@ -143,10 +152,3 @@ def plot_run(out: Path) -> Path | None:
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
     return path
-
-
-def _smooth(values: Sequence[float], window: int = 20) -> list[float]:
-    return [
-        sum(values[max(0, i - window + 1) : i + 1]) / (i + 1 - max(0, i - window + 1))
-        for i in range(len(values))
-    ]

@@ -24,19 +24,24 @@ def round_trip(
     """
     able = cache.embedder.modalities
     judged = [
-        row for row in rows if row.query.modality in able and row.positives[0].modality in able
+        # What the embedder cannot see it cannot judge: such rows are kept.
+        row
+        for row in rows
+        if row.query.modality in able and row.positives[0].modality in able
     ]
     lost = set()
     for modality in MODALITIES:
         asked = [row for row in judged if row.positives[0].modality == modality]
         if asked:
             pool = [d.item(modality) for d in documents if modality in d.modalities]
+            # A copy of the document ranks beside it, and is no reason to drop the row.
             copies = Counter(item.key for item in pool)
             vectors = cache.encode(pool)
             own = cache.encode([row.positives[0] for row in asked])
             queries = cache.encode([r.query for r in asked], [r.instruction for r in asked])
             for start in range(0, len(asked), _QUERIES_AT_ONCE):
                 block = slice(start, start + _QUERIES_AT_ONCE)
+                # (block, 1)
                 scores = (queries[block] * own[block]).sum(axis=1, keepdims=True)
                 better = ((queries[block] @ vectors.T) > scores + _EQUAL).sum(axis=1)
                 for row, count in zip(asked[block], better.tolist(), strict=True):

@@ -105,6 +105,7 @@ class RowFile(Sequence[Row]):
             Ragged(self._array("negatives"), self._array("negative_ends")),
         )
         with path.open("rb") as file:
+            # Threads read at any place without a shared position; pages are the system's to keep.
             self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
     @property
@@ -174,6 +175,7 @@ def _make_index(path: Path, index: Path, stamp: list[int]) -> Path:
         index.mkdir(exist_ok=True)
     except OSError as error:
         logger.warning("%s: the index cannot be kept beside the rows (%s).", path, error)
+        # Data may lie on a disk that is read-only.
         index = Path(tempfile.mkdtemp(prefix="mmrag-index-"))
     for name, array in arrays.items():
         save_array(index / f"{name}.npy", array)
@@ -217,6 +219,7 @@ def _read_range(path: Path, start: int, stop: int) -> _Part:
     problems: list[tuple[int, str]] = []
     number = 0
     with path.open("rb") as file:
+        # One byte earlier: if that is a line end, the range begins with a whole line.
         file.seek(max(0, start - 1))
         if start:
             file.readline()  # its line began in the range before
@@ -265,6 +268,7 @@ def _raise_problems(path: Path, parts: Sequence[_Part]) -> None:
 
 
 def _hash(text: str) -> int:
+    # 63 bits, which fit into int64. Python's own hash differs from process to process.
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 

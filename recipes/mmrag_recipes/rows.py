@@ -132,7 +132,10 @@ class ImageStore:
             raw = buffer.getvalue()
         else:
             raw = image if isinstance(image, bytes) else image.read_bytes()
+            # Decoded once here, so that a broken image is found now and not in the middle of a
+            # training.
             load_image(raw)
+        # By content: the same image is stored once, whatever it was called.
         name = hashlib.sha256(raw).hexdigest()[:24]
         target = self.folder / name
         if not target.exists():
@@ -145,6 +148,7 @@ class ImageStore:
     def path(self, image_id: str) -> Path:
         """File of an image. Raises ContentError if there is none of that id."""
         path = self.folder / image_id
+        # An id is no path: rows from elsewhere must not reach outside of the store.
         if Path(image_id).name != image_id or not path.is_file():
             raise ContentError(f"{self.folder}: there is no image with id {image_id!r}.")
         return path
@@ -209,6 +213,7 @@ def check_rows(path: str | Path, store: ImageStore | None = None) -> tuple[list[
 
 def _lines(path: str | Path, problems: list[str]) -> Iterator[tuple[int, Any]]:
     try:
+        # Not splitlines, which also cuts at U+2028 inside of a JSON text.
         lines = Path(path).read_bytes().split(b"\n")
     except OSError as error:
         raise ContentError(f"{path}: the rows cannot be read ({error}).") from error
@@ -248,6 +253,7 @@ def write_rows(path: str | Path, rows: Iterable[Row]) -> int:
     count = 0
     with partial.open("w", encoding="utf-8") as file:
         for row in rows:
+            # Without empty fields, which would double the size of most rows.
             file.write(row.model_dump_json(exclude_defaults=True) + "\n")
             count += 1
     partial.replace(target)

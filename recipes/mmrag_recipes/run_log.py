@@ -78,6 +78,7 @@ def _tensorboard(out: Path, config: TrainConfig) -> Report:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         logger.warning("TensorBoard logs are off: pip install 'mmrag[train]' turns them on.")
+        # TensorBoard is asked for by default: its absence is no reason to stop.
         return lambda step, values: None
     board: Any = SummaryWriter(str(out / "tensorboard"))
 

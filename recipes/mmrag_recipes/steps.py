@@ -103,6 +103,7 @@ class Feeder:
         """Batches with this process's share of their inputs, in order."""
         coming = iter(batches)
         ahead: deque[tuple[Batch, list[_Waiting], int]] = deque()
+        # The processes of one machine share its cores.
         threads = max(1, n_cores() // distributed.local_size())
         with ThreadPoolExecutor(threads, thread_name_prefix="prepare") as pool:
             try:
@@ -112,11 +113,13 @@ class Feeder:
                         return
                     batch, waiting, tokens = ahead.popleft()
                     step = self._collect(batch, waiting)
+                    # Pixels differ widely from step to step; the largest ratio is the safe one.
                     self._bytes_per_token = max(self._bytes_per_token, step.n_bytes / tokens)
                     # What comes next is prepared while this step runs.
                     self._submit(coming, ahead, pool)
                     yield batch, step
             finally:
+                # A training that stops must not wait for steps that nobody will run.
                 pool.shutdown(cancel_futures=True)
 
     def _submit(
@@ -170,6 +173,7 @@ class Feeder:
                 skipped.append(Problem(one.row.id, str(error)))
                 continue
             queries.append(query)
+            # The positive comes first among the documents of its row.
             targets.append(len(documents))
             own.append(one.index)
             positives.append(torch.tensor([item.key for item in one.row.positives]))
@@ -211,6 +215,7 @@ def step_loss(vectors: Tensor, step: StepInputs, config: TrainConfig) -> Tensor:
     keys = distributed.gather(_fill(step.keys.to(device), room, -1))
     rows = distributed.gather(_fill(step.rows.to(device), room, -1))
     teacher = distributed.gather(_fill(step.teacher.to(device), room, float("nan")))
+    # Columns of this process's documents among those of all.
     targets = step.targets.to(device) + distributed.rank() * room
     own_rows = step.own_rows.to(device)
     known_positives = [keys_of.to(device) for keys_of in step.positives]
@@ -221,6 +226,7 @@ def step_loss(vectors: Tensor, step: StepInputs, config: TrainConfig) -> Tensor:
     n_queries, n_taught = (distributed.total(counts).clamp(min=1) / distributed.size()).tolist()
 
     def loss(q: Tensor, d: Tensor) -> Tensor:
+        # (b, n)
         similarity = scores(q, d)
         contrast = info_nce(
             similarity, targets, allowed, config.temperature, config.false_negative_margin, own
@@ -228,6 +234,7 @@ def step_loss(vectors: Tensor, step: StepInputs, config: TrainConfig) -> Tensor:
         mean: Tensor = contrast.sum() / n_queries
         if not config.distil_weight:
             return mean
+        # NaN times 0 would be NaN: what is unknown is masked, and must be finite.
         wanted = teacher.nan_to_num().unsqueeze(0).expand_as(similarity)
         followed = distil_scores(
             similarity, wanted, scored, config.temperature, config.distil_temperature
@@ -235,6 +242,7 @@ def step_loss(vectors: Tensor, step: StepInputs, config: TrainConfig) -> Tensor:
         taught: Tensor = followed.sum() / n_taught
         return (1 - config.distil_weight) * mean + config.distil_weight * taught
 
+    # The full width is always trained with the prefixes.
     dims = (*config.matryoshka_dims, vectors.shape[1])
     return matryoshka(loss, dims)(queries, documents)
 

@@ -158,11 +158,17 @@ def plan_jobs(
             possible = [
                 pair
                 for pair in config.pairs
-                if counts[pair] < quota and _can_be(document, pair, figures, drawn)
+                if counts[pair] < quota and _has_pair(document, pair, figures, drawn)
             ]
-            open_pairs = [p for p in possible if used[document.id, p] < _most(p, config)]
+            open_pairs = [
+                pair
+                for pair in possible
+                # The image of a page is always the same one, so it asks only once.
+                if used[document.id, pair] < (1 if pair.startswith("image") else config.queries)
+            ]
             if not open_pairs or len(jobs) >= config.rows:
                 continue
+            # The rarest so far, so that pairs stay even while documents run out.
             pair = min(open_pairs, key=lambda p: (counts[p], config.pairs.index(p)))
             counts[pair] += 1
             jobs.append(Job(document, pair, used[document.id, pair]))
@@ -170,12 +176,7 @@ def plan_jobs(
     return jobs
 
 
-def _most(pair: str, config: SynthesizeConfig) -> int:
-    """How often a document serves for a pair. An image alone asks only once."""
-    return 1 if pair.startswith("image") else config.queries
-
-
-def _can_be(document: Document, pair: str, figures: Figures, drawn: bool) -> bool:
+def _has_pair(document: Document, pair: str, figures: Figures, drawn: bool) -> bool:
     query, _, wanted = pair.partition("->")
     if wanted not in document.modalities:
         return False
@@ -218,6 +219,7 @@ class Maker:
         if query is None:
             return "no image for the query"
         positive = document.item(job.document_modality, without)
+        # A document that was nothing but its query has nothing left to find.
         if positive.modality != job.document_modality or positive.text == "":
             return "the document has nothing beside the query"
         return Row(
@@ -275,6 +277,7 @@ def run_jobs(jobs: Sequence[Job], maker: Maker, out: Path) -> Iterator[tuple[Job
         if job.key in done:
             earlier = done[job.key]
             if isinstance(earlier, Row):
+                # The license is no part of what was made: it may be given later.
                 earlier = earlier.model_copy(update={"license": maker.config.license})
             return job, earlier
         if failures >= _MOST_FAILURES:
@@ -284,9 +287,11 @@ def run_jobs(jobs: Sequence[Job], maker: Maker, out: Path) -> Iterator[tuple[Job
         except (EndpointError, ContentError) as error:
             logger.warning("%s: %s", job.key, error)
             with lock:
+                # A document that fails says nothing about the server.
                 failures += isinstance(error, EndpointError)
             return job, _FAILED
         record = made.model_dump(exclude_defaults=True) if isinstance(made, Row) else made
+        # Each row at once: queries cost money, and a run may be stopped.
         with lock, path.open("a", encoding="utf-8") as file:
             failures = 0
             file.write(json.dumps({"key": job.key, "by": maker.identity, "made": record}) + "\n")
@@ -310,6 +315,7 @@ def _done(path: Path, made_by: str) -> dict[str, Row | str]:
                 record = json.loads(line)
             except ValueError:
                 continue
+            # Another model or prompt writes other queries.
             if record["by"] != made_by:
                 continue
             made = record["made"]
@@ -353,7 +359,11 @@ def synthesize(
             else:
                 report.lost[result] += 1
     finally:
-        report.usage = _add_usage(out / "usage.json", writer.usage())
+        # Also of a run that stops, and added up over runs: the report names the whole cost.
+        kept = out / "usage.json"
+        before = json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else {}
+        report.usage = {k: before.get(k, 0.0) + value for k, value in writer.usage().items()}
+        kept.write_text(json.dumps(report.usage), encoding="utf-8")
     rows, lost, report.unfiltered = round_trip(made, documents, cache, config.top_k)
     if lost:
         report.lost[f"not among the first {config.top_k} for its own query"] = lost
@@ -370,14 +380,6 @@ def synthesize(
     return report
 
 
-def _add_usage(path: Path, usage: dict[str, float]) -> dict[str, float]:
-    """What all runs into a folder have used, this one included."""
-    before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    total = {name: before.get(name, 0.0) + value for name, value in usage.items()}
-    path.write_text(json.dumps(total), encoding="utf-8")
-    return total
-
-
 def split(rows: Sequence[Row], config: SynthesizeConfig) -> tuple[list[Row], list[Row]]:
     """Part rows into those to train on and those held out, all rows of a page together."""
     train: list[Row] = []
@@ -385,6 +387,7 @@ def split(rows: Sequence[Row], config: SynthesizeConfig) -> tuple[list[Row], lis
     for row in rows:
         # Where there are no pages, the rows of one document stay together: ids begin with its.
         place = row.place or row.id.partition("/")[0]
+        # By page and not by row: questions about one page in both parts would flatter the score.
         chance = random.Random(f"{config.seed}/{place}").random()
         (held if chance < config.dev else train).append(row)
     return train, held
@@ -392,6 +395,7 @@ def split(rows: Sequence[Row], config: SynthesizeConfig) -> tuple[list[Row], lis
 
 def run(options: SynthesizeConfig) -> None:
     """Command: make rows from files."""
+    # The SDK insists on a key; local servers take any.
     key = os.environ.get("OPENAI_API_KEY", "none")
     base_url = options.base_url or os.environ.get("OPENAI_BASE_URL")
     model: Model | None = None
@@ -406,6 +410,7 @@ def run(options: SynthesizeConfig) -> None:
             max_tokens_key=options.max_tokens_key,
             temperature=options.temperature,
         )
+        # Before files are read, which may take minutes.
         model.check()
     drawer = Drawer(options.image_model, base_url, key) if options.image_model else None
     print(synthesize(options, load_embedder(options.embedder), model, drawer))

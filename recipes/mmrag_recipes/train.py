@@ -82,6 +82,7 @@ def _train(config: TrainConfig, hooks: Sequence[Report], rank: int, size: int) -
         raise ConfigError(f"batch_size={config.batch_size} does not divide by {size} processes.")
     if config.evaluate:
         read_rows(config.evaluate)  # a bad file is told now, not at the first evaluation
+    # Adapters begin at random weights: the same in every process and every run.
     torch.manual_seed(config.seed)
     random.seed(config.seed)
     backbone = load_model(config)
@@ -104,7 +105,7 @@ def _train(config: TrainConfig, hooks: Sequence[Report], rank: int, size: int) -
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
         config.save(out / "config.json")
-        _tell_left_out(out, datasets)
+        _report_left_out(out, datasets)
         log = RunLog(out, progress.step, config, hooks)
     training = Training(config, backbone, optimizer, datasets, checkpoints, progress, log)
     training.go_on()
@@ -115,6 +116,7 @@ def _train(config: TrainConfig, hooks: Sequence[Report], rank: int, size: int) -
 
 def load_model(config: TrainConfig) -> Backbone:
     """Load the starting checkpoint; weights that train are float32, adapters sit on any type."""
+    # Updates of full fine-tuning are smaller than bfloat16 can add.
     dtype = config.dtype if config.lora else "float32"
     backbone = load_backbone(
         config.model, family=config.family, device=config.device, dtype=dtype, **config.limits
@@ -143,7 +145,7 @@ def is_finished(out: Path, about: dict[str, Any], steps: int) -> bool:
     return bool(stored["steps"] >= steps)
 
 
-def _tell_left_out(out: Path, datasets: Sequence[Dataset]) -> None:
+def _report_left_out(out: Path, datasets: Sequence[Dataset]) -> None:
     """Say which rows cannot be used, and write all of them to ``left_out.jsonl``."""
     problems = [(d.config.rows, problem) for d in datasets for problem in d.problems]
     for rows, problem in problems[:10]:
@@ -226,6 +228,7 @@ class Training:
             self.log.metrics(progress.step - 1, results)
             value = metric_of(results, config.best_metric)
         device = next(self.backbone.model.parameters()).device
+        # Only the first process evaluates; all must stop at the same step.
         value = distributed.from_first(value, device)
         progress.evaluations_since += 1
         if not value <= progress.best:  # also where there is no best yet
@@ -257,6 +260,7 @@ def train_step(
         The loss over all processes and the gradient's norm.
     """
     device = next(backbone.model.parameters()).device
+    # On CUDA alone: most CPUs have no fast bfloat16.
     low = device.type == "cuda"
 
     def encode(inputs: Sequence[Any]) -> Tensor:
@@ -265,6 +269,7 @@ def train_step(
         with torch.autocast(device.type, torch.bfloat16, enabled=low):
             return backbone.forward(inputs).float()
 
+    # None tells a weight that no input used from one whose gradient is zero.
     optimizer.zero_grad(set_to_none=True)
     loss = gradcache.step(
         encode,
@@ -275,10 +280,12 @@ def train_step(
     )
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     distributed.average_gradients(parameters)
+    # After averaging: clipped before, each process would scale its part differently.
     norm = float(nn.utils.clip_grad_norm_(parameters, config.clip))
     mean = distributed.mean(loss)
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(number, config) * group["scale"]
+    # Both are the same in all processes, so that all of them step or none.
     if math.isfinite(mean) and math.isfinite(norm):
         optimizer.step()
     return mean, norm
@@ -289,6 +296,7 @@ def evaluate_now(backbone: Backbone, config: TrainConfig) -> dict[str, dict[str,
     from mmrag.embedders.local import LocalEmbedder
     from mmrag_recipes.evaluate import evaluate_rows
 
+    # Frozen towers are in evaluation mode all along, so train() for all would be wrong.
     modes = {module: module.training for module in backbone.model.modules()}
     backbone.model.eval()
     embedder = LocalEmbedder(backbone, name=config.model, fingerprint="training")
@@ -318,6 +326,7 @@ def _finish(training: Training, out: Path, about: dict[str, Any]) -> None:
         logger.info("the final weights are those after step %d, the best evaluation", best)
     final = out / "final"
     final.mkdir(exist_ok=True)
+    # safetensors refuses views.
     weights = {name: value.contiguous() for name, value in trained_state(model).items()}
     save_file(weights, final / "trained.safetensors")
     training.config.save(final / "config.json")

@@ -32,14 +32,21 @@ def make_trainable(backbone: Backbone, config: TrainConfig) -> list[nn.Parameter
         raise ConfigError("Nothing is left to train: loosen `freeze` or the adapters' `targets`.")
     if config.lora:
         for parameter in trainable:
+            # Adapters in bfloat16 would round small updates away; they are few.
             parameter.data = parameter.data.float()
     model.train()
     if config.gradient_checkpointing:
         # transformers renames the method in version 5.23.
         enable = getattr(model, "activation_checkpointing_enable", None)
+        # The reentrant kind gives no gradient where no input requires one, as with frozen
+        # embeddings.
         (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
     for tower in frozen_towers(model):
-        _without_checkpointing(tower).eval()
+        # No graph is kept of what is frozen, so that there is nothing to compute again.
+        for module in tower.modules():
+            if hasattr(module, "gradient_checkpointing"):
+                setattr(module, "gradient_checkpointing", False)  # noqa: B010
+        tower.eval()
     return trainable
 
 
@@ -51,18 +58,11 @@ def _freeze(model: nn.Module, prefix: str) -> None:
         parameter.requires_grad_(False)
 
 
-def _without_checkpointing(tower: nn.Module) -> nn.Module:
-    """The tower: no graph is kept of what is frozen, so there is nothing to compute again."""
-    for module in tower.modules():
-        if hasattr(module, "gradient_checkpointing"):
-            setattr(module, "gradient_checkpointing", False)  # noqa: B010
-    return tower
-
-
 def _add_adapters(model: nn.Module, lora: LoraConfig) -> None:
     from peft import inject_adapter_in_model
 
     try:
+        # Without peft's wrapper, which would change the names and the forward of the model.
         inject_adapter_in_model(peft_config(lora), model)
     except ValueError as error:
         raise ConfigError(f"lora.targets: {error}") from error
@@ -105,7 +105,9 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimiz
         if not taken:
             raise ConfigError(f"groups: nothing that trains begins with {group.prefix!r}.")
         decay = config.weight_decay if group.weight_decay is None else group.weight_decay
+        # Relative, so that one schedule serves all groups.
         scale = 1.0 if group.lr is None else group.lr / config.lr
+        # The first group that fits takes a weight: a weight must not be in two.
         parameters = [left.pop(name) for name in taken]
         groups.append({"params": parameters, "weight_decay": decay, "scale": scale})
     if left:
@@ -119,6 +121,7 @@ def learning_rate(step: int, config: TrainConfig) -> float:
     """Linear warm-up, then as ``schedule`` says: linear or cosine to zero, or constant."""
     warmup = max(1, round(config.warmup * config.steps))
     if step < warmup:
+        # From 1 on: a first step of rate 0 would be wasted.
         return config.lr * (step + 1) / warmup
     done = min(1.0, (step - warmup) / max(1, config.steps - warmup))
     match config.schedule:

@@ -42,7 +42,10 @@ class VectorCache:
         that a run that stops loses little.
         """
         tasks = [resolve(one) for one in instructions or [None] * len(items)]
-        keys = [_key(item, task) for item, task in zip(items, tasks, strict=True)]
+        # 63 bits, which numpy holds as int64; a collision in a billion items is unlikely.
+        names = [f"{item.key}/{task or ''}" for item, task in zip(items, tasks, strict=True)]
+        digests = [hashlib.sha256(name.encode()).digest()[:8] for name in names]
+        keys = [int.from_bytes(digest, "big") >> 1 for digest in digests]
         known = self._load(set(keys))
         missing: dict[str | None, dict[int, Item]] = defaultdict(dict)
         for key, item, task in zip(keys, items, tasks, strict=True):
@@ -79,11 +82,6 @@ class VectorCache:
         partial.replace(target)
 
 
-def _key(item: Item, task: str | None) -> int:
-    raw = f"{item.key}/{task or ''}".encode()
-    return int.from_bytes(hashlib.sha256(raw).digest()[:8], "big") >> 1
-
-
 def nearest(
     queries: Vectors, documents: Vectors, depth: int
 ) -> Iterator[tuple[NDArray[np.int64], Vectors]]:
@@ -98,6 +96,7 @@ def nearest(
             found = np.arange(len(scores))
             if depth < len(scores):
                 least = np.partition(scores, -depth)[-depth]
+                # With >=, so that equal scores at the border are all there for the stable sort.
                 found = np.flatnonzero(scores >= least)
             order = found[np.argsort(-scores[found], kind="stable")][:depth]
             yield order, scores[order]

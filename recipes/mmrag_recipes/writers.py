@@ -209,17 +209,21 @@ class ModelWriter:
     def draft(self, document: Document, modality: Modality, turn: int = 0) -> Draft | None:
         """See ``Writer.draft``; None if the model answers something else than was asked."""
         prompt = self._prompts[modality].safe_substitute(
-            section=document.section or "(none)", text=document.text[:_MOST_TEXT]
+            # safe_substitute: a $ in a user's prompt file is no error.
+            section=document.section or "(none)",
+            text=document.text[:_MOST_TEXT],
         )
         if turn:
             prompt += _AGAIN.format(turn + 1)
         if self.languages:
+            # By document, so that a run that goes on asks the same prompts.
             chance = random.Random(f"{document.id}/{modality}/{turn}")
             prompt += _LANGUAGE.format(chance.choice(self.languages))
         images = []
         if modality != "text" and document.image:
             images = [self.store.path(document.image)]
         reply = self._ask(prompt, images, "query")
+        # str(): models put numbers and lists there.
         query = str(reply.get("query") or "").strip()
         return Draft(query, str(reply.get("answer") or "").strip()) if query else None
 
@@ -228,6 +232,7 @@ class ModelWriter:
         reply = self._ask(self._prompts["entity"].safe_substitute(query=query), [], "entity")
         name = str(reply.get("entity") or "").strip()
         rewritten = str(reply.get("query") or "").strip()
+        # A query that still names the thing needs no image.
         if not name or not rewritten or name.casefold() in rewritten.casefold():
             return None
         return Entity(name, rewritten, str(reply.get("caption") or name).strip())
@@ -283,6 +288,7 @@ class ExtractiveWriter:
         own = [s for s in dict.fromkeys(candidates) if len(self._pages.get(s, ())) <= 1]
         if len(candidates) < 2 or not own:
             return None
+        # Half of the documents begin with key words, half with a sentence, the same in every run.
         if (sum(map(ord, document.id)) + turn) % 2:
             return Draft(f"{document.section} {self._key_words(document, turn)}".strip())
         if turn // 2 >= len(own):
@@ -291,10 +297,8 @@ class ExtractiveWriter:
         return Draft(best, best, sentence=best)
 
     def _key_words(self, document: Document, turn: int) -> str:
-        """Three to seven words of a text, rare ones more often, in the order of chance.
-
-        The most telling words alone would be found by any embedder and teach nothing.
-        """
+        """Three to seven words of a text, rare ones more often, in the order of chance."""
+        # The most telling words alone would be found by any embedder and teach nothing.
         chance = random.Random(f"{document.id}/{turn}")
         # Efraimidis and Spirakis (2006): the largest u^(1/w) are a weighted sample.
         drawn = {
@@ -317,6 +321,7 @@ class ExtractiveWriter:
 
     def _weight(self, sentence: str) -> float:
         found = terms(sentence)
+        # By the root: a plain mean would prefer the shortest sentence, a sum the longest.
         return float(sum(self._idf(term) for term in set(found)) / max(1, len(found)) ** 0.5)
 
 

@@ -93,16 +93,16 @@ def test_missing_fonts_are_an_error(tmp_path):
 
 @pytest.fixture
 def titled(tmp_path):
-    """A folder of pictures whose names are their titles, some of them held out."""
+    """A folder of drawings whose names are their titles, some of them held out."""
     names = ["red_apple_01.png", "fruit/red-apple-2.png", "Old_house_ab_9.png", "77.png"]
     for name in [*names, *(f"many/blue sky {i}.png" for i in range(9))]:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         Image.new("RGB", (600, 300), "red").save(tmp_path / name)
-    (tmp_path / "broken_thing.png").write_bytes(b"no picture")
+    (tmp_path / "broken_thing.png").write_bytes(b"no drawing")
     return tmp_path
 
 
-def test_pictures_are_titled_by_their_names(titled, capsys, monkeypatch):
+def test_drawings_are_titled_by_their_names(titled, capsys, monkeypatch):
     monkeypatch.setattr(images, "is_held_out", lambda title: title == "old house")
     found = images.read_titled(titled, held_out=False)
     assert sorted((one.title, one.topic) for one in found) == [
@@ -110,7 +110,7 @@ def test_pictures_are_titled_by_their_names(titled, capsys, monkeypatch):
         *[("red apple", ""), ("red apple", "fruit")],
     ]
     assert {one.image.size for one in found} == {(224, 112)}
-    assert "1 pictures could not be read" in capsys.readouterr().out
+    assert "1 drawings could not be read" in capsys.readouterr().out
     assert [one.title for one in images.read_titled(titled, held_out=True)] == ["old house"]
 
 
@@ -205,7 +205,7 @@ def test_fit_brings_images_to_their_texts():
     mixed = torch.randn(16, 24)
     units = torch.cat([passages @ mixed, torch.ones(40, 1)], dim=1)
     pages = fit.Pages(units[:20], passages[:20], passages[:20])
-    pictures = fit.Pictures(units[20:], passages[20:], torch.arange(20))
+    drawings = fit.Drawings(units[20:], passages[20:], torch.arange(20))
     layer = torch.nn.Linear(24, 16)
     layer.weight.data *= 0.05  # so that what is learned outweighs it
 
@@ -214,7 +214,7 @@ def test_fit_brings_images_to_their_texts():
         return float(((vectors @ passages.T).argmax(1) == torch.arange(40)).float().mean())
 
     before = right()
-    fit.fit_readout(layer, pages, pictures)
+    fit.fit_readout(layer, pages, drawings)
     assert before < 0.3
     assert right() > 0.7
 

@@ -27,7 +27,7 @@ from mmrag.embedders import load_backbone
 from mmrag.embedders.families.nano import NanoBackbone
 from mmrag_recipes.console import ends_cleanly
 from mmrag_recipes.nano.carry import carry
-from mmrag_recipes.nano.fit import Pages, Pictures, fit_readout, summed_units
+from mmrag_recipes.nano.fit import Drawings, Pages, fit_readout, summed_units
 from mmrag_recipes.nano.images import find_fonts, random_page, read_titled
 from mmrag_recipes.nano.texts import Pair, read_pairs
 from mmrag_recipes.options import Options, read_arguments
@@ -40,7 +40,7 @@ FACES = (
     *("LiberationSerif-Bold.", "OpenSans-Regular"),
 )
 _LEAST_WORDS = 25  # of a passage that becomes a page
-_TOPIC = 0.5  # weight of the folders' words beside a picture's title
+_TOPIC = 0.5  # weight of the folders' words beside a drawing's title
 _SETTINGS = {
     "family": "nano",
     "modalities": ["text", "image", "fused"],
@@ -75,6 +75,7 @@ def encode(folder: Path, texts: Sequence[str]) -> Tensor:
 def plain_tokenizer(folder: Path) -> Tokenizer:
     """The tokenizer without truncation and padding."""
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    # mmrag cuts texts itself; the file's limit of 128 would cut them in silence.
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
@@ -90,6 +91,7 @@ def kept(path: Path, compute: Callable[[], Any]) -> Any:
 def write_checkpoint(folder: Path, encoder: Path, weights: dict[str, Tensor], old: Path) -> None:
     """Weights in float16, config, tokenizer, the image rule of ``old``, and ``mmrag.json``."""
     folder.mkdir(parents=True, exist_ok=True)
+    # Half the size in the wheel.
     half = {name: value.to(torch.float16).contiguous() for name, value in weights.items()}
     save_file(half, folder / "model.safetensors", metadata={"format": "pt"})
     bert = json.loads((encoder / "config.json").read_text(encoding="utf-8"))
@@ -125,8 +127,8 @@ def read_pages(
     return torch.cat([summed_units(backbone, [page]) for page in pages]), torch.tensor(long)
 
 
-def read_pictures(backbone: NanoBackbone, folder: Path, encoder: Path) -> dict[str, Tensor]:
-    """The fields of ``Pictures``."""
+def read_drawings(backbone: NanoBackbone, folder: Path, encoder: Path) -> dict[str, Tensor]:
+    """The fields of ``Drawings``."""
     items = read_titled(folder, held_out=False)
     titles = list(dict.fromkeys(item.title for item in items))
     topics = {item.title: item.topic for item in reversed(items)}
@@ -166,6 +168,7 @@ def build(options: BuildOptions) -> None:
 
     weights = load_file(encoder / "model.safetensors")
     weights = {n: v for n, v in weights.items() if n.startswith(("embeddings.", "encoder."))}
+    # A buffer of older transformers, which the model no longer has.
     weights.pop("embeddings.position_ids", None)
     weights |= carry(old, plain_tokenizer(encoder), [*queries, *passages], texts)
     write_checkpoint(work / "carried", encoder, weights, old)
@@ -175,9 +178,9 @@ def build(options: BuildOptions) -> None:
     units, rows = kept(work / "pages.pt", lambda: read_pages(backbone, pairs, fonts))
     pages = Pages(units, texts[len(pairs) + rows], texts[rows])
     folder = data / "openclipart"
-    pictures = kept(work / "pictures.pt", lambda: read_pictures(backbone, folder, encoder))
+    drawings = kept(work / "drawings.pt", lambda: read_drawings(backbone, folder, encoder))
     readout = backbone.model.readout
-    fit_readout(readout.down_proj, pages, Pictures(**pictures))
+    fit_readout(readout.down_proj, pages, Drawings(**drawings))
     weights |= {f"readout.{name}": value for name, value in readout.state_dict().items()}
     write_checkpoint(Path(options.out), encoder, weights, old)
     print(f"wrote {options.out}")

@@ -35,6 +35,7 @@ def carry(
     """
     weights = {name: value.float() for name, value in load_file(old / "model.safetensors").items()}
     words = weights["model.embed_tokens.weight"][:, :-_RESERVED]
+    # (old dim, dim)
     linear = least_squares(old_vectors(words, tokenizer, texts), wanted)
     mlp = "model.layers.0.mlp."
     gate, up, down = (weights[f"{mlp}{name}_proj.weight"] for name in ("gate", "up", "down"))
@@ -70,5 +71,6 @@ def least_squares(given: Tensor, wanted: Tensor, ridge: float = 0.03) -> Tensor:
     ridge: penalty, as a share of the mean square of a column of ``given``.
     """
     products = given.T @ given
+    # Words that occur in few of the texts would otherwise get huge weights.
     penalty = ridge * products.diag().mean() * torch.eye(len(products))
     return torch.as_tensor(torch.linalg.solve(products + penalty, given.T @ wanted))

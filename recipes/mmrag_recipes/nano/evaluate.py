@@ -5,17 +5,17 @@
 ``--xquad`` is JSON lines of paragraphs with their questions; ``--handbook`` a folder with
 ``pdfs/`` and ``questions.jsonl``, and ``--scans`` asks its questions of images of the right pages,
 as if the PDFs had no text layer. With ``--pages FONTS`` XQuAD's paragraphs are also rendered to
-pages without a text layer, and the model must find the page. ``--pictures`` is a folder of
-pictures whose file names are their titles, and a title that was not trained on must find its
-picture. ``--encoder``, the folder of MiniLM, adds it as it was published.
+pages without a text layer, and the model must find the page. ``--drawings`` is a folder of
+drawings whose file names are their titles, and a title that was not trained on must find its
+drawing. ``--encoder``, the folder of MiniLM, adds it as it was published.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import re
+import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -36,11 +36,12 @@ from mmrag.reading import ReadOptions, find_files, read_file
 from mmrag_recipes.console import ends_cleanly
 from mmrag_recipes.evaluate import table
 from mmrag_recipes.nano.images import find_fonts, read_titled, render_page
+from mmrag_recipes.options import Options, read_arguments
 
 Scores = NDArray[np.floating[Any]]
 Scorer = Callable[[Sequence[str], Sequence[str]], Scores]
 PASSAGE_WORDS = 180
-PICTURES = 500
+DRAWINGS = 500
 NAMES = ("hit@1", "hit@5", "hit@10", "ndcg@10")
 RECALL = ("recall@1", "recall@5", "recall@10")
 
@@ -125,6 +126,7 @@ def read_handbook(folder: Path) -> Handbook:
             for page in read_file(path, scratch, ReadOptions(dpi=24, figures=False)):
                 number = numbers.setdefault((path.name, page.page or 1), len(numbers))
                 words = (page.nodes[0].get_content() if page.nodes else "").split()
+                # An empty page keeps its number, or questions would point at the wrong one.
                 starts = range(0, max(1, len(words)), PASSAGE_WORDS)
                 passages += [" ".join(words[s : s + PASSAGE_WORDS]) for s in starts]
                 owners += [number] * len(starts)
@@ -178,27 +180,39 @@ def chance(documents: int) -> dict[str, float]:
     return hits | {"ndcg@10": gains / documents}
 
 
+class EvaluateOptions(Options):
+    """The tables of the model card: mmrag-nano beside MiniLM, BM25, and other checkpoints."""
+
+    model: tuple[str, ...] = ("mmrag-nano",)
+    """Embedders, side by side."""
+    xquad: Path | None = None
+    """JSON lines of paragraphs with their questions."""
+    handbook: Path | None = None
+    """Folder with pdfs/ and questions.jsonl."""
+    scans: bool = False
+    """Ask the handbook's questions of images of its pages."""
+    encoder: Path | None = None
+    """Folder of all-MiniLM-L6-v2."""
+    pages: Path | None = None
+    """Folder of fonts in which pages are rendered."""
+    faces: tuple[str, ...] = ("",)
+    """How names of font files begin."""
+    drawings: Path | None = None
+    """Folder of drawings named by their titles."""
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(
-        prog="mmrag_recipes.nano.evaluate", description=__doc__.split("\n")[0]
-    )
-    parser.add_argument("--model", nargs="+", default=["mmrag-nano"], help="side by side")
-    parser.add_argument("--xquad", type=Path)
-    parser.add_argument("--handbook", type=Path)
-    parser.add_argument("--scans", action="store_true", help="the handbook without its text")
-    parser.add_argument("--encoder", type=Path, help="folder of all-MiniLM-L6-v2")
-    parser.add_argument("--pages", type=Path, metavar="FONTS", help="render pages in these fonts")
-    parser.add_argument("--faces", nargs="*", default=[""], help="how names of font files begin")
-    parser.add_argument("--pictures", type=Path, help="folder of pictures named by their titles")
-    given = parser.parse_args(arguments)
+    words = sys.argv[1:] if arguments is None else arguments
     with ends_cleanly():
-        _measure(given)
+        measure(read_arguments(EvaluateOptions, words, "mmrag_recipes.nano.evaluate"))
 
 
-def _measure(given: argparse.Namespace) -> None:
+def measure(given: EvaluateOptions) -> None:
+    """Print a table for each source that is given."""
     embedders = {name: load_embedder(name) for name in given.model}
     scorers: dict[str, Scorer] = {name: neural(model) for name, model in embedders.items()}
+    # The baseline that a text model must beat to be of use.
     scorers["BM25"] = bm25
     if given.encoder:
         scorers["MiniLM"] = minilm(given.encoder)
@@ -225,16 +239,16 @@ def _measure(given: argparse.Namespace) -> None:
         }
         # Some questions have several right pages, so that chance is known for recall alone.
         _show("Handbook, question to image of a page", found, len(images), RECALL)
-    if given.pictures:
-        shown_once = {one.title: one for one in read_titled(given.pictures, held_out=True)}
-        titles = list(shown_once)[:PICTURES]
+    if given.drawings:
+        shown_once = {one.title: one for one in read_titled(given.drawings, held_out=True)}
+        titles = list(shown_once)[:DRAWINGS]
         images = [shown_once[title].image for title in titles]
         right = [{i} for i in range(len(titles))]
         found = {
             name: ranking_metrics(image_scores(model, titles, images), right)
             for name, model in embedders.items()
         }
-        _show("Title to picture", found, len(titles))
+        _show("Title to drawing", found, len(titles))
 
 
 def _show(

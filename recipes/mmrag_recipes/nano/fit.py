@@ -25,9 +25,9 @@ _RATE = 3e-3
 _TEMPERATURE = 0.05
 _DECAY = 1e-5  # of the squared distance from the start
 _STEP_SIZE = 0.05  # of a change, in units of a column's typical value
-_PAGES, _PICTURES = 256, 128  # examples a step
+_PAGES, _DRAWINGS = 256, 128  # examples a step
 _HARD = 0.3  # weight of the true pairs beside the scores of the encoder
-_PICTURE_WEIGHT = 0.5
+_DRAWING_WEIGHT = 0.5
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,8 @@ class Pages:
 
 
 @dataclass(frozen=True)
-class Pictures:
-    """units: (n, units + 1). titles: unit vectors, one each. rows: (n,), title of each picture."""
+class Drawings:
+    """units: (n, units + 1). titles: unit vectors, one each. rows: (n,), title of each drawing."""
 
     units: Tensor
     titles: Tensor
@@ -61,20 +61,22 @@ def summed_units(backbone: NanoBackbone, images: Sequence[Image.Image]) -> Tenso
     return torch.stack(found)
 
 
-def fit_readout(layer: nn.Linear, pages: Pages, pictures: Pictures, seed: int = 0) -> None:
-    """Train ``layer``, in place, on pages and pictures together."""
+def fit_readout(layer: nn.Linear, pages: Pages, drawings: Drawings, seed: int = 0) -> None:
+    """Train ``layer``, in place, on pages and drawings together."""
     generator = torch.Generator().manual_seed(seed)
     start = torch.cat([layer.weight.detach().T, layer.bias.detach()[None]]).clone()
+    # Each unit in its own measure, so that one learning rate fits all of them.
     typical = pages.units.pow(2).mean(0, keepdim=True).sqrt().T + 1e-3  # (units + 1, 1)
+    # The change is learned and kept small: the start is good already.
     change = torch.zeros_like(start, requires_grad=True)
     optimizer = torch.optim.Adam([change], lr=_RATE)
     for step in range(STEPS):
         optimizer.param_groups[0]["lr"] = _RATE * (1 - step / STEPS)
         matrix = start + _STEP_SIZE * change / typical
         some = torch.randperm(len(pages.units), generator=generator)[:_PAGES]
-        others = torch.randint(len(pictures.units), (_PICTURES,), generator=generator)
+        others = torch.randint(len(drawings.units), (_DRAWINGS,), generator=generator)
         loss = page_loss(matrix, pages, some)
-        loss = loss + _PICTURE_WEIGHT * picture_loss(matrix, pictures, others)
+        loss = loss + _DRAWING_WEIGHT * drawing_loss(matrix, drawings, others)
         loss = loss + _DECAY * change.pow(2).sum()
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
@@ -89,15 +91,17 @@ def fit_readout(layer: nn.Linear, pages: Pages, pictures: Pictures, seed: int = 
 def page_loss(matrix: Tensor, pages: Pages, some: Tensor) -> Tensor:
     """Of all passages a page must find its own; queries must score pages as they score passages."""
     found = F.normalize(pages.units[some] @ matrix, dim=1)
+    # (pages, passages)
     own = F.cross_entropy(found @ pages.passages.T / _TEMPERATURE, some)
     queries = pages.queries[some]
     scores = (queries @ found.T / _TEMPERATURE).log_softmax(1)
+    # The encoder's own scores: which other pages are nearly right is told too.
     teacher = (queries @ pages.passages[some].T / _TEMPERATURE).softmax(1)
     wanted = (1 - _HARD) * teacher + _HARD * torch.eye(len(some))
     return own - (wanted * scores).sum(1).mean()
 
 
-def picture_loss(matrix: Tensor, pictures: Pictures, some: Tensor) -> Tensor:
-    """Of all titles a picture must find its own."""
-    found = F.normalize(pictures.units[some] @ matrix, dim=1)
-    return F.cross_entropy(found @ pictures.titles.T / _TEMPERATURE, pictures.rows[some])
+def drawing_loss(matrix: Tensor, drawings: Drawings, some: Tensor) -> Tensor:
+    """Of all titles a drawing must find its own."""
+    found = F.normalize(drawings.units[some] @ matrix, dim=1)
+    return F.cross_entropy(found @ drawings.titles.T / _TEMPERATURE, drawings.rows[some])

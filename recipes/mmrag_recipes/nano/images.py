@@ -1,4 +1,4 @@
-"""Images to fit the vision side on, and to measure it: rendered pages, and pictures with titles."""
+"""Images to fit the vision side on, and to measure it: rendered pages, and drawings with titles."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from PIL import Image, ImageDraw, ImageFont
 from mmrag.content import load_image
 from mmrag.errors import ConfigError, ContentError
 
-_LARGEST = 224  # pixels: longer side of a picture
-_PER_TITLE = 3  # pictures of one title that are used
+_LARGEST = 224  # pixels: longer side of a drawing
+_PER_TITLE = 3  # drawings of one title that are used
 
 
 def find_fonts(folder: Path, faces: Sequence[str] = ("",)) -> list[str]:
@@ -38,6 +38,7 @@ def render_page(text: str, font: str, points: float = 11.0, dpi: int = 103) -> I
     scale = dpi / 72
     page = Image.new("RGB", (int(396 * scale), int(612 * scale)), "white")
     drawn = ImageDraw.Draw(page)
+    # The basic layout needs no extra library and is the same everywhere.
     face = ImageFont.truetype(font, round(points * scale), layout_engine=ImageFont.Layout.BASIC)
     margin, line, y = 36 * scale, "", 36 * scale
     for word in [*text.split(), None]:
@@ -54,13 +55,14 @@ def random_page(text: str, fonts: Sequence[str], rng: random.Random) -> Image.Im
     """A page in random type, cut off at a random height below its text."""
     page = render_page(text, rng.choice(fonts), points=rng.uniform(10, 12))
     ink = page.convert("L").point(lambda value: 255 if value < 200 else 0).getbbox()
+    # White space below the text would be most of the visual tokens of a short one.
     bottom = (ink[3] if ink else 0) + rng.randint(4, 60)
     return page.crop((0, 0, page.width, min(page.height, bottom)))
 
 
 @dataclass(frozen=True)
 class Titled:
-    """A picture of at most 224 pixels a side, its title, and the names of its folders."""
+    """A drawing of at most 224 pixels a side, its title, and the names of its folders."""
 
     title: str
     topic: str
@@ -68,12 +70,13 @@ class Titled:
 
 
 def is_held_out(title: str) -> bool:
-    """Whether pictures of this title are for measuring, as one title in eight is."""
+    """Whether drawings of this title are for measuring, as one title in eight is."""
+    # By title, so that another drawing of the same thing is not trained on either.
     return zlib.crc32(title.encode()) % 8 == 0
 
 
 def read_titled(folder: Path, held_out: bool) -> list[Titled]:
-    """Pictures below ``folder``, at most three of a title, which are the words of the file name.
+    """Drawings below ``folder``, at most three of a title, which are the words of the file name.
 
     Files that cannot be read as images are left out, and counted on the console.
     """
@@ -93,7 +96,7 @@ def read_titled(folder: Path, held_out: bool) -> list[Titled]:
         topic = " ".join(_words(part) for part in path.relative_to(folder).parts[:-1])
         same.append(Titled(title, topic, image))
     if left_out:
-        print(f"{left_out} pictures could not be read and were left out")
+        print(f"{left_out} drawings could not be read and were left out")
     return [one for same in found.values() for one in same]
 
 

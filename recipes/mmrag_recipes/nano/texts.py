@@ -37,6 +37,7 @@ def passages(text: str, words: int) -> list[str]:
         if current and len(current) + len(pieces) > words:
             out.append(" ".join(current))
             current = []
+        # A "sentence" without end marks is a table or a list; its beginning is enough.
         current.extend(pieces[: 2 * words])
     if current:
         out.append(" ".join(current))
@@ -74,17 +75,13 @@ def factbook(folder: Path, words: int) -> Iterator[Pair]:
     """JSON files of the CIA World Factbook (public domain): heading path and text."""
     for path in sorted(folder.rglob("*.json")):
         country = json.loads(path.read_text(encoding="utf-8"))
-        name = _country_name(country) or path.stem
+        names = country.get("Government", {}).get("Country name", {})
+        name = str(names.get("conventional short form", {}).get("text", "")) or path.stem
         for heading, text in _leaves(country, ()):
             plain = re.sub(r"<[^>]+>", " ", html.unescape(text))
             if len(plain.split()) >= 25:
                 for passage in passages(plain, words)[:2]:
                     yield Pair(f"{name}: {heading[-1]}", passage, "factbook")
-
-
-def _country_name(country: dict[str, Any]) -> str:
-    names = country.get("Government", {}).get("Country name", {})
-    return str(names.get("conventional short form", {}).get("text", ""))
 
 
 def _leaves(node: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], str]]:
