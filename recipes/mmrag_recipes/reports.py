@@ -90,7 +90,7 @@ def memory_estimate(config: TrainConfig, backbone: Backbone, costs: Sequence[int
     # Gradient and two moments in float32 for each weight that trains.
     if config.lora:
         text = model.config.get_text_config()
-        # Seven projections, each with two matrices; the sides of the MLP are wider than hidden_size,
+        # Seven projections of two matrices each; the sides of the MLP are wider than hidden_size,
         # hence the last 2.
         per_layer = 2 * config.lora.r * 7 * text.hidden_size * 2
         trained = per_layer * text.num_hidden_layers
