@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from mmrag.answering.structured import StructuredAnswer, answer_as
     from mmrag.content import Content, ImageLimits, load_image
     from mmrag.embedders import Calibration, Embedder, load_embedder
+    from mmrag.embedders.late import LateInteraction, TokenEmbedder, load_token_embedder
+    from mmrag.embedders.muvera import Muvera
     from mmrag.embedders.remote import RemoteEmbedder
     from mmrag.embedding import UniversalEmbedding
     from mmrag.errors import (
@@ -84,12 +86,14 @@ _HOME = {
     "ImageBudget": "answering.context",
     "ImageLimits": "content",
     "IngestReport": "ingest.progress",
+    "LateInteraction": "embedders.late",
     "LocalLLM": "llms.local",
     "MLLMReranker": "rerankers.postprocessor",
     "MMRagError": "errors",
     "MissingCollectionError": "errors",
     "ModelError": "errors",
     "MultimodalQuery": "queries",
+    "Muvera": "embedders.muvera",
     "Plan": "answering.planning",
     "PlanBudget": "answering.planning",
     "PlanningQueryEngine": "answering.planning",
@@ -105,6 +109,7 @@ _HOME = {
     "Source": "answering.context",
     "StructuredAnswer": "answering.structured",
     "System": "evaluation.results",
+    "TokenEmbedder": "embedders.late",
     "UniversalEmbedding": "embedding",
     "UniversalIndex": "index",
     "UniversalRetriever": "retrieval.retriever",
@@ -119,6 +124,7 @@ _HOME = {
     "load_embedder": "embedders",
     "load_image": "content",
     "load_scorer": "rerankers",
+    "load_token_embedder": "embedders.late",
     "locate_quote": "reading",
     "open_llm": "llms.endpoint",
     "read_file": "reading",
@@ -149,12 +155,14 @@ __all__ = [
     "ImageBudget",
     "ImageLimits",
     "IngestReport",
+    "LateInteraction",
     "LocalLLM",
     "MLLMReranker",
     "MMRagError",
     "MissingCollectionError",
     "ModelError",
     "MultimodalQuery",
+    "Muvera",
     "Plan",
     "PlanBudget",
     "PlanningQueryEngine",
@@ -170,6 +178,7 @@ __all__ = [
     "Source",
     "StructuredAnswer",
     "System",
+    "TokenEmbedder",
     "UniversalEmbedding",
     "UniversalIndex",
     "UniversalRetriever",
@@ -185,6 +194,7 @@ __all__ = [
     "load_embedder",
     "load_image",
     "load_scorer",
+    "load_token_embedder",
     "locate_quote",
     "open_llm",
     "read_file",

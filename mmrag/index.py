@@ -16,6 +16,7 @@ from typing_extensions import Unpack
 
 from mmrag.embedders.base import Embedder
 from mmrag.errors import CollectionError, ConfigError, MissingCollectionError
+from mmrag.ingest.late import as_late, late_settings, load_late
 from mmrag.ingest.progress import IngestReport, Progress
 from mmrag.ingest.run import ingest, reading_settings
 from mmrag.queries import Where
@@ -24,7 +25,7 @@ from mmrag.store.collection import Collection
 from mmrag.store.damage import Examination
 from mmrag.store.entries import FileEntry
 from mmrag.store.matching import matching_paths
-from mmrag.store.settings import CollectionSettings, View, refuse_other
+from mmrag.store.settings import CollectionSettings, View, lasting_name, refuse_other
 
 if TYPE_CHECKING:
     from llama_index.core.llms import LLM
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from qdrant_client import QdrantClient
 
     from mmrag.answering.engine import CitedQueryEngine, EngineOptions
+    from mmrag.embedders.late import LateInteraction, TokenEmbedder
     from mmrag.embedding import UniversalEmbedding
     from mmrag.retrieval.retriever import RetrieverOptions, UniversalRetriever
 
@@ -59,6 +61,9 @@ class UniversalIndex:
         reading: how files are read.
         views: which vectors nodes get; default: image and text, as far as the embedder can.
         dim: length of the stored vectors, for embedders that can be cut (Matryoshka).
+        late: a model with a vector for each token, by which the pages found first are compared
+            again: its name or folder, a ``TokenEmbedder``, or a ``LateInteraction`` that says how
+            its vectors are kept. Default: as the collection was built, without if it is new.
         language: stemming for BM25; default: detected for each document; ``"none"`` for none.
 
     Raises:
@@ -85,6 +90,7 @@ class UniversalIndex:
         reading: ReadOptions | None = None,
         views: Sequence[View] | None = None,
         dim: int | None = None,
+        late: LateInteraction | TokenEmbedder | str | Path | None = None,
         language: str | None = None,
     ) -> None:
         self._where: dict[str, Any] = {
@@ -98,10 +104,12 @@ class UniversalIndex:
         # A UniversalEmbedding may have been told to cut its vectors; an Embedder has no such field.
         own_dim = getattr(embed_model, "dim", None)
         is_model = isinstance(embed_model, (str, Path, Embedder))
+        self._late = None if late is None else as_late(late)
         given: dict[str, Any] = {
             "views": tuple(views) if views else None,
             "dim": dim or (None if is_model else own_dim),
             "language": language,
+            "late": None if self._late is None else late_settings(self._late),
             "reading": reading_settings(reading) if reading else None,
         }
         self._given: dict[str, Any] = {
@@ -138,6 +146,25 @@ class UniversalIndex:
         assert self._embedder is not None
         return self._embedder
 
+    @property
+    def late(self) -> LateInteraction | None:
+        """What makes the tokens of pages, loaded when it is first needed; None for none.
+
+        Raises:
+            CollectionError: If its weights have changed since the collection was built, or if the
+                collection names a model inside of itself.
+            ModelError: If it names one that is not on this machine.
+        """
+        if self._late is None and self._collection is not None:
+            settings = self._collection.settings
+            if settings.late is not None:
+                _check_path(settings.late.embedder, self._collection, "late= or --late")
+                late = load_late(settings.late)
+                found = dataclasses.replace(settings, late=late_settings(late))
+                refuse_other(settings, found, "The collection")
+                self._late = late
+        return self._late
+
     def add(
         self,
         paths: str | Path | Sequence[str | Path],
@@ -163,6 +190,7 @@ class UniversalIndex:
                 many,
                 collection,
                 embedder,
+                late=lambda: self.late,
                 options=self._reading,
                 progress=show,
                 prune=prune,
@@ -183,7 +211,7 @@ class UniversalIndex:
         """
         from mmrag.ingest.insert import insert_nodes
 
-        insert_nodes(nodes, self._made(), self.embedder)
+        insert_nodes(nodes, self._made(), self.embedder, late=self.late)
 
     async def ainsert_nodes(self, nodes: Sequence[BaseNode]) -> None:
         """As ``insert_nodes``, off the event loop."""
@@ -226,7 +254,9 @@ class UniversalIndex:
         from mmrag.ingest.insert import insert_document
 
         collection, embedder = self._made(), self.embedder
-        return [insert_document(document, collection, embedder) for document in documents]
+        return [
+            insert_document(document, collection, embedder, self.late) for document in documents
+        ]
 
     async def arefresh_ref_docs(
         self, documents: Sequence[Document], **_update_kwargs: Any
@@ -303,7 +333,7 @@ class UniversalIndex:
         # An empty collection would answer every question with "not found".
         if self.collection.count() == 0:
             raise MissingCollectionError("This collection is empty; index something into it first.")
-        return UniversalRetriever(self.collection, self.embedder, **options)
+        return UniversalRetriever(self.collection, self.embedder, late=self.late, **options)
 
     def as_query_engine(
         self,
@@ -365,9 +395,7 @@ class UniversalIndex:
             "views": tuple(view for view in views if view in embedder.modalities),
             "reading": reading_settings(self._reading or ReadOptions()),
         }
-        name = embedder.name
-        if Path(name).is_dir():
-            name = str(Path(name).resolve())  # to be found from any working directory
+        name = lasting_name(embedder.name)
         return CollectionSettings(name, embedder.fingerprint, **(default | self._given))
 
 
@@ -396,14 +424,19 @@ def _load_stored(collection: Collection) -> Embedder:
     from mmrag.embedders import load_embedder
 
     name = collection.settings.embedder
+    _check_path(name, collection, "embed_model= or --embedder")
+    return load_embedder(name, download=False)
+
+
+def _check_path(name: str, collection: Collection, options: str) -> None:
+    """Refuse a folder that came with a collection. options: those that would take it."""
     path = Path(name)
     inside = collection.folder and path.resolve().is_relative_to(collection.folder.resolve())
     if path.is_dir() and (inside or not path.is_absolute()):
         raise CollectionError(
             f"The collection names the model {name!r}, a folder that came with it or depends on "
-            "the working directory. If you trust that model, pass it: embed_model= or --embedder."
+            f"the working directory. If you trust that model, pass it: {options}."
         )
-    return load_embedder(name, download=False)
 
 
 def _as_embedder(embed_model: UniversalEmbedding | Embedder | str | Path) -> Embedder:

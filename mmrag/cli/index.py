@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -18,6 +18,9 @@ from mmrag.cli.options import (
     open_library,
 )
 from mmrag.cli.progress import indexing, working
+
+if TYPE_CHECKING:
+    from mmrag.embedders.late import LateInteraction
 
 STOPPED = "Stopped. What is finished is kept; run the same command to go on."
 
@@ -44,6 +47,22 @@ def index(
             "usable text layer; off; force on all pages, in place of their text layers.",
         ),
     ] = None,
+    late: Annotated[
+        str | None,
+        typer.Option(
+            "--late",
+            metavar="NAME_OR_FOLDER",
+            help="Also keep a vector of each token by this model (ColPali, ColQwen2, ...), to "
+            "compare the pages found first once more. Only when the collection is made.",
+        ),
+    ] = None,
+    pool_factor: Annotated[
+        float, typer.Option("--pool-factor", min=1, help="With --late: tokens that become one.")
+    ] = 3.0,
+    muvera: Annotated[
+        bool,
+        typer.Option("--muvera", help="With --late: also find pages by MUVERA's single vectors."),
+    ] = False,
     prune: Annotated[
         bool, typer.Option("--prune", help="Remove files that are gone from the given folders.")
     ] = False,
@@ -61,7 +80,12 @@ def index(
 
             # Given only when asked for: a collection keeps the options that built it.
             reading = ReadOptions(ocr=ocr) if ocr else None
-            with open_library(collection, embedder, reading=reading, language=language) as library:
+            if late:
+                step(f"Loading {late}")
+            interaction = _interaction(late, pool_factor, muvera)
+            with open_library(
+                collection, embedder, reading=reading, language=language, late=interaction
+            ) as library:
                 step("Reading files")
                 step.stop()
                 with indexing() as progress:
@@ -74,3 +98,15 @@ def index(
                 show(display.failures_view(report), stderr=True)
         if report.failed or report.errors:
             raise typer.Exit(NOTHING)
+
+
+def _interaction(name: str | None, pool_factor: float, muvera: bool) -> LateInteraction | None:
+    """What --late and the options beside it ask for."""
+    if name is None:
+        if muvera:
+            raise typer.BadParameter("--muvera needs --late.")
+        return None
+    from mmrag.embedders.late import LateInteraction, load_token_embedder
+    from mmrag.embedders.muvera import Muvera
+
+    return LateInteraction(load_token_embedder(name), pool_factor, Muvera() if muvera else None)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
+    from mmrag.embedders.late import LateInteraction
     from mmrag.index import UniversalIndex
     from mmrag.queries import Where
     from mmrag.reading import ReadOptions
@@ -70,6 +71,7 @@ def open_library(
     *,
     reading: ReadOptions | None = None,
     language: str | None = None,
+    late: LateInteraction | None = None,
 ) -> Iterator[UniversalIndex]:
     """The collection of --collection, with the embedder of --embedder.
 
@@ -79,7 +81,7 @@ def open_library(
 
     key = os.environ.get("QDRANT_API_KEY")
     with UniversalIndex(
-        collection, embedder, api_key=key, reading=reading, language=language
+        collection, embedder, api_key=key, reading=reading, language=language, late=late
     ) as library:
         yield library
 

@@ -33,6 +33,16 @@ class TokenEmbedder(Protocol):
     name: what it was loaded from. dim: length of each vector.
     modalities: of the documents it embeds; queries are texts.
     fingerprint: changes when the weights or any setting that moves vectors change.
+
+    >>> class FirstLetters:
+    ...     name, fingerprint, dim, modalities = "letters", "1", 26, frozenset({"text"})
+    ...     def encode_query(self, text):
+    ...         places = [ord(word[0]) - ord("a") for word in text.lower().split()]
+    ...         return np.eye(26, dtype=np.float32)[places]
+    ...     def encode_documents(self, contents, pool_factor=1.0):
+    ...         return [self.encode_query(content.text) for content in contents]
+    >>> isinstance(FirstLetters(), TokenEmbedder)
+    True
     """
 
     name: str
@@ -67,7 +77,11 @@ class LateInteraction:
     muvera: also keep one vector of each page, for the first stage; None for none.
 
     Raises:
-        ConfigError: For a factor below 1.
+        ConfigError: For a factor below 1, and for an embedder with one vector for a page.
+
+    >>> embedder = load_token_embedder("vidore/colqwen2-v1.0-hf")  # doctest: +SKIP
+    >>> late = LateInteraction(embedder, pool_factor=2, muvera=Muvera())  # doctest: +SKIP
+    >>> index = UniversalIndex("library", late=late)  # doctest: +SKIP
     """
 
     embedder: TokenEmbedder

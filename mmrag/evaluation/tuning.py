@@ -59,8 +59,7 @@ def tune(retriever: UniversalRetriever, questions: Sequence[Question]) -> Tuning
     names = sorted(set(documents.tolist()))
     if len(names) < 2:
         raise ContentError("Weights are fitted on questions about two documents at least.")
-    views = [*retriever.collection.settings.views, "bm25"]
-    used = [name for name in views if retriever.weights[name] > 0]
+    used = [name for name in retriever.ranking_names if retriever.weights[name] > 0]
     present = np.array([retriever.weights[name] for name in used])
     # The weights in force come first: of equals, the first is taken.
     tried = np.stack([present / present.sum(), *_grid(len(used))])

@@ -10,14 +10,15 @@ from llama_index.core import Settings
 from llama_index.core.ingestion import run_transformations
 from llama_index.core.schema import BaseNode, Document, MetadataMode, NodeRelationship
 
-from mmrag.content import Content
 from mmrag.embedders.base import Embedder
+from mmrag.embedders.late import LateInteraction
 from mmrag.errors import ContentError
+from mmrag.ingest.late import encode_tokens, token_content
 from mmrag.ingest.writer import encode_each, views_of
 from mmrag.nodes import image_source, node_text
 from mmrag.store.collection import Collection
+from mmrag.store.engine import TOKENS
 from mmrag.store.inserted import Insertion, content_hash
-from mmrag.store.settings import View
 from mmrag.store.terms import DocumentTerms, NodeTerms
 
 _BATCH_NODES = 64
@@ -29,12 +30,14 @@ def insert_nodes(
     collection: Collection,
     embedder: Embedder,
     hashes: Mapping[str, str] | None = None,
+    late: LateInteraction | None = None,
 ) -> None:
     """Embed and store nodes; those that are stored already, with the same content, are skipped.
 
     Args:
         hashes: document id to the hash of the document, of those whose nodes are all given: the
             other nodes of these are removed.
+        late: how the tokens of nodes are made, of a collection that keeps them.
 
     Raises:
         ContentError: For nodes that cannot be embedded or stored; it names them. All others are
@@ -49,7 +52,7 @@ def insert_nodes(
     terms = _terms(changed, files, collection.settings.language)
     for start in range(0, len(changed), _BATCH_NODES):
         batch = changed[start : start + _BATCH_NODES]
-        vectors, failed = _embedded(batch, collection, embedder)
+        vectors, failed = _embedded(batch, collection, embedder, late)
         errors |= failed
         kept = [row for row, each in enumerate(batch) if each.node.node_id not in failed]
         collection.insert(
@@ -73,7 +76,12 @@ def insert_nodes(
         raise ContentError(f"{len(errors)} of {len(nodes)} nodes were not inserted: {told}")
 
 
-def insert_document(document: Document, collection: Collection, embedder: Embedder) -> bool:
+def insert_document(
+    document: Document,
+    collection: Collection,
+    embedder: Embedder,
+    late: LateInteraction | None = None,
+) -> bool:
     """Store a document in place of its earlier version, if there is one.
 
     Its text is split by ``Settings.transformations``; a document with an image is one node.
@@ -96,7 +104,7 @@ def insert_document(document: Document, collection: Collection, embedder: Embedd
         # A splitter of your own may leave it out.
         if node is not document and node.ref_doc_id is None:
             node.relationships[NodeRelationship.SOURCE] = document.as_related_node_info()
-    insert_nodes(nodes, collection, embedder, {document.node_id: whole})
+    insert_nodes(nodes, collection, embedder, {document.node_id: whole}, late)
     return True
 
 
@@ -125,13 +133,17 @@ def _terms(nodes: Sequence[Insertion], files: Mapping[str, str], language: str) 
 
 
 def _embedded(
-    batch: Sequence[Insertion], collection: Collection, embedder: Embedder
-) -> tuple[list[dict[View, object]], dict[str, str]]:
+    batch: Sequence[Insertion],
+    collection: Collection,
+    embedder: Embedder,
+    late: LateInteraction | None,
+) -> tuple[list[dict[str, object]], dict[str, str]]:
     """The vectors of each node by view, and what is wrong by node id."""
-    views = [_views(each.node, collection.settings.views, embedder) for each in batch]
+    sides = [(_text(each.node), image_source(each.node)) for each in batch]
+    views = [views_of(*each, collection.settings.views, embedder) for each in sides]
     keys = [(row, view) for row, of_node in enumerate(views) for view in of_node]
     contents = [views[row][view] for row, view in keys]
-    vectors: list[dict[View, object]] = [{} for _ in batch]
+    vectors: list[dict[str, object]] = [{} for _ in batch]
     failed: dict[str, str] = {}
     results = encode_each(embedder, contents, collection.settings.dim)
     for (row, view), result in zip(keys, results, strict=True):
@@ -140,10 +152,16 @@ def _embedded(
             failed[node_id] = f"node {node_id}: its {view} view has no vector: {result}"
         else:
             vectors[row][view] = result
+    found = encode_tokens(late, [token_content(*each, late) for each in sides]) if late else []
+    for row, tokens in enumerate(found):
+        if isinstance(tokens, ContentError):
+            node_id = batch[row].node.node_id
+            failed[node_id] = f"node {node_id}: its {TOKENS} view has no vector: {tokens}"
+        else:
+            vectors[row] |= tokens
     return vectors, failed
 
 
-def _views(node: BaseNode, views: Sequence[View], embedder: Embedder) -> dict[View, Content]:
-    """What is embedded of a node: text with its metadata, as LlamaIndex does, and the image."""
-    text = node.get_content(MetadataMode.EMBED) if node_text(node).strip() else ""
-    return views_of(text.strip(), image_source(node), views, embedder)
+def _text(node: BaseNode) -> str:
+    """What is embedded of a node's text: with its metadata, as LlamaIndex does."""
+    return node.get_content(MetadataMode.EMBED).strip() if node_text(node).strip() else ""

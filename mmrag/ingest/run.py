@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mmrag.embedders.base import Embedder
+from mmrag.embedders.late import LateInteraction
 from mmrag.errors import CollectionError, ReadError
 from mmrag.ingest.plan import Job, Plan, make_plan
 from mmrag.ingest.prefetch import run_ahead
@@ -38,6 +39,7 @@ def ingest(
     collection: Collection,
     embedder: Embedder,
     *,
+    late: Callable[[], LateInteraction | None] | None = None,
     options: ReadOptions | None = None,
     progress: Callable[[Progress], None] | None = None,
     prune: bool = False,
@@ -46,6 +48,8 @@ def ingest(
     """Index files and folders; a second run embeds only what is new.
 
     Args:
+        late: gives how the tokens of pages are made, and is called when there is something to
+            embed; a collection that keeps tokens needs it.
         options: how files are read; default: as the collection was built.
         progress: called after every batch and every file.
         prune: forget files that are gone from the folders given.
@@ -73,6 +77,7 @@ def ingest(
         collection,
         embedder,
         report,
+        late=_late(collection, late),
         total=plan.total,
         known=known,
         progress=progress,
@@ -107,6 +112,21 @@ def ingest(
         collection.optimize()
     report.seconds = time.monotonic() - started
     return report
+
+
+def _late(
+    collection: Collection, late: Callable[[], LateInteraction | None] | None
+) -> Callable[[], LateInteraction | None] | None:
+    """What makes the collection's tokens; None for a collection without."""
+    stored = collection.settings.late
+    if stored is None:
+        return None
+    if late is None:
+        raise CollectionError(
+            f"The collection keeps tokens of {stored.embedder!r}: give late, so that new pages get "
+            "theirs."
+        )
+    return late
 
 
 def _copies_of_failed(jobs: Sequence[Job], report: IngestReport) -> list[Job]:

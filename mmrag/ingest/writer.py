@@ -13,14 +13,18 @@ from numpy.typing import NDArray
 
 from mmrag.content import Content, ImageSource
 from mmrag.embedders.base import Embedder
+from mmrag.embedders.late import LateInteraction
 from mmrag.embedding import embedding_events
 from mmrag.errors import ContentError, ReadError
+from mmrag.ingest.halving import each_or_error
+from mmrag.ingest.late import encode_tokens, token_content
 from mmrag.ingest.plan import Job
 from mmrag.ingest.prefetch import End
 from mmrag.ingest.progress import IngestReport, Progress
 from mmrag.nodes import node_image, node_text
 from mmrag.reading import ReadPage
 from mmrag.store.collection import Collection
+from mmrag.store.engine import TOKENS
 from mmrag.store.entries import FileEntry, folder_of
 from mmrag.store.settings import View
 from mmrag.store.terms import NodeTerms
@@ -36,6 +40,7 @@ class _Waiting(NamedTuple):
     job: Job
     node: BaseNode
     views: dict[View, Content]
+    tokens: Content | None
     terms: NodeTerms
 
 
@@ -43,6 +48,7 @@ class Writer:
     """Takes what reading gives, file by file, and keeps the report.
 
     Args:
+        late: gives how tokens are made, of a collection that keeps them.
         total: how many files the run deals with. known: how many of them need no reading.
         started: the run's beginning, in seconds of ``time.monotonic``.
 
@@ -56,6 +62,7 @@ class Writer:
         embedder: Embedder,
         report: IngestReport,
         *,
+        late: Callable[[], LateInteraction | None] | None = None,
         total: int,
         known: int,
         progress: Callable[[Progress], None] | None,
@@ -64,6 +71,7 @@ class Writer:
         self._collection = collection
         self._embedder = embedder
         self._report = report
+        self._late = late
         self._total = total
         self._done = known
         self._progress = progress
@@ -115,8 +123,10 @@ class Writer:
         cut = any(node.metadata.get("kind") == "passage" for node in page.nodes)
         for node in missing:
             views = node_views(node, self._collection.settings.views, self._embedder, cut)
-            self._waiting.append(_Waiting(job, node, views, job.terms.of(node_text(node))))
-            self._items_waiting += len(views)
+            tokens = self._tokens_of(node, cut)
+            terms = job.terms.of(node_text(node))
+            self._waiting.append(_Waiting(job, node, views, tokens, terms))
+            self._items_waiting += len(views) + (tokens is not None)
             job.waiting += 1
             if self._items_waiting >= _BATCH_ITEMS:
                 self.flush()
@@ -168,21 +178,40 @@ class Writer:
         )
         self._collection.mark_done(entry)
 
-    def _embed(self, batch: Sequence[_Waiting]) -> list[dict[View, NDArray[np.float32]]]:
-        """For each node, view to (dim,) float32."""
+    def _tokens_of(self, node: BaseNode, cut: bool) -> Content | None:
+        """What of a node is embedded token by token."""
+        late = self._late() if self._late else None
+        if late is None:
+            return None
+        in_passages = cut and node.metadata.get("kind") == "page"
+        text = node_text(node).strip()
+        return token_content(text, node_image(node), late, in_passages=in_passages)
+
+    def _embed(self, batch: Sequence[_Waiting]) -> list[dict[str, NDArray[np.float32]]]:
+        """For each node, view to (dim,) float32, and its tokens."""
         keys = [(row, view) for row, each in enumerate(batch) for view in each.views]
         contents = [batch[row].views[view] for row, view in keys]
         results = encode_each(self._embedder, contents, self._collection.settings.dim)
-        vectors: list[dict[View, NDArray[np.float32]]] = [{} for _ in batch]
+        vectors: list[dict[str, NDArray[np.float32]]] = [{} for _ in batch]
         for (row, view), result in zip(keys, results, strict=True):
             if isinstance(result, ContentError):
-                job, node = batch[row].job, batch[row].node
-                kind, page = node.metadata.get("kind"), node.metadata.get("page")
-                message = f"the {view} view of a {kind} has no vector: {result}"
-                self._fail(job, ReadError(message, file=job.name, page=page))
+                self._fail_view(batch[row], view, result)
             else:
                 vectors[row][view] = result
+        late = self._late() if self._late else None
+        found = encode_tokens(late, [each.tokens for each in batch]) if late else []
+        for row, tokens in enumerate(found):
+            if isinstance(tokens, ContentError):
+                self._fail_view(batch[row], TOKENS, tokens)
+            else:
+                vectors[row] |= tokens
         return vectors
+
+    def _fail_view(self, waiting: _Waiting, view: str, error: ContentError) -> None:
+        job, node = waiting.job, waiting.node
+        kind, page = node.metadata.get("kind"), node.metadata.get("page")
+        message = f"the {view} view of a {kind} has no vector: {error}"
+        self._fail(job, ReadError(message, file=job.name, page=page))
 
     def _tell(self, job: Job) -> None:
         if self._progress is not None:
@@ -201,19 +230,15 @@ class Writer:
 def encode_each(
     embedder: Embedder, contents: Sequence[Content], dim: int
 ) -> list[NDArray[np.float32] | ContentError]:
-    """One vector for each content; a bad one is found by halving the batch."""
-    if not contents:
-        return []
-    try:
-        with embedding_events(embedder, contents) as done:
-            vectors = embedder.encode(contents, dim=dim)
+    """One vector for each content, or what is wrong with it."""
+
+    def encode(some: Sequence[Content]) -> list[NDArray[np.float32]]:
+        with embedding_events(embedder, some) as done:
+            vectors = embedder.encode(some, dim=dim)
             done(vectors.tolist())
         return list(vectors)
-    except ContentError as error:
-        if len(contents) == 1:
-            return [error]
-    half = len(contents) // 2
-    return encode_each(embedder, contents[:half], dim) + encode_each(embedder, contents[half:], dim)
+
+    return each_or_error(encode, contents)
 
 
 def node_views(

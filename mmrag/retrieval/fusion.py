@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal, TypeAlias, get_args
 
 from mmrag.errors import ConfigError
-from mmrag.store.engine import Scored
+from mmrag.store.engine import MUVERA, TOKENS, Scored
 
 BM25 = "bm25"
 REFERENCE = "reference"
@@ -17,12 +17,16 @@ DEFAULT_WEIGHTS: Mapping[str, float] = {
     "image": 1.0,
     "text": 1.0,
     "fused": 1.0,
+    MUVERA: 1.0,
     BM25: 3.0,
     REFERENCE: 4.0,
+    TOKENS: 5.0,
 }
 """Weight of each ranking for an embedder of which nothing is known. The views come from one model
 and err together; BM25 errs elsewhere; measured in ``docs/benchmarks.md``. A page that the question
-names outright counts as much as one that is first in words and text."""
+names outright counts as much as one that is first in words and text. Tokens, where they are kept,
+count as much as image, text and words together, for they are compared one by one; no measurement
+stands behind that number."""
 
 FuseBy: TypeAlias = Literal["scores", "ranks"]
 
@@ -42,7 +46,7 @@ class Fused:
 
     score: in [0, 1]; 1 means first in every ranking.
     ranks: its rank in each ranking that has it, from 1.
-    scores: the raw score of its best node in each ranking: cosine, or BM25.
+    scores: the raw score of its best node in each ranking: cosine, BM25 or MaxSim.
     credits: what each ranking contributed to ``score``; they add up to it.
     nodes: every node of it that was found, best first: the page, its passages, its figures.
     shown: the node that stands for it: ``best``, or its page if that is a passage of a page

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from mmrag.content import Content, ImageSource, Modality
 from mmrag.embedders.base import Embedder
+from mmrag.embedders.late import LateInteraction
 from mmrag.embedding import embedding_events
 from mmrag.errors import ConfigError
 from mmrag.nodes import Credit, Evidence, Hit, as_hit
@@ -36,9 +37,10 @@ from mmrag.retrieval.fusion import (
     fuse,
     page_key,
 )
+from mmrag.retrieval.late import late_rankings
 from mmrag.retrieval.references import named_nodes, only_figures, wants_figures
 from mmrag.store.collection import Collection
-from mmrag.store.engine import Scored
+from mmrag.store.engine import TOKENS, Scored
 from mmrag.store.filters import as_where
 
 log = logging.getLogger(__name__)
@@ -84,6 +86,7 @@ class UniversalRetriever(BaseRetriever):
         depth: how many nodes of each ranking take part; at least four for each page wanted.
         fuse_by: ``"scores"`` or ``"ranks"``; see ``mmrag.retrieval.fusion.fuse``.
         explain: say of each hit what each ranking contributed.
+        late: what made the collection's tokens; without it they are not compared.
 
     Each result is a ``Hit`` with ``ranks`` (rank in each ranking), ``view_scores`` (cosine or
     BM25 score in each), the ``box`` that matched and all nodes of the page that were found as
@@ -119,6 +122,7 @@ class UniversalRetriever(BaseRetriever):
         explain: bool = False,
         callback_manager: CallbackManager | None = None,
         filters: MetadataFilters | None = None,
+        late: LateInteraction | None = None,
     ) -> None:
         if similarity_top_k < 1 or depth < 1:
             raise ConfigError("similarity_top_k and depth must be at least 1.")
@@ -132,6 +136,7 @@ class UniversalRetriever(BaseRetriever):
         self.depth = depth
         self.fuse_by = fuse_by
         self.explain = explain
+        self.late = late if collection.settings.late else None
         super().__init__(callback_manager=callback_manager)
 
     def search(
@@ -179,9 +184,24 @@ class UniversalRetriever(BaseRetriever):
         if content.text and self.weights[REFERENCE] > 0:
             named = named_nodes(self.collection, content.text, where)
             found |= {REFERENCE: named} if named else {}
+        found |= late_rankings(
+            self.collection,
+            self.late,
+            content.text,
+            found,
+            limit=limit,
+            where=where,
+            weights=self.weights,
+        )
         return {
             name: sorted(hits, key=lambda hit: (-hit.score, hit.id)) for name, hits in found.items()
         }
+
+    @property
+    def ranking_names(self) -> list[str]:
+        """The rankings that any question may have, whatever their weights."""
+        settings = self.collection.settings
+        return [*(settings.vectors if self.late else settings.views), BM25]
 
     def _where(self, bundle: QueryBundle) -> Where | None:
         where = bundle.where if isinstance(bundle, MultimodalQuery) else None
@@ -286,7 +306,8 @@ def _weights(
     check_weights(given or {})
     measured = getattr(getattr(embedder, "calibration", None), "fusion_weights", {})
     weights = {**DEFAULT_WEIGHTS, **measured, **collection.weights, **(given or {})}
-    if not any(weights[name] for name in (*collection.settings.views, BM25)):
+    first_stages = {*collection.settings.vectors, BM25} - {TOKENS}
+    if not any(weights[name] for name in first_stages):
         raise ConfigError("All weights are 0: no ranking is left to search.")
     return weights
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mmrag.store.engine import Point
+from mmrag.store.engine import MUVERA, TOKENS, Point
 
 # What the engine takes for whole numbers; it keeps larger ones as floats.
 _INTEGERS = range(-(2**63), 2**64)
@@ -28,6 +28,13 @@ def checksum(point: Point) -> str:
     for name in sorted(point.vectors):
         digest.update(name.encode() + np.asarray(point.vectors[name], dtype="<f4").tobytes())
     return digest.hexdigest()
+
+
+def as_stored(name: str, vector: NDArray[np.float32]) -> NDArray[np.float32]:
+    """A vector as the engine keeps it: of length 1, or in half precision."""
+    if name in (TOKENS, MUVERA):
+        return vector.astype(np.float16).astype(np.float32)
+    return unit_length(vector)
 
 
 def unit_length(vector: NDArray[np.float32]) -> NDArray[np.float32]:

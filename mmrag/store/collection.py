@@ -26,6 +26,7 @@ from mmrag.store.damage import Examination, examine
 from mmrag.store.engine import (
     LANGUAGE_FIELD,
     TERMS_FIELD,
+    TOKENS,
     AnyOf,
     Engine,
     Filter,
@@ -174,14 +175,14 @@ class Collection:
     def write(
         self,
         nodes: Sequence[BaseNode],
-        vectors: Sequence[Mapping[View, Any]],
+        vectors: Sequence[Mapping[str, Any]],
         terms: Sequence[NodeTerms] | None = None,
     ) -> None:
         """Store nodes, each with the vectors of the views it has; equal ids are replaced.
 
         Images from outside of ``images_dir`` are copied into it.
 
-        vectors: for each node, view to (dim,) float32; may be empty.
+        vectors: for each node, view to (dim,) float32, ``tokens`` to (n, dim); may be empty.
         terms: what BM25 finds each node by; None makes them from its text and file name alone.
 
         Raises:
@@ -199,7 +200,7 @@ class Collection:
     def insert(
         self,
         nodes: Sequence[Insertion],
-        vectors: Sequence[Mapping[View, Any]],
+        vectors: Sequence[Mapping[str, Any]],
         terms: Sequence[NodeTerms],
         files: Mapping[str, str],
     ) -> None:
@@ -328,14 +329,18 @@ class Collection:
             self._engine.upsert([self._at_path(point, path) for point in batch])
 
     def search(
-        self, view: View, vector: NDArray[np.float32], limit: int, where: Where | None = None
+        self, view: str, vector: NDArray[np.float32], limit: int, where: Where | None = None
     ) -> list[Scored]:
-        """The nodes nearest to ``vector`` ((dim,) float32) by cosine in one view, best first."""
-        if view not in self.settings.views:
+        """The nodes nearest to ``vector`` ((dim,) float32) in one view, best first.
+
+        By cosine; in the view ``muvera`` by inner product.
+        """
+        searchable = [name for name in self.settings.vectors if name != TOKENS]
+        if view not in searchable:
             raise ConfigError(
-                f"This collection has no view {view!r}; it has {', '.join(self.settings.views)}."
+                f"This collection has no view {view!r}; it has {', '.join(searchable)}."
             )
-        self._check_dim(vector)
+        self._check_dim(view, vector)
         return self._engine.nearest(view, vector, limit, self._filter(where))
 
     def vectors(self, view: View) -> tuple[list[Scored], NDArray[np.float32]]:
@@ -347,6 +352,16 @@ class Collection:
         ]
         rows = [point.vectors[view] for point in points]
         return nodes, np.array(rows, dtype=np.float32).reshape(-1, self.settings.dim)
+
+    def max_sim(
+        self, tokens: NDArray[np.float32], ids: Sequence[str], where: Where | None = None
+    ) -> list[Scored]:
+        """Of the nodes with these ids those that have tokens, by MaxSim with ``tokens``.
+
+        tokens: of a query, (n, dim) float32.
+        """
+        self._check_dim(TOKENS, tokens)
+        return self._engine.max_sim(tokens, ids, self._filter(where)) if ids else []
 
     def search_text(self, query: str, limit: int, where: Where | None = None) -> list[Scored]:
         """The nodes that rank highest by BM25, best first; see ``mmrag.store.terms``."""
@@ -455,21 +470,25 @@ class Collection:
         return dataclasses.replace(document.of(text), first_words="")
 
     def _checked(
-        self, node: BaseNode, vectors: Mapping[View, Any]
+        self, node: BaseNode, vectors: Mapping[str, Any]
     ) -> dict[str, NDArray[np.float32]]:
-        unknown = set(vectors) - set(self.settings.views)
+        unknown = set(vectors) - set(self.settings.vectors)
         if unknown:
             raise ConfigError(f"Node {node.node_id}: the collection has no view {unknown}.")
         arrays = {str(name): np.asarray(each, np.float32) for name, each in vectors.items()}
-        for vector in arrays.values():
-            self._check_dim(vector)
+        for name, vector in arrays.items():
+            self._check_dim(name, vector)
         return arrays
 
-    def _check_dim(self, vector: NDArray[np.float32]) -> None:
-        if vector.shape != (self.settings.dim,):
+    def _check_dim(self, name: str, vector: NDArray[np.float32]) -> None:
+        dim = self.settings.vectors.get(name, 0)
+        fits = vector.ndim == 2 and len(vector) if name == TOKENS else vector.ndim == 1
+        if not fits or vector.shape[-1] != dim:
+            late = self.settings.late
+            made_by = late.embedder if late and name in late.vectors else self.settings.embedder
             raise ConfigError(
                 f"A vector of shape {vector.shape} does not fit: this collection holds vectors "
-                f"of {self.settings.dim} dimensions, made by {self.settings.embedder}."
+                f"of {dim} dimensions, made by {made_by}."
             )
         if not np.isfinite(vector).all():
             raise ConfigError("A vector holds NaN or infinity; check the embedder.")

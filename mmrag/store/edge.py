@@ -23,12 +23,13 @@ from numpy.typing import NDArray
 from typing_extensions import override
 
 from mmrag.errors import CollectionError
-from mmrag.store.checksums import checksum, unit_length
+from mmrag.store.checksums import as_stored, checksum
 from mmrag.store.engine import (
     CHECKSUM_FIELD,
     FACET_LIMIT,
     SCROLL_PAGE,
     TERMS_FIELD,
+    TOKENS,
     Dialect,
     Engine,
     Filter,
@@ -98,7 +99,8 @@ class EdgeEngine(Engine):
     def upsert(self, points: Sequence[Point]) -> None:
         points = [
             dataclasses.replace(
-                point, vectors={name: unit_length(each) for name, each in point.vectors.items()}
+                point,
+                vectors={name: as_stored(name, each) for name, each in point.vectors.items()},
             )
             for point in points
         ]
@@ -145,11 +147,20 @@ class EdgeEngine(Engine):
     def nearest(
         self, name: str, vector: NDArray[np.float32], limit: int, where: Filter
     ) -> list[Scored]:
-        return self._query(edge.Query.Nearest(vector.tolist(), using=name), limit, where)
+        query = edge.Query.Nearest(vector.tolist(), using=name)
+        return self._query(query, limit, DIALECT.filter(where))
+
+    @override
+    def max_sim(
+        self, tokens: NDArray[np.float32], ids: Sequence[str], where: Filter
+    ) -> list[Scored]:
+        among = edge.Filter(must=[edge.HasIdCondition(set(ids)), DIALECT.filter(where)])
+        return self._query(edge.Query.Nearest(tokens.tolist(), using=TOKENS), len(ids), among)
 
     @override
     def bm25(self, terms: str, limit: int, where: Filter) -> list[Scored]:
-        return self._query(edge.TextQuery(TERMS_FIELD, terms), limit, where)
+        query = edge.TextQuery(TERMS_FIELD, terms)
+        return self._query(query, limit, DIALECT.filter(where))
 
     @override
     def scroll(self, where: Filter, vectors: bool = False) -> Iterator[Point]:
@@ -294,12 +305,21 @@ class EdgeEngine(Engine):
             shutil.rmtree(rest, ignore_errors=True)  # of a process that was killed over it
         self._need_space("create", _SPACE_TO_CREATE)
         unfinished = self._folder.with_name(f"{self._folder.name}.new")
-        config = edge.EdgeConfig(
-            vectors={
-                name: edge.EdgeVectorParams(size=dim, distance=edge.Distance.Cosine)
-                for name, dim in schema.vectors.items()
-            }
-        )
+        vectors = {
+            name: edge.EdgeVectorParams(size=dim, distance=edge.Distance.Cosine)
+            for name, dim in schema.vectors.items()
+        }
+        no_index = edge.HnswIndexConfig(m=0, ef_construct=4, full_scan_threshold=1)
+        for name, dim in schema.late.items():
+            max_sim = edge.MultiVectorConfig(edge.MultiVectorComparator.MaxSim)
+            vectors[name] = edge.EdgeVectorParams(
+                size=dim,
+                distance=edge.Distance.Dot,
+                datatype=edge.VectorStorageDatatype.Float16,
+                multivector_config=max_sim if name == TOKENS else None,
+                hnsw_config=no_index if name == TOKENS else None,
+            )
+        config = edge.EdgeConfig(vectors=vectors)
         with self._errors("create"):
             shard = edge.EdgeShard.create(str(unfinished), config)
             _create_indexes(shard, schema)
@@ -318,11 +338,11 @@ class EdgeEngine(Engine):
                 "again; what is stored is kept."
             )
 
-    def _query(self, query: Any, limit: int, where: Filter) -> list[Scored]:
+    def _query(self, query: Any, limit: int, condition: Any) -> list[Scored]:
         request = edge.QueryRequest(
             limit=limit,
             query=query,
-            filter=DIALECT.filter(where),
+            filter=condition,
             with_payload=edge.PayloadSelector.Exclude([TERMS_FIELD, CHECKSUM_FIELD]),
         )
         with self._errors("search"):

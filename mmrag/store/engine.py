@@ -15,6 +15,10 @@ from mmrag.errors import ConfigError
 TERMS_FIELD = "terms"
 CHECKSUM_FIELD = "checksum"
 LANGUAGE_FIELD = "terms_language"
+TOKENS = "tokens"
+"""The vectors of a node's tokens, many for one node; compared by MaxSim."""
+MUVERA = "muvera"
+"""Those tokens as one vector; see ``mmrag.embedders.muvera``."""
 SCROLL_PAGE = 256
 FACET_LIMIT = 1_000_000
 
@@ -25,7 +29,7 @@ _PLAIN_PATH = re.compile(r"[A-Za-z0-9_-]+(\[\d*\])?(\.[A-Za-z0-9_-]+(\[\d*\])?)*
 class Point:
     """One stored point: any subset of the named vectors, and a payload.
 
-    vectors: name to (dim,) float32.
+    vectors: name to (dim,) float32; ``tokens`` is (n, dim).
     checksum: what was stored with it, of a point that was read; see ``mmrag.store.checksums``.
     """
 
@@ -106,12 +110,16 @@ class Schema:
     """What a collection is created with.
 
     vectors: name to dimension; distances are cosine.
+    late: name to dimension of ``tokens`` and ``muvera``, kept in half precision. They are compared
+        by inner product, tokens by MaxSim, and tokens have no index of their own: they are only
+        read for points that were found otherwise.
     The BM25 index over ``terms`` splits at spaces and changes nothing.
     """
 
     vectors: Mapping[str, int]
     keywords: tuple[str, ...]
     integers: tuple[str, ...]
+    late: Mapping[str, int] = field(default_factory=dict)
 
 
 class Engine(Protocol):
@@ -140,7 +148,13 @@ class Engine(Protocol):
     def nearest(
         self, name: str, vector: NDArray[np.float32], limit: int, where: Filter
     ) -> list[Scored]:
-        """The points whose vector ``name`` is nearest by cosine."""
+        """The points whose vector ``name`` is nearest by cosine, or inner product."""
+        ...
+
+    def max_sim(
+        self, tokens: NDArray[np.float32], ids: Sequence[str], where: Filter
+    ) -> list[Scored]:
+        """The MaxSim of (n, dim) tokens with those of the points that have any, best first."""
         ...
 
     def bm25(self, terms: str, limit: int, where: Filter) -> list[Scored]:

@@ -36,7 +36,7 @@ def agree(
         from mmrag.store.server import ServerEngine
 
         assert isinstance(engine, ServerEngine)
-        if engine.vector_dims() != dict(schema_of(wanted).vectors):
+        if engine.vector_dims() != wanted.vectors:
             raise CollectionError(
                 f"{location} was not made by mmrag: it has other vectors. Choose another name."
             )
@@ -93,4 +93,5 @@ def schema_of(settings: CollectionSettings) -> Schema:
         vectors=dict.fromkeys(settings.views, settings.dim),
         keywords=_KEYWORDS,
         integers=_INTEGERS,
+        late=settings.late.vectors if settings.late else {},
     )

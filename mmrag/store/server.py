@@ -21,6 +21,7 @@ from mmrag.store.engine import (
     FACET_LIMIT,
     SCROLL_PAGE,
     TERMS_FIELD,
+    TOKENS,
     Dialect,
     Engine,
     Filter,
@@ -76,6 +77,17 @@ class ServerEngine(Engine):
                 name: models.VectorParams(size=dim, distance=models.Distance.COSINE)
                 for name, dim in schema.vectors.items()
             }
+            max_sim = models.MultiVectorConfig(comparator=models.MultiVectorComparator.MAX_SIM)
+            vectors |= {
+                name: models.VectorParams(
+                    size=dim,
+                    distance=models.Distance.DOT,
+                    datatype=models.Datatype.FLOAT16,
+                    multivector_config=max_sim if name == TOKENS else None,
+                    hnsw_config=models.HnswConfigDiff(m=0) if name == TOKENS else None,
+                )
+                for name, dim in schema.late.items()
+            }
             self._call(lambda: self._client.create_collection(self._name, vectors_config=vectors))
         self.create_indexes(schema)
 
@@ -105,11 +117,20 @@ class ServerEngine(Engine):
     def nearest(
         self, name: str, vector: NDArray[np.float32], limit: int, where: Filter
     ) -> list[Scored]:
-        return self._query(vector.tolist(), name, limit, where)
+        return self._query(vector.tolist(), name, limit, DIALECT.filter(where))
+
+    @override
+    def max_sim(
+        self, tokens: NDArray[np.float32], ids: Sequence[str], where: Filter
+    ) -> list[Scored]:
+        same = models.HasIdCondition(has_id=list(ids))
+        among = models.Filter(must=[same, DIALECT.filter(where)])
+        return self._query(tokens.tolist(), TOKENS, len(ids), among)
 
     @override
     def bm25(self, terms: str, limit: int, where: Filter) -> list[Scored]:
-        return self._query(models.TextQuery(text=terms), TERMS_FIELD, limit, where)
+        query = models.TextQuery(text=terms)
+        return self._query(query, TERMS_FIELD, limit, DIALECT.filter(where))
 
     @override
     def scroll(self, where: Filter, vectors: bool = False) -> Iterator[Point]:
@@ -209,14 +230,14 @@ class ServerEngine(Engine):
         ]
         self._call(lambda: self._client.upsert(self._name, rows, wait=True))
 
-    def _query(self, query: Any, using: str, limit: int, where: Filter) -> list[Scored]:
+    def _query(self, query: Any, using: str, limit: int, condition: Any) -> list[Scored]:
         found = self._call(
             lambda: self._client.query_points(
                 self._name,
                 query=query,
                 using=using,
                 limit=limit,
-                query_filter=DIALECT.filter(where),
+                query_filter=condition,
                 with_payload=models.PayloadSelectorExclude(exclude=[TERMS_FIELD]),
             )
         )

@@ -5,13 +5,44 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
 
 from mmrag.errors import CollectionError, ConfigError
+from mmrag.store.engine import MUVERA, TOKENS
 from mmrag.store.terms import AUTO_LANGUAGE, check_language
 
 View: TypeAlias = Literal["image", "text", "fused"]
 VIEWS: tuple[View, ...] = get_args(View)
+
+
+@dataclass(frozen=True, repr=False)
+class LateSettings:
+    """How the tokens of pages were made; see ``mmrag.embedders.late.LateInteraction``.
+
+    embedder, fingerprint: of the model with a vector for each token. dim: length of these.
+    muvera: the parameters of ``mmrag.embedders.muvera.Muvera``; None for none.
+    muvera_dim: length of MUVERA's vectors.
+    """
+
+    embedder: str = field(compare=False)  # a folder may move; the fingerprint tells
+    fingerprint: str
+    dim: int
+    pool_factor: float
+    muvera: Mapping[str, Any] | None = None
+    muvera_dim: int = 0
+
+    def __repr__(self) -> str:
+        muvera = f", muvera {dict(self.muvera)}" if self.muvera else ""
+        return (
+            f"{self.embedder!r} (fingerprint {self.fingerprint}), "
+            f"pool_factor {self.pool_factor:g}{muvera}"
+        )
+
+    @property
+    def vectors(self) -> dict[str, int]:
+        """Name to dimension of the vectors that a node may have beside its views."""
+        return {TOKENS: self.dim} | ({MUVERA: self.muvera_dim} if self.muvera else {})
 
 
 @dataclass(frozen=True)
@@ -37,6 +68,7 @@ class CollectionSettings:
     views: tuple[View, ...] = ("image", "text")
     reading: Mapping[str, Any] = field(default_factory=dict)
     language: str = AUTO_LANGUAGE
+    late: LateSettings | None = None
 
     def __post_init__(self) -> None:
         if self.dim < 1:
@@ -48,12 +80,26 @@ class CollectionSettings:
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> CollectionSettings:
         """The settings that ``to_json`` gave."""
-        return cls(**(dict(values) | {"views": tuple(values["views"])}))
+        late = values.get("late")
+        parsed = {"views": tuple(values["views"]), "late": LateSettings(**late) if late else None}
+        return cls(**(dict(values) | parsed))
 
     def to_json(self) -> dict[str, Any]:
         """As plain JSON values."""
         plain = {"views": list(self.views), "reading": dict(self.reading)}
         return dataclasses.asdict(self) | plain
+
+    @property
+    def vectors(self) -> dict[str, int]:
+        """Name to dimension of every vector that a node may have."""
+        return dict.fromkeys(map(str, self.views), self.dim) | (
+            self.late.vectors if self.late else {}
+        )
+
+
+def lasting_name(name: str) -> str:
+    """The name of a model; a folder's, to be found from any working directory."""
+    return str(Path(name).resolve()) if Path(name).is_dir() else name
 
 
 def refuse_other(stored: CollectionSettings, wanted: CollectionSettings, place: object) -> None:
@@ -72,7 +118,8 @@ def refuse_other(stored: CollectionSettings, wanted: CollectionSettings, place: 
             f"{place} was built by {other}. Vectors of different models cannot be compared. "
             + remedy
         )
-    old, new = stored.to_json(), wanted.to_json()
+    # As JSON, the name of a late model that has moved to another folder would count.
+    old, new = (settings.to_json() | {"late": settings.late} for settings in (stored, wanted))
     changed = [
         key for key in old if key not in ("embedder", "fingerprint") and old[key] != new[key]
     ]
