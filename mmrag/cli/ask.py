@@ -65,6 +65,10 @@ WindowOption = Annotated[
     ),
 ]
 
+NoImagesOption = Annotated[
+    bool, typer.Option("--no-images", help="Send text only, for models that take no images.")
+]
+
 
 def ask(
     question: Annotated[str | None, typer.Argument(help="A question in any language.")] = None,
@@ -72,9 +76,7 @@ def ask(
     llm: LLMOption = None,
     base_url: BaseURLOption = None,
     context_window: WindowOption = None,
-    no_images: Annotated[
-        bool, typer.Option("--no-images", help="Send text only, for models that take no images.")
-    ] = False,
+    no_images: NoImagesOption = False,
     top_k: Annotated[int, typer.Option("--top-k", "-k", min=1, help="Pages to consider.")] = 8,
     file: FileOption = None,
     pages: PagesOption = None,

@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import typer
 from rich.live import Live
@@ -16,7 +16,7 @@ from rich.markdown import Markdown
 from rich.text import Text
 
 from mmrag.cli import display
-from mmrag.cli.ask import BaseURLOption, LLMOption, WindowOption, chat_model
+from mmrag.cli.ask import BaseURLOption, LLMOption, NoImagesOption, WindowOption, chat_model
 from mmrag.cli.console import errors, out, say, show
 from mmrag.cli.inline import image_codes, protocol
 from mmrag.cli.options import (
@@ -55,9 +55,7 @@ def chat(
     llm: LLMOption = None,
     base_url: BaseURLOption = None,
     context_window: WindowOption = None,
-    no_images: Annotated[
-        bool, typer.Option("--no-images", help="Send text only, for models that take no images.")
-    ] = False,
+    no_images: NoImagesOption = False,
     embedder: EmbedderOption = None,
     debug: DebugOption = False,
 ) -> None:

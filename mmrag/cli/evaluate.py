@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeGuard
 
 import typer
 
+from mmrag.cli.ask import BaseURLOption, LLMOption, NoImagesOption, WindowOption, chat_model
 from mmrag.cli.console import errors, print_json, say, show
 from mmrag.cli.options import DEFAULT_COLLECTION, DebugOption, open_library
 from mmrag.cli.progress import Step, indexing, working
@@ -18,9 +19,13 @@ from mmrag.cli.reranking import RerankOption, rerankers
 from mmrag.cli.scores import evaluation_view
 
 if TYPE_CHECKING:
+    from llama_index.core.base.base_query_engine import BaseQueryEngine
+
     from mmrag.evaluation.questions import Question
     from mmrag.evaluation.results import Evaluation
     from mmrag.index import UniversalIndex
+    from mmrag.llms.endpoint import EndpointLLM
+    from mmrag.llms.local import LocalLLM
 
 
 def evaluate(
@@ -73,6 +78,26 @@ def evaluate(
         ),
     ] = None,
     rerank: RerankOption = None,
+    answers: Annotated[
+        bool,
+        typer.Option(
+            "--answers",
+            help="Answer the questions as well: with --llm, else by quoting passages.",
+        ),
+    ] = False,
+    llm: LLMOption = None,
+    base_url: BaseURLOption = None,
+    context_window: WindowOption = None,
+    no_images: NoImagesOption = False,
+    judge: Annotated[
+        str | None,
+        typer.Option(
+            "--judge",
+            metavar="MODEL[@URL]",
+            help="A chat model that grades the answers, at --base-url or at its own URL (key: "
+            "MMRAG_JUDGE_KEY, else OPENAI_API_KEY).",
+        ),
+    ] = None,
     run: Annotated[
         list[Path] | None,
         typer.Option(
@@ -114,8 +139,7 @@ def evaluate(
 ) -> None:
     """Measure on your own questions how well each ranking finds the right pages."""
     with errors(debug, stopped=_stopped(json_file)):
-        if folder is not None and collection:
-            raise typer.BadParameter("Give a folder of files or --collection, not both.")
+        _check(folder, collection, embedder, judge, answers)
         with working(log=True) as step, _work_folder(json_file) as work, ExitStack() as stack:
             step("Loading")
             from mmrag.evaluation.run import evaluate as measure
@@ -123,23 +147,64 @@ def evaluate(
             asked = _asked(questions, qrels)
             cuts = tuple(sorted(set(cut or (1, 5, 10))))
             chain = rerankers(rerank, None, cuts[-1], images=True)
+            libraries: dict[str, UniversalIndex] = {}
             if folder is not None:
                 libraries = _indexed(folder, embedder or ["mmrag-nano"], work, stack, step)
-            elif run and not collection:
-                libraries = {}
-            else:
+            elif collection or not run:
                 libraries = _opened(collection, embedder or [], stack, step)
+            engines: dict[str, BaseQueryEngine] = {}
+            if answers:
+                model = chat_model(llm, base_url, context_window)
+                engines = _engines(libraries, model, images=not no_images)
             evaluation = measure(
                 libraries,
                 asked,
-                keep=work / "retrieval.jsonl",
-                progress=lambda now: step.often(f"{now.task}: {now.done}/{now.total} asked"),
+                engines=engines,
+                judge=_judge(judge, base_url) if judge else None,
+                keep=work / "questions.jsonl",
+                progress=lambda now: step.often(f"{now.task} {now.done}/{now.total}"),
                 cuts=cuts,
                 dims=tuple(dim or ()),
                 rerankers={", then ".join(rerank): chain} if rerank else {},
             )
         _add_runs(evaluation, run or [])
         _write(evaluation, save_runs, json_file)
+
+
+def _check(
+    folder: Path | None,
+    collections: list[str] | None,
+    embedders: list[str] | None,
+    judge: str | None,
+    answers: bool,
+) -> None:
+    """Refuse options that contradict each other."""
+    if folder is not None and collections:
+        raise typer.BadParameter("Give a folder of files or --collection, not both.")
+    if folder is None and len(embedders or ()) > 1:
+        raise typer.BadParameter("Several --embedder need a folder of files to index.")
+    if judge and not answers:
+        raise typer.BadParameter("--judge needs --answers.")
+
+
+def _engines(
+    libraries: Mapping[str, UniversalIndex], model: EndpointLLM | LocalLLM | None, *, images: bool
+) -> dict[str, BaseQueryEngine]:
+    """An engine over each library, named by what finds the pages and what answers."""
+    answers = "quotes" if model is None else Path(model.metadata.model_name).name
+    return {
+        f"{name}, {answers}": index.as_query_engine(model, images=images)
+        for name, index in libraries.items()
+    }
+
+
+def _judge(given: str, base_url: str | None) -> EndpointLLM:
+    """The model of ``--judge``."""
+    from mmrag.llms.endpoint import open_llm
+
+    model, _, url = given.partition("@http")
+    key = os.environ.get("MMRAG_JUDGE_KEY") or os.environ.get("OPENAI_API_KEY")
+    return open_llm(model, f"http{url}" if url else base_url, key)
 
 
 def _asked(path: Path, qrels: Path | None) -> list[Question]:
@@ -201,8 +266,6 @@ def _opened(
 ) -> dict[str, UniversalIndex]:
     """The collections by the names of their embedders, or their own where these are the same."""
     places = collections or [os.environ.get("MMRAG_COLLECTION") or DEFAULT_COLLECTION]
-    if len(embedders) > 1:
-        raise typer.BadParameter("Several --embedder need a folder of files to index.")
     libraries = {}
     for place in places:
         step(f"Opening {place}")

@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mmrag.cli.display import clean, plain_table
+from mmrag.evaluation.measures import MEASURES
 
 if TYPE_CHECKING:
     from mmrag.evaluation.results import Evaluation, Scope, Score, System
@@ -28,6 +29,10 @@ def evaluation_view(evaluation: Evaluation) -> RenderableType:
             rows += [Text(), _scope_table(evaluation, scope)]
     if evaluation.kinds() and evaluation.systems():
         rows += [Text(), _kinds_table(evaluation)]
+    if evaluation.answers:
+        rows += [Text(), _answers_table(evaluation)]
+    if evaluation.answers and evaluation.info.get("judge"):
+        rows.append(Text(f"judged by {evaluation.info['judge']['model']}", style="dim"))
     rows.append(
         Text(
             "\n[low, high]: 95 % interval, from a bootstrap over documents"
@@ -56,7 +61,7 @@ def _scope_table(evaluation: Evaluation, scope: Scope) -> Table:
     for system in systems:
         cells = [_cell(scores[system][name], best[name]) for name in names]
         main = scores[system][evaluation.main_metric]
-        interval = Text(f"[{main.low:.3f}, {main.high:.3f}]", style="dim")
+        interval = Text(main.interval, style="dim")
         shown.add_row(*_names(system, systems), *cells, interval)
     return shown
 
@@ -70,6 +75,20 @@ def _kinds_table(evaluation: Evaluation) -> Table:
     for system in systems:
         scores = [evaluation.scores(system, kind)[evaluation.main_metric] for kind in kinds]
         shown.add_row(*_names(system, systems), *(f"{score.mean:.3f}" for score in scores))
+    return shown
+
+
+def _answers_table(evaluation: Evaluation) -> Table:
+    shown = plain_table("Answers")
+    shown.add_column("measure")
+    scores = {engine: evaluation.answer_scores(engine) for engine in evaluation.answers}
+    for engine in evaluation.answers:
+        shown.add_column(clean(engine), justify="right", overflow="fold")
+    for measure in [name for name in MEASURES if any(name in of for of in scores.values())]:
+        cells = [
+            f"{of[measure]} of {of[measure].n}" if measure in of else "" for of in scores.values()
+        ]
+        shown.add_row(MEASURES[measure], *cells)
     return shown
 
 

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from mmrag.cli.ask import BaseURLOption, LLMOption, WindowOption, chat_model
+from mmrag.cli.ask import BaseURLOption, LLMOption, NoImagesOption, WindowOption, chat_model
 from mmrag.cli.console import errors, say
 from mmrag.cli.options import DEFAULT_COLLECTION, DebugOption, EmbedderOption
 from mmrag.cli.progress import working
@@ -46,9 +46,7 @@ def serve(
     llm: LLMOption = None,
     base_url: BaseURLOption = None,
     context_window: WindowOption = None,
-    no_images: Annotated[
-        bool, typer.Option("--no-images", help="Send text only, for models that take no images.")
-    ] = False,
+    no_images: NoImagesOption = False,
     rerank: RerankOption = None,
     embedder: EmbedderOption = None,
     max_upload_mib: Annotated[int, typer.Option(min=1, help="Largest file taken.")] = 200,

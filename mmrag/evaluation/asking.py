@@ -21,6 +21,7 @@ from mmrag.index import UniversalIndex
 from mmrag.queries import MultimodalQuery, Where, query_content
 from mmrag.retrieval.fusion import DEFAULT_WEIGHTS, REFERENCE
 from mmrag.retrieval.retriever import QUERY_TASKS, RetrieverOptions, UniversalRetriever
+from mmrag.store.collection import Collection
 from mmrag.store.engine import Scored
 
 FUSIONS: Mapping[str, RetrieverOptions] = {
@@ -83,7 +84,7 @@ def ask_library(
     retrievers = _Retrievers(index, options)
     base = _state(index, retrievers, options)
     keys = {
-        (question.id, scope): fingerprint(base, scope, *_asked(question))
+        (question.id, scope): fingerprint(base, scope, *question_state(question))
         for question in questions
         for scope in options.scopes
     }
@@ -154,22 +155,25 @@ class _Retrievers:
 
 def _state(index: UniversalIndex, retrievers: _Retrievers, options: Options) -> str:
     """A fingerprint of all that moves the results of a library, but for the question."""
-    from mmrag import __version__
-
-    files = sorted((entry.sha256, entry.file) for entry in index.files())
     rerankers = {name: repr(chain) for name, chain in options.rerankers.items()}
     weights = retrievers.own.weights
     return fingerprint(
-        __version__,
-        index.collection.settings.to_json(),
-        files,
+        collection_state(index.collection),
         weights,
         {name: dict(given) for name, given in options.fusions.items()},
         [max(options.cuts), options.depth, options.dims, rerankers],
     )
 
 
-def _asked(question: Question) -> tuple[Any, ...]:
+def collection_state(collection: Collection) -> list[Any]:
+    """What is in a collection, how it was made, and the mmrag that asks it, as JSON values."""
+    from mmrag import __version__
+
+    files = sorted((entry.sha256, entry.file) for entry in collection.files())
+    return [__version__, collection.settings.to_json(), files]
+
+
+def question_state(question: Question) -> tuple[Any, ...]:
     """What of a question moves its results."""
     image = None
     if question.image is not None:

@@ -26,12 +26,12 @@ def interval(
         documents: the document of each question.
 
     Returns:
-        Two arrays, (n metrics,) each; NaN without questions.
+        Two arrays, (n metrics,) each; NaN for fewer than two documents, which tell nothing.
     """
-    if not len(values):
-        empty = np.full(values.shape[1], np.nan)
-        return empty, empty
-    names, owner = np.unique(np.asarray(documents), return_inverse=True)
+    names, owner = np.unique(np.asarray(documents, dtype=str), return_inverse=True)
+    if len(names) < 2:
+        unknown = np.full(values.shape[1], np.nan)
+        return unknown, unknown
     sums = np.zeros((len(names), values.shape[1]))
     np.add.at(sums, owner, values)
     counts = np.bincount(owner, minlength=len(names))

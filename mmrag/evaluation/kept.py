@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -50,3 +51,9 @@ class Kept:
     def get(self, key: str, default: Any = None) -> Any:
         """The value of a fingerprint."""
         return self._values.get(key, default)
+
+    def get_or(self, key: str, compute: Callable[[], Any]) -> Any:
+        """The value of a fingerprint; if there is none, what ``compute`` gives, now kept."""
+        if key not in self:
+            self[key] = compute()
+        return self._values[key]

@@ -52,6 +52,11 @@ class Question:
         return self.pages[0][0] if self.pages else ""
 
     @property
+    def group(self) -> str:
+        """Questions of one group are alike: the document, else the question on its own."""
+        return self.document or f"question {self.id}"
+
+    @property
     def relevant(self) -> Mapping[Page, float]:
         """Relevance of each right page, above 0."""
         return self.grades or dict.fromkeys(self.pages, 1.0)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmrag.errors import ContentError
+from mmrag.evaluation.answers import AnswerRecord
 from mmrag.evaluation.bootstrap import interval
 from mmrag.evaluation.metrics import CUTS, Metrics, metrics_of
 from mmrag.evaluation.questions import Page, Question, as_page, page_id
@@ -58,6 +60,8 @@ class System:
 class Score:
     """A mean over ``n`` questions with its 95 % interval, from a bootstrap over documents.
 
+    low, high: NaN where all questions are about one document.
+
     Examples:
         >>> print(Score(0.5, 0.42, 0.61, n=60))
         0.500 [0.420, 0.610]
@@ -68,16 +72,22 @@ class Score:
     high: float
     n: int
 
+    @property
+    def interval(self) -> str:
+        """The interval for tables; empty if it is not known."""
+        return "" if math.isnan(self.low) else f"[{self.low:.3f}, {self.high:.3f}]"
+
     def __str__(self) -> str:
-        return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"
+        return f"{self.mean:.3f} {self.interval}".rstrip()
 
 
 @dataclass
 class Evaluation:
-    """Questions, and what each system found for them.
+    """Questions, what each system found for them, and what each engine answered.
 
     questions: those asked, each with an ``id``.
     found: rank, from 1, of each right page that was found, by system and id of the question.
+    answers: what was answered, by name of the engine and id of the question.
     cuts: the values of k of the metrics.
     notes: what went wrong: questions that could not be asked, documents that are not there.
     info: versions, seconds, and what the numbers were made with.
@@ -93,6 +103,7 @@ class Evaluation:
 
     questions: Sequence[Question]
     found: dict[System, dict[str, dict[Page, int]]] = field(default_factory=dict)
+    answers: dict[str, dict[str, AnswerRecord]] = field(default_factory=dict)
     cuts: tuple[int, ...] = CUTS
     notes: list[str] = field(default_factory=list)
     info: dict[str, Any] = field(default_factory=dict)
@@ -138,7 +149,25 @@ class Evaluation:
     def scores(self, system: System, kind: str | None = None) -> dict[str, Score]:
         """Mean and interval of each metric, over the questions of one kind or all."""
         asked = self.asked(kind)
-        return with_intervals(self.values(system, asked), [q.document for q in asked])
+        return with_intervals(self.values(system, asked), [q.group for q in asked])
+
+    def answer_scores(self, engine: str, kind: str | None = None) -> dict[str, Score]:
+        """Mean and interval of each measure of answers, over the questions that allow it.
+
+        The measures are those of ``AnswerRecord.scores``.
+        """
+        values: dict[str, dict[str, float]] = {}
+        for question in self.questions:
+            record = self.answers[engine].get(question.id)
+            if record is not None and kind in (None, question.kind):
+                for name, value in record.scores(question).items():
+                    values.setdefault(name, {})[question.id] = value
+        documents = {question.id: question.group for question in self.questions}
+        found: dict[str, Score] = {}
+        for name, of_questions in values.items():
+            owners = [documents[id_] for id_ in of_questions]
+            found |= with_intervals({name: np.array([*of_questions.values()])}, owners)
+        return found
 
     def to_json(self) -> dict[str, Any]:
         """All of it as JSON values, with the means for readers; ``from_json`` reads it back."""
@@ -149,6 +178,7 @@ class Evaluation:
             "notes": self.notes,
             "questions": [_question_row(question) for question in self.questions],
             "systems": [self._system_row(system) for system in self.found],
+            "answers": [self._engine_row(engine) for engine in self.answers],
         }
 
     def _system_row(self, system: System) -> dict[str, Any]:
@@ -158,6 +188,11 @@ class Evaluation:
             for id_, ranks in self.found[system].items()
         }
         return {**dataclasses.asdict(system), "metrics": means, "found": found}
+
+    def _engine_row(self, engine: str) -> dict[str, Any]:
+        means = {name: _rounded(score) for name, score in self.answer_scores(engine).items()}
+        records = {id_: record.to_json() for id_, record in self.answers[engine].items()}
+        return {"engine": engine, "metrics": means, "records": records}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Evaluation:
@@ -177,6 +212,12 @@ class Evaluation:
                         for id_, ranks in row["found"].items()
                     }
                     for row in values["systems"]
+                },
+                answers={
+                    row["engine"]: {
+                        id_: AnswerRecord.from_json(one) for id_, one in row["records"].items()
+                    }
+                    for row in values["answers"]
                 },
                 cuts=tuple(values["cuts"]),
                 notes=values["notes"],
@@ -221,8 +262,9 @@ def with_intervals(
     }
 
 
-def _rounded(score: Score) -> list[float]:
-    return [round(value, 6) for value in (score.mean, score.low, score.high)]
+def _rounded(score: Score) -> list[float | None]:
+    values = (score.mean, score.low, score.high)
+    return [None if math.isnan(value) else round(value, 6) for value in values]  # JSON has no NaN
 
 
 def _question_row(question: Question) -> dict[str, Any]:

@@ -8,10 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import TypeAlias
 
+from llama_index.core.base.base_query_engine import BaseQueryEngine
+from llama_index.core.llms import LLM
 from typing_extensions import Unpack
 
+from mmrag import __version__
 from mmrag.errors import ContentError
 from mmrag.evaluation.asking import AskOptions, Options, ask_library
+from mmrag.evaluation.engines import answer_all
+from mmrag.evaluation.judge import JUDGE_PROMPT
 from mmrag.evaluation.kept import Kept
 from mmrag.evaluation.questions import Question, numbered
 from mmrag.evaluation.results import Evaluation
@@ -34,6 +39,8 @@ def evaluate(
     libraries: UniversalIndex | Mapping[str, UniversalIndex],
     questions: Sequence[Question],
     *,
+    engines: Mapping[str, BaseQueryEngine] | None = None,
+    judge: LLM | None = None,
     keep: str | Path | None = None,
     progress: ShowStep | None = None,
     **options: Unpack[AskOptions],
@@ -43,6 +50,10 @@ def evaluate(
     Args:
         libraries: one, or several by the name that they have in the results.
         questions: see ``read_questions``.
+        engines: engines that answer the questions as well, by the name of their results:
+            CitedQueryEngine or PlanningQueryEngine, not streaming.
+        judge: a language model that grades the answers; its prompt is
+            ``mmrag.evaluation.judge.JUDGE_PROMPT``.
         keep: a file to keep what was found in, by a fingerprint of all that moves it: files,
             model, options, question. A run that is stopped goes on from it.
         progress: called with each Step.
@@ -70,24 +81,36 @@ def evaluate(
         []
     """
     started = time.monotonic()
-    named = {"": libraries} if isinstance(libraries, UniversalIndex) else dict(libraries)
-    evaluation = Evaluation(numbered(questions))
-    asked = evaluation.asked()
-    if not asked:
-        raise ContentError("No question has a right page; there is nothing to measure.")
     chosen = Options(**options)
-    evaluation.cuts = chosen.cuts
+    named = {"": libraries} if isinstance(libraries, UniversalIndex) else dict(libraries)
+    evaluation = Evaluation(numbered(questions), cuts=chosen.cuts)
+    asked = evaluation.asked()
+    if not asked and not engines:
+        raise ContentError("No question has a right page; there is nothing to measure.")
     kept = Kept(Path(keep) if keep else None)
+
+    def counted(task: str, total: int) -> Callable[[int], None]:
+        return lambda done: progress(Step(task, done, total)) if progress else None
+
     for name, index in named.items():
         model = name or PurePath(index.collection.settings.embedder).name
         evaluation.notes += _missing(model, index, asked)
-
-        def done(count: int, model: str = model) -> None:
-            if progress is not None:
-                progress(Step(model, count, len(asked)))
-
+        done = counted(f"{model}: asked", len(asked))
         for found in ask_library(model, index, asked, chosen, kept, evaluation.notes, done):
             evaluation.add(*found)
+    for name, engine in (engines or {}).items():
+        evaluation.answers[name] = answer_all(
+            engine,
+            evaluation.questions,
+            judge=judge,
+            kept=kept,
+            notes=evaluation.notes,
+            done=counted(f"{name}: answered", len(questions)),
+        )
+    if judge is not None:
+        model = judge.metadata.model_name
+        evaluation.info["judge"] = {"model": model, "prompt": JUDGE_PROMPT.template}
+    evaluation.info["mmrag"] = __version__
     evaluation.info["seconds"] = round(time.monotonic() - started, 1)
     return evaluation
 

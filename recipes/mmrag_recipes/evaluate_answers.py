@@ -3,9 +3,10 @@ r"""How often the engine answers, and how often it should not have: with the ext
     python -m mmrag_recipes evaluate_answers questions.jsonl --pdfs papers/ --foreign other.jsonl \
         --near near-misses.jsonl
 
-Questions are as in ``mmrag_recipes.evaluate_pages``. Foreign questions, JSON lines with
-``question``, are about something else than the PDFs; near misses, about what the PDFs could say
-and do not. Every answer to one is wrong. An answer is certain, or of passages that may answer.
+Questions are as in ``mmrag_recipes.evaluate_pages``; ``mmrag eval --answers`` measures more.
+Foreign questions, JSON lines with ``question``, are about something else than the PDFs; near
+misses, about what the PDFs could say and do not. Every answer to one is wrong. An answer is
+certain, or of passages that may answer.
 """
 
 from __future__ import annotations
@@ -13,13 +14,14 @@ from __future__ import annotations
 import json
 import random
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from mmrag.answering.engine import CitedQueryEngine
-from mmrag.answering.response import CitedResponse
 from mmrag.errors import ContentError
-from mmrag.evaluation.questions import Question
+from mmrag.evaluation.answers import AnswerRecord
+from mmrag.evaluation.engines import answer_all
+from mmrag.evaluation.questions import Question, numbered
 from mmrag.index import UniversalIndex
 from mmrag_recipes.config import EvaluateAnswersConfig
 from mmrag_recipes.evaluate_pages import read_questions
@@ -36,30 +38,19 @@ def evaluate_answers(
     ``own``, ``answered`` (of them), ``certain`` (of those), ``right_page`` (answers citing a
     right page); ``foreign``, ``foreign_answered``, ``foreign_certain``; the same of ``near``.
     """
-    answers = [_ask(engine, question.text) for question in own]
-    right = 0
-    for question, answer in zip(own, answers, strict=True):
-        pages = set(question.pages)
-        # By name: questions do not know where the PDFs lie.
-        cited = {(Path(source.file).name, source.page) for source in answer.cited}
-        right += answer.found and bool(pages & cited)
-    counts = {"own": len(own), **_found(answers), "right_page": right}
-    for name, questions in (("foreign", foreign), ("near", near)):
-        found = _found([_ask(engine, question) for question in questions])
-        counts[name] = len(questions)
+    answers = answer_all(engine, numbered(own))
+    right = [answers[q.id].scores(q).get("right_page", 0.0) for q in numbered(own)]
+    counts = {"own": len(own), **_found(answers), "right_page": round(sum(right))}
+    for name, texts in (("foreign", foreign), ("near", near)):
+        found = _found(answer_all(engine, numbered([Question(text) for text in texts])))
+        counts[name] = len(texts)
         counts |= {f"{name}_{key}": count for key, count in found.items()}
     return counts
 
 
-def _found(answers: Sequence[CitedResponse]) -> dict[str, int]:
-    found = [answer for answer in answers if answer.found]
+def _found(answers: Mapping[str, AnswerRecord]) -> dict[str, int]:
+    found = [answer for answer in answers.values() if answer.found]
     return {"answered": len(found), "certain": sum(answer.certain for answer in found)}
-
-
-def _ask(engine: CitedQueryEngine, question: str) -> CitedResponse:
-    answer = engine.query(question)
-    assert isinstance(answer, CitedResponse)  # nothing is streamed without a model
-    return answer
 
 
 def read_foreign(path: Path, count: int, seed: int) -> list[str]:
@@ -74,7 +65,6 @@ def read_foreign(path: Path, count: int, seed: int) -> list[str]:
             if not text:
                 raise ContentError(f"{path}:{number}: there is no question.")
             found.append(text)
-    # Drawn and not the first ones, which in XQuAD are about a single article.
     return random.Random(seed).sample(found, min(count, len(found)))
 
 

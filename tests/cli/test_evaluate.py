@@ -1,9 +1,11 @@
 """``mmrag eval`` over real files in a folder."""
 
 import json
+import re
 
 import pymupdf
 import pytest
+from chat_server import ChatServer
 from fakes import FakeEmbedder
 from typer.testing import CliRunner
 
@@ -100,3 +102,24 @@ def test_wrong_use_is_explained(pdfs, questions, tmp_path):
     several = run(questions, "-c", tmp_path / "c", "-e", "a", "-e", "b")
     assert several.exit_code == 2
     assert "need a folder" in several.stderr
+
+
+def test_answers_are_measured_and_judged(pdfs, questions, tmp_path):
+    rows = [json.loads(line) for line in questions.read_text().splitlines()]
+    rows = [{**row, "answer": row["question"].split()[-2]} for row in rows]
+    rows.append({"question": "How tall is the lighthouse of Genoa?", "answerable": False})
+    questions.write_text("\n".join(json.dumps(row) for row in rows))
+    server = ChatServer('{"grade": "correct", "reason": "yes"}', models=[{"id": "judge"}])
+    try:
+        judge = f"judge@{server.url}"
+        shown = run(questions, pdfs, "--answers", "--judge", judge, "--json", tmp_path / "f.json")
+    finally:
+        server.close()
+    assert shown.exit_code == 0, shown.output
+    assert re.search(r"abstained, of those without an answer +1\.000 of 1", shown.stdout)
+    assert "judged by judge" in shown.stdout
+    found = Evaluation.load(tmp_path / "f.json")
+    assert found.answer_scores("mmrag-nano, quotes")["judged"].n == 6
+    refused = run(questions, pdfs, "--judge", "judge")
+    assert refused.exit_code == 2
+    assert "needs --answers" in refused.stderr

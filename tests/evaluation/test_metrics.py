@@ -90,7 +90,7 @@ def test_intervals_are_of_documents_and_not_of_questions():
     assert high[0] - low[0] == pytest.approx(width, rel=0.1)
 
 
-def test_no_question_has_no_interval():
-    low, high = interval(np.zeros((0, 2)), [])
-    assert np.isnan(low).all()
-    assert np.isnan(high).all()
+@pytest.mark.parametrize("documents", [[], ["a"], ["a", "a", "a"]])
+def test_one_document_has_no_interval(documents):
+    low, high = interval(np.zeros((len(documents), 2)), documents)
+    assert np.isnan([low, high]).all()

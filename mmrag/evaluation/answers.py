@@ -1,0 +1,161 @@
+"""What an engine answered, and how far that is right."""
+
+from __future__ import annotations
+
+import re
+import string
+import unicodedata
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from decimal import ROUND_HALF_UP, Decimal, InvalidOperation
+from typing import Any, Literal, TypeAlias
+
+from mmrag.answering.citations import strip_marks
+from mmrag.evaluation.metrics import Metrics
+from mmrag.evaluation.questions import Page, Question, as_page, page_id
+from mmrag.numerals import numerals
+
+Grade: TypeAlias = Literal["correct", "incomplete", "wrong"]
+GRADES: Mapping[Grade, float] = {"correct": 1.0, "incomplete": 0.5, "wrong": 0.0}
+
+_SHORT = 12  # words of a right answer that may be compared as they stand
+_ARTICLES = re.compile(r"\b(?:a|an|the)\b")
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a judge says of an answer, and why. grade: ``correct``, ``incomplete`` or ``wrong``."""
+
+    grade: Grade
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class AnswerRecord:
+    """What an engine answered to one question.
+
+    text: the answer, with its ``[n]``. found: False where it says that there is none.
+    certain: False where passages are quoted that may answer the question, and may not.
+    cited: the pages that it cites, or rests on if it cites none.
+    verdict: the judge's, if one was asked.
+
+    Examples:
+        >>> asked = Question("How deep is it?", (("well.pdf", 3),), answer="9 m")
+        >>> answer = AnswerRecord("It is 9 m deep [1].", cited=(("well.pdf", 3),))
+        >>> answer.scores(asked)["contains"], answer.scores(asked)["citation_recall"]
+        (1.0, 1.0)
+    """
+
+    text: str
+    found: bool = True
+    certain: bool = True
+    cited: tuple[Page, ...] = ()
+    seconds: float = 0.0
+    verdict: Verdict | None = None
+
+    def scores(self, question: Question) -> Metrics:
+        """Every measure that the question allows; those that it does not are left out.
+
+        Of a question without an answer in the documents: ``abstained``, and
+        ``abstained_or_unsure``, which counts passages that may answer it as no answer. Of others:
+
+        - ``answered``, and ``certain``.
+        - ``right_page``, whether a right page is cited; ``citation_recall``, the share of right
+          pages that are cited; and if it is answered ``citation_precision``, the share of cited
+          pages that are right.
+        - where the right answer is short: ``exact``, whether both are equal without case,
+          punctuation and articles (SQuAD, arXiv 1606.05250, section 6), and ``contains``, whether
+          it stands in the answer. ``numeric`` where it has numbers: whether all of them are in
+          the answer, rounded to as many decimals.
+        - ``judged``, the judge's grade as 1, 0.5 or 0; 0 without an answer.
+        """
+        if not question.answerable:
+            unsure = not self.found or not self.certain
+            return {"abstained": float(not self.found), "abstained_or_unsure": float(unsure)}
+        found = {"answered": float(self.found), "certain": float(self.found and self.certain)}
+        if question.relevant:
+            found |= self._citations(question)
+        if question.answer and len(question.answer.split()) <= _SHORT:
+            found |= self._matches(question.answer)
+        if self.verdict is not None:
+            found["judged"] = GRADES[self.verdict.grade]
+        return found
+
+    def _citations(self, question: Question) -> Metrics:
+        cited = set(self.cited) if self.found else set()
+        right = cited & set(question.relevant)
+        found = {
+            "right_page": float(bool(right)),
+            "citation_recall": len(right) / len(question.relevant),
+        }
+        if self.found:
+            found["citation_precision"] = len(right) / len(cited) if cited else 0.0
+        return found
+
+    def _matches(self, gold: str) -> Metrics:
+        answer = strip_marks(self.text) if self.found else ""
+        wanted, words = normalised(gold), normalised(answer)
+        found = {
+            "exact": float(words == wanted),
+            "contains": float(f" {wanted} " in f" {words} "),
+        }
+        if numerals(gold):
+            found["numeric"] = float(has_numbers(answer, gold))
+        return found
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON values."""
+        return asdict(self) | {"cited": [page_id(page) for page in self.cited]}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> AnswerRecord:
+        """The record that ``to_json`` gave."""
+        verdict = values.get("verdict")
+        parts = {
+            "cited": tuple(as_page(page) for page in values["cited"]),
+            "verdict": Verdict(**verdict) if verdict else None,
+        }
+        return cls(**(dict(values) | parts))
+
+
+def normalised(text: str) -> str:
+    """A text without case, punctuation, articles and spaces more than one."""
+    bare = "".join(c for c in text.casefold() if not _is_punctuation(c))
+    return " ".join(_ARTICLES.sub(" ", bare).split())
+
+
+def _is_punctuation(char: str) -> bool:
+    """SQuAD's own are ASCII; answers that quote have typographic ones as well."""
+    return char in string.punctuation or unicodedata.category(char).startswith("P")
+
+
+def has_numbers(answer: str, gold: str) -> bool:
+    """Whether every number of ``gold`` is in the answer, at the precision of ``gold``.
+
+    93.857 has 93.86, and 36.2 % has 36 %; 94 has not 93.86. Signs must agree.
+    """
+    values = [
+        value
+        for numeral in numerals(answer)
+        for reading in numeral.readings
+        for each in reading
+        if (value := _decimal(each)) is not None
+    ]
+    return all(
+        any(_equal(_decimal(each), values) for reading in numeral.readings for each in reading)
+        for numeral in numerals(gold)
+    )
+
+
+def _equal(wanted: Decimal | None, values: list[Decimal]) -> bool:
+    if wanted is None:
+        return False
+    return any(value.quantize(wanted, rounding=ROUND_HALF_UP) == wanted for value in values)
+
+
+def _decimal(text: str) -> Decimal | None:
+    try:
+        value = Decimal(text)
+        return value if abs(value) < 10**20 else None
+    except InvalidOperation:
+        return None  # a version, or digits longer than any quantity
