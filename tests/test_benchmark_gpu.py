@@ -41,7 +41,7 @@ def test_every_line_is_measured_and_the_vectors_are_those_of_the_baselines(tmp_p
     assert "Least cosine to the plain loop's vectors: 1.0000" in printed
     assert "Least cosine to sentence-transformers' vectors: 1.0000" in printed
     assert re.search(r"UniversalIndex.add \| skipped: \S+ is not installed", printed)
-    assert sum(found["profile"]["groups"].values()) == pytest.approx(1)
+    assert sum(found["profile"]["plain"]["groups"].values()) == pytest.approx(1)
     assert (tmp_path / "gpu.png").stat().st_size > 1000
 
 

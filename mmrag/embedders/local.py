@@ -24,6 +24,7 @@ from mmrag.modeling.batching import (
     prepared,
     run_halving,
 )
+from mmrag.modeling.compiling import HotBlocks
 
 logger = logging.getLogger(__name__)
 
@@ -33,8 +34,8 @@ class LocalEmbedder:
 
     ``token_budget`` bounds a batch: its number of items times its longest sequence, in tokens,
     visual ones included; None is 1,024 on the CPU and 32,768 elsewhere. ``workers`` threads
-    prepare ahead of the model; None is one for each core, at most 16. Safe to call from several
-    threads: the model runs one batch at a time.
+    prepare ahead of the model; None is one for each core, at most 16. ``compile`` as in
+    ``load_embedder``. Safe to call from several threads: the model runs one batch at a time.
 
     ``prefers_text`` says that text serves this model better than an image of it: ingestion then
     gives a node that has text no ``image`` view. ``prefers_passages`` says that it was trained on
@@ -59,6 +60,7 @@ class LocalEmbedder:
         matryoshka_dims: tuple[int, ...] = (),
         calibration: Calibration | None = None,
         workers: int | None = None,
+        compile: bool | None = None,
     ) -> None:
         self.backbone = backbone
         self.name = name
@@ -72,6 +74,7 @@ class LocalEmbedder:
         self.calibration = calibration
         self.budget = default_budget(backbone.model, token_budget)
         self.workers = default_workers(workers)
+        self.blocks = HotBlocks(backbone.model, compile)
         self._lock = threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -126,4 +129,4 @@ class LocalEmbedder:
 
     def _forward(self, inputs: Sequence[Inputs]) -> NDArray[np.float32]:
         with self._lock, torch.inference_mode():
-            return self.backbone.forward(inputs).float().cpu().numpy()
+            return self.blocks.run(self.backbone.forward, inputs).float().cpu().numpy()

@@ -110,6 +110,7 @@ def load_embedder(
     workers: int | None = None,
     quantize: Quantization | None = None,
     device_map: DeviceMap | None = None,
+    compile: bool | None = None,
     **options: Unpack[FamilyOptions],
 ) -> Embedder:
     """Load an embedder by name or from a folder.
@@ -128,6 +129,9 @@ def load_embedder(
         workers: threads that prepare texts and images; None: one for each core, at most 16.
         quantize: ``8bit`` or ``4bit``, by bitsandbytes; None: as ``dtype`` says.
         device_map: ``auto`` spreads a model over all devices; None: one device.
+        compile: True compiles the model's blocks at the first large batch, which takes half a
+            minute and makes pages faster; False never; None: on CUDA, in long runs. On CUDA short
+            texts are also recorded and replayed, unless it is False.
         options: what the family takes; see ``FamilyOptions``.
 
     Raises:
@@ -145,10 +149,12 @@ def load_embedder(
 
     folders = find_folders(name, revision, base, download)
     chosen = _choose(name, folders, family)
-    placement = place(device, dtype, quantize=quantize, device_map=device_map)
+    placement = place(device, dtype, quantize=quantize, device_map=device_map, compile=compile)
     if chosen == SENTENCE_TRANSFORMERS:
-        if token_budget is not None or workers is not None:
-            raise ConfigError(f"family {chosen!r} takes batch_size, no token_budget or workers.")
+        if (token_budget, workers, compile) != (None, None, None):
+            raise ConfigError(
+                f"family {chosen!r} takes batch_size, no token_budget, workers or compile."
+            )
         return _load_sentence_transformers(name, folders, placement, options)
     backbone = _load(folders, chosen, placement, options)
     about, known = read_marker(folders), find_known(str(name))
@@ -170,6 +176,7 @@ def load_embedder(
         matryoshka_dims=_matryoshka_dims(folders, known),
         calibration=calibration,
         workers=workers,
+        compile=placement.compile,
     )
 
 

@@ -35,6 +35,7 @@ class Placement:
     attention: an implementation that transformers knows.
     quantize: of the linear layers, by bitsandbytes; None for none.
     device_map: ``auto`` spreads a model over all devices, by accelerate; None for one device.
+    compile: as in ``load_embedder``.
     """
 
     device: torch.device
@@ -42,6 +43,7 @@ class Placement:
     attention: str
     quantize: Quantization | None = None
     device_map: DeviceMap | None = None
+    compile: bool | None = None
 
 
 def place(
@@ -50,6 +52,7 @@ def place(
     *,
     quantize: Quantization | None = None,
     device_map: DeviceMap | None = None,
+    compile: bool | None = None,
 ) -> Placement:
     """Choose CUDA, then MPS, then the CPU; bfloat16 on CUDA where it has it, else float32.
 
@@ -81,7 +84,8 @@ def place(
     # Flash attention has kernels for half precision on CUDA alone.
     flash = chosen.type == "cuda" and half and is_flash_attn_2_available()
     attention = "flash_attention_2" if flash else "sdpa"
-    return Placement(chosen, precision, attention, quantize, device_map)
+    compiling = _check_compile(compile, quantize, device_map)
+    return Placement(chosen, precision, attention, quantize, device_map, compiling)
 
 
 def _best_device() -> str:
@@ -102,6 +106,16 @@ def _dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
     if dtype not in _DTYPES:
         raise ConfigError(f"dtype={dtype!r} is not known: use auto, {', '.join(_DTYPES)}.")
     return _DTYPES[dtype]
+
+
+def _check_compile(
+    compile: bool | None, quantize: Quantization | None, device_map: DeviceMap | None
+) -> bool | None:
+    if quantize is None and device_map is None:
+        return compile
+    if compile:  # the layers are not the model's own, or wait for other devices
+        raise ConfigError("compile=True cannot be had with quantize= or device_map=.")
+    return False
 
 
 def _check_quantize(quantize: Quantization | None) -> None:

@@ -24,6 +24,7 @@ from mmrag.content import Content, Modality, image_size, load_image
 from mmrag.errors import ContentError
 from mmrag.modeling.backbone import Plan
 from mmrag.modeling.batching import pad, send
+from mmrag.modeling.compiling import ShortRuns
 from mmrag.modeling.loading import Placement, load_exact
 from mmrag.modeling.pooling import last_token, mean_tokens
 from mmrag.modeling.prompts import Prompt, expand, harmless, tokenize
@@ -191,7 +192,8 @@ def decode(
     ids, mask = send(ids, model.device), send(mask, model.device)
     embeds = model.get_input_embeddings()(ids)  # (batch, length, dim)
     extra: dict[str, Any] = {}
-    if images := [image for item in batch for image in item.images]:
+    images = [image for item in batch for image in item.images]
+    if images:
         seen = run_tower(model.visual, images, rule)
         places = ids == model.config.image_token_id
         features = seen.pooler_output.to(embeds.device, embeds.dtype)
@@ -199,6 +201,10 @@ def decode(
         # Qwen3-VL adds features of inner layers of the tower to the first layers of the decoder.
         if deepstack := getattr(seen, "deepstack_features", None):
             extra = {"visual_pos_masks": places, "deepstack_visual_embeds": deepstack}
+    short: ShortRuns | None = getattr(model, "short_runs", None)
+    plain = not images and cache is None and not bidirectional
+    if plain and short and short.takes(embeds):
+        return short(embeds), mask  # positions of a text are 0, 1, 2, ... on all axes
     if bidirectional:
         config = model.language_model.config
         two_ways = create_bidirectional_mask(
@@ -324,6 +330,8 @@ def load_qwen_parts(
     speed_up(base.visual)
     if hasattr(base.language_model, "_deepstack_process"):
         base.language_model._deepstack_process = add_features
+    if placement.device.type == "cuda" and placement.compile is not False:
+        base.short_runs = ShortRuns(base.language_model)
     rows = model.get_input_embeddings().num_embeddings
     # If the two disagree, images would be put in the place of some other token.
     tokens = {IMAGE: int(model.config.image_token_id)}

@@ -161,10 +161,30 @@ class GroupedAttention:
         qkv = attention.qkv(hidden_states).view(len(hidden_states), 3, attention.num_heads, -1)
         query, key = turned(qkv[:, :2], *position_embeddings).unbind(1)
         value = qkv[:, 2]  # (patches, heads, head_dim)
-        ends = cu_seqlens.tolist()
-        lengths = [end - start for start, end in pairwise(ends)]
-        attended = attend_by_length(query, key, value, lengths, attention.scaling)
+        attend = _attend_compiled if torch.compiler.is_compiling() else attend_segments
+        attended = attend(query, key, value, cu_seqlens, attention.scaling)
         return torch.as_tensor(attention.proj(attended.flatten(1)))
+
+
+def attend_segments(
+    query: Tensor, key: Tensor, value: Tensor, ends: Tensor, scale: float
+) -> Tensor:
+    """As ``attend_by_length``, of segments by where they end: (segments + 1,), on the CPU."""
+    lengths = [end - start for start, end in pairwise(ends.tolist())]
+    return attend_by_length(query, key, value, lengths, scale)
+
+
+# One operator to the compiler, which cannot look into lengths.
+_attend_compiled = torch.library.custom_op(
+    "mmrag::attend_segments", attend_segments, mutates_args=()
+)
+
+
+@_attend_compiled.register_fake
+def _shape_of_attended(
+    query: Tensor, key: Tensor, value: Tensor, ends: Tensor, scale: float
+) -> Tensor:
+    return query.new_empty(query.shape)
 
 
 def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
