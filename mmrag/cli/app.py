@@ -47,6 +47,7 @@ app = typer.Typer(
     help="Ask a folder of PDFs and images; every answer cites its pages.",
     epilog=EXIT_CODES,
     no_args_is_help=True,
+    # Rich's tracebacks show local variables, which may hold keys.
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )

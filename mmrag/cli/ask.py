@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +11,7 @@ import typer
 
 from mmrag.cli import display
 from mmrag.cli.console import NOTHING, errors, out, print_json, say, show
+from mmrag.cli.llm import BaseURLOption, LLMOption, NoImagesOption, WindowOption, chat_model
 from mmrag.cli.options import (
     DEFAULT_COLLECTION,
     CollectionOption,
@@ -33,41 +33,7 @@ if TYPE_CHECKING:
     from mmrag.answering.engine import CitedQueryEngine
     from mmrag.answering.planning import PlanningQueryEngine
     from mmrag.answering.response import CitedResponse
-    from mmrag.llms.endpoint import EndpointLLM
-    from mmrag.llms.local import LocalLLM
     from mmrag.server.client import ServerClient
-
-LLMOption = Annotated[
-    str | None,
-    typer.Option(
-        "--llm",
-        metavar="MODEL",
-        envvar="MMRAG_LLM",
-        help="Chat model at an OpenAI-compatible server (key: OPENAI_API_KEY), or the folder of "
-        "a checkpoint to run here. Without one, the best sentences are quoted.",
-    ),
-]
-BaseURLOption = Annotated[
-    str | None,
-    typer.Option(
-        "--base-url",
-        metavar="URL",
-        envvar=["OPENAI_BASE_URL", "OPENAI_API_BASE"],
-        help="Address of the server, up to /v1. Default: OpenAI's.",
-    ),
-]
-WindowOption = Annotated[
-    int | None,
-    typer.Option(
-        "--context-window",
-        min=512,
-        help="Context window of the model in tokens. Default: the server is asked.",
-    ),
-]
-
-NoImagesOption = Annotated[
-    bool, typer.Option("--no-images", help="Send text only, for models that take no images.")
-]
 
 
 def ask(
@@ -121,9 +87,11 @@ def ask(
                 response = _finished(server.ask(query)[1], step, live=live)
             else:
                 model = chat_model(llm, base_url, context_window)
+                # Extracts are there at once: nothing to stream.
                 streaming = live and model is not None
                 with open_library(collection, embedder) as library:
                     step("Loading the embedder")
+                    # Each reranker keeps a third of what it is given.
                     query.top_k = top_k * 3 ** len(rerank or ())
                     cited = library.as_query_engine(
                         model,
@@ -133,6 +101,7 @@ def ask(
                     )
                     step("Searching and answering")
                     engine = _planned(cited) if plan else cited
+                    # Within the library: a stream reads pages while it runs.
                     response = _finished(engine.query(query), step, live=live)
         saved = _save_pages(response, save_pages) if save_pages else {}
         planned = (response.metadata or {}).get("plan")
@@ -140,6 +109,7 @@ def ask(
             print_json(response.to_dict(text) | ({"plan": planned} if planned else {}))
         else:
             _print_answer(response, saved, planned, streamed=streaming)
+        # After the answer was printed: scripts tell by the exit code.
         if not response.found:
             raise typer.Exit(NOTHING)
 
@@ -157,22 +127,6 @@ def _print_answer(
     show(display.sources_view(response, saved))
     if plan:
         show(display.plan_view(plan))
-
-
-def chat_model(
-    model: str | None, base_url: str | None, window: int | None
-) -> EndpointLLM | LocalLLM | None:
-    """The model of --llm and --base-url; None without either."""
-    if model is None and base_url is None:
-        return None
-    if model is not None and base_url is None and Path(model).is_dir():
-        from mmrag.llms.local import LocalLLM
-
-        return LocalLLM(model, context_window=window)
-    from mmrag.llms.endpoint import open_llm
-
-    key = os.environ.get("OPENAI_API_KEY")
-    return open_llm(model, base_url, key, context_window=window)
 
 
 def _planned(engine: CitedQueryEngine) -> PlanningQueryEngine:
@@ -201,6 +155,7 @@ def _finished(reply: object, step: Step, *, live: bool) -> CitedResponse:
     if live:
         console = out()
         for token in reply.response_gen:
+            # The spinner and the words would overwrite each other.
             step.stop()
             console.file.write(display.clean(token))
             console.file.flush()
@@ -222,6 +177,7 @@ def _save_pages(response: CitedResponse, folder: Path) -> dict[int, str]:
     for source in response.cited:
         path = source.path
         page = "" if source.page is None else f"-p{source.page}"
+        # Numbered as cited, so that two files of one name do not meet.
         to = folder / f"{source.n:02d}-{display.clean(path.stem)}{page}"
         try:
             if path.suffix.lower() == ".pdf" and source.page is not None:

@@ -16,9 +16,9 @@ from rich.markdown import Markdown
 from rich.text import Text
 
 from mmrag.cli import display
-from mmrag.cli.ask import BaseURLOption, LLMOption, NoImagesOption, WindowOption, chat_model
 from mmrag.cli.console import errors, out, say, show
 from mmrag.cli.inline import image_codes, protocol
+from mmrag.cli.llm import BaseURLOption, LLMOption, NoImagesOption, WindowOption, chat_model
 from mmrag.cli.options import (
     DEFAULT_COLLECTION,
     CollectionOption,
@@ -66,6 +66,7 @@ def chat(
             from mmrag.server.client import find_server
 
             ask: Ask
+            # Options that a server would ignore ask for a model of their own.
             server = None if llm or base_url or embedder else find_server(collection)
             if server is not None:
                 ask = server.ask
@@ -140,6 +141,7 @@ class Conversation:
             searched, stream = self.ask(MultimodalQuery(question), self.history)
             step("Reading the pages")
             tokens = stream.response_gen
+            # Within the spinner: until the first word, nothing else shows that something happens.
             first = next(tokens, "")
         if searched != question:
             show(Text(f"Searched for: {display.clean(searched)}", style="dim"))
@@ -190,6 +192,7 @@ def _show_stream(stream: CitedStreamingResponse, first: str) -> str:
 def _file_url(source: Source) -> str:
     """A link that a PDF viewer opens at the page."""
     page = "" if source.page is None else f"#page={source.page}"
+    # A bracket would end a Markdown link.
     return Path(source.file).absolute().as_uri().replace("(", "%28").replace(")", "%29") + page
 
 
@@ -199,6 +202,7 @@ def _page_file(source: Source) -> Path:
 
     path = Path(source.file)
     if path.suffix.lower() == ".pdf" and source.page is not None:
+        # Not removed at the end: the system's viewer still shows it.
         folder = Path(tempfile.mkdtemp(prefix="mmrag-page-"))
         boxes = source.boxes or ((source.box,) if source.box else ())
         return save_marked_page(path, source.page, boxes, folder / f"{path.stem}-{source.page}.png")
@@ -214,5 +218,6 @@ def show_page(path: Path, environ: Mapping[str, str]) -> None:
     if how is not None and is_image and console.is_terminal:
         console.file.write(image_codes(load_image(path), how, min(_COLUMNS, console.width)))
     elif console.is_terminal:
+        # Only on a terminal: in a pipe nobody would see the window.
         typer.launch(str(path))
     show(Text(str(path), style=f"link {path.absolute().as_uri()}"))

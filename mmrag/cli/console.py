@@ -58,12 +58,14 @@ def show(*views: RenderableType, stderr: bool = False) -> None:
 
 def say(text: str) -> None:
     """One line on stderr, however long."""
+    # As Text: square brackets in names of files are no markup.
     err().print(Text(clean(text)), soft_wrap=True)
 
 
 def print_json(value: Any) -> None:
     """Indented JSON on stdout; characters that could steer a terminal are escaped."""
     text = json.dumps(value, ensure_ascii=False, indent=2)
+    # Not through rich, which would wrap and colour it.
     sys.stdout.write(_STEERING.sub(lambda found: f"\\u{ord(found[0]):04x}", text) + "\n")
 
 
@@ -90,6 +92,7 @@ def errors(debug: bool, stopped: str = "Stopped.") -> Iterator[None]:
     handler = _Warnings()
     logger = logging.getLogger("mmrag")
     logger.addHandler(handler)
+    # A handler of the root logger would print each warning a second time.
     logger.propagate = False
     try:
         yield

@@ -27,11 +27,11 @@ _SNIPPET = 240  # characters
 
 def clean(text: str) -> str:
     """Text of a document or a model, without characters that could steer a terminal."""
-    return "".join(c for c in text if c in "\n\t\u200c\u200d" or not _steering(c))
-
-
-def _steering(char: str) -> bool:
-    return unicodedata.category(char) in ("Cc", "Cf")
+    # Escape sequences move the cursor or set the clipboard; characters of format (Cf) reverse the
+    # order of what follows. The joiners U+200C and U+200D only shape letters.
+    return "".join(
+        c for c in text if c in "\n\t\u200c\u200d" or unicodedata.category(c) not in ("Cc", "Cf")
+    )
 
 
 def snippet(text: str, query: str) -> str:
@@ -41,6 +41,7 @@ def snippet(text: str, query: str) -> str:
         return ""
     words = [terms(piece) for piece in pieces]
     idf, wanted = Idf(words), terms(query)
+    # Of equals the first, as a reader would find it.
     best = max(range(len(pieces)), key=lambda i: (idf.coverage(wanted, words[i]), -i))
     shown = pieces[best]
     for piece in pieces[best + 1 :]:
@@ -165,6 +166,7 @@ def _source_line(source: Source) -> Text:
 
 
 def _bullet(text: str) -> Padding:
+    # A grid indents the lines of a long text behind the dash.
     table = Table.grid(padding=(0, 1))
     table.add_row("-", Text(clean(text)))
     return Padding(table, (0, 0, 0, 1), expand=False)

@@ -44,6 +44,7 @@ def doctor(
                     step("Reading files")
                     n_untraced = library.repair(found)
                     step("Reading every point")
+                    # Looked at again: what a repair reports is what is there, not what was tried.
                     left = library.collection.examine()
         if as_json:
             print_json(

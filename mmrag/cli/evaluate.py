@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated, TypeGuard
 
 import typer
 
-from mmrag.cli.ask import BaseURLOption, LLMOption, NoImagesOption, WindowOption, chat_model
 from mmrag.cli.console import errors, print_json, say, show
+from mmrag.cli.llm import BaseURLOption, LLMOption, NoImagesOption, WindowOption, chat_model
 from mmrag.cli.options import DEFAULT_COLLECTION, DebugOption, open_library
 from mmrag.cli.progress import Step, indexing, working
 from mmrag.cli.reranking import RerankOption, rerankers
@@ -146,6 +146,7 @@ def evaluate(
 
             asked = _asked(questions, qrels)
             cuts = tuple(sorted(set(cut or (1, 5, 10))))
+            # The deepest cut: fewer pages would leave its metrics short.
             chain = rerankers(rerank, None, cuts[-1], images=True)
             libraries: dict[str, UniversalIndex] = {}
             if folder is not None:
@@ -167,6 +168,7 @@ def evaluate(
                 dims=tuple(dim or ()),
                 rerankers={", then ".join(rerank): chain} if rerank else {},
             )
+        # After our own, so that they come last in the tables.
         _add_runs(evaluation, run or [])
         _write(evaluation, save_runs, json_file)
 
@@ -289,9 +291,11 @@ def _indexed(
         model = Path(name).name
         if model in libraries:
             model = f"{model} ({number})"
+        # Kept beside the results, so that a run that was stopped does not index again.
         index = stack.enter_context(open_library(str(work / "indexes" / model), name))
         step.stop()
         with indexing() as progress:
+            # prune: pages of files that are gone would be wrong hits.
             report = index.add(folder, progress=progress, prune=True)
         for error in report.errors:
             say(f"could not be read: {error}")

@@ -95,6 +95,7 @@ def index(
         else:
             show(display.report_view(report))
             if report.errors or report.known_errors:
+                # On stderr, so that a pipe gets the counts alone.
                 show(display.failures_view(report), stderr=True)
         if report.failed or report.errors:
             raise typer.Exit(NOTHING)

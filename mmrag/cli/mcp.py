@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from mmrag.cli.ask import BaseURLOption, LLMOption, WindowOption, chat_model
 from mmrag.cli.console import errors, say
+from mmrag.cli.llm import BaseURLOption, LLMOption, WindowOption, chat_model
 from mmrag.cli.options import DEFAULT_COLLECTION, DebugOption, EmbedderOption
 from mmrag.server import require
 
@@ -49,4 +49,5 @@ def mcp(
         try:
             create_mcp(libraries).run("stdio")
         finally:
+            # An assistant closes stdin when it ends; the folder's lock must go.
             libraries.close()

@@ -107,6 +107,7 @@ def where_from(files: list[str] | None, pages: str | None, kinds: list[str] | No
 
 def _page_range(pages: str) -> tuple[int | None, int | None]:
     """5, 3-9, 3- and -9 as first and last page."""
+    # At most nine digits: larger numbers are a slip, and overflow Qdrant's integers.
     found = re.fullmatch(r"(\d{0,9})(\s*-\s*)?(\d{0,9})", pages.strip())
     if not found or not (found[1] or found[3]):
         raise typer.BadParameter(f"{pages!r} is not a page range: use 5, 3-9, 3- or -9.")

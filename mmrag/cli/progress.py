@@ -94,6 +94,7 @@ def indexing() -> Iterator[Callable[[Progress], None]]:
         TextColumn("files \u00b7 {task.description}", markup=False),
         TimeElapsedColumn(),
     )
+    # transient: the report that follows says it all.
     with Bar(*columns, console=console, transient=True, expand=True) as bar:
         task = bar.add_task("reading", total=None)
 
@@ -118,9 +119,11 @@ def _lines() -> Iterator[Callable[[Progress], None]]:
             state = f"{now.files_done}/{now.files_total} files, {_speed(now)}" if now else "Reading"
             say(f"{state} ({time.monotonic() - started:.0f} s)")
 
+    # A thread, since a large PDF may report nothing for minutes.
     writer = threading.Thread(target=write, daemon=True)
     writer.start()
     try:
+        # The thread reads only the last state; assigning a slice is atomic.
         yield lambda now: latest.__setitem__(slice(None), [now])
     finally:
         done.set()

@@ -40,6 +40,7 @@ def remove(
             print_json({"removed": removed})
         for path in () if as_json else removed:
             show(Text(f"removed {clean(path)}"))
+        # A pattern that matched nothing is most often a slip, also beside others that did.
         unmatched = [each for each in patterns if not matching_paths([each], removed)]
         if unmatched:
             say(f"No indexed file matches {', '.join(unmatched)}.")

@@ -46,6 +46,7 @@ def _reranker(
 
     if at_server := re.fullmatch(r"(.+?)@(https?://.+)", name):
         model, url = at_server.groups()
+        # From the environment alone: options show in the list of processes.
         key = os.environ.get("MMRAG_RERANK_KEY")
         return MLLMReranker(model, top_n=top_n, base_url=url, api_key=key)
     if name != "llm":
@@ -56,6 +57,7 @@ def _reranker(
     from mmrag.rerankers.remote import RemoteScorer
 
     if not isinstance(llm, EndpointLLM):
+        # A model that runs here is loaded a second time, to judge.
         return MLLMReranker(llm.model_name, top_n=top_n)
     scorer = RemoteScorer(llm.model, llm.address, images=images)
     return MLLMReranker(scorer=scorer, top_n=top_n)

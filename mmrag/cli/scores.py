@@ -36,6 +36,7 @@ def evaluation_view(evaluation: Evaluation) -> RenderableType:
     rows.append(
         Text(
             "\n[low, high]: 95 % interval, from a bootstrap over documents"
+            # A bootstrap over documents draws from these few again and again.
             + (" (few documents: it says little)" if documents < 10 else ""),
             style="dim",
         )
@@ -61,6 +62,7 @@ def _scope_table(evaluation: Evaluation, scope: Scope) -> Table:
     for system in systems:
         cells = [_cell(scores[system][name], best[name]) for name in names]
         main = scores[system][evaluation.main_metric]
+        # For one metric: intervals of all would fill the screen.
         interval = Text(main.interval, style="dim")
         shown.add_row(*_names(system, systems), *cells, interval)
     return shown

@@ -50,6 +50,7 @@ def search(
             from mmrag.server.client import find_server
 
             where = where_from(file, pages, kind)
+            # A server has its embedder loaded, and would ignore this one.
             server = None if embedder else find_server(collection)
             if server is not None:
                 note_ignored(server, explain=explain)

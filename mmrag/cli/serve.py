@@ -8,8 +8,8 @@ from typing import Annotated
 
 import typer
 
-from mmrag.cli.ask import BaseURLOption, LLMOption, NoImagesOption, WindowOption, chat_model
 from mmrag.cli.console import errors, say
+from mmrag.cli.llm import BaseURLOption, LLMOption, NoImagesOption, WindowOption, chat_model
 from mmrag.cli.options import DEFAULT_COLLECTION, DebugOption, EmbedderOption
 from mmrag.cli.progress import working
 from mmrag.cli.reranking import RerankOption, rerankers
@@ -92,6 +92,7 @@ def serve(
             max_upload_pages=max_upload_pages,
         )
         model = chat_model(llm, base_url, context_window)
+        # As many as the page shows at once.
         judges = rerankers(rerank, model, top_k=8, images=not no_images)
         step("Loading the embedder")
         metrics = Metrics()

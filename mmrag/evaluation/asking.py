@@ -30,6 +30,7 @@ FUSIONS: Mapping[str, RetrieverOptions] = {
 }
 """The ways to fuse that are compared: options of the retriever by name, the first as it ships."""
 
+# A weight of 0 leaves a ranking out, and each is to be measured on its own.
 _EVERY_RANKING = dict.fromkeys(DEFAULT_WEIGHTS, 1.0)
 _RERANKED = 3  # pages given to each reranker for one that it hands on, as ``mmrag ask --rerank``
 
@@ -83,6 +84,7 @@ def ask_library(
     """
     retrievers = _Retrievers(index, options)
     base = _state(index, retrievers, options)
+    # By content and not by number: questions may be added to a file between two parts of a run.
     keys = {
         (question.id, scope): fingerprint(base, scope, *question_state(question))
         for question in questions
@@ -133,6 +135,7 @@ class _Retrievers:
         rows: list[dict[str, Any]] = []
 
         def add(ranking: str, dim: int | None, pages: Iterable[ScoredPage], by: str | None) -> None:
+            # Rounded, so that the file of kept results stays small.
             best = [[page_id(page), round(score, 6)] for page, score in pages]
             rows.append({"ranking": ranking, "dim": dim, "reranker": by, "pages": best})
 
@@ -144,6 +147,7 @@ class _Retrievers:
             for name, retriever in fused.items():
                 add(name, dim, pages_of_nodes(retriever.retrieve(query)), None)
         for label, chain in self.options.rerankers.items():
+            # The fusion as it ships, with all dimensions: other fusions are for comparison.
             name, retriever = next(iter(self.by_dim[None][1].items()))
             query.top_k = retriever.similarity_top_k * _RERANKED ** len(chain)
             nodes = retriever.retrieve(query)
@@ -179,6 +183,7 @@ def question_state(question: Question) -> tuple[Any, ...]:
     if question.image is not None:
         with contextlib.suppress(OSError):  # embedding it says what is wrong
             image = fingerprint(question.image.read_bytes().hex())
+    # The files, since the scope "document" filters by them; not the pages, which only judge.
     return question.text, image, sorted({file for file, _ in question.relevant})
 
 
@@ -215,5 +220,6 @@ def pages_of_nodes(nodes: Iterable[NodeWithScore]) -> list[ScoredPage]:
 def _first(pages: Iterable[ScoredPage]) -> list[ScoredPage]:
     best: dict[Page, float] = {}
     for page, score in pages:
+        # The first node of a page is its best one.
         best.setdefault(page, score)
     return list(best.items())

@@ -44,6 +44,7 @@ class Kept:
         self._values[key] = value
         if self._path is not None:
             self._path.parent.mkdir(parents=True, exist_ok=True)
+            # Only added to: a kill costs the last line at most.
             with self._path.open("a", encoding="utf-8") as file:
                 # A line break in front, too: the last line may have been cut short.
                 file.write("\n" + json.dumps({"key": key, "value": value}, ensure_ascii=False))

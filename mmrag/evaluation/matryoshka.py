@@ -23,6 +23,7 @@ def cut_collection(collection: Collection, embedder: Embedder, dim: int) -> Coll
         ConfigError: For a dimension that is not stored, or that the embedder was not trained for.
     """
     check_dim(dim, collection.settings.dim, getattr(embedder, "matryoshka_dims", ()))
+    # Everything but the search is the collection's own; see ``__getattr__``.
     return cast(Collection, _Cut(collection, dim))
 
 
@@ -45,7 +46,9 @@ class _Cut:
         scores = vectors @ truncate_normalise(vector[None], self._dim)[0]
         allowed = list(range(len(nodes)))
         if where is not None:
+            # The store filters, so that a filter means the same with any number of dimensions.
             within = {hit.id for hit in self._collection.find(where, self._collection.count())}
             allowed = [index for index in allowed if nodes[index].id in within]
+        # By id where scores are equal, as the store orders them.
         best = sorted(allowed, key=lambda index: (-scores[index], nodes[index].id))[:limit]
         return [Scored(nodes[i].id, float(scores[i]), nodes[i].payload) for i in best]

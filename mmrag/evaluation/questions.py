@@ -104,8 +104,10 @@ def as_question(row: Any, folder: Path) -> Question:
     try:
         answerable = bool(row.get("answerable", True))
         given = row.get("pages", []) if not answerable else row["pages"]
+        # By name alone: questions outlive the folders that files lie in.
         pages = tuple((PurePath(page["file"]).name, int(page["page"])) for page in given)
         image = folder / row["image"] if row.get("image") else None
+        # A question may be an image alone.
         text = str(row.get("question", "") if image else row["question"])
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ContentError(f"give a question and its pages, as in {_EXAMPLE}.") from error
@@ -135,6 +137,7 @@ def numbered(questions: Sequence[Question]) -> list[Question]:
 
 def page_id(page: Page) -> str:
     """A page in one word, as TREC files need it: ``annual%20report.pdf#7``."""
+    # TREC's files are split at white space.
     return f"{quote(page[0], safe='')}#{page[1]}"
 
 

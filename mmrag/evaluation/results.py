@@ -112,6 +112,8 @@ class Evaluation:
     def add(self, system: System, question_id: str, pages: Sequence[ScoredPage]) -> None:
         """Record what a system returned for a question, best first."""
         relevant = next(q.relevant for q in self.questions if q.id == question_id)
+        # Only right pages: every metric follows from their ranks, and a file of results stays
+        # small.
         ranks = {page: rank for rank, (page, _) in enumerate(pages, 1) if page in relevant}
         self.found.setdefault(system, {})[question_id] = ranks
         self.rankings.setdefault(system, {})[question_id] = pages
@@ -133,11 +135,13 @@ class Evaluation:
     def kinds(self) -> list[str]:
         """The kinds of these questions, if there are several."""
         kinds = sorted({question.kind for question in self.asked()})
+        # A single kind would repeat the table of all.
         return kinds if len(kinds) > 1 else []
 
     def metrics(self, system: System, question: Question) -> Metrics:
         """All metrics of one question; see ``mmrag.evaluation.metrics``."""
         ranks = {rank: page for page, rank in self.found[system].get(question.id, {}).items()}
+        # None stands for a page that is not right.
         ranked = [ranks.get(rank) for rank in range(1, self.cuts[-1] + 1)]
         return metrics_of(ranked, question.relevant, self.cuts)
 

@@ -120,6 +120,7 @@ def _missing(model: str, index: UniversalIndex, questions: Sequence[Question]) -
     there = {PurePath(path).name for path in index.collection.paths()}
     wanted = {file for question in questions for file, _ in question.relevant}
     missing = sorted(wanted - there)
+    # One that is missing may be meant; all of them are the wrong collection.
     if missing and len(missing) == len(wanted):
         raise ContentError(
             f"{model}: none of the files that the questions are about is in the collection "

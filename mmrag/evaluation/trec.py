@@ -27,6 +27,7 @@ def read_run(path: str | Path) -> tuple[str, dict[str, list[ScoredPage]]]:
     rows: dict[str, list[tuple[float, int, Page]]] = {}
     tags = set()
     for question, _, page, rank, score, tag in _lines(path, 6):
+        # Negative, so that sorting puts the best first and equal ones by rank.
         rows.setdefault(question, []).append((-float(score), int(rank), as_page(page)))
         tags.add(tag)
     return min(tags), {
@@ -56,6 +57,7 @@ def read_qrels(path: str | Path) -> dict[str, dict[Page, float]]:
     """Relevance, above 0, of pages by question. Raises ContentError as ``read_run``."""
     found: dict[str, dict[Page, float]] = {}
     for question, _, page, grade in _lines(path, 4):
+        # A question of which nothing is relevant is judged too.
         of_question = found.setdefault(question, {})
         if float(grade) > 0:
             of_question[as_page(page)] = float(grade)

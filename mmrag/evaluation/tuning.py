@@ -67,6 +67,7 @@ def tune(retriever: UniversalRetriever, questions: Sequence[Question]) -> Tuning
     left_out = np.empty(len(questions))
     for document in names:
         of_it = documents == document
+        # By document: questions about one document are alike, and would leak into their own fit.
         best = quality[~of_it].mean(axis=0).argmax()
         left_out[of_it] = quality[of_it, best]
     (low,), (high,) = interval((left_out - quality[:, 0])[:, None], documents.tolist())
@@ -100,11 +101,13 @@ def _quality(
 ) -> NDArray[np.float64]:
     """nDCG@10 of a question with each of the weights tried: (len(tried),)."""
     rankings = retriever.rankings(question.query())
+    # Fused once with equal weights: the credits then give every other weighting by a product.
     entries = fuse(rankings, dict.fromkeys(rankings, 1.0), by=retriever.fuse_by)
     if not entries:
         return np.zeros(len(tried))
     credits = np.array([[entry.credits.get(name, 0.0) for name in names] for entry in entries])
     right = np.array([page_of(entry.best.payload) in question.pages for entry in entries])
+    # (tried, entries)
     order = np.argsort(-(tried @ credits.T), axis=1, kind="stable")[:, :_DEPTH]
     discount = 1 / np.log2(np.arange(2, _DEPTH + 2))
     best = discount[: len(question.pages)].sum()

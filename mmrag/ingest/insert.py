@@ -46,6 +46,7 @@ def insert_nodes(
     ready, errors = _prepared(nodes)
     known = collection.inserted.entries(dict.fromkeys(each.doc_id for each in ready))
     files = {each.doc_id: each.file for each in reversed(ready)}
+    # A document keeps the name under which it is found.
     files |= {doc_id: entry.file for doc_id, entry in known.items()}
     stored = collection.inserted.hashes([each.node.node_id for each in ready])
     changed = [each for each in ready if stored.get(each.node.node_id) != each.hash]
@@ -65,6 +66,7 @@ def insert_nodes(
     for each in changed:
         if each.node.node_id in errors:
             of_document[each.doc_id].append(errors[each.node.node_id])
+    # Not of documents with errors: their earlier version stays whole.
     for doc_id in set(hashes or {}) - set(of_document):
         keep = [each.node.node_id for each in ready if each.doc_id == doc_id]
         collection.inserted.remove(doc_id, keep=keep)
@@ -126,6 +128,7 @@ def _terms(nodes: Sequence[Insertion], files: Mapping[str, str], language: str) 
     for doc_id, of_document in groupby(nodes, key=lambda each: each.doc_id):
         texts = [node_text(each.node) for each in of_document]
         document = DocumentTerms(files[doc_id], language)
+        # Twice over the texts: the language is told from all of them before any is made into terms.
         for text in texts:
             document.read(text)
         made += [document.of(text) for text in texts]

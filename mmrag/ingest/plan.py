@@ -83,6 +83,7 @@ def make_plan(paths: Sequence[str | Path], collection: Collection, report: Inges
             terms = DocumentTerms(name, collection.settings.language)
             job = Job(Path(name), sha256, terms, entries.earlier(name, places[name], sha256))
             if sha256 in jobs:
+                # Read once; the copy's turn comes only if this one fails by its name.
                 jobs[sha256].copies.append(job)
             else:
                 jobs[sha256] = job
@@ -129,6 +130,7 @@ class Entries:
 
     def earlier(self, name: str, path: Path, sha256: str) -> list[str]:
         """Hashes of other versions of a file, here or before its working directory moved."""
+        # Relative paths are indexed from a working directory; a project folder may have been moved.
         moved = [entry for entry in self._of_name[name] if not self.path[entry].exists()]
         found = dict.fromkeys(entry.sha256 for entry in (*self._at_path[path], *moved))
         return [other for other in found if other != sha256]
@@ -151,6 +153,7 @@ def _hashes(files: Sequence[Path], report: IngestReport) -> dict[str, str]:
             return error
 
     found: dict[str, str] = {}
+    # Two, for one reads while the other hashes; a disk gains nothing from more.
     with ThreadPoolExecutor(2) as pool:
         for path, result in zip(files, pool.map(hashed, files), strict=True):
             if isinstance(result, str):

@@ -46,12 +46,14 @@ def run_ahead(
     todo: SimpleQueue[Item] = SimpleQueue()
     for item in items:
         todo.put(item)
+    # Bounded: pages hold images, and reading is often faster than embedding.
     ready: Queue[tuple[Item, Result | End]] = Queue(ahead)
     stop = threading.Event()
 
     def put(item: Item, result: Result | End) -> None:
         while not stop.is_set():
             try:
+                # With a timeout, so that a thread notices when the consumer has gone.
                 return ready.put((item, result), timeout=0.1)
             except Full:
                 continue
@@ -66,6 +68,7 @@ def run_ahead(
                 return
 
     threads = [
+        # Daemons: a worker process that hangs must not keep the program alive.
         threading.Thread(target=run, name=f"{THREAD_NAME}-{number}", daemon=True)
         for number in range(min(workers, len(items)))
     ]

@@ -37,6 +37,7 @@ class _Worker:
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
         files = [str(path) for path in batch["file"]]
+        # One reader: Ray runs several actors on a machine already.
         report = ingest(files, self.collection, self.embedder, options=self.options, workers=1)
         return {"report": [report]}
 
@@ -70,6 +71,7 @@ def ingest_with_ray(
         import ray
     except ImportError as error:
         raise ConfigError("Ray is not installed: pip install 'mmrag[ray]'.") from error
+    # Here, once: workers that looked for themselves would see a folder that changes meanwhile.
     files, errors, passed_over = find_files(paths)
     data = ray.data.from_items([{"file": str(path)} for path in files])
     reports = data.map_batches(
@@ -96,5 +98,6 @@ def _together(reports: Sequence[IngestReport], errors: Sequence[ReadError]) -> I
         total.pages += report.pages
         total.nodes += report.nodes
         total.seconds = max(total.seconds, report.seconds)
+    # Every worker notes the same missing extra.
     total.notes = list(dict.fromkeys(total.notes))
     return total

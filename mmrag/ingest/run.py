@@ -72,6 +72,7 @@ def ingest(
             report.unchanged.append(path)
         else:
             report.moved[path] = entry.file
+    # Files that need no reading count as done from the start.
     known = plan.total - sum(1 + len(job.copies) for job in plan.jobs)
     writer = Writer(
         collection,
@@ -83,6 +84,7 @@ def ingest(
         progress=progress,
         started=started,
     )
+    # Half of the cores: the other half is for preparing and embedding.
     workers = workers or max(1, min(8, (os.cpu_count() or 1) // 2))
 
     def read(job: Job, put: Callable[[ReadPage | ReadError], None]) -> None:
@@ -97,6 +99,7 @@ def ingest(
                 writer.take(job, event)
             writer.flush()
         finally:
+            # Also after an error or Ctrl-C: it ends the readers and their worker processes.
             events.close()
         jobs = _copies_of_failed(jobs, report)
     if options.ocr == "auto":
@@ -105,8 +108,10 @@ def ingest(
         f"{name} has the same content as {first}, which stands for it."
         for name, first in report.duplicates.items()
     ]
+    # After indexing: a file that was renamed has moved by now, and is not gone.
     if prune:
         _prune(paths, collection, report)
+    # Last, when the new versions are stored: a kill before leaves the old ones to be found.
     _drop_outdated(plan, collection)
     if report.nodes:
         collection.optimize()
@@ -181,6 +186,7 @@ def _note_missing_views(collection: Collection, embedder: Embedder, report: Inge
 
 def _prune(paths: Sequence[str | Path], collection: Collection, report: IngestReport) -> None:
     """Forget the files that were under the folders given and are there no longer."""
+    # Only under folders: a single file that is gone was an error already.
     folders = [Path(path).resolve() for path in paths if Path(path).is_dir()]
     entries = collection.read_files()
     places = absolute_paths(Path(entry.folder, entry.file) for entry in entries)

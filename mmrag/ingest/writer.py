@@ -115,8 +115,10 @@ class Writer:
         job.pages += 1
         job.nodes += len(page.nodes)
         for node in page.nodes:
+            # All pages so far tell the language; a first page is often a title.
             job.terms.read(node_text(node))
         self.n_needs_ocr += page.needs_ocr
+        # Ids come from the file's hash: what an earlier run stored need not be embedded again.
         stored = self._collection.existing([node.node_id for node in page.nodes])
         missing = [node for node in page.nodes if node.node_id not in stored]
         self._pages_waiting += bool(missing)
@@ -136,6 +138,7 @@ class Writer:
             job.broken = True
             message = f"reading stopped ({error or type(error).__name__})"
             self._fail(job, ReadError(message, file=job.name, retry=True))
+        # A server that went away fails the run: every other file would fail as well.
         elif error is not None:
             raise error
         job.read = True
@@ -154,6 +157,7 @@ class Writer:
         else:
             self._store_entry(job, complete)
             if complete:
+                # After the entry of the new version: until then the old one is found.
                 for sha256 in job.stale:
                     self._collection.remove_file(sha256)
                 (self._report.replaced if job.stale else self._report.indexed).append(job.name)
@@ -172,6 +176,7 @@ class Writer:
             sha256=job.sha256,
             pages=job.pages,
             nodes=job.nodes,
+            # Sorted, so that reading a file twice gives the same entry.
             errors=tuple(sorted(str(error) for error in job.errors)),
             folder=folder_of(job.name),
             complete=complete,

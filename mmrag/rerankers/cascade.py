@@ -77,9 +77,11 @@ def judge_in_steps(
     most = min(len(costs), depth.max_depth or len(costs))
     started, spent = clock(), 0
     while (done := len(outcomes)) < most:
+        # Nothing could stop it in between, so one large batch is fastest.
         size = min(depth.step, most - done) if depth.stepwise else most
         if depth.budget_ms is not None and done:
             passed = (clock() - started) * 1000
+            # From the pace of what was judged: models and pages differ too much for a constant.
             size = min(size, int((depth.budget_ms - passed) / max(passed / done, 1e-9)))
             if size < 1:
                 return outcomes, f"the budget of {depth.budget_ms:g} ms is spent"
@@ -100,6 +102,7 @@ def is_settled(outcomes: Sequence[Outcome], last: int, depth: Depth) -> bool:
         return False
     before = [score for score in outcomes[:-last] if isinstance(score, float)]
     fresh = [score for score in outcomes[-last:] if isinstance(score, float)]
+    # A pair that failed might have been the best: it is no evidence.
     if len(before) < depth.top_n or len(fresh) < last:
         return False
     kept = sorted(before, reverse=True)[depth.top_n - 1]
@@ -113,6 +116,7 @@ def final_order(scores: Sequence[float | None]) -> list[int]:
     """
     judged = [index for index, score in enumerate(scores) if score is not None]
     best_first = iter(sorted(judged, key=lambda index: (-(scores[index] or 0.0), index)))
+    # What was not judged is not known to be bad: retrieval's place is the best guess.
     return [i if score is None else next(best_first) for i, score in enumerate(scores)]
 
 

@@ -61,6 +61,7 @@ class ChatAsker:
         self._marks = special_marks(processor.tokenizer)
         self._lock = threading.Lock()  # the processor's state is not for several threads
         self._ids: dict[tuple[str, str], tuple[int, int]] = {}
+        # Now, so that words which are no tokens fail at loading and not at the first query.
         self._answers((prompt or prompt_for(None)).answers)
 
     def _answers(self, words: tuple[str, str]) -> tuple[int, int]:
@@ -106,6 +107,7 @@ class ChatAsker:
         inputs = self._process([item.prompt for item in batch], [item.pair for item in batch])
         inputs = inputs.to(self.model.device, self.model.dtype)
         last = inputs["attention_mask"].sum(dim=1) - 1
+        # The head over a whole page of tokens would take more memory than the model's states.
         kept, rows = torch.unique(last, return_inverse=True)
         logits = self.model(**inputs, logits_to_keep=kept, use_cache=False).logits.float()
         values = []

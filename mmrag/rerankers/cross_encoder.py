@@ -86,6 +86,7 @@ class CrossEncoderScorer:
         """One outcome for each pair, in order; see ``Scorer.judge``."""
         able = "message" in self.model.modalities
         task = resolve(instruction) if able else None
+        # The model cuts longer pairs, so they cost no more than that.
         most = self.model.max_seq_length or math.inf
 
         def read(pair: Pair) -> _Item:
@@ -98,6 +99,7 @@ class CrossEncoderScorer:
     def _scores(self, items: Sequence[_Item]) -> NDArray[np.float64]:
         """Score of each item in [0, 1], (len(items),). Raises ModelError."""
         logits = np.zeros(len(items), dtype=np.float32)
+        # predict takes one prompt for a batch.
         for task in {item.task for item in items}:
             places = [place for place, item in enumerate(items) if item.task == task]
             costs = [items[place].n_tokens for place in places]
@@ -120,6 +122,8 @@ class CrossEncoderScorer:
                 [item.texts for item in batch],
                 prompt=batch[0].task,
                 batch_size=len(batch),
+                # Models are saved with a sigmoid, with none, or with another function: we apply our
+                # own to the logit.
                 activation_fn=torch.nn.Identity(),
                 show_progress_bar=False,
             )
@@ -159,6 +163,8 @@ def load_cross_encoder(
                 device=str(placement.device),
                 model_kwargs={"dtype": placement.dtype},
                 processor_kwargs=_template(name, folder),
+                # The folder is complete: what is missing is an error, and not looked for on the
+                # hub.
                 local_files_only=True,
                 **options,
             )
@@ -169,11 +175,9 @@ def load_cross_encoder(
 
 
 def _template(name: str, folder: Path) -> dict[str, str]:
-    """How a causal model is shown a pair, where the checkpoint does not say.
-
-    sentence-transformers would write the pair in the model's chat format, which rerankers were
-    not trained on; the scores are then wrong without any sign of it.
-    """
+    """How a causal model is shown a pair, where the checkpoint does not say."""
+    # sentence-transformers would write the pair in the model's chat format, which rerankers were
+    # not trained on; the scores are then wrong without any sign of it.
     architectures = read_json(folder / "config.json").get("architectures") or [""]
     if not architectures[0].endswith("ForCausalLM") or (folder / "modules.json").is_file():
         return {}

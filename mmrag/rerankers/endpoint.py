@@ -89,6 +89,7 @@ class RerankEndpoint:
         def judge(read: Sequence[tuple[Any, Any]]) -> list[Outcome]:
             queries: dict[str, list[int]] = {}
             for place, (query, _document) in enumerate(read):
+                # As JSON, since a query with an image is a dict, which cannot be a key.
                 queries.setdefault(json.dumps(query), []).append(place)
             outcomes: dict[int, Outcome] = {}
             for query, places in queries.items():
@@ -104,13 +105,14 @@ class RerankEndpoint:
         query, document = pair
         if not self.images or query is None or document is None:
             return text_pair(pair)
-        return _shown(query), _shown(document)
+        return _as_sent(query), _as_sent(document)
 
     def _outcomes(self, query: Any, documents: list[Any], ends: Deadline) -> list[Outcome]:
         """Outcomes of one query's documents."""
         try:
             return [*self._scores(query, documents, ends)]
         except RefusedError as error:
+            # A wrong key or model is refused for every document alike.
             if error.status not in _REFUSED_CONTENT or len(documents) == 1:
                 return [error] * len(documents)
             refusal = error
@@ -126,6 +128,7 @@ class RerankEndpoint:
 
     def _halves(self, query: Any, documents: list[Any], ends: Deadline) -> list[Outcome]:
         """Outcomes where the server refuses at least one of the documents."""
+        # Halving finds one bad document among n with about 2 log n requests.
         middle = len(documents) // 2
         outcomes: list[Outcome] = []
         for half in (documents[:middle], documents[middle:]):
@@ -144,6 +147,7 @@ class RerankEndpoint:
             "model": self.name,
             "query": query,
             "documents": documents,
+            # Without it, Jina and Cohere may send only the best few.
             "top_n": len(documents),
         }
         answer = self.server.post(body, ends)
@@ -154,6 +158,7 @@ class RerankEndpoint:
             raise self.server.error(
                 f"answers nonsense, not in the form of Jina or Cohere: {excerpt(answer)}"
             ) from error
+        # A document left out, or scored twice, would shift the blame to another.
         if len(rows) != len(documents) or set(scores) != set(range(len(documents))):
             raise self.server.error(
                 f"answers with {len(rows)} scores where {len(documents)} were asked for"
@@ -173,7 +178,7 @@ class RerankEndpoint:
         return min(max(score, 0.0), 1.0)
 
 
-def _shown(content: Content) -> Any:
+def _as_sent(content: Content) -> Any:
     """A text, or an image in the form of Jina."""
     if content.images:
         image = load_image(content.images[0])

@@ -143,6 +143,7 @@ class LocalScorer:
         pool: Executor,
     ) -> None:
         """Fill in the logits of one group."""
+        # Once for the query: for a page image it is most of the work.
         prefix = self._prefix(group, plans[group.places[0]])
 
         def prepare(index: int) -> Sized:

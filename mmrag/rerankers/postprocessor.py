@@ -113,6 +113,7 @@ class MLLMReranker(BaseNodePostprocessor):
     ) -> None:
         loading: dict[str, Any] = {"base_url": base_url, "api_key": api_key, "prompt": prompt}
         loading = {key: value for key, value in loading.items() if value is not None} | {**options}
+        # Silently ignored, they would leave the user with another model than asked for.
         if scorer is not None and (model is not None or loading):
             given = ", ".join([*(["model"] if model else []), *loading])
             raise ConfigError(f"With scorer= leave out {given}: it is loaded already.")
@@ -232,11 +233,9 @@ def _cost(content: Content | ContentError) -> int:
 
 
 def _report(outcomes: Sequence[Outcome], model: str) -> None:
-    """Warn about hits that could not be judged; raise what a server failed all of them with.
-
-    A deadline that passed is no such failure: it was set so that the query goes on.
-    """
+    """Warn about hits that could not be judged; raise what a server failed all of them with."""
     errors = [outcome for outcome in outcomes if not isinstance(outcome, float)]
+    # A deadline that passed is no failure of the server: it was set so that the query goes on.
     down = [e for e in errors if isinstance(e, EndpointError) and not isinstance(e, DeadlineError)]
     if errors and len(down) == len(outcomes):
         raise down[0]
@@ -261,6 +260,7 @@ def _judged(
         "rerank_skipped": skipped,
         "rerank_note": note,
     }
+    # A copy: other retrievers and caches may hold the same node object.
     return as_hit(found).model_copy(update=judgement)
 
 
@@ -268,6 +268,7 @@ def _ordered(hits: Sequence[Hit]) -> list[NodeWithScore]:
     """Hits in their final order with their final scores."""
     scores = [hit.rerank_score for hit in hits]
     order = final_order(scores)
+    # LlamaIndex sorts by score in places, so scores must fall from first to last.
     final = filled([scores[index] for index in order])
     return [
         hits[index].model_copy(update={} if score is None else {"score": score})

@@ -40,6 +40,7 @@ class RerankPrompt:
 
     def __post_init__(self) -> None:
         once = self.template.count(_QUERY) == self.template.count(_DOCUMENT) == 1
+        # The query first: what comes before the document is computed once and shared.
         if not once or self.template.index(_QUERY) > self.template.index(_DOCUMENT):
             raise ConfigError("A prompt must hold {query} and after it {document}, once each.")
         yes, no = (word.strip().lower() for word in self.answers)
@@ -103,8 +104,6 @@ def find_prompt(prompt: RerankPrompt | str) -> RerankPrompt:
 
 
 def prompt_for(query: Content | None) -> RerankPrompt:
-    """The prompt that fits a query by what it is made of: one for all of its documents.
-
-    Answers to different questions cannot be compared.
-    """
+    """The prompt that fits a query by what it is made of: one for all of its documents."""
+    # By the query alone: answers to different questions could not be compared.
     return PROMPTS[_BY_QUERY[query.modality if query else "text"]]

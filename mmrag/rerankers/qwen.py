@@ -116,6 +116,7 @@ class QwenAsker:
 
     def _shared(self, plans: Sequence[PairPlan]) -> int:
         """Length of the common start, which ends before the first image of a document."""
+        # Nobody to share with.
         if len(plans) < 2:
             return 0
         every = [plan.ids for plan in plans]
@@ -123,11 +124,13 @@ class QwenAsker:
         pairs = enumerate(zip(min(every), max(every), strict=False))
         shortest = min(map(len, every))
         common = next((place for place, (a, b) in pairs if a != b), shortest)
+        # One token at least must be each pair's own: its state is what the score is read from.
         start = min(common, shortest - 1)
         own = sum(rows * columns for rows, columns in self._grids(plans[0].pair[0]))
         seen = 0
         for place, token in enumerate(every[0][:start]):
             seen += token == self._image_id
+            # An image cannot be cut in two: its tokens enter the model together.
             if seen > own:
                 return place
         return start
@@ -148,17 +151,20 @@ class QwenAsker:
         self, batch: Sequence[QwenInputs], group: Group, prefix: DynamicCache | None
     ) -> Tensor:
         """See ``Asker.forward``; differentiable."""
+        # The model extends the cache that it is given, so each batch gets its own.
         cache = None if prefix is None else widened(prefix, len(batch))
         states, _ = decode(self.model.model, batch, self.rule, cache=cache)
         rows = torch.arange(len(batch), device=states.device)
         last = torch.tensor([item.n_tokens - 1 for item in batch], device=states.device)
         direction = self._direction(group.query)
+        # The difference of two logits is one dot product: the rest of the head is not needed.
         return torch.mv(states[rows, last].float(), direction.to(states.device))
 
     def _direction(self, query: Content | None) -> Tensor:
         """Row of yes minus row of no in the head, (dim,), float32."""
         answers = self.style.answers(query)
         head = self.model.get_output_embeddings().weight
+        # In training the head changes, and takes part in the gradient.
         if head.requires_grad and torch.is_grad_enabled():
             yes, no = answer_ids(self.tokenizer, answers, self.name)
             return torch.as_tensor(head[yes].float() - head[no].float())
@@ -177,6 +183,7 @@ class QwenAsker:
         """Ids and positions of a part of a pair, with the images of the sides it shows."""
         loaded = [load_image(source) for side in shown if side for source in side.images]
         images = [pixels_of(resize(image, self.rule.size(*image.size))) for image in loaded]
+        # Of the whole pair, so that a part goes on where the shared start ended.
         positions = mrope_positions(plan.ids, self._image_id, plan.grids)[:, part]
         return QwenInputs(torch.tensor(plan.ids[part]), tuple(images), positions)
 
@@ -185,6 +192,7 @@ def widened(cache: DynamicCache, rows: int) -> DynamicCache:
     """A cache of one row for a batch of ``rows``; the given one stays as it is."""
     return DynamicCache(
         [
+            # expand makes a view: the prefix is not copied for each row.
             (layer.keys.expand(rows, -1, -1, -1), layer.values.expand(rows, -1, -1, -1))
             for layer in cache.layers
         ]
@@ -195,6 +203,7 @@ def _identity(query: Content | None) -> Hashable:
     """Equal for queries that are the same without looking into their images."""
     if query is None:
         return None
+    # By identity: comparing the pixels of every pair would cost more than sharing saves.
     images = [i if isinstance(i, (str, Path)) else id(i) for i in query.images]
     return (query.text, query.instruction, *images)
 

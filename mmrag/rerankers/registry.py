@@ -61,6 +61,7 @@ class ScorerOptions(TypedDict, total=False):
 def all_rerankers() -> dict[str, EntryPoint]:
     """Every kind by its key: mmrag's own, and those that installed packages bring."""
     own = {key: EntryPoint(key, value, GROUP) for key, value in RERANKERS.items()}
+    # Ours win: a package must not change what a known kind does.
     return {point.name: point for point in entry_points(group=GROUP)} | own
 
 
@@ -121,11 +122,13 @@ def load_scorer(
     from mmrag.modeling.loading import place
 
     folder = find_checkpoint(model, revision)
-    load = _find_loader(kind or _kind(str(model), folder))
+    known, chosen = all_rerankers(), kind or _kind(str(model), folder)
+    if chosen not in known:
+        raise ConfigError(f"kind={chosen!r} is not known: use one of {', '.join(known)}.")
+    load: Callable[..., Scorer] = known[chosen].load()
     _check(load, options)
     placement = place(device, dtype, quantize=quantize, device_map=device_map)
-    loaded: Scorer = load(folder, placement, name=str(model), prompt=asked, **options)
-    return loaded
+    return load(folder, placement, name=str(model), prompt=asked, **options)
 
 
 def _at_server(
@@ -157,6 +160,7 @@ def _kind(name: str, folder: Path) -> str:
     own = str(read_json(folder / MARKER).get("family", ""))
     if own in all_rerankers():
         return own
+    # Its config is that of a chat model; only the name tells that it was trained to judge.
     if any("qwen3-vl-reranker" in part.lower() for part in (name, folder.resolve().name)):
         return "qwen3_vl_reranker"
     config = read_json(folder / "config.json")
@@ -167,15 +171,8 @@ def _kind(name: str, folder: Path) -> str:
     return "qwen_chat" if config.get("model_type") in NATIVE else "chat"
 
 
-def _find_loader(kind: str) -> Callable[..., Scorer]:
-    known = all_rerankers()
-    if kind not in known:
-        raise ConfigError(f"kind={kind!r} is not known: use one of {', '.join(known)}.")
-    load: Callable[..., Scorer] = known[kind].load()
-    return load
-
-
 def _check(load: Callable[..., object], options: Mapping[str, Any]) -> None:
+    # Given by load_scorer itself, and no options of the user.
     fixed = {"name", "prompt", "api_key"}
     known = {
         parameter.name

@@ -152,6 +152,7 @@ class RemoteScorer:
             return [self._outcome(future) for future in futures]
         finally:
             ends.stop.set()
+            # Without waiting: the deadline is over, and threads end with their requests.
             pool.shutdown(wait=False, cancel_futures=True)
 
     def _outcome(self, future: Future[float]) -> Outcome:
@@ -164,6 +165,7 @@ class RemoteScorer:
             return future.result()
         if isinstance(error, MMRagError):
             return error
+        # A bug of ours, not of the pair.
         raise error
 
     def _score(self, pair: Pair, task: str | None, ends: Deadline) -> float:
@@ -174,6 +176,8 @@ class RemoteScorer:
             try:
                 choice = self._ask(pair, task, mode, ends)
             except _UnsupportedError as error:
+                # A server refuses a mode and a bad pair with the same status: a plain pair tells
+                # them apart.
                 if known is not None or self._takes(mode, ends):
                     self._settle(mode, refusal)
                     raise EndpointError(f"{self.name}: refuses this pair ({error}).") from error
@@ -196,6 +200,7 @@ class RemoteScorer:
         return True
 
     def _settle(self, mode: Mode, refusal: Exception | None) -> None:
+        # Several threads find the mode out at once; the first one decides.
         with self._lock:
             if self.mode is not None:
                 return
@@ -226,6 +231,7 @@ class RemoteScorer:
                     raise
                 raise _UnsupportedError(error) from error
             choice = reply.choices[0]
+            # Some servers accept the option and ignore it.
             if mode == "logprobs" and not (choice.logprobs and choice.logprobs.content):
                 raise _UnsupportedError("the answer came without any")
             return choice
@@ -241,6 +247,7 @@ class RemoteScorer:
                 if error.status_code not in RETRIED_STATUS and error.status_code < 500:
                     raise
                 asked: str = error.response.headers.get("retry-after", "")
+                # Whole seconds below 100; a date or an hour is not waited for.
                 pause = float(asked) if re.fullmatch(r"[1-9]\d?", asked) else None
                 raise BusyError(error, pause) from error
             except openai.APIConnectionError as error:
@@ -251,6 +258,7 @@ class RemoteScorer:
     def _grade(self, text: str) -> float:
         try:
             grade = float(next(value["grade"] for value in json_objects(text) if "grade" in value))
+        # Models asked in words write the grade into a sentence.
         except (ValueError, TypeError, StopIteration):
             match = _GRADE_IN_TEXT.search(text)
             if match is None:
@@ -265,7 +273,7 @@ class RemoteScorer:
     def _messages(
         self, pair: Pair, task: str | None, prompt: RerankPrompt, mode: Mode
     ) -> list[Any]:
-        query, document = pair if self.images else (_in_words(side) for side in pair)
+        query, document = pair if self.images else (_without_images(side) for side in pair)
         before, between, after = prompt.split()
         own = resolve(query.instruction) if query else None
         opening = f"Task: {own or task}\n" if own or task else ""
@@ -316,7 +324,7 @@ def answer_probability(logprobs: Any, answers: tuple[str, str]) -> float:
     return yes / (yes + no)
 
 
-def _in_words(content: Content | None) -> Content | None:
+def _without_images(content: Content | None) -> Content | None:
     """A side without its images. Raises ContentError if nothing is left."""
     if content is None or not content.images:
         return content

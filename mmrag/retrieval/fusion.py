@@ -116,6 +116,8 @@ def fuse(
         place = 0
         for hit, value in zip(hits, values, strict=True):
             entry = entries.setdefault(key(hit), Fused(key(hit), 0.0, (), hit))
+            # Hits come best first: the first node of a page sets its credit, others only vote which
+            # is shown.
             if name not in entry.ranks:
                 entry.ranks[name] = place + 1
                 entry.scores[name] = hit.score
@@ -133,6 +135,7 @@ def fuse(
         score = sum(entry.credits.values())
         kept = (entry.ranks, entry.scores, entry.credits)
         fused.append(Fused(entry.key, score, nodes, _shown(nodes), *kept))
+    # By key, so that a query gives the same order in every run.
     return sorted(fused, key=lambda entry: (-entry.score, str(entry.key)))
 
 
@@ -146,6 +149,7 @@ def scaled(name: str, hits: Sequence[Scored]) -> list[float]:
         return []
     high = hits[0].score
     low = 0.0 if name in (BM25, REFERENCE) else hits[:_SCALE_OVER][-1].score
+    # One hit, or all alike: nothing tells them apart.
     if high <= low:
         return [1.0] * len(hits)
     return [max(0.0, (hit.score - low) / (high - low)) for hit in hits]

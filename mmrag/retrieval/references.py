@@ -16,6 +16,7 @@ _FIGURE_KINDS = ("figure", "picture")
 _FIGURES = (
     r"(?:figure|chart|graph|diagram|plot|photo(?:graph)?|drawing|map|picture|image|illustration)s?"
 )
+# Only a request for a figure itself; "what does the chart show?" wants an answer.
 _FIGURE_WANTED = re.compile(
     r"^\W*(?:please\s+)?(?:find|show|search\s+for|look\s+for|give|get)\s+(?:me\s+)?"
     rf"(?:(?:a|an|the|any|all|some)\s+)?(?:\w+\s+){{0,2}}?{_FIGURES}\b(?!\s*\d)",
@@ -91,6 +92,7 @@ def _named_files(question: str, paths: Sequence[str]) -> tuple[str, ...]:
     return tuple(
         path
         for path in paths
+        # Very short names ("a.pdf") are words of many questions.
         if (name := set(words(PurePath(path).stem))) <= asked and len("".join(name)) >= 4
     )
 
@@ -101,6 +103,7 @@ def _on_pages(collection: Collection, pages: Sequence[str], where: Where) -> Ite
         if page.isdigit() and where.pages is None:
             number = int(page)
             yield from collection.find(dataclasses.replace(where, pages=(number, number)), _DEPTH)
+        # Printed numbers: "12" beside page 16 of the file, or "iv", in either case.
         for label in {page, page.lower()}:
             printed = dataclasses.replace(where, metadata={**where.metadata, "label": label})
             yield from collection.find(printed, _DEPTH)
@@ -108,12 +111,14 @@ def _on_pages(collection: Collection, pages: Sequence[str], where: Where) -> Ite
 
 def _labelled(collection: Collection, label: re.Match[str], where: Where) -> Iterator[Scored]:
     """Captions that begin with "Figure 3", then texts that mention it."""
+    # "Fig. 3", "Figure 3" and "Figures 3" share three letters.
     stem = re.escape(label[1][:3])
     caption = re.compile(rf"\b{stem}\w*\.?\s*{re.escape(label[2])}\b(?![.-]?\d)", re.IGNORECASE)
     for hit in collection.search_text(label[0], _DEPTH, where):
         text = hit.payload.get("text", "")
         match = caption.search(text)
         if match:
+            # A caption begins with its label; a text mentions it within a sentence.
             begins_line = not text[: match.start()].rpartition("\n")[2].strip()
             yield dataclasses.replace(hit, score=1.0 if begins_line else 0.5)
 

@@ -176,6 +176,7 @@ class UniversalRetriever(BaseRetriever):
         found: dict[str, list[Scored]] = {}
         views = [v for v in self.collection.settings.views if self.weights[v] > 0]
         if views:
+            # Embedded once for all views: they lie in one space.
             vector = self._vector(bundle, content)
             for view in views:
                 found[view] = self.collection.search(view, vector, limit, where)
@@ -183,6 +184,7 @@ class UniversalRetriever(BaseRetriever):
             found[BM25] = self.collection.search_text(content.text, limit, where)
         if content.text and self.weights[REFERENCE] > 0:
             named = named_nodes(self.collection, content.text, where)
+            # An empty ranking would take its weight from the others.
             found |= {REFERENCE: named} if named else {}
         found |= late_rankings(
             self.collection,
@@ -211,7 +213,9 @@ class UniversalRetriever(BaseRetriever):
         key = page_key if self.collapse else (lambda hit: hit.id)
         of_query = query_bundle.top_k if isinstance(query_bundle, MultimodalQuery) else None
         top_k = of_query or self.similarity_top_k
+        # Several nodes of a ranking may be of one page.
         limit = max(self.depth, 4 * top_k)
+        # A misspelt file name would otherwise look like "nothing found".
         for pattern in self.collection.unmatched(self._where(query_bundle)):
             log.warning("No indexed file matches %s", pattern)
         rankings = self.rankings(query_bundle, limit=limit)
@@ -227,6 +231,7 @@ class UniversalRetriever(BaseRetriever):
         return [self._result(entry) for entry in fused[:top_k]]
 
     async def _aretrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
+        # LlamaIndex's default would block the event loop.
         return await asyncio.to_thread(self._retrieve, query_bundle)
 
     def _content(self, bundle: QueryBundle) -> Content:
@@ -305,6 +310,7 @@ def _weights(
     """The weights in force; those given come first. Raises ConfigError."""
     check_weights(given or {})
     measured = getattr(getattr(embedder, "calibration", None), "fusion_weights", {})
+    # From the general to the particular: the later one wins.
     weights = {**DEFAULT_WEIGHTS, **measured, **collection.weights, **(given or {})}
     first_stages = {*collection.settings.vectors, BM25} - {TOKENS}
     if not any(weights[name] for name in first_stages):

@@ -94,7 +94,7 @@ class Writer:
     def _run(self) -> None:
         while (first := self._waiting.get()) is not None:
             batch = [first]
-            # One run for all that wait: its start and end cost more than a small file.
+            # One run for all that wait: batches of embedding go across files.
             while not self._waiting.empty():
                 job = self._waiting.get()
                 if job is None:

@@ -16,7 +16,7 @@ from transformers import Qwen2VLForConditionalGeneration
 from transformers.models.auto import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
 from mmrag import LocalLLM, UniversalIndex
-from mmrag.cli.ask import chat_model
+from mmrag.cli.llm import chat_model
 from mmrag.errors import ConfigError, ContentError, ModelError
 from mmrag.llms.replies import why_incomplete
 from mmrag.modeling.qwen_images import read_image_rule, resize, to_patches
