@@ -36,6 +36,9 @@ if TYPE_CHECKING:
         ModelError,
         ReadError,
     )
+    from mmrag.evaluation.answers import AnswerRecord
+    from mmrag.evaluation.compare import Difference, compare_evaluations
+    from mmrag.evaluation.llamaindex import PageRetriever
     from mmrag.evaluation.questions import Question, read_questions
     from mmrag.evaluation.results import Evaluation, Score, System
     from mmrag.evaluation.run import evaluate
@@ -64,6 +67,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
+    "AnswerRecord": "evaluation.answers",
     "AsyncCitedStreamingResponse": "answering.response",
     "Calibration": "embedders",
     "CitedChatEngine": "answering.chat",
@@ -78,6 +82,7 @@ _HOME = {
     "ConfigError": "errors",
     "Content": "content",
     "ContentError": "errors",
+    "Difference": "evaluation.compare",
     "Embedder": "embedders",
     "EndpointError": "errors",
     "Evaluation": "evaluation.results",
@@ -94,6 +99,7 @@ _HOME = {
     "ModelError": "errors",
     "MultimodalQuery": "queries",
     "Muvera": "embedders.muvera",
+    "PageRetriever": "evaluation.llamaindex",
     "Plan": "answering.planning",
     "PlanBudget": "answering.planning",
     "PlanningQueryEngine": "answering.planning",
@@ -118,6 +124,7 @@ _HOME = {
     "answer_as": "answering.structured",
     "calibrate_threshold": "answering.context",
     "check_embedder": "testing",
+    "compare_evaluations": "evaluation.compare",
     "evaluate": "evaluation.run",
     "find_files": "reading",
     "fuse": "retrieval.fusion",
@@ -133,6 +140,7 @@ _HOME = {
 }
 
 __all__ = [
+    "AnswerRecord",
     "AsyncCitedStreamingResponse",
     "Calibration",
     "CitedChatEngine",
@@ -147,6 +155,7 @@ __all__ = [
     "ConfigError",
     "Content",
     "ContentError",
+    "Difference",
     "Embedder",
     "EndpointError",
     "Evaluation",
@@ -163,6 +172,7 @@ __all__ = [
     "ModelError",
     "MultimodalQuery",
     "Muvera",
+    "PageRetriever",
     "Plan",
     "PlanBudget",
     "PlanningQueryEngine",
@@ -188,6 +198,7 @@ __all__ = [
     "answer_as",
     "calibrate_threshold",
     "check_embedder",
+    "compare_evaluations",
     "evaluate",
     "find_files",
     "fuse",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -16,7 +17,7 @@ from mmrag.cli.llm import BaseURLOption, LLMOption, NoImagesOption, WindowOption
 from mmrag.cli.options import DEFAULT_COLLECTION, DebugOption, open_library
 from mmrag.cli.progress import Step, indexing, working
 from mmrag.cli.reranking import RerankOption, rerankers
-from mmrag.cli.scores import evaluation_view
+from mmrag.cli.scores import comparison_view, evaluation_view
 
 if TYPE_CHECKING:
     from llama_index.core.base.base_query_engine import BaseQueryEngine
@@ -30,14 +31,14 @@ if TYPE_CHECKING:
 
 def evaluate(
     questions: Annotated[
-        Path,
+        Path | None,
         typer.Argument(
             metavar="QUESTIONS.jsonl",
             exists=True,
             dir_okay=False,
             help='Lines of {"question": ..., "pages": [{"file": ..., "page": 7}]}.',
         ),
-    ],
+    ] = None,
     folder: Annotated[
         Path | None,
         typer.Argument(
@@ -135,24 +136,35 @@ def evaluate(
             "keeps in FILE.cache.",
         ),
     ] = None,
+    compare: Annotated[
+        tuple[Path, Path] | None,
+        typer.Option(
+            "--compare",
+            metavar="A.json B.json",
+            help="Ask nothing; say what was gained from one file of results to the other, and "
+            "which differences are real.",
+        ),
+    ] = None,
     debug: DebugOption = False,
 ) -> None:
     """Measure on your own questions how well each ranking finds the right pages."""
     with errors(debug, stopped=_stopped(json_file)):
+        if compare is not None:
+            _compare(*compare, json_file)
+            return
         _check(folder, collection, embedder, judge, answers)
         with working(log=True) as step, _work_folder(json_file) as work, ExitStack() as stack:
             step("Loading")
             from mmrag.evaluation.run import evaluate as measure
 
-            asked = _asked(questions, qrels)
+            asked = _asked(_need(questions), qrels)
             cuts = tuple(sorted(set(cut or (1, 5, 10))))
             # The deepest cut: fewer pages would leave its metrics short.
             chain = rerankers(rerank, None, cuts[-1], images=True)
-            libraries: dict[str, UniversalIndex] = {}
             if folder is not None:
                 libraries = _indexed(folder, embedder or ["mmrag-nano"], work, stack, step)
-            elif collection or not run:
-                libraries = _opened(collection, embedder or [], stack, step)
+            else:
+                libraries = _opened(collection, embedder, not run, stack, step)
             engines: dict[str, BaseQueryEngine] = {}
             if answers:
                 model = chat_model(llm, base_url, context_window)
@@ -171,6 +183,28 @@ def evaluate(
         # After our own, so that they come last in the tables.
         _add_runs(evaluation, run or [])
         _write(evaluation, save_runs, json_file)
+
+
+def _compare(before: Path, after: Path, json_file: Path | None) -> None:
+    """Print what was gained from one file of results to another."""
+    from mmrag.evaluation.compare import compare_evaluations
+    from mmrag.evaluation.results import Evaluation
+
+    old = Evaluation.load(before)
+    found = compare_evaluations(old, Evaluation.load(after))
+    rows = [one.to_json() for one in found]
+    if _is_file(json_file):
+        json_file.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    elif json_file is not None:
+        print_json(rows)
+        return
+    show(comparison_view(found, old.cuts))
+
+
+def _need(questions: Path | None) -> Path:
+    if questions is None:
+        raise typer.BadParameter("Give a file of questions, or --compare two files of results.")
+    return questions
 
 
 def _check(
@@ -264,10 +298,19 @@ def _work_folder(json_file: Path | None) -> Iterator[Path]:
 
 
 def _opened(
-    collections: list[str] | None, embedders: list[str], stack: ExitStack, step: Step
+    collections: list[str] | None,
+    embedders: list[str] | None,
+    needed: bool,
+    stack: ExitStack,
+    step: Step,
 ) -> dict[str, UniversalIndex]:
-    """The collections by the names of their embedders, or their own where these are the same."""
-    places = collections or [os.environ.get("MMRAG_COLLECTION") or DEFAULT_COLLECTION]
+    """The collections by the names of their embedders, or their own where these are the same.
+
+    needed: without any, the usual one is opened.
+    """
+    places = collections or []
+    if needed and not places:
+        places = [os.environ.get("MMRAG_COLLECTION") or DEFAULT_COLLECTION]
     libraries = {}
     for place in places:
         step(f"Opening {place}")

@@ -14,6 +14,7 @@ from mmrag.cli.display import clean, plain_table
 from mmrag.evaluation.measures import MEASURES
 
 if TYPE_CHECKING:
+    from mmrag.evaluation.compare import Difference
     from mmrag.evaluation.results import Evaluation, Scope, Score, System
 
 _TITLES = {"corpus": "All documents", "document": "Inside the document"}
@@ -112,3 +113,59 @@ def _names(system: System, systems: Sequence[System]) -> tuple[Text, Text]:
 
 def _cell(score: Score, best: float) -> Text:
     return Text(f"{score.mean:.3f}", style="bold green" if score.mean == best > 0 else "")
+
+
+def comparison_view(found: Sequence[Difference], cuts: Sequence[int]) -> RenderableType:
+    """What each system and engine gained, real differences marked."""
+    rows: list[RenderableType] = []
+    names = [*(f"hit@{cut}" for cut in cuts), f"recall@{cuts[-1]}", f"mrr@{cuts[-1]}"]
+    names.append(f"ndcg@{cuts[-1]}")
+    for scope, title in _TITLES.items():
+        of_scope = [one for one in found if one.scope == scope]
+        if of_scope:
+            rows += [_gains_table(of_scope, names, title), Text()]
+    answers = [one for one in found if one.scope == "answers"]
+    if answers:
+        rows += [_answer_gains(answers), Text()]
+    rows.append(
+        Text(
+            "* real: the 95 % interval of the difference, from a paired bootstrap over documents, "
+            "leaves out 0. Of many differences by chance, one in twenty does.",
+            style="dim",
+        )
+    )
+    return Group(*rows)
+
+
+def _gains_table(found: Sequence[Difference], metrics: Sequence[str], title: str) -> Table:
+    shown = plain_table(f"{title}, {found[0].n} questions: after - before")
+    shown.add_column("ranking", overflow="fold")
+    names = [name for name in metrics if any(one.metric == name for one in found)]
+    for name in [*names, "95 % interval"]:
+        shown.add_column(name, justify="right")
+    for system in dict.fromkeys(one.name for one in found):
+        by_metric = {one.metric: one for one in found if one.name == system}
+        last = by_metric[names[-1]]
+        cells = [_gain(by_metric[name]) for name in names]
+        shown.add_row(Text(clean(system)), *cells, Text(_gain_interval(last), style="dim"))
+    return shown
+
+
+def _answer_gains(found: Sequence[Difference]) -> Table:
+    shown = plain_table("Answers: after - before")
+    for head in ("measure", "before", "after", "difference", "95 % interval"):
+        shown.add_column(head, justify="left" if head == "measure" else "right")
+    for one in found:
+        measure = MEASURES.get(one.metric, one.metric)
+        cells = (f"{one.before:.3f}", f"{one.after:.3f}", _gain(one), _gain_interval(one))
+        shown.add_row(measure, *cells)
+    return shown
+
+
+def _gain(one: Difference) -> Text:
+    style = ("green" if one.gain > 0 else "red") if one.is_real else ""
+    return Text(f"{one.gain:+.3f}{'*' if one.is_real else ' '}", style=style)
+
+
+def _gain_interval(one: Difference) -> str:
+    return "" if one.low != one.low else f"[{one.low:+.3f}, {one.high:+.3f}]"

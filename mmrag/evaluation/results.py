@@ -248,7 +248,7 @@ class Evaluation:
         """Read what ``save`` wrote. Raises ContentError for another file."""
         try:
             return cls.from_json(json.loads(Path(path).read_text(encoding="utf-8")))
-        except (ValueError, ContentError) as error:
+        except (OSError, ValueError, ContentError) as error:
             raise ContentError(f"{path}: {error}") from error
 
 

@@ -123,3 +123,25 @@ def test_answers_are_measured_and_judged(pdfs, questions, tmp_path):
     refused = run(questions, pdfs, "--judge", "judge")
     assert refused.exit_code == 2
     assert "needs --answers" in refused.stderr
+
+
+def test_two_results_are_compared(pdfs, questions, tmp_path):
+    one, two = tmp_path / "one.json", tmp_path / "two.json"
+    assert run(questions, pdfs, "--json", one).exit_code == 0
+    found = Evaluation.load(one)
+    for system, ranks in found.found.items():
+        found.found[system] = {id_: dict.fromkeys(pages, 7) for id_, pages in ranks.items()}
+    found.save(two)
+    shown = run("--compare", one, two)
+    assert shown.exit_code == 0, shown.output
+    assert re.search(r"bm25 +-1\.000\* +-1\.000\* +\+0\.000 ", shown.stdout)
+    assert "All documents, 6 questions: after - before" in shown.stdout
+    rows = json.loads(run("--compare", one, two, "--json", "-").stdout)
+    (row,) = (
+        row
+        for row in rows
+        if (row["name"], row["scope"], row["metric"]) == ("bm25", "corpus", "hit@1")
+    )
+    assert (row["before"], row["after"], row["is_real"]) == (1.0, 0.0, True)
+    assert run("--compare", one, tmp_path / "none.json").exit_code == 2
+    assert "file of questions" in run().stderr
