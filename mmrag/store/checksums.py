@@ -23,7 +23,9 @@ def checksum(point: Point) -> str:
     Floats of the payload count by nine digits: the engine reads them back with an error in the
     last one.
     """
+    # The id is part of it: an index that is damaged may hand out another point's payload.
     body = json.dumps([point.id, _comparable(point.payload)], sort_keys=True)
+    # Against accidents, not attacks: eight bytes suffice, and every point carries them.
     digest = blake2b(body.encode(), digest_size=8)
     for name in sorted(point.vectors):
         digest.update(name.encode() + np.asarray(point.vectors[name], dtype="<f4").tobytes())

@@ -227,10 +227,13 @@ class Collection:
 
     def mark_done(self, file: FileEntry) -> None:
         """Write the file's own point: all of its nodes are stored."""
-        self._engine.upsert([Point(_file_id(file.sha256), file.to_payload())])
+        # An id made of the hash: storing the entry again replaces it.
+        id_ = str(uuid5(NAMESPACE, f"file/{file.sha256}"))
+        self._engine.upsert([Point(id_, file.to_payload())])
 
     def files(self) -> list[FileEntry]:
         """The finished files, and the documents that were inserted, ordered by path."""
+        # Entries have no vectors; one that comes with some is damaged, which the checksum tells.
         points = self._engine.scroll(_FILES, vectors=True)
         # A damaged entry is none: its file counts as unfinished, and is read again.
         entries = [FileEntry.from_payload(p.payload) for p in points if self._engine.is_intact(p)]
@@ -325,8 +328,10 @@ class Collection:
         """Give the nodes of a content this path, where they have another, keeping vectors."""
         same = _with_hash(sha256)
         other = dataclasses.replace(same, must_not=(*same.must_not, AnyOf("file", (path,))))
-        for batch in _batched(self._engine.scroll(other, vectors=True), 64):
-            self._engine.upsert([self._at_path(point, path) for point in batch])
+        found = self._engine.scroll(other, vectors=True)
+        # In batches: the nodes of a large file with their vectors may not fit in memory.
+        while batch := [self._at_path(point, path) for point in islice(found, 64)]:
+            self._engine.upsert(batch)
 
     def search(
         self, view: str, vector: NDArray[np.float32], limit: int, where: Where | None = None
@@ -365,6 +370,7 @@ class Collection:
 
     def search_text(self, query: str, limit: int, where: Where | None = None) -> list[Scored]:
         """The nodes that rank highest by BM25, best first; see ``mmrag.store.terms``."""
+        # A collection may hold several languages: a word is looked for as each of them stems it.
         terms = query_terms(query, self._engine.facet(LANGUAGE_FIELD))
         return self._engine.bm25(terms, limit, self._filter(where)) if terms else []
 
@@ -452,6 +458,7 @@ class Collection:
         self.close()
 
     def _payload(self, node: BaseNode, terms: NodeTerms) -> dict[str, Any]:
+        # A copy: the caller's node keeps its own paths.
         stored = self._with_stored_images(node.model_copy(deep=True))
         payload = node_to_metadata_dict(stored)
         if text := node_text(node):
@@ -467,6 +474,7 @@ class Collection:
         text = node_text(node)
         document = DocumentTerms(node.metadata.get("file", ""), self.settings.language)
         document.read(text)
+        # Of a single node the first words are its own, and would count twice.
         return dataclasses.replace(document.of(text), first_words="")
 
     def _checked(
@@ -490,6 +498,7 @@ class Collection:
                 f"A vector of shape {vector.shape} does not fit: this collection holds vectors "
                 f"of {dim} dimensions, made by {made_by}."
             )
+        # One NaN makes every comparison with it false, and a search over it useless.
         if not np.isfinite(vector).all():
             raise ConfigError("A vector holds NaN or infinity; check the embedder.")
 
@@ -522,18 +531,3 @@ class Collection:
 def _with_hash(sha256: str) -> Filter:
     """The nodes of the file with this content."""
     return Filter(must=(AnyOf("sha256", (sha256,)),), must_not=(_BOOKKEEPING,))
-
-
-def _file_id(sha256: str) -> str:
-    return str(uuid5(NAMESPACE, f"file/{sha256}"))
-
-
-def _batched(points: Iterator[Point], size: int) -> Iterator[list[Point]]:
-    batch: list[Point] = []
-    for point in points:
-        batch.append(point)
-        if len(batch) == size:
-            yield batch
-            batch = []
-    if batch:
-        yield batch

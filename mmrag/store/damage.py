@@ -57,6 +57,7 @@ def examine(engine: Engine, schema: Schema) -> Examination:
         payload = point.payload
         if not engine.is_intact(point):
             found.altered.append(point.id)
+            # Some points never had vectors; damage can show as vectors that were not written.
             point = dataclasses.replace(point, vectors={})
             if not engine.is_intact(point):
                 continue

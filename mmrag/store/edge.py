@@ -74,6 +74,7 @@ class EdgeEngine(Engine):
 
     def __init__(self, folder: Path, schema: Schema | None = None) -> None:
         self._folder = folder
+        # To notice a fork: the engine's threads do not come along.
         self._process = os.getpid()
         self._unflushed = 0
         self._count = PointCount(folder)
@@ -202,6 +203,7 @@ class EdgeEngine(Engine):
             )
             with self._errors("read from"):
                 records, offset = self._open.scroll(request)
+            # Ids first: a page of points fails as a whole if one of them is damaged.
             yield from self._readable([str(record.id) for record in records])
             if offset is None:
                 return
@@ -245,8 +247,10 @@ class EdgeEngine(Engine):
 
     @override
     def optimize(self) -> None:
-        # Optimising writes the points anew before it deletes the old files.
-        self._need_space("optimize", _allocated(self._folder))
+        # Optimising writes the points anew before it deletes the old files. By blocks, since the
+        # files are sparse: their sizes say nothing of what they take on the disk.
+        files = (path for path in self._folder.rglob("*") if path.is_file())
+        self._need_space("optimize", sum(path.stat().st_blocks * 512 for path in files))
         with self._errors("optimize"):
             self._open.optimize()
         self.flush()
@@ -325,6 +329,7 @@ class EdgeEngine(Engine):
             _create_indexes(shard, schema)
             shard.flush()
             shard.close()
+        # The folder appears complete or not at all.
         unfinished.rename(self._folder)
 
     def _need_space(self, doing: str, size: int) -> None:
@@ -361,6 +366,7 @@ class EdgeEngine(Engine):
                 raise CollectionError(
                     f"cannot {doing} {self._folder}: its files are damaged ({error}). {BUILD_ANEW}"
                 ) from error
+            # KeyboardInterrupt, and errors that are ours, pass through.
             if type(error) not in (Exception, ValueError):
                 raise
             if "WouldBlock" in str(error):
@@ -376,11 +382,6 @@ class EdgeEngine(Engine):
             "opened twice in this one. Close it there, or put it on a Qdrant server that all can "
             "share."
         )
-
-
-def _allocated(folder: Path) -> int:
-    """Bytes that the files of a folder take on the disk."""
-    return sum(path.stat().st_blocks * 512 for path in folder.rglob("*") if path.is_file())
 
 
 def _create_indexes(shard: edge.EdgeShard, schema: Schema) -> None:

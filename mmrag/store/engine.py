@@ -19,7 +19,9 @@ TOKENS = "tokens"
 """The vectors of a node's tokens, many for one node; compared by MaxSim."""
 MUVERA = "muvera"
 """Those tokens as one vector; see ``mmrag.embedders.muvera``."""
+# points of one request, whose vectors have to fit in memory together
 SCROLL_PAGE = 256
+# Qdrant lists ten values unless told otherwise.
 FACET_LIMIT = 1_000_000
 
 _PLAIN_PATH = re.compile(r"[A-Za-z0-9_-]+(\[\d*\])?(\.[A-Za-z0-9_-]+(\[\d*\])?)*")
@@ -264,12 +266,14 @@ class Dialect:
 
     def _any_of(self, of: AnyOf) -> Any:
         kinds = {type(value) for value in of.values}
+        # MatchAny takes values of one type; type() and not isinstance, since True is an int.
         if kinds <= {str} or kinds <= {int}:
             return self._field(of.key, match=self.library.MatchAny(any=list(of.values)))
         return self.library.Filter(should=[self._exactly(of.key, value) for value in of.values])
 
     def _exactly(self, key: str, value: str | int | float | bool) -> Any:
         if isinstance(value, float):
+            # Qdrant matches no floats by value: a range of no width does.
             return self._field(key, range=self.numbers(gte=value, lte=value))
         if isinstance(value, bool):
             value = self.truth(value)

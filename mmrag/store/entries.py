@@ -63,6 +63,7 @@ def folder_of(path: str) -> str:
 
 def absolute_path(path: Path) -> Path:
     """One absolute path for all spellings; a link that is the file itself is not followed."""
+    # Two links to one file are two entries: each was named by the user.
     return path.parent.resolve() / path.name
 
 

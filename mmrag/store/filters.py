@@ -53,6 +53,7 @@ def as_where(
         where, filters = None, _both(where, filters)
     if filters is None:
         return where
+    # For its errors: a filter that cannot be expressed fails here and not at the first query.
     translated(filters, lambda names: names)
     where = where or Where()
     named = [] if where.files else _named_files(filters)
@@ -73,6 +74,7 @@ def _named_files(filters: MetadataFilters) -> list[MetadataFilter]:
         return []
     single = [each for each in filters.filters if isinstance(each, MetadataFilter)]
     named = [each for each in single if each.key == "file" and each.operator in _EQUALITY]
+    # Two conditions on files must both hold; a list of names could not say that.
     return named if len(named) == 1 else []
 
 
@@ -118,6 +120,7 @@ def any_of(key: str, values: Sequence[str | int | float | bool]) -> AnyOf:
 
 def _comparable(value: str | int | float | bool) -> str | int | float | bool:
     if isinstance(value, int) and not isinstance(value, bool) and abs(value) <= _EXACT:
+        # A range compares integers and floats alike; a match does not.
         return float(value)
     return value
 

@@ -84,6 +84,7 @@ class ImageFolder:
         elif absolute.is_file():
             own = self.path / _own_folder(node_id)
             own.mkdir(exist_ok=True)
+            # A folder of its own for each node: files of one name would replace each other.
             absolute = shutil.copyfile(absolute, own / absolute.name)
         if self._home is not None and absolute.is_relative_to(self._home):
             return absolute.relative_to(self._home)
@@ -104,8 +105,12 @@ class ImageFolder:
     def found(self, stored: Path) -> Path | None:
         """The way back from ``stored``; None for a path that may not be read."""
         path = stored if self._home is None else self._home / stored
-        if self._holds(path) or (self._home is None and _is_page_image(path)):
+        # On a server the default images_dir depends on the working directory: page images are
+        # found from another one too, two levels below the mark of a folder that mmrag made.
+        marked = path.resolve().parents[1:2] if self._home is None else ()
+        if self._holds(path) or any((folder / IMAGES_MARK).is_file() for folder in marked):
             return path
+        # Once: a collection that was moved without its images has thousands of such paths.
         if not self._warned:
             self._warned = True
             log.warning("Images outside of %s are not used, such as %s.", self.path, stored)
@@ -121,6 +126,7 @@ class ImageFolder:
                 if absolute.parent != self.path and not any(absolute.parent.iterdir()):
                     absolute.parent.rmdir()
         for sha256 in hashes:
+            # The hash comes from a payload; "../.." would delete another folder.
             if _SHA256.fullmatch(sha256):
                 shutil.rmtree(self.path / sha256[:16], ignore_errors=True)
 
@@ -130,16 +136,6 @@ class ImageFolder:
 
 def _own_folder(node_id: str) -> str:
     return hashlib.sha256(node_id.encode()).hexdigest()[:16]
-
-
-def _is_page_image(path: Path) -> bool:
-    """Whether mmrag wrote this file: it lies two levels below the mark of an images folder.
-
-    On a server the default ``images_dir`` depends on the working directory, so that page images
-    are found from another one too.
-    """
-    real = path.resolve()
-    return len(real.parents) > 1 and (real.parents[1] / IMAGES_MARK).is_file()
 
 
 def image_paths(node: BaseNode) -> set[Path]:

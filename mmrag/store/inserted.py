@@ -93,6 +93,7 @@ class Insertion:
 def point_id(node_id: str) -> str:
     """The id of a node's point: Qdrant takes UUIDs, and LlamaIndex any text."""
     try:
+        # Only the canonical spelling: Qdrant gives a UUID back in it, whatever was stored.
         return node_id if str(UUID(node_id)) == node_id else str(uuid5(_NAMESPACE, node_id))
     except ValueError:
         return str(uuid5(_NAMESPACE, node_id))
@@ -110,10 +111,12 @@ def content_hash(node: BaseNode) -> str:
         metadata = json.dumps(node.model_dump(mode="json")["metadata"], sort_keys=True)
     except ValueError as error:
         raise ContentError(f"node {node.node_id}: its metadata is not JSON: {error}") from error
+    # The class too: the same text as another class comes back as another node.
     parts = [type(node).__name__, node_text(node), metadata]
     source = image_source(node)
     if source is not None:
         image = load_image(source)
+        # By pixels: a file may be written again under its path.
         parts.append(f"{image.size}{hashlib.sha256(image.tobytes()).hexdigest()}")
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
@@ -216,6 +219,7 @@ class InsertedNodes:
         old: set[Path] = set()
         for point in self._engine.retrieve([point_id(id_) for id_ in replaced]):
             old |= image_paths(metadata_dict_to_node(point.payload))
+        # Before the new points: a kill in between costs an image, not a file that nobody owns.
         self._images.remove(old - set(kept), set())
 
     def _delete(self, of: Filter) -> int:

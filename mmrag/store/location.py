@@ -54,6 +54,7 @@ class Location:
             from qdrant_client import QdrantClient
 
             url = str(location)
+            # Our own check says what to upgrade; the client's only warns.
             client = QdrantClient(url, api_key=api_key, check_compatibility=False)
             return cls(None, client, name, on_server, given, url, api_key)
         if "://" in str(location):
@@ -112,6 +113,7 @@ class Location:
         names = sorted(each.name for each in folder.iterdir()) if folder.is_dir() else []
         # A process that creates the shard, or was killed over it, leaves one ending in "new".
         own = re.compile(rf"{IMAGES}|{SHARD}({LOCK}|{COUNT})|{SHARD}\..*new")
+        # A slip such as -c ~ must not fill a home folder.
         foreign = [name for name in names if not own.fullmatch(name)]
         if foreign:
             raise CollectionError(

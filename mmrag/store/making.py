@@ -28,6 +28,7 @@ def agree(
         if wanted is not None:
             refuse_other(stored, wanted, location)
         return stored
+    # Points without settings are another program's.
     if engine.count(Filter()) > 0:
         raise CollectionError(f"{location} was not made by mmrag; choose another name or folder.")
     if wanted is None:
@@ -40,6 +41,7 @@ def agree(
             raise CollectionError(
                 f"{location} was not made by mmrag: it has other vectors. Choose another name."
             )
+        # The collection was made by hand, empty: only its indexes are missing.
         engine.create(schema_of(wanted))
     store_settings(engine, wanted)
     return wanted
@@ -52,6 +54,7 @@ def store_settings(
     payload = {"kind": "settings", "schema": SCHEMA_VERSION, "settings": settings.to_json()}
     payload |= {"weights": dict(weights or {})}
     engine.upsert([Point(_SETTINGS_ID, payload)])
+    # Without its settings a collection cannot be opened, so they are on disk first.
     engine.flush()
 
 

@@ -22,8 +22,10 @@ def _matches(path: str, pattern: str) -> bool:
     # macOS writes file names decomposed (NFD); a keyboard gives them composed (NFC).
     path = unicodedata.normalize("NFC", path)
     wanted = PurePosixPath(unicodedata.normalize("NFC", pattern)).as_posix()
+    # An empty pattern would match every file.
     if wanted == ".":
         return False
+    # By whole parts of the path: "port.pdf" is not "report.pdf".
     return f"/{path}".endswith(f"/{wanted}") or PurePosixPath(path).match(wanted)
 
 

@@ -53,6 +53,7 @@ class PointCount:
 
     def keep(self, found: int) -> None:
         """Write the number, whole or not at all; points that are missing go on being so."""
+        # Nothing was written since it was read, so it still holds.
         if self._file.exists():
             return
         unfinished = Path(f"{self._file}.new")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -17,6 +17,7 @@ from qdrant_client.local.qdrant_local import QdrantLocal
 from typing_extensions import override
 
 from mmrag.errors import CollectionError, EndpointError
+from mmrag.retries import RETRIED_STATUS, BusyError, Deadline, with_retries
 from mmrag.store.engine import (
     FACET_LIMIT,
     SCROLL_PAGE,
@@ -37,6 +38,7 @@ MAX_BATCH_POINTS = 128
 # Half of the 32 MiB that a Qdrant server accepts by default in one request.
 MAX_BATCH_BYTES = 16 * 1024 * 1024
 _ATTEMPTS = 5
+_BUSY = RETRIED_STATUS - {409}  # to Qdrant, a conflict is that the collection exists already
 DIALECT = Dialect(models, models.Range, models.DatetimeRange)
 _FIRST_SERVER_WITH_BM25 = (1, 20)
 
@@ -51,12 +53,18 @@ class ServerEngine(Engine):
     tests.
     """
 
-    def __init__(self, client: QdrantClient, name: str, *, owned: bool, pause: float = 0.5) -> None:
-        """Use ``client``; ``owned`` says that ``close`` closes it. ``pause`` is in seconds."""
+    def __init__(
+        self, client: QdrantClient, name: str, *, owned: bool, pause: float | None = None
+    ) -> None:
+        """Use ``client``; ``owned`` says that ``close`` closes it.
+
+        pause: seconds between two tries; None: half a second, doubled each time.
+        """
         self._client = client
         self._name = name
         self._owned = owned
         self._pause = pause
+        # Local mode lacks payload indexes, facets of them, and other tokenizers.
         self._local = isinstance(client._client, QdrantLocal)
 
     def exists(self) -> bool:
@@ -94,7 +102,16 @@ class ServerEngine(Engine):
     @override
     def upsert(self, points: Sequence[Point]) -> None:
         for batch in byte_bounded(points):
-            self._upsert(batch)
+            rows = [
+                models.PointStruct(
+                    id=point.id,
+                    vector={name: vector.tolist() for name, vector in point.vectors.items()},
+                    payload=point.payload,
+                )
+                for point in batch
+            ]
+            # Waited for, so that what was written is found by the next search.
+            self._call(partial(self._client.upsert, self._name, rows, wait=True))
 
     @override
     def delete(self, where: Filter) -> None:
@@ -136,7 +153,16 @@ class ServerEngine(Engine):
     def scroll(self, where: Filter, vectors: bool = False) -> Iterator[Point]:
         offset, condition = None, DIALECT.filter(where)
         while True:
-            records, offset = self._scroll_page(condition, offset, vectors)
+            fetch = partial(
+                self._client.scroll,
+                self._name,
+                scroll_filter=condition,
+                limit=SCROLL_PAGE,
+                offset=offset,
+                with_payload=True,
+                with_vectors=vectors,
+            )
+            records, offset = self._call(fetch)
             yield from (as_point(record) for record in records)
             if offset is None:
                 return
@@ -191,7 +217,9 @@ class ServerEngine(Engine):
             plain = models.TextIndexParams(type=models.TextIndexType.TEXT, scoring=True)
             indexes = {TERMS_FIELD: plain}
         for name, index in indexes.items():
-            self._create_index(name, index)
+            self._call(
+                partial(self._client.create_payload_index, self._name, name, index, wait=True)
+            )
 
     @override
     def drop_index(self, key: str) -> None:
@@ -219,17 +247,6 @@ class ServerEngine(Engine):
         if self._owned:
             self._client.close()
 
-    def _upsert(self, batch: Sequence[Point]) -> None:
-        rows = [
-            models.PointStruct(
-                id=point.id,
-                vector={name: vector.tolist() for name, vector in point.vectors.items()},
-                payload=point.payload,
-            )
-            for point in batch
-        ]
-        self._call(lambda: self._client.upsert(self._name, rows, wait=True))
-
     def _query(self, query: Any, using: str, limit: int, condition: Any) -> list[Scored]:
         found = self._call(
             lambda: self._client.query_points(
@@ -243,25 +260,9 @@ class ServerEngine(Engine):
         )
         return [Scored(str(hit.id), float(hit.score), hit.payload or {}) for hit in found.points]
 
-    def _scroll_page(
-        self, condition: models.Filter, offset: Any, vectors: bool
-    ) -> tuple[list[Any], Any]:
-        return self._call(
-            lambda: self._client.scroll(
-                self._name,
-                scroll_filter=condition,
-                limit=SCROLL_PAGE,
-                offset=offset,
-                with_payload=True,
-                with_vectors=vectors,
-            )
-        )
-
-    def _create_index(self, name: str, index: Any) -> None:
-        self._call(lambda: self._client.create_payload_index(self._name, name, index, wait=True))
-
     def _check_version(self) -> None:
         version = str(self._call(self._client.info).version)
+        # "1.20.0-dev" and "1.20" are versions too.
         numbers = tuple(int(part) for part in version.split("-")[0].split(".")[:2])
         if numbers < _FIRST_SERVER_WITH_BM25:
             raise CollectionError(
@@ -271,32 +272,33 @@ class ServerEngine(Engine):
 
     def _call(self, action: Callable[[], Result]) -> Result:
         """Run one request, again after a pause while the server is away or busy."""
-        for attempt in range(1, _ATTEMPTS + 1):
+
+        def ask() -> Result:
             try:
                 return action()
             except (ResponseHandlingException, ResourceExhaustedResponse) as error:
                 failure: Exception = error
             except UnexpectedResponse as error:
-                if error.status_code not in (429, 500, 502, 503, 504):
-                    raise self._refusal(error) from error
+                if error.status_code in (401, 403):
+                    raise CollectionError(
+                        "The Qdrant server refused the API key; give a valid api_key."
+                    ) from error
+                if error.status_code not in _BUSY:
+                    body = error.content.decode(errors="replace")[:500]
+                    raise CollectionError(
+                        f"The Qdrant server refused a request on the collection {self._name!r} "
+                        f"(status {error.status_code}): {body}"
+                    ) from error
                 failure = error
-            if attempt < _ATTEMPTS:
-                pause = self._pause * 2 ** (attempt - 1)
-                log.warning("Qdrant server: %s; trying again in %.1f s", failure, pause)
-                time.sleep(pause)
-        raise EndpointError(
-            f"The Qdrant server cannot be used after {_ATTEMPTS} attempts ({failure}). Check that "
-            "it runs and that the address is right; then run the same command again."
-        ) from failure
+            # Said each time: a long pause without a word looks like a hang.
+            log.warning("Qdrant server: %s", failure)
+            given_up = EndpointError(
+                f"The Qdrant server cannot be used after {_ATTEMPTS} attempts ({failure}). Check "
+                "that it runs and that the address is right; then run the same command again."
+            )
+            raise BusyError(given_up, self._pause) from failure
 
-    def _refusal(self, error: UnexpectedResponse) -> CollectionError:
-        if error.status_code in (401, 403):
-            return CollectionError("The Qdrant server refused the API key; give a valid api_key.")
-        body = error.content.decode(errors="replace")[:500]
-        return CollectionError(
-            f"The Qdrant server refused a request on the collection {self._name!r} "
-            f"(status {error.status_code}): {body}"
-        )
+        return with_retries(ask, _ATTEMPTS - 1, Deadline())
 
 
 def byte_bounded(
@@ -308,7 +310,9 @@ def byte_bounded(
     batch: list[Point] = []
     size = 0
     for point in points:
-        cost = _json_bytes(point)
+        # A float takes at most 24 characters in JSON, its separator included.
+        numbers = sum(vector.size for vector in point.vectors.values())
+        cost = len(json.dumps(point.payload, ensure_ascii=False).encode()) + 24 * numbers
         if batch and (len(batch) == max_points or size + cost > max_bytes):
             yield batch
             batch, size = [], 0
@@ -316,9 +320,3 @@ def byte_bounded(
         size += cost
     if batch:
         yield batch
-
-
-def _json_bytes(point: Point) -> int:
-    # A float takes at most 24 characters in JSON, its separator included.
-    numbers = sum(vector.size for vector in point.vectors.values())
-    return len(json.dumps(point.payload, ensure_ascii=False).encode()) + 24 * numbers

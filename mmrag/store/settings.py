@@ -105,6 +105,7 @@ def lasting_name(name: str) -> str:
 def refuse_other(stored: CollectionSettings, wanted: CollectionSettings, place: object) -> None:
     """Raise CollectionError if the collection was built with anything but ``wanted``."""
     remedy = f"Open it with embedder {stored.embedder!r}, or build another collection elsewhere."
+    # By fingerprint and not by name: a folder may be moved, and a name on the hub gets new weights.
     if stored.fingerprint != wanted.fingerprint:
         same_name = stored.embedder == wanted.embedder
         other = (

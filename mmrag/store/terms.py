@@ -83,6 +83,7 @@ class DocumentTerms:
     def __init__(self, file: str, language: str = AUTO_LANGUAGE) -> None:
         self._file = file
         self._detects = language == AUTO_LANGUAGE
+        # Until a text tells: names of files are most often English.
         self._language = "english" if self._detects else language
         self._sample = ""
 
@@ -91,6 +92,7 @@ class DocumentTerms:
 
         Those up to the first 2,000 characters decide the language.
         """
+        # Two thousand characters tell a language; reading on would only cost time.
         if len(self._sample) < _SAMPLE and text.strip():
             self._sample = f"{self._sample}\n{text}"[:_SAMPLE]
             if self._detects:
@@ -109,11 +111,9 @@ class DocumentTerms:
 
 
 def has_terms(payload: Mapping[str, Any]) -> bool:
-    """Whether BM25 finds a node: one with text, or an image file, by its name.
-
-    A page without text would be found by its file's name as well, and before all others, since
-    BM25 favours short texts.
-    """
+    """Whether BM25 finds a node: one with text, or an image file, by its name."""
+    # A page without text would be found by its file's name as well, and before all others, since
+    # BM25 favours short texts.
     return bool(payload.get("text")) or payload.get("kind") == "picture"
 
 
@@ -130,10 +130,12 @@ def index_terms(text: str, language: str) -> Iterator[str]:
     """
     content = [word for word in words(text) if fold(word) not in STOP_WORDS]
     if language != NO_LANGUAGE:
+        # Stemmed before accents are taken off: Snowball's rules need them.
         content = _stemmer(language).stemWords(content)
     terms = [fold(word) for word in content]
     yield from map(_letters_only, terms)
     for first, second in pairwise(terms):
+        # Pairs of characters are neighbours by themselves.
         if not (is_pair(first) or is_pair(second)):
             yield _letters_only(f"{first} {second}")
 
@@ -178,4 +180,5 @@ def _letters_only(term: str) -> str:
     """A term with every other character written as a letter and its code: ``1.5`` is ``1ꞏ2e5``."""
     if term.isalnum():
         return term
+    # A letter that hardly any text has, so that no word looks like an escape.
     return "".join(c if c.isalnum() else f"\ua78f{ord(c):x}" for c in term)
