@@ -17,6 +17,7 @@ from typing_extensions import Unpack
 from mmrag.embedders.base import Embedder
 from mmrag.errors import CollectionError, ConfigError, MissingCollectionError
 from mmrag.ingest.late import as_late, late_settings, load_late
+from mmrag.ingest.metadata import FileMetadata
 from mmrag.ingest.progress import IngestReport, Progress
 from mmrag.ingest.run import ingest, reading_settings
 from mmrag.queries import Where
@@ -28,12 +29,15 @@ from mmrag.store.matching import matching_paths
 from mmrag.store.settings import CollectionSettings, View, lasting_name, refuse_other
 
 if TYPE_CHECKING:
+    from llama_index.core.chat_engine.types import ChatMode
     from llama_index.core.llms import LLM
+    from llama_index.core.memory import BaseMemory
     from llama_index.core.postprocessor.types import BaseNodePostprocessor
     from llama_index.core.schema import BaseNode, Document
     from llama_index.core.vector_stores.types import MetadataFilters
     from qdrant_client import QdrantClient
 
+    from mmrag.answering.chat import CitedChatEngine
     from mmrag.answering.engine import CitedQueryEngine, EngineOptions
     from mmrag.embedders.late import LateInteraction, TokenEmbedder
     from mmrag.embedding import UniversalEmbedding
@@ -172,10 +176,12 @@ class UniversalIndex:
         progress: bool | Callable[[Progress], None] = False,
         prune: bool = False,
         workers: int | None = None,
+        metadata: FileMetadata | None = None,
     ) -> IngestReport:
         """Index files and folders; see ``mmrag.ingest.run.ingest``.
 
         progress: True shows a bar on stderr; a function is called with each Progress.
+        metadata: of the files, to filter by: a dict for all of them, or a function of the path.
         """
         many = [paths] if isinstance(paths, (str, Path)) else list(paths)
         if self._collection is not None and self._embedder is None:
@@ -195,6 +201,7 @@ class UniversalIndex:
                 progress=show,
                 prune=prune,
                 workers=workers,
+                metadata=metadata,
             )
 
     def insert_nodes(self, nodes: Sequence[BaseNode]) -> None:
@@ -335,6 +342,42 @@ class UniversalIndex:
             raise MissingCollectionError("This collection is empty; index something into it first.")
         return UniversalRetriever(self.collection, self.embedder, late=self.late, **options)
 
+    def as_chat_engine(
+        self,
+        chat_mode: ChatMode | str = "best",
+        llm: LLM | None = None,
+        *,
+        memory: BaseMemory | None = None,
+        similarity_top_k: int = 8,
+        where: Where | None = None,
+        filters: MetadataFilters | None = None,
+        **options: Unpack[EngineOptions],
+    ) -> CitedChatEngine:
+        """A conversation whose every answer cites its pages.
+
+        Args:
+            chat_mode: ``best`` or ``condense_question``: a follow-up question is rewritten to
+                stand on its own. Other modes do without the retriever, or without citations; use
+                LlamaIndex's chat engines over ``as_retriever()`` for them.
+            llm: default: ``Settings.llm``, if it was set.
+            memory: default: one that takes a quarter of the context window.
+            options: those of ``CitedQueryEngine``.
+
+        Raises:
+            ConfigError: Without a language model, and for another mode.
+        """
+        from mmrag.answering.chat import CitedChatEngine
+
+        if chat_mode not in ("best", "condense_question"):
+            raise ConfigError(
+                f"chat_mode={chat_mode!r} is not one of ours: use best, or one of LlamaIndex's "
+                "chat engines, such as ContextChatEngine.from_defaults(retriever)."
+            )
+        engine = self.as_query_engine(
+            llm, similarity_top_k=similarity_top_k, where=where, filters=filters, **options
+        )
+        return CitedChatEngine(engine, memory=memory)
+
     def as_query_engine(
         self,
         llm: LLM | None = None,
@@ -346,8 +389,21 @@ class UniversalIndex:
         filters: MetadataFilters | None = None,
         **options: Unpack[EngineOptions],
     ) -> CitedQueryEngine:
-        """An engine whose answers cite their pages; ``options`` are those of CitedQueryEngine."""
+        """An engine whose answers cite their pages.
+
+        Args:
+            llm: default: ``Settings.llm``, if it was set; otherwise passages are quoted. (A
+                ``CitedQueryEngine`` without one quotes passages whatever the settings.)
+            options: those of ``CitedQueryEngine``.
+        """
+        from llama_index.core import Settings
+
         from mmrag.answering.engine import CitedQueryEngine
+
+        # Not Settings.llm: reading that would make a client of a service that costs money.
+        if llm is None and Settings._llm is not None:
+            llm = Settings._llm
+            log.info("Answers come from Settings.llm, %s.", llm.metadata.model_name)
 
         retriever = self.as_retriever(
             similarity_top_k=similarity_top_k, where=where, filters=filters

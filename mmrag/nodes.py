@@ -118,6 +118,22 @@ def node_image(node: BaseNode) -> Path | None:
     return Path(resource.path) if resource and resource.path else None
 
 
+RESERVED_KEYS = frozenset(
+    {
+        *("file", "file_path", "folder", "sha256", "page", "label", "kind", "section", "caption"),
+        *("box", "page_image", "text_layer", "text", "terms", "terms_language", "checksum"),
+        *("doc_id", "document_id", "ref_doc_id", "node_id", "node_hash"),
+        *("_node_content", "_node_type"),
+    }
+)
+"""Metadata keys that mmrag sets; all others are a user's."""
+
+
+def given_metadata(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """What a user gave of a node's metadata."""
+    return {key: value for key, value in metadata.items() if key not in RESERVED_KEYS}
+
+
 # The keys under which readers of LlamaIndex and others say where a node comes from.
 _NAMES = ("file", "file_path", "file_name", "title", "url", "source")
 

@@ -4,6 +4,10 @@ import hashlib
 from pathlib import Path
 
 import numpy as np
+from llama_index.core.base.llms.types import ChatMessage, ChatResponse, LLMMetadata, MessageRole
+from llama_index.core.bridge.pydantic import Field
+from llama_index.core.llms import CompletionResponse, CustomLLM
+from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_callback
 from llama_index.core.schema import (
     MediaResource,
     Node,
@@ -112,3 +116,49 @@ def make_image(path: Path, colour="red", size=(8, 8)) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", size, colour).save(path)
     return path
+
+
+class Scripted(CustomLLM):
+    """A language model that gives its replies one after the other, the last one again and again.
+
+    ``asked`` holds what it was asked, in words.
+    """
+
+    replies: list[str]
+    asked: list[str] = Field(default_factory=list)
+    model_name: str = "scripted"
+
+    def __init__(self, replies, **fields):
+        super().__init__(replies=list(replies), **fields)
+
+    @property
+    def metadata(self):
+        return LLMMetadata(context_window=32_000, is_chat_model=True, model_name=self.model_name)
+
+    def _next(self, asked):
+        self.asked.append(asked)
+        return self.replies[min(len(self.asked), len(self.replies)) - 1]
+
+    @llm_chat_callback()
+    def chat(self, messages, **_):
+        reply = self._next("\n".join(message.content or "" for message in messages))
+        return ChatResponse(message=ChatMessage(role=MessageRole.ASSISTANT, content=reply))
+
+    @llm_chat_callback()
+    def stream_chat(self, messages, **_):
+        reply = self._next("\n".join(message.content or "" for message in messages))
+        said = ""
+        for word in reply.split(" "):
+            delta = f" {word}" if said else word
+            said += delta
+            message = ChatMessage(role=MessageRole.ASSISTANT, content=said)
+            yield ChatResponse(message=message, delta=delta)
+
+    @llm_completion_callback()
+    def complete(self, prompt, formatted=False, **_):
+        return CompletionResponse(text=self._next(prompt))
+
+    @llm_completion_callback()
+    def stream_complete(self, prompt, formatted=False, **_):
+        reply = self._next(prompt)
+        yield CompletionResponse(text=reply, delta=reply)

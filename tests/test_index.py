@@ -1,10 +1,12 @@
 """The one object that users hold."""
 
 import dataclasses
+import logging
 from pathlib import Path
 
 import pytest
-from fakes import FakeEmbedder
+from fakes import FakeEmbedder, Scripted
+from llama_index.core import Settings
 from qdrant_client import QdrantClient
 
 import mmrag.embedders
@@ -239,3 +241,37 @@ def test_unchanged_files_load_no_embedder(tmp_path, monkeypatch):
         (tmp_path / "b.md").write_text("A plan that covers teeth and the cleaning of them.")
         assert index.add(tmp_path / "b.md").indexed
         assert loaded == ["fake"]
+
+
+@pytest.fixture
+def model(monkeypatch):
+    """A language model in LlamaIndex's settings."""
+    scripted = Scripted(["Eye exams are covered by the plus plan [1]."])
+    monkeypatch.setattr(Settings, "_llm", scripted)
+    return scripted
+
+
+def test_the_model_of_the_settings_answers_and_is_named(library, model, caplog):
+    with UniversalIndex(library, FakeEmbedder()) as index, caplog.at_level(logging.INFO):
+        answer = index.as_query_engine().query("What covers eye exams?")
+    assert not answer.extractive and str(answer).endswith("[1].")
+    assert "Settings.llm, scripted" in caplog.text
+
+
+def test_without_a_model_in_the_settings_none_is_made(library, monkeypatch):
+    monkeypatch.setattr(Settings, "_llm", None)
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-paid")
+    with UniversalIndex(library, FakeEmbedder()) as index:
+        assert index.as_query_engine().query("What covers eye exams?").extractive
+        assert Settings._llm is None
+        with pytest.raises(ConfigError, match=r"pass llm=.*Settings\.llm"):
+            index.as_chat_engine()
+
+
+def test_a_conversation_cites_pages(library, model):
+    with UniversalIndex(library, FakeEmbedder()) as index:
+        chat = index.as_chat_engine("condense_question", similarity_top_k=1)
+        turn = chat.chat("What covers eye exams?")
+        assert turn.cited.sources[0].file.endswith("b.txt")
+        with pytest.raises(ConfigError, match="'context' is not one of ours"):
+            index.as_chat_engine("context", model)

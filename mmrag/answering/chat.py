@@ -110,7 +110,10 @@ class CitedChatEngine(BaseChatEngine):
     ) -> None:
         chosen = llm or engine.llm
         if chosen is None:
-            raise ConfigError("CitedChatEngine needs a language model: pass llm=.")
+            raise ConfigError(
+                "CitedChatEngine needs a language model: pass llm=. UniversalIndex.as_chat_engine "
+                "takes Settings.llm too."
+            )
         self.engine = engine
         self.llm = chosen
         window = _cited(engine).context_window or chosen.metadata.context_window

@@ -22,6 +22,7 @@ from mmrag.cli.options import (
     JsonOption,
     KindOption,
     PagesOption,
+    WhereOption,
     need_query,
     open_library,
     where_from,
@@ -47,6 +48,7 @@ def ask(
     file: FileOption = None,
     pages: PagesOption = None,
     kind: KindOption = None,
+    condition: WhereOption = None,
     rerank: RerankOption = None,
     plan: Annotated[
         bool,
@@ -77,7 +79,7 @@ def ask(
             from mmrag.queries import MultimodalQuery
             from mmrag.server.client import find_server
 
-            where = where_from(file, pages, kind)
+            where = where_from(file, pages, kind, condition)
             query = MultimodalQuery(text, image=image, where=where, top_k=top_k)
             server = find_server(collection)
             if server is not None:

@@ -59,12 +59,12 @@ def place(file: str, page: str) -> Text:
 
 def hits_view(hits: Sequence[Hit], query: str) -> RenderableType:
     """Each hit with its place, score, ranks and the words that match."""
-    from mmrag.nodes import page_name
+    from mmrag.nodes import document_name, given_metadata, page_name
 
     rows: list[RenderableType] = []
     for n, hit in enumerate(hits, start=1):
         head = Text.assemble((f"{n:>2}  ", "dim"))
-        head.append_text(place(hit.metadata.get("file", ""), page_name(hit.metadata)))
+        head.append_text(place(document_name(hit.node), page_name(hit.metadata)))
         kind = hit.metadata.get("kind", "page")
         if kind not in ("page", "text"):
             head.append(f"  {clean(kind)}", style="magenta")
@@ -75,6 +75,10 @@ def hits_view(hits: Sequence[Hit], query: str) -> RenderableType:
         for name, part in (hit.explanation or {}).items():
             line = f"{name}: rank {part.rank}, score {part.score:.3f}, credit {part.credit:.3f}"
             rows.append(Padding(Text(line, style="dim"), (0, 0, 0, 4), expand=False))
+        given = given_metadata(hit.metadata)
+        if given:
+            told = "  ".join(f"{key}: {value}" for key, value in given.items())
+            rows.append(Padding(Text(clean(told), style="dim"), (0, 0, 0, 4), expand=False))
         words = snippet(hit.text, query)
         shown = marked(words, query) if words else Text("(no text layer)", style="dim")
         rows.append(Padding(shown, (0, 0, 1, 4), expand=False))
@@ -83,15 +87,18 @@ def hits_view(hits: Sequence[Hit], query: str) -> RenderableType:
 
 def hit_row(hit: Hit, query: str) -> dict[str, Any]:
     """A hit for JSON."""
+    from mmrag.nodes import document_name, given_metadata
+
     values = hit.metadata
     return {
-        "file": values.get("file"),
+        "file": document_name(hit.node),
         "page": values.get("page"),
         "label": values.get("label"),
         "kind": values.get("kind"),
         "score": round(hit.score or 0.0, 4),
         "snippet": snippet(hit.text, query),
         "box": hit.box or values.get("box"),
+        "metadata": given_metadata(values),
     } | ({"explanation": _explained(hit)} if hit.explanation is not None else {})
 
 

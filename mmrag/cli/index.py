@@ -15,6 +15,8 @@ from mmrag.cli.options import (
     DebugOption,
     EmbedderOption,
     JsonOption,
+    MetaOption,
+    metadata_from,
     open_library,
 )
 from mmrag.cli.progress import indexing, working
@@ -66,6 +68,7 @@ def index(
     prune: Annotated[
         bool, typer.Option("--prune", help="Remove files that are gone from the given folders.")
     ] = False,
+    meta: MetaOption = None,
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
@@ -80,6 +83,7 @@ def index(
 
             # Given only when asked for: a collection keeps the options that built it.
             reading = ReadOptions(ocr=ocr) if ocr else None
+            metadata = metadata_from(meta)
             if late:
                 step(f"Loading {late}")
             interaction = _interaction(late, pool_factor, muvera)
@@ -89,7 +93,9 @@ def index(
                 step("Reading files")
                 step.stop()
                 with indexing() as progress:
-                    report = library.add(list(paths), progress=progress, prune=prune)
+                    report = library.add(
+                        list(paths), progress=progress, prune=prune, metadata=metadata
+                    )
         if as_json:
             print_json(vars(report) | {"errors": [display.error_row(e) for e in report.errors]})
         else:

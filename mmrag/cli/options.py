@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -62,6 +63,24 @@ KindOption = Annotated[
         help="Only page, figure, passage, picture or text; may be repeated.",
     ),
 ]
+WhereOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--where",
+        metavar="CONDITION",
+        help="Only what has this metadata: year>=2023, team=wind, draft!=true, or title~annual "
+        "report for whole words; may be repeated, then all must hold.",
+    ),
+]
+MetaOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--meta",
+        metavar="KEY=VALUE",
+        help="Metadata of these files, to filter by (--where); may be repeated. A sidecar file "
+        "report.pdf.meta.json gives that of report.pdf.",
+    ),
+]
 
 
 @contextmanager
@@ -92,17 +111,67 @@ def need_query(query: str | None, image: Path | None) -> None:
         raise typer.BadParameter("Give a text, --image, or both.")
 
 
-def where_from(files: list[str] | None, pages: str | None, kinds: list[str] | None) -> Where | None:
-    """The filter of --file, --pages and --kind; None without any of them."""
+def where_from(
+    files: list[str] | None,
+    pages: str | None,
+    kinds: list[str] | None,
+    conditions: list[str] | None = None,
+) -> Where | None:
+    """The filter of --file, --pages, --kind and --where; None without any of them."""
     from mmrag.queries import Where
 
     for kind in kinds or ():
         if kind not in KINDS:
             raise typer.BadParameter(f"{kind!r} is not a kind: use {', '.join(KINDS)}.")
     bounds = _page_range(pages) if pages is not None else None
-    if not (files or bounds or kinds):
+    if not (files or bounds or kinds or conditions):
         return None
-    return Where(files=tuple(files or ()), pages=bounds, kinds=tuple(kinds or ()))
+    where = Where(files=tuple(files or ()), pages=bounds, kinds=tuple(kinds or ()))
+    return _with_conditions(where, conditions) if conditions else where
+
+
+def _with_conditions(where: Where, conditions: list[str]) -> Where:
+    from llama_index.core.vector_stores.types import MetadataFilter, MetadataFilters
+
+    from mmrag.store.filters import as_where
+
+    filters: list[MetadataFilter | MetadataFilters] = []
+    for text in conditions:
+        found = re.fullmatch(r"\s*([^=!<>~]+?)\s*(!=|>=|<=|=|>|<|~)\s*(.+?)\s*", text)
+        if found is None:
+            raise typer.BadParameter(
+                f"{text!r} is not a condition: use key=value, or !=, <, <=, >, >= or ~."
+            )
+        key, sign, value = found.groups()
+        # Booleans stay words: LlamaIndex's filters have no other value for them.
+        plain = value if sign == "~" or value in ("true", "false") else _value(value)
+        operator = {"=": "==", "~": "text_match_insensitive"}.get(sign, sign)
+        filters.append(
+            MetadataFilter.model_validate({"key": key, "operator": operator, "value": plain})
+        )
+    checked = as_where(where, MetadataFilters(filters=filters))
+    assert checked is not None
+    return checked
+
+
+def metadata_from(pairs: list[str] | None) -> dict[str, Any] | None:
+    """The metadata of --meta; None without any."""
+    metadata: dict[str, Any] = {}
+    for pair in pairs or ():
+        key, equals, value = pair.partition("=")
+        if not equals or not key.strip():
+            raise typer.BadParameter(f"{pair!r} is not KEY=VALUE.")
+        metadata[key.strip()] = _value(value.strip())
+    return metadata or None
+
+
+def _value(text: str) -> Any:
+    """A number, boolean or list as in JSON; anything else is text."""
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return text
+    return value if isinstance(value, (bool, int, float, list)) else text
 
 
 def _page_range(pages: str) -> tuple[int | None, int | None]:

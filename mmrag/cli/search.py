@@ -19,6 +19,7 @@ from mmrag.cli.options import (
     JsonOption,
     KindOption,
     PagesOption,
+    WhereOption,
     need_query,
     open_library,
     where_from,
@@ -33,6 +34,7 @@ def search(
     file: FileOption = None,
     pages: PagesOption = None,
     kind: KindOption = None,
+    condition: WhereOption = None,
     explain: Annotated[
         bool, typer.Option("--explain", help="Show rank, score and credit in each ranking.")
     ] = False,
@@ -49,7 +51,7 @@ def search(
             from mmrag.queries import MultimodalQuery
             from mmrag.server.client import find_server
 
-            where = where_from(file, pages, kind)
+            where = where_from(file, pages, kind, condition)
             # A server has its embedder loaded, and would ignore this one.
             server = None if embedder else find_server(collection)
             if server is not None:

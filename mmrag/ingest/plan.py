@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from mmrag.errors import ReadError
+from mmrag.ingest.metadata import FileMetadata, metadata_of
 from mmrag.ingest.progress import IngestReport
 from mmrag.reading import file_sha256, find_files
 from mmrag.store.collection import Collection
@@ -23,6 +25,7 @@ class Job:
     terms: makes what BM25 finds its nodes by.
     stale: hashes of its earlier versions, dropped when it is done.
     copies: other files of equal content, one of which is read if this one fails.
+    metadata: what every node of it gets. tagged: whether nodes were stored before, without it.
     pages, nodes: read so far. waiting: nodes that are not stored yet.
     read: whether reading has ended. broken: whether an error ended it.
     """
@@ -30,6 +33,8 @@ class Job:
     path: Path
     sha256: str
     terms: DocumentTerms
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    tagged: bool = True
     stale: list[str] = field(default_factory=list)
     copies: list[Job] = field(default_factory=list)
     pages: int = 0
@@ -50,17 +55,28 @@ class Plan:
     """What a run has to do.
 
     paths: absolute path to hash of every file found. jobs: files to read. moves: entries of
-    files that were renamed, with their new path. total: how many files were found.
+    files that were renamed, with their new path. metadata: path to hash and metadata,
+    of the files that are given some. total: how many files were found.
     """
 
     paths: dict[Path, str]
     jobs: list[Job] = field(default_factory=list)
     moves: list[tuple[FileEntry, str]] = field(default_factory=list)
+    metadata: dict[str, tuple[str, Mapping[str, Any]]] = field(default_factory=dict)
     total: int = 0
 
 
-def make_plan(paths: Sequence[str | Path], collection: Collection, report: IngestReport) -> Plan:
-    """Sort the files found; what needs no work goes into the report."""
+def make_plan(
+    paths: Sequence[str | Path],
+    collection: Collection,
+    report: IngestReport,
+    metadata: FileMetadata | None = None,
+) -> Plan:
+    """Sort the files found; what needs no work goes into the report.
+
+    Raises:
+        ConfigError: For ``metadata`` that cannot be used.
+    """
     found = find_files(paths)
     report.errors += found.errors
     report.failed += [error.file for error in found.errors]
@@ -71,6 +87,8 @@ def make_plan(paths: Sequence[str | Path], collection: Collection, report: Inges
     places = dict(zip(hashes, absolute_paths(map(Path, hashes)), strict=True))
     plan = Plan({places[name]: hashes[name] for name in hashes})
     plan.total = len(found.files) + len(found.errors)
+    wanted = _wanted_metadata(hashes, metadata, report)
+    plan.metadata = {name: (hashes[name], tags) for name, tags in wanted.items()}
     jobs: dict[str, Job] = {}
     stands_for: dict[str, str] = {}
     for name, sha256 in hashes.items():
@@ -81,7 +99,9 @@ def make_plan(paths: Sequence[str | Path], collection: Collection, report: Inges
         elif entry is None:
             # Of an incomplete or damaged file only the nodes that are missing are embedded.
             terms = DocumentTerms(name, collection.settings.language)
-            job = Job(Path(name), sha256, terms, entries.earlier(name, places[name], sha256))
+            stale = entries.earlier(name, places[name], sha256)
+            tags = wanted.get(name, entries.metadata((sha256, *stale)))
+            job = Job(Path(name), sha256, terms, tags, stale=stale)
             if sha256 in jobs:
                 # Read once; the copy's turn comes only if this one fails by its name.
                 jobs[sha256].copies.append(job)
@@ -102,6 +122,22 @@ def make_plan(paths: Sequence[str | Path], collection: Collection, report: Inges
     return plan
 
 
+def _wanted_metadata(
+    names: Iterable[str], given: FileMetadata | None, report: IngestReport
+) -> dict[str, dict[str, Any]]:
+    """Path to metadata of the files that are given some; bad sidecars are reported."""
+    wanted: dict[str, dict[str, Any]] = {}
+    for name in names:
+        try:
+            metadata = metadata_of(Path(name), given)
+        except ReadError as error:
+            report.errors.append(error)
+            continue
+        if metadata is not None:
+            wanted[name] = metadata
+    return wanted
+
+
 def note_passed_over(files: Sequence[Path], report: IngestReport) -> None:
     """Say which files of other types the folders hold, by count and suffix."""
     report.passed_over += [path.as_posix() for path in files]
@@ -117,6 +153,7 @@ class Entries:
 
     def __init__(self, entries: Sequence[FileEntry], damaged: Sequence[FileEntry]) -> None:
         lost = {entry.sha256 for entry in damaged}
+        self._by_hash = {entry.sha256: entry for entry in entries}
         self.complete = {
             entry.sha256: entry for entry in entries if entry.complete and entry.sha256 not in lost
         }
@@ -127,6 +164,10 @@ class Entries:
         for entry, path in self.path.items():
             self._at_path[path].append(entry)
             self._of_name[entry.file].append(entry)
+
+    def metadata(self, hashes: Iterable[str]) -> Mapping[str, Any]:
+        """The metadata of the first of the files that has an entry; else empty."""
+        return next((self._by_hash[each].metadata for each in hashes if each in self._by_hash), {})
 
     def earlier(self, name: str, path: Path, sha256: str) -> list[str]:
         """Hashes of other versions of a file, here or before its working directory moved."""

@@ -16,6 +16,7 @@ from typing import Any
 from mmrag.embedders.base import Embedder
 from mmrag.embedders.late import LateInteraction
 from mmrag.errors import CollectionError, ReadError
+from mmrag.ingest.metadata import FileMetadata
 from mmrag.ingest.plan import Job, Plan, make_plan
 from mmrag.ingest.prefetch import run_ahead
 from mmrag.ingest.progress import IngestReport, Progress
@@ -44,6 +45,7 @@ def ingest(
     progress: Callable[[Progress], None] | None = None,
     prune: bool = False,
     workers: int | None = None,
+    metadata: FileMetadata | None = None,
 ) -> IngestReport:
     """Index files and folders; a second run embeds only what is new.
 
@@ -54,8 +56,12 @@ def ingest(
         progress: called after every batch and every file.
         prune: forget files that are gone from the folders given.
         workers: how many files are read at once, each in a process of its own.
+        metadata: for all files found, or a function of the path; laid over what a sidecar file
+            (``report.pdf.meta.json``) says. Where neither is given, files keep what they have;
+            ``{}`` takes it away. Nothing is embedded again for it.
 
     Raises:
+        ConfigError: For metadata that is not JSON, or uses a key of mmrag's own.
         CollectionError: If another embedder or other reading options built the collection.
         EndpointError: If a server goes away. What is wrong with single files, pages or nodes is in
             the report. After any error, Ctrl-C or kill the same call goes on where it stopped.
@@ -63,7 +69,7 @@ def ingest(
     options = _options(collection, embedder, options)
     started = time.monotonic()
     report = IngestReport()
-    plan = make_plan(paths, collection, report)
+    plan = make_plan(paths, collection, report, metadata)
     if plan.jobs:
         _note_missing_views(collection, embedder, report)
     for entry, path in plan.moves:
@@ -72,6 +78,7 @@ def ingest(
             report.unchanged.append(path)
         else:
             report.moved[path] = entry.file
+    _tag(plan, collection, report)
     # Files that need no reading count as done from the start.
     known = plan.total - sum(1 + len(job.copies) for job in plan.jobs)
     writer = Writer(
@@ -132,6 +139,20 @@ def _late(
             "theirs."
         )
     return late
+
+
+def _tag(plan: Plan, collection: Collection, report: IngestReport) -> None:
+    """Bring the metadata of files that are indexed already up to date."""
+    if not plan.metadata:
+        return
+    reading = {job.sha256 for job in plan.jobs}
+    entries = {entry.sha256: entry for entry in collection.read_files()}
+    for name, (sha256, metadata) in plan.metadata.items():
+        entry = entries.get(sha256)
+        if entry is None or sha256 in reading or name in report.duplicates:
+            continue
+        if entry.metadata != metadata:
+            collection.tag_file(entry, metadata)
 
 
 def _copies_of_failed(jobs: Sequence[Job], report: IngestReport) -> list[Job]:

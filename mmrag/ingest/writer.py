@@ -121,6 +121,9 @@ class Writer:
         # Ids come from the file's hash: what an earlier run stored need not be embedded again.
         stored = self._collection.existing([node.node_id for node in page.nodes])
         missing = [node for node in page.nodes if node.node_id not in stored]
+        job.tagged = job.tagged and not stored
+        for node in missing:
+            node.metadata |= job.metadata
         self._pages_waiting += bool(missing)
         cut = any(node.metadata.get("kind") == "passage" for node in page.nodes)
         for node in missing:
@@ -180,7 +183,10 @@ class Writer:
             errors=tuple(sorted(str(error) for error in job.errors)),
             folder=folder_of(job.name),
             complete=complete,
+            metadata=job.metadata,
         )
+        if not job.tagged:
+            self._collection.tag_file(entry, job.metadata)
         self._collection.mark_done(entry)
 
     def _tokens_of(self, node: BaseNode, cut: bool) -> Content | None:

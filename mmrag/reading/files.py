@@ -79,6 +79,8 @@ def find_files(paths: Sequence[str | Path]) -> FoundFiles:
         try:
             if path.is_dir():
                 for each in _in_folder(path, errors):
+                    if each.name.endswith(".meta.json"):  # metadata of the file beside it
+                        continue
                     is_read = each.suffix.lower() in known
                     (found if is_read else passed_over)[each] = None
             else:

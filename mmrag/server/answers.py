@@ -6,9 +6,9 @@ from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llama_index.core.schema import NodeWithScore
+from llama_index.core.schema import BaseNode, NodeWithScore
 
-from mmrag.nodes import as_hit, node_text
+from mmrag.nodes import as_hit, document_name, given_metadata, node_text
 from mmrag.queries import MultimodalQuery
 from mmrag.server.library import Library
 from mmrag.server.links import page_image_url, view_url
@@ -31,20 +31,19 @@ def hit_row(hit: NodeWithScore, collection: str, base: str) -> dict[str, Any]:
         "score": round(hit.score or 0.0, 4),
         "ranks": dict(found.ranks),
         "text": node_text(hit.node)[:_LONGEST_TEXT],
-        **_place(values, boxes, collection, base),
+        **_place(hit.node, boxes, collection, base),
     }
 
 
 def source_row(source: Source, collection: str, base: str) -> dict[str, Any]:
     """A source of an answer. boxes: the lines of its quote, else the box of what was found."""
-    values = source.node.node.metadata
     boxes = [list(box) for box in source.boxes or ((source.box,) if source.box else ())]
     return {
         "n": source.n,
         "cited": source.cited,
         "quote": source.quote,
         "text": source.text[:_LONGEST_TEXT],
-        **_place(values, boxes, collection, base),
+        **_place(source.node.node, boxes, collection, base),
     }
 
 
@@ -73,11 +72,10 @@ def answer_events(
     yield Event(answer_row(stream.get_response(), library.name, base), "answer")
 
 
-def _place(
-    values: dict[str, Any], boxes: list[list[float]], collection: str, base: str
-) -> dict[str, Any]:
+def _place(node: BaseNode, boxes: list[list[float]], collection: str, base: str) -> dict[str, Any]:
     """Where something is, and the addresses that show it."""
-    file, page = str(values.get("file", "")), values.get("page")
+    values = node.metadata
+    file, page = document_name(node), values.get("page")
     file_id = values.get("sha256")
     image = view = None
     if file_id is not None:
@@ -92,6 +90,7 @@ def _place(
         "page": page,
         "label": values.get("label"),
         "kind": values.get("kind", "text"),
+        "metadata": given_metadata(values),
         "boxes": [[round(edge, 2) for edge in box] for box in boxes],
         "image": image,
         "view": view,

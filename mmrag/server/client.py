@@ -97,6 +97,7 @@ class ServerClient:
             "files": list(where.files) if where else [],
             "pages": where.pages if where else None,
             "kinds": list(where.kinds) if where else [],
+            "filters": where.filters.model_dump(mode="json") if where and where.filters else None,
         }
 
     def _events(self, body: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -144,7 +145,8 @@ def _hit(row: Mapping[str, Any]) -> Hit:
 
     names = ("file", "page", "label", "kind")
     metadata = {name: row[name] for name in names if row.get(name) is not None}
-    node = TextNode(text=row["text"], metadata=metadata | {"sha256": row["file_id"]})
+    metadata |= {**row.get("metadata", {}), "sha256": row["file_id"]}
+    node = TextNode(text=row["text"], metadata=metadata)
     box = tuple(row["boxes"][0]) if row["boxes"] else None
     return Hit(node=node, score=row.get("score"), ranks=row.get("ranks", {}), box=box)
 

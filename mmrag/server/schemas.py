@@ -6,11 +6,13 @@ import base64
 import binascii
 from typing import Annotated, Literal
 
+from llama_index.core.vector_stores.types import MetadataFilters
 from pydantic import BaseModel, ConfigDict, Field
 
 from mmrag.content import ImageLimits, image_size
 from mmrag.errors import ConfigError, ContentError
 from mmrag.queries import MultimodalQuery, Where
+from mmrag.store.filters import as_where
 
 LONGEST_QUERY = 20_000  # characters
 
@@ -22,7 +24,8 @@ class SearchRequest(BaseModel):
     """A search for pages: a text, an image, or both.
 
     image: a data URL, or base64. collection: a name; default: the first that is served.
-    files: paths, names or globs. pages: first and last; null is no bound.
+    files: paths, names or globs. pages: first and last; null is no bound. filters: LlamaIndex's
+    MetadataFilters as JSON.
     """
 
     # A misspelt filter that is ignored would search everything.
@@ -35,12 +38,14 @@ class SearchRequest(BaseModel):
     files: list[str] = Field(default_factory=list, max_length=1000)
     pages: tuple[PageBound, PageBound] | None = None
     kinds: list[Kind] = Field(default_factory=list)
+    filters: MetadataFilters | None = None
 
     def where(self) -> Where | None:
-        """Which nodes may answer; None for all."""
-        if not (self.files or self.pages or self.kinds):
+        """Which nodes may answer; None for all. Raises ConfigError for a useless filter."""
+        if not (self.files or self.pages or self.kinds or self.filters):
             return None
-        return Where(files=tuple(self.files), pages=self.pages, kinds=tuple(self.kinds))
+        where = Where(files=tuple(self.files), pages=self.pages, kinds=tuple(self.kinds))
+        return as_where(where, self.filters)
 
 
 class Turn(BaseModel):

@@ -8,6 +8,7 @@ disagree: a file is finished exactly when its own point is there.
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
@@ -324,6 +325,13 @@ class Collection:
         self.mark_done(moved)
         return moved
 
+    def tag_file(self, entry: FileEntry, metadata: Mapping[str, Any]) -> None:
+        """Give a file and its nodes this metadata in place of the entry's, keeping vectors."""
+        found = self._engine.scroll(_with_hash(entry.sha256), vectors=True)
+        while batch := list(islice(found, 64)):
+            self._engine.upsert([_tagged(point, entry, metadata) for point in batch])
+        self.mark_done(dataclasses.replace(entry, metadata=metadata))
+
     def rename_nodes(self, sha256: str, path: str) -> None:
         """Give the nodes of a content this path, where they have another, keeping vectors."""
         same = _with_hash(sha256)
@@ -526,6 +534,17 @@ class Collection:
 
     def _filter(self, where: Where | None) -> Filter:
         return Filter() if where is None else as_filter(where, self.paths)
+
+
+def _tagged(point: Point, entry: FileEntry, metadata: Mapping[str, Any]) -> Point:
+    """A node's point with ``metadata`` in place of the entry's."""
+    payload = {key: value for key, value in point.payload.items() if key not in entry.metadata}
+    content = json.loads(payload["_node_content"])
+    for key in entry.metadata:
+        content["metadata"].pop(key, None)
+    content["metadata"] |= metadata
+    payload |= {**metadata, "_node_content": json.dumps(content, ensure_ascii=False)}
+    return dataclasses.replace(point, payload=payload)
 
 
 def _with_hash(sha256: str) -> Filter:

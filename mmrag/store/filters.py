@@ -35,6 +35,7 @@ _RANGES: Mapping[FilterOperator, str] = {
 _EQUALITY = (FilterOperator.EQ, FilterOperator.IN, FilterOperator.ANY, FilterOperator.CONTAINS)
 _INEQUALITY = (FilterOperator.NE, FilterOperator.NIN)
 _LISTS = (FilterOperator.IN, FilterOperator.NIN, FilterOperator.ANY, FilterOperator.ALL)
+_TRUTH: Mapping[object, bool] = {"true": True, "false": False}
 _ISO_DATE = re.compile(
     r"\d{4}-\d\d-\d\d([T ]\d\d:\d\d(:\d\d(\.\d{1,9})?)?(Z|[+-]\d\d:?\d\d)?)?", re.ASCII
 )
@@ -84,6 +85,7 @@ def translated(filters: MetadataFilters, paths: FilePaths) -> Filter:
     - EQ, IN, ANY and CONTAINS: the value, or one of its elements, is one of those given. ALL:
       each of those given is there. NE and NIN are their negation: they also hold where the key
       is missing, as in LlamaIndex.
+    - ``"true"`` and ``"false"`` also equal booleans, which these filters cannot hold.
     - ``file`` takes paths, file names and globs in these.
     - GT, GTE, LT, LTE: numbers, or dates and times as ISO 8601 strings.
     - TEXT_MATCH: contains the text. TEXT_MATCH_INSENSITIVE: has its words, one after the other,
@@ -135,14 +137,18 @@ def _condition(item: MetadataFilter, paths: FilePaths) -> Condition:
         case FilterOperator.IS_EMPTY:
             return IsEmpty(item.key)
         case FilterOperator.ALL:
-            return Filter(must=tuple(any_of(item.key, [value]) for value in _values(item)))
+            return Filter(must=tuple(_same(item.key, [value]) for value in _values(item)))
         case operator if operator in _RANGES:
             return Within(item.key, **{_RANGES[operator]: _bound(item)})
     values: Sequence[Any] = _values(item)
     if item.key == "file":
         values = paths([str(value) for value in values])
-    same = any_of(item.key, values)
+    same = _same(item.key, values)
     return Filter(must_not=(same,)) if item.operator in _INEQUALITY else same
+
+
+def _same(key: str, values: Sequence[Any]) -> AnyOf:
+    return any_of(key, [*values, *(_TRUTH[each] for each in values if each in _TRUTH)])
 
 
 def _values(item: MetadataFilter) -> list[Any]:

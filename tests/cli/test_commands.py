@@ -116,7 +116,7 @@ def test_search_json_has_the_agreed_fields(folder):
     found = json.loads(result.stdout)
     assert found["query"] == "dental cleaning"
     best = found["hits"][0]
-    assert set(best) == {"file", "page", "label", "kind", "score", "snippet", "box"}
+    assert set(best) == {"file", "page", "label", "kind", "score", "snippet", "box", "metadata"}
     assert best["file"].endswith("plans.pdf")
     assert best["page"] == 2
     assert best["snippet"].startswith("Dental cleaning")
@@ -165,6 +165,46 @@ def test_ask_json_has_the_agreed_fields(folder):
     x0, y0, x1, y1 = source["box"]
     assert 70 < x0 < x1 < 510
     assert 60 < y0 < y1 < 200
+
+
+def test_metadata_is_stored_shown_and_filtered(tmp_path):
+    for name, year in (("old", 2020), ("new", 2024)):
+        (tmp_path / f"{name}.txt").write_text(f"The {name} plan covers the teeth.")
+        options = ("--meta", f"year={year}", "--meta", f"draft={str(name == 'new').lower()}")
+        assert run("index", tmp_path / f"{name}.txt", "-c", tmp_path / "c", *options).exit_code == 0
+
+    def found(*conditions):
+        options = [part for condition in conditions for part in ("--where", condition)]
+        result = run("search", "teeth", "-c", tmp_path / "c", "--json", *options)
+        return {row["metadata"]["year"] for row in json.loads(result.stdout)["hits"]}
+
+    assert found() == {2020, 2024}
+    assert found("year>=2021") == found("draft=true") == found("text~NEW plan") == {2024}
+    assert found("year != 2024", "draft=false") == {2020}
+    assert found("year=2024", "draft=false") == set()
+    shown = run("search", "teeth", "-c", tmp_path / "c", "--where", "year=2020").stdout
+    assert "year: 2020  draft: False" in shown
+    answer = run("ask", "What covers the teeth?", "-c", tmp_path / "c", "--where", "year<2021")
+    assert "old.txt" in answer.stdout and "new.txt" not in answer.stdout
+    rows = json.loads(run("list", "-c", tmp_path / "c", "--json").stdout)["files"]
+    assert [row["metadata"] for row in rows] == [
+        {"year": 2024, "draft": True},
+        {"year": 2020, "draft": False},
+    ]
+
+
+@pytest.mark.parametrize(
+    "options", [("--where", "year"), ("--where", "=3"), ("--where", "year>=soon"), ("--where", "~")]
+)
+def test_a_condition_that_cannot_be_used_is_refused(folder, options):
+    result = run("search", "teeth", "-c", folder, *options)
+    assert result.exit_code == 2
+    assert "condition" in result.stderr or "GTE takes a number" in result.stderr
+
+
+def test_metadata_without_a_key_is_refused(folder, docs):
+    result = run("index", docs, "-c", folder, "--meta", "2024")
+    assert result.exit_code == 2 and "KEY=VALUE" in result.stderr
 
 
 def test_asking_what_is_not_there(folder):

@@ -101,6 +101,8 @@ def meets(item, row):
 
 
 def same(a, b):
+    if isinstance(a, bool):
+        return str(a).lower() == b
     return isinstance(a, bool) == isinstance(b, bool) and a == b
 
 
@@ -130,7 +132,9 @@ KEYS = st.sampled_from(
     ["file", "year", "tags", "day", "price", "title", "draft", "page", "missing", "Report Year"]
 )
 NUMBERS = st.sampled_from([1, 2, 7, 2023, 2024, 2024.0, 2024.5, 1.5, -3, 2**60 + 1])
-TEXTS = st.sampled_from(["red", "blue", "in/a.pdf", "2024", "eye", "Eye exams", "exams", ""])
+TEXTS = st.sampled_from(
+    ["red", "blue", "in/a.pdf", "2024", "eye", "Eye exams", "exams", "", "true"]
+)
 LISTS = st.lists(NUMBERS.filter(lambda n: isinstance(n, int)), min_size=1, max_size=3) | st.lists(
     TEXTS, min_size=1, max_size=3
 )
@@ -212,6 +216,7 @@ def test_filters_find_what_python_finds(engine, filters):
         ("title", Op.TEXT_MATCH_INSENSITIVE, "eye exams", {3, 5}),  # no "eyes"
         ("nested.level", Op.GT, 1, {7}),
         ("Report Year", Op.EQ, 2024, {6}),
+        ("draft", Op.EQ, "true", {2}),
     ],
 )
 def test_single_conditions(engine, key, operator, value, rows):
