@@ -5,6 +5,7 @@
     make bench NAMES=families    # the same for each family
     make bench NAMES=gradcache   # memory and speed of cached steps
     make bench NAMES=rerank      # pairs batched against one by one
+    make bench NAMES=late        # the stages of late interaction, likewise
     make bench NAMES="engine rerank"
     make bench NAMES=gpu         # everything on a card, in 4 minutes; see gpu.py
 
@@ -23,18 +24,24 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 import numpy as np
 from PIL import Image
 from tiny import save_qwen2_5_vl, save_qwen2_vl
 from tiny_cross import save_bert
+from tiny_late import save_colqwen2
 from tiny_llava import save_llava, save_mm_embed, save_phi3v
 from tiny_qwen3 import add_words, save_qwen3_vl, save_wemm
 
 from mmrag.content import Content
 from mmrag.embedders import Embedder, load_embedder
+from mmrag.embedders.late import load_token_embedder
+from mmrag.embedders.muvera import Muvera
 from mmrag.modeling.backbone import inputs_of
 from mmrag.rerankers import load_scorer
+from mmrag.store.edge import EdgeEngine
+from mmrag.store.engine import Filter, Point, Schema
 
 ROUNDS = 3
 
@@ -304,6 +311,55 @@ def gpu(folder: Path) -> None:
     run(folder)
 
 
+def late(folder: Path) -> None:
+    """Pages per second of each stage of late interaction, batched and one by one."""
+    model = save_colqwen2(folder / "colqwen2")
+    embedder = load_token_embedder(model, device="cpu", dtype="float32")
+    chance = np.random.default_rng(3)
+    sizes = chance.integers(150, 250, (24, 2))
+    noise = [chance.integers(0, 255, (*size, 3), dtype=np.uint8) for size in sizes]
+    pages = [Content(image=Image.fromarray(each)) for each in noise]
+    rows = [
+        (
+            "tokens of a page, 4 pages a batch",
+            len(pages),
+            lambda: embedder.encode_documents(pages),
+            lambda: [embedder.encode_documents([page]) for page in pages],
+        )
+    ]
+    # The numbers of the stages behind the model depend on no weights: ColPali's sizes.
+    points = [
+        Point(str(UUID(int=number)), {"kind": "page"}, {"tokens": _unit(chance, 343, 128)})
+        for number in range(200)
+    ]
+    query, ids = _unit(chance, 20, 128), [point.id for point in points]
+    engine = EdgeEngine(folder / "shard", Schema({}, ("kind",), (), late={"tokens": 128}))
+    for start in range(0, len(points), 20):
+        engine.upsert(points[start : start + 20])
+    rows.append(
+        (
+            "MaxSim over the first 200, 343 tokens each",
+            len(ids),
+            lambda: engine.max_sim(query, ids, Filter()),
+            lambda: [engine.max_sim(query, [each], Filter()) for each in ids],
+        )
+    )
+    print("| stage | pages/s batched | one by one | ratio |")
+    print("|---" * 4 + "|")
+    for name, count, together, alone in rows:
+        fast, slow = count / timed(together), count / timed(alone)
+        print(f"| {name} | {fast:.1f} | {slow:.1f} | {fast / slow:.2f} |", flush=True)
+    engine.close()
+    muvera, tokens = Muvera(), [point.vectors["tokens"] for point in points]
+    speed = len(tokens) / timed(lambda: [muvera.encode_document(each) for each in tokens])
+    print(f"\nMUVERA, 10,240 dimensions of 343 tokens: {speed:.1f} pages/s")
+
+
+def _unit(chance: np.random.Generator, count: int, dim: int) -> np.ndarray:
+    vectors = chance.normal(size=(count, dim)).astype(np.float32)
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the benchmarks that are named, or all."""
     known = {
@@ -313,6 +369,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "frozen": frozen,
         "rows": rows,
         "rerank": rerank,
+        "late": late,
         "gpu": gpu,
     }
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])

@@ -237,16 +237,11 @@ def load_token_embedder(
 
 def _check_kind(name: str, folder: Path) -> None:
     """Refuse a checkpoint to which sentence-transformers would add a head of random weights."""
-    from mmrag.modeling.checkpoints import is_adapter, read_json
+    from mmrag.modeling.checkpoints import gives_tokens, is_adapter, read_json
 
-    config = read_json(folder / "config.json")
-    architecture = (config.get("architectures") or [""])[0]
-    saved_as = read_json(folder / "config_sentence_transformers.json").get("model_type")
-    if saved_as in ("MultiVectorEncoder", "ColBERT") or architecture == "HF_ColBERT":
+    if gives_tokens(folder):
         return
-    if architecture.endswith("ForRetrieval"):
-        return
-    if "auto_map" in config:
+    if "auto_map" in read_json(folder / "config.json"):
         raise ModelError(
             f"{name} needs code of its own, and code that comes with a checkpoint is never run. "
             "Use a checkpoint of the same model that was saved as a MultiVectorEncoder."

@@ -225,8 +225,13 @@ def read_marker(folders: list[Path]) -> dict[str, Any]:
 
 def _choose(name: str | Path, folders: list[Path], family: str | None) -> str:
     """The recipe asked for, the folder's own, or that of the known checkpoint. Never a guess."""
-    from mmrag.modeling.checkpoints import read_json
+    from mmrag.modeling.checkpoints import gives_tokens, read_json
 
+    if family is None and gives_tokens(folders[-1]):
+        raise ModelError(
+            f"{name} gives one vector for each token: pass it as late= or --late, beside an "
+            "embedder with one vector for a page."
+        )
     known = find_known(str(name))
     if known is not None and known.non_commercial:
         logger.warning("%s: its license (%s) forbids commercial use.", name, known.license)

@@ -76,6 +76,15 @@ def is_adapter(folder: Path) -> bool:
     return (folder / ADAPTER_CONFIG).is_file()
 
 
+def gives_tokens(folder: Path) -> bool:
+    """Whether a checkpoint says that it gives one vector for each token."""
+    architecture = (read_json(folder / "config.json").get("architectures") or [""])[0]
+    saved_as = read_json(folder / "config_sentence_transformers.json").get("model_type")
+    # Of sentence-transformers and PyLate; of Stanford; of transformers.
+    in_words = saved_as in ("MultiVectorEncoder", "ColBERT") or architecture == "HF_ColBERT"
+    return in_words or str(architecture).endswith("ForRetrieval")
+
+
 def find_base(
     adapter: Path,
     base: str | Path | None = None,

@@ -175,6 +175,8 @@ def test_a_text_model_that_sentence_transformers_saved(tmp_path):
     theirs = model.encode_document(texts, convert_to_numpy=True)
     for tokens, expected in zip(whole, theirs, strict=True):
         np.testing.assert_allclose(tokens, expected, atol=1e-5)
+    with pytest.raises(ModelError, match="pass it as late= or --late"):
+        load_embedder(tmp_path / "colbert", device="cpu")
     pooled = embedder.encode_documents([Content(texts[0])], pool_factor=2)[0]
     assert len(pooled) == 1 + (len(whole[0]) - 1) // 2
     np.testing.assert_allclose(pooled[0], whole[0][0], atol=1e-6)
