@@ -227,11 +227,6 @@ def _choose(name: str | Path, folders: list[Path], family: str | None) -> str:
     """The recipe asked for, the folder's own, or that of the known checkpoint. Never a guess."""
     from mmrag.modeling.checkpoints import gives_tokens, read_json
 
-    if family is None and gives_tokens(folders[-1]):
-        raise ModelError(
-            f"{name} gives one vector for each token: pass it as late= or --late, beside an "
-            "embedder with one vector for a page."
-        )
     known = find_known(str(name))
     if known is not None and known.non_commercial:
         logger.warning("%s: its license (%s) forbids commercial use.", name, known.license)
@@ -239,6 +234,11 @@ def _choose(name: str | Path, folders: list[Path], family: str | None) -> str:
     if family or own:
         return family or own or ""
     folder = folders[-1]
+    if gives_tokens(folder):
+        raise ModelError(
+            f"{name} gives one vector for each token: pass it as late= or --late, beside an "
+            "embedder with one vector for a page."
+        )
     if len(folders) == 1 and (folder / "modules.json").is_file():
         logger.info("%s: a sentence-transformers model; loaded as that.", name)
         return SENTENCE_TRANSFORMERS
