@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from typing_extensions import Unpack
 
-from mmrag.embedders.base import Embedder
+from mmrag.embedders.base import Embedder, check_dim
 from mmrag.errors import CollectionError, ConfigError, MissingCollectionError
 from mmrag.ingest.late import as_late, late_settings, load_late
 from mmrag.ingest.metadata import FileMetadata
@@ -24,6 +24,7 @@ from mmrag.queries import Where
 from mmrag.reading import ReadOptions, file_sha256
 from mmrag.store.collection import Collection
 from mmrag.store.damage import Examination
+from mmrag.store.engine import Quantization
 from mmrag.store.entries import FileEntry
 from mmrag.store.matching import matching_paths
 from mmrag.store.settings import CollectionSettings, View, lasting_name, refuse_other
@@ -69,6 +70,8 @@ class UniversalIndex:
             again: its name or folder, a ``TokenEmbedder``, or a ``LateInteraction`` that says how
             its vectors are kept. Default: as the collection was built, without if it is new.
         language: stemming for BM25; default: detected for each document; ``"none"`` for none.
+        quantization: ``"int8"`` or ``"binary"`` codes for the first pass of a search, a quarter or
+            a thirty-second of the memory; default: none. See docs/collection.md.
 
     Raises:
         CollectionError: For a collection that is locked or was built otherwise.
@@ -96,6 +99,7 @@ class UniversalIndex:
         dim: int | None = None,
         late: LateInteraction | TokenEmbedder | str | Path | None = None,
         language: str | None = None,
+        quantization: Quantization | None = None,
     ) -> None:
         self._where: dict[str, Any] = {
             "location": location,
@@ -114,6 +118,7 @@ class UniversalIndex:
             "dim": dim or (None if is_model else own_dim),
             "language": language,
             "late": None if self._late is None else late_settings(self._late),
+            "quantization": quantization,
             "reading": reading_settings(reading) if reading else None,
         }
         self._given: dict[str, Any] = {
@@ -324,6 +329,47 @@ class UniversalIndex:
         n_cleared = len(found.altered) - len(found.as_written)
         n_restored = self.collection.count_points() - n_points - n_cleared
         return max(0, found.missing - n_restored)
+
+    def convert(
+        self,
+        location: str | Path | QdrantClient,
+        *,
+        name: str = "mmrag",
+        api_key: str | None = None,
+        images_dir: str | Path | None = None,
+        dim: int | None = None,
+        quantization: Quantization | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> int:
+        """Copy all to a new collection, between folder and server, or with other vectors.
+
+        Nothing is read or embedded again. A conversion cut short is continued by the same call.
+
+        Args:
+            location: of the new collection; ``name``, ``api_key`` and ``images_dir`` as for the
+                class.
+            dim: leading dimensions to keep, scaled to length 1; default: all.
+            quantization: default: as it is here.
+            progress: called with the number of points that are done, and of all.
+
+        Returns:
+            How many points were copied.
+
+        Raises:
+            ConfigError: For a ``dim`` that the embedder was not trained for.
+            CollectionError: If something else is at the new location.
+        """
+        stored = self.collection.settings
+        if dim is not None:
+            trained = getattr(self.embedder, "matryoshka_dims", ())
+            dim = check_dim(dim, stored.dim, trained)
+        settings = dataclasses.replace(
+            stored, dim=dim or stored.dim, quantization=quantization or stored.quantization
+        )
+        with Collection.open(
+            location, settings=settings, name=name, api_key=api_key, images_dir=images_dir
+        ) as target:
+            return self.collection.copy_to(target, progress)
 
     def files(self) -> list[FileEntry]:
         """The indexed files, ordered by path."""

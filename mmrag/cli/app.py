@@ -14,6 +14,7 @@ import typer
 from mmrag.cli.ask import ask
 from mmrag.cli.chat import chat
 from mmrag.cli.console import EXIT_CODES
+from mmrag.cli.convert import convert
 from mmrag.cli.doctor import doctor
 from mmrag.cli.evaluate import evaluate
 from mmrag.cli.index import index
@@ -36,6 +37,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "tune": tune,
     "eval": evaluate,
     "upgrade": upgrade,
+    "convert": convert,
     "doctor": doctor,
     "models": models,
     "serve": serve,

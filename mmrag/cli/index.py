@@ -16,6 +16,7 @@ from mmrag.cli.options import (
     EmbedderOption,
     JsonOption,
     MetaOption,
+    QuantizationOption,
     metadata_from,
     open_library,
 )
@@ -65,6 +66,7 @@ def index(
         bool,
         typer.Option("--muvera", help="With --late: also find pages by MUVERA's single vectors."),
     ] = False,
+    quantization: QuantizationOption = None,
     prune: Annotated[
         bool, typer.Option("--prune", help="Remove files that are gone from the given folders.")
     ] = False,
@@ -88,7 +90,12 @@ def index(
                 step(f"Loading {late}")
             interaction = _interaction(late, pool_factor, muvera)
             with open_library(
-                collection, embedder, reading=reading, language=language, late=interaction
+                collection,
+                embedder,
+                reading=reading,
+                language=language,
+                late=interaction,
+                quantization=quantization,
             ) as library:
                 step("Reading files")
                 step.stop()

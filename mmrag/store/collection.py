@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from mmrag.errors import CollectionError, ConfigError
 from mmrag.nodes import node_text
 from mmrag.queries import Where
+from mmrag.store.convert import Copying
 from mmrag.store.damage import Examination, examine
 from mmrag.store.engine import (
     LANGUAGE_FIELD,
@@ -33,6 +34,7 @@ from mmrag.store.engine import (
     Filter,
     Point,
     Scored,
+    in_batches,
 )
 from mmrag.store.entries import FileEntry, folder_of
 from mmrag.store.images import image_paths, with_image_paths
@@ -336,10 +338,9 @@ class Collection:
         """Give the nodes of a content this path, where they have another, keeping vectors."""
         same = _with_hash(sha256)
         other = dataclasses.replace(same, must_not=(*same.must_not, AnyOf("file", (path,))))
-        found = self._engine.scroll(other, vectors=True)
         # In batches: the nodes of a large file with their vectors may not fit in memory.
-        while batch := [self._at_path(point, path) for point in islice(found, 64)]:
-            self._engine.upsert(batch)
+        for batch in in_batches(self._engine.scroll(other, vectors=True), 64):
+            self._engine.upsert([self._at_path(point, path) for point in batch])
 
     def search(
         self, view: str, vector: NDArray[np.float32], limit: int, where: Where | None = None
@@ -450,6 +451,39 @@ class Collection:
             aclient=self._location.async_client(),
             dense_vector_name=view,
         )
+
+    def copy_to(
+        self, target: Collection, progress: Callable[[int, int], None] | None = None
+    ) -> int:
+        """Copy nodes, files, images and fitted weights to another collection, without embedding.
+
+        Vectors are cut to the target's dimension. A copy cut short is continued by another call.
+
+        Args:
+            target: made with the settings of this one, but for ``dim`` and ``quantization``.
+            progress: called with the number of points that are done, and of all.
+
+        Returns:
+            How many points were copied.
+
+        Raises:
+            ConfigError: If the target was built with other settings, or has longer vectors.
+        """
+        dim, quantization = target.settings.dim, target.settings.quantization
+        if target.settings != dataclasses.replace(
+            self.settings, dim=dim, quantization=quantization
+        ):
+            raise ConfigError("The target was built with other settings; give a new one.")
+        if dim > self.settings.dim:
+            raise ConfigError(
+                f"dim={dim}: the vectors have {self.settings.dim} dimensions, and can only be cut."
+            )
+        copying = Copying(self._engine, self._images, target._engine, target._images, dim)
+        n_copied = copying.run(progress)
+        if self.weights:
+            target.save_weights(self.weights)
+        target.optimize()
+        return n_copied
 
     def optimize(self) -> None:
         """Build the search indexes. In a folder this may hold the GIL for seconds."""

@@ -27,6 +27,7 @@ from mmrag.store.checksums import as_stored, checksum
 from mmrag.store.engine import (
     CHECKSUM_FIELD,
     FACET_LIMIT,
+    OVERSAMPLING,
     SCROLL_PAGE,
     TERMS_FIELD,
     TOKENS,
@@ -51,6 +52,16 @@ _COPIES = 4
 
 # Python's bool is a subclass of int, and qdrant-edge takes it for a number.
 DIALECT = Dialect(edge, edge.RangeFloat, edge.RangeDateTime, np.bool_)
+
+_QUANTIZATION = {
+    "none": None,
+    "int8": edge.ScalarQuantizationConfig(edge.ScalarType.Int8, memory=edge.Memory.Pinned),
+    "binary": edge.BinaryQuantizationConfig(memory=edge.Memory.Pinned),
+}
+# Without quantization these change nothing.
+_RESCORED = edge.SearchParams(
+    quantization=edge.QuantizationSearchParams(rescore=True, oversampling=OVERSAMPLING)
+)
 
 BUILD_ANEW = "If it cannot be repaired, delete its folder and index the files again."
 """What is left to do where files are damaged beyond repair."""
@@ -310,7 +321,11 @@ class EdgeEngine(Engine):
         self._need_space("create", _SPACE_TO_CREATE)
         unfinished = self._folder.with_name(f"{self._folder.name}.new")
         vectors = {
-            name: edge.EdgeVectorParams(size=dim, distance=edge.Distance.Cosine)
+            name: edge.EdgeVectorParams(
+                size=dim,
+                distance=edge.Distance.Cosine,
+                quantization_config=_QUANTIZATION[schema.quantization],
+            )
             for name, dim in schema.vectors.items()
         }
         no_index = edge.HnswIndexConfig(m=0, ef_construct=4, full_scan_threshold=1)
@@ -349,6 +364,7 @@ class EdgeEngine(Engine):
             query=query,
             filter=condition,
             with_payload=edge.PayloadSelector.Exclude([TERMS_FIELD, CHECKSUM_FIELD]),
+            params=_RESCORED,
         )
         with self._errors("search"):
             found = self._open.query(request)

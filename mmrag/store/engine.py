@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeAlias
+from itertools import islice
+from typing import Any, Literal, Protocol, TypeAlias, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +15,13 @@ from mmrag.errors import ConfigError
 
 TERMS_FIELD = "terms"
 CHECKSUM_FIELD = "checksum"
+Quantization: TypeAlias = Literal["none", "int8", "binary"]
+OVERSAMPLING = 4.0
+"""How many times the limit a search over quantized vectors scores again with whole vectors.
+
+At 2, binary codes lost a tenth of the ten nearest; with int8 nothing is gained beyond 2, and
+little time is lost (``python docs/benchmarks/run.py scale``).
+"""
 LANGUAGE_FIELD = "terms_language"
 TOKENS = "tokens"
 """The vectors of a node's tokens, many for one node; compared by MaxSim."""
@@ -116,12 +124,22 @@ class Schema:
         by inner product, tokens by MaxSim, and tokens have no index of their own: they are only
         read for points that were found otherwise.
     The BM25 index over ``terms`` splits at spaces and changes nothing.
+    quantization: of ``vectors``, kept in memory beside the vectors on disk.
     """
 
     vectors: Mapping[str, int]
     keywords: tuple[str, ...]
     integers: tuple[str, ...]
     late: Mapping[str, int] = field(default_factory=dict)
+    quantization: Quantization = "none"
+
+
+def check_quantization(name: str) -> None:
+    """Raise ConfigError for a quantization that is not known."""
+    if name not in get_args(Quantization):
+        raise ConfigError(
+            f"quantization={name!r}: give one of {', '.join(get_args(Quantization))}."
+        )
 
 
 class Engine(Protocol):
@@ -224,6 +242,12 @@ class Engine(Protocol):
     def close(self) -> None:
         """Release the store; closing twice is harmless."""
         ...
+
+
+def in_batches(points: Iterator[Point], size: int) -> Iterator[list[Point]]:
+    """Cut points into lists of ``size``; the last may be shorter."""
+    while batch := list(islice(points, size)):
+        yield batch
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from mmrag.store.settings import CollectionSettings, refuse_other
 SCHEMA_VERSION = 3
 NAMESPACE = UUID("5a3c1f0e-6f0b-4d57-9f5e-0d6c2f3b8a11")
 
-_SETTINGS_ID = str(uuid5(NAMESPACE, "settings"))
+SETTINGS_ID = str(uuid5(NAMESPACE, "settings"))
 _KEYWORDS = ("file", "kind", "sha256", "doc_id", LANGUAGE_FIELD)
 _INTEGERS = ("page",)
 
@@ -53,7 +53,7 @@ def store_settings(
     """Write the collection's own point: its settings, and weights that were fitted for it."""
     payload = {"kind": "settings", "schema": SCHEMA_VERSION, "settings": settings.to_json()}
     payload |= {"weights": dict(weights or {})}
-    engine.upsert([Point(_SETTINGS_ID, payload)])
+    engine.upsert([Point(SETTINGS_ID, payload)])
     # Without its settings a collection cannot be opened, so they are on disk first.
     engine.flush()
 
@@ -76,7 +76,7 @@ def _stored_settings(engine: Engine, location: Location) -> CollectionSettings |
 
 def settings_point(engine: Engine, location: Location) -> Point | None:
     """The collection's own point, if there is one. Raises CollectionError for a newer schema."""
-    found = engine.retrieve([_SETTINGS_ID])
+    found = engine.retrieve([SETTINGS_ID])
     if not found:
         return None
     schema = found[0].payload.get("schema")
@@ -97,4 +97,5 @@ def schema_of(settings: CollectionSettings) -> Schema:
         keywords=_KEYWORDS,
         integers=_INTEGERS,
         late=settings.late.vectors if settings.late else {},
+        quantization=settings.quantization,
     )

@@ -20,6 +20,7 @@ from mmrag.errors import CollectionError, EndpointError
 from mmrag.retries import RETRIED_STATUS, BusyError, Deadline, with_retries
 from mmrag.store.engine import (
     FACET_LIMIT,
+    OVERSAMPLING,
     SCROLL_PAGE,
     TERMS_FIELD,
     TOKENS,
@@ -41,6 +42,17 @@ _ATTEMPTS = 5
 _BUSY = RETRIED_STATUS - {409}  # to Qdrant, a conflict is that the collection exists already
 DIALECT = Dialect(models, models.Range, models.DatetimeRange)
 _FIRST_SERVER_WITH_BM25 = (1, 20)
+_QUANTIZATION: dict[str, Any] = {
+    "none": None,
+    "int8": models.ScalarQuantization(
+        scalar=models.ScalarQuantizationConfig(type=models.ScalarType.INT8, always_ram=True)
+    ),
+    "binary": models.BinaryQuantization(binary=models.BinaryQuantizationConfig(always_ram=True)),
+}
+# Without quantization these change nothing.
+_RESCORED = models.SearchParams(
+    quantization=models.QuantizationSearchParams(rescore=True, oversampling=OVERSAMPLING)
+)
 
 Result = TypeVar("Result")
 
@@ -82,7 +94,11 @@ class ServerEngine(Engine):
         """Create the collection and its indexes; what is there already is kept."""
         if not self.exists():
             vectors = {
-                name: models.VectorParams(size=dim, distance=models.Distance.COSINE)
+                name: models.VectorParams(
+                    size=dim,
+                    distance=models.Distance.COSINE,
+                    quantization_config=_QUANTIZATION[schema.quantization],
+                )
                 for name, dim in schema.vectors.items()
             }
             max_sim = models.MultiVectorConfig(comparator=models.MultiVectorComparator.MAX_SIM)
@@ -255,6 +271,7 @@ class ServerEngine(Engine):
                 using=using,
                 limit=limit,
                 query_filter=condition,
+                search_params=None if self._local else _RESCORED,
                 with_payload=models.PayloadSelectorExclude(exclude=[TERMS_FIELD]),
             )
         )

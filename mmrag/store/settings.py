@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
 
 from mmrag.errors import CollectionError, ConfigError
-from mmrag.store.engine import MUVERA, TOKENS
+from mmrag.store.engine import MUVERA, TOKENS, Quantization, check_quantization
 from mmrag.store.terms import AUTO_LANGUAGE, check_language
 
 View: TypeAlias = Literal["image", "text", "fused"]
@@ -55,6 +55,8 @@ class CollectionSettings:
     reading: the options files were read with.
     language: stemming for BM25: ``"auto"`` detects it for each document, ``"none"`` leaves words
         as they are.
+    quantization: how vectors are kept for the first pass of a search, ``"int8"`` or ``"binary"``;
+        the best are scored again with the vectors themselves. ``"none"``: as they are.
 
     Examples:
         >>> settings = CollectionSettings("mmrag-nano", fingerprint="1f0c", dim=384)
@@ -69,6 +71,7 @@ class CollectionSettings:
     reading: Mapping[str, Any] = field(default_factory=dict)
     language: str = AUTO_LANGUAGE
     late: LateSettings | None = None
+    quantization: Quantization = "none"
 
     def __post_init__(self) -> None:
         if self.dim < 1:
@@ -76,6 +79,7 @@ class CollectionSettings:
         if not self.views or not set(self.views) <= set(VIEWS):
             raise ConfigError(f"views={self.views}: give one or more of {', '.join(VIEWS)}.")
         check_language(self.language)
+        check_quantization(self.quantization)
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> CollectionSettings:

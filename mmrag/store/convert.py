@@ -1,0 +1,89 @@
+"""Copy points and images: to or from a server, cut to fewer dimensions, or quantized otherwise.
+
+Nothing is read or embedded again.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llama_index.core.vector_stores.utils import metadata_dict_to_node, node_to_metadata_dict
+
+from mmrag.embedders.base import truncate_normalise
+from mmrag.reading import words_path
+from mmrag.store.engine import AnyOf, Engine, Filter, Point, in_batches
+from mmrag.store.images import ImageFolder, with_image_paths
+from mmrag.store.making import SETTINGS_ID
+
+_BATCH_POINTS = 64
+# The fields of a payload in which the path of an image may stand.
+_WITH_PATHS = ("_node_content", "page_image")
+
+
+@dataclass(frozen=True)
+class Copying:
+    """Copies the points of one engine to another, with their images.
+
+    dim: leading dimensions of a vector that are kept; the rest is scaled to length 1.
+    """
+
+    source: Engine
+    source_images: ImageFolder
+    target: Engine
+    target_images: ImageFolder
+    dim: int
+
+    def run(self, progress: Callable[[int, int], None] | None = None) -> int:
+        """Copy what is not in the target yet; returns how many points that was.
+
+        progress: called with the number of points that are done, and of all.
+        """
+        n_copied, done, total = 0, 0, self.source.count(Filter())
+        files = AnyOf("kind", ("file",))
+        # Files last: one that is known in the target has all of its nodes there, also after a kill.
+        for part in (Filter(must_not=(files,)), Filter(must=(files,))):
+            for batch in in_batches(self.source.scroll(part, vectors=True), _BATCH_POINTS):
+                there = self.target.retrieve([point.id for point in batch], payload=False)
+                kept = {point.id for point in there} | {SETTINGS_ID}
+                missing = [self._copied(point) for point in batch if point.id not in kept]
+                if missing:
+                    self.target.upsert(missing)
+                n_copied, done = n_copied + len(missing), done + len(batch)
+                if progress is not None:
+                    progress(done, total)
+        self.target.flush()
+        return n_copied
+
+    def _copied(self, point: Point) -> Point:
+        vectors = {
+            name: truncate_normalise(vector[None], self.dim)[0]
+            if vector.size > self.dim
+            else vector
+            for name, vector in point.vectors.items()
+        }
+        if point.payload.get("kind") == "file":
+            return Point(point.id, point.payload, vectors)
+        node = metadata_dict_to_node(point.payload)
+        moved = with_image_paths(node, lambda stored: self._moved(stored, node.node_id))
+        changed = node_to_metadata_dict(moved)
+        # The rest may differ from what the node's metadata say, as for nodes that were inserted.
+        payload: dict[str, Any] = {key: changed[key] for key in _WITH_PATHS if key in changed}
+        return Point(point.id, point.payload | payload, vectors)
+
+    def _moved(self, stored: Path, node_id: str) -> Path | None:
+        """Copy an image, and the boxes of its words; returns how the copy's path is stored."""
+        path = self.source_images.found(stored)
+        if path is None:
+            return None
+        copy = self.target_images.path / path.parent.name / path.name
+        if path.is_file() and not copy.is_file():
+            copy.parent.mkdir(exist_ok=True)
+            # The image last: where it is there, its boxes are too.
+            for old, new in ((words_path(path), words_path(copy)), (path, copy)):
+                if old.is_file():
+                    shutil.copyfile(old, new)
+        return self.target_images.stored(copy, node_id)
