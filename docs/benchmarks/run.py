@@ -7,6 +7,7 @@
     make bench NAMES=rerank      # pairs batched against one by one
     make bench NAMES=late        # the stages of late interaction, likewise
     make bench NAMES="engine rerank"
+    make bench NAMES=scale       # search over 100,000 nodes; see scale.py
     make bench NAMES=gpu         # everything on a card, in 4 minutes; see gpu.py
 
 Models have random weights of a small Qwen2-VL shape; speeds compare only within a run.
@@ -365,6 +366,13 @@ def _unit(chance: np.random.Generator, count: int, dim: int) -> np.ndarray:
     return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
 
+def scale(_folder: Path) -> None:
+    """Search over 100,000 nodes: latency, recall and memory, with and without codes."""
+    import scale as nodes
+
+    nodes.run(100_000)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the benchmarks that are named, or all."""
     known = {
@@ -376,6 +384,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "rerank": rerank,
         "late": late,
         "gpu": gpu,
+        "scale": scale,
     }
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("names", nargs="*", help=f"of {', '.join(known)}")

@@ -115,7 +115,10 @@ def fuse(
         values = scaled(name, hits) if by == "scores" else _reciprocal(len(hits), k)
         place = 0
         for hit, value in zip(hits, values, strict=True):
-            entry = entries.setdefault(key(hit), Fused(key(hit), 0.0, (), hit))
+            page = key(hit)
+            entry = entries.get(page)
+            if entry is None:
+                entry = entries[page] = Fused(page, 0.0, (), hit)
             # Hits come best first: the first node of a page sets its credit, others only vote which
             # is shown.
             if name not in entry.ranks:

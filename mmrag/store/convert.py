@@ -18,6 +18,7 @@ from mmrag.reading import words_path
 from mmrag.store.engine import AnyOf, Engine, Filter, Point, in_batches
 from mmrag.store.images import ImageFolder, with_image_paths
 from mmrag.store.making import SETTINGS_ID
+from mmrag.store.settings import VIEWS
 
 _BATCH_POINTS = 64
 # The fields of a payload in which the path of an image may stand.
@@ -28,7 +29,7 @@ _WITH_PATHS = ("_node_content", "page_image")
 class Copying:
     """Copies the points of one engine to another, with their images.
 
-    dim: leading dimensions of a vector that are kept; the rest is scaled to length 1.
+    dim: leading dimensions of a vector that are kept, and scaled to length 1.
     """
 
     source: Engine
@@ -60,9 +61,8 @@ class Copying:
 
     def _copied(self, point: Point) -> Point:
         vectors = {
-            name: truncate_normalise(vector[None], self.dim)[0]
-            if vector.size > self.dim
-            else vector
+            # The vectors of late interaction are of another model, and stay as they are.
+            name: truncate_normalise(vector[None], self.dim)[0] if name in VIEWS else vector
             for name, vector in point.vectors.items()
         }
         if point.payload.get("kind") == "file":

@@ -89,6 +89,8 @@ class EdgeEngine(Engine):
         self._process = os.getpid()
         self._unflushed = 0
         self._count = PointCount(folder)
+        # Counting over all points takes longer than a search, and nobody else writes here.
+        self._facets: dict[str, dict[str, int]] = {}
         self._shard: edge.EdgeShard | None = None
         # Held before the engine touches a file: its own lock comes after it has written some.
         self._lock = FileLock(f"{folder}{LOCK}", timeout=0)
@@ -131,6 +133,7 @@ class EdgeEngine(Engine):
             for point in points
         )
         self._need_space("write to", _COPIES * size)
+        self._facets.clear()
         self._count.forget()
         with self._errors("write to"):
             self._open.update(edge.UpdateOperation.upsert_points(rows))
@@ -245,10 +248,12 @@ class EdgeEngine(Engine):
 
     @override
     def facet(self, key: str) -> dict[str, int]:
-        with self._errors("count in"):
-            found = self._open.facet(edge.FacetRequest(key=key, limit=FACET_LIMIT, exact=True))
-        # An index goes on listing values whose points are gone.
-        return {str(hit.value): hit.count for hit in found.hits if hit.count}
+        if key not in self._facets:
+            with self._errors("count in"):
+                found = self._open.facet(edge.FacetRequest(key=key, limit=FACET_LIMIT, exact=True))
+            # An index goes on listing values whose points are gone.
+            self._facets[key] = {str(hit.value): hit.count for hit in found.hits if hit.count}
+        return dict(self._facets[key])
 
     @override
     def flush(self) -> None:
@@ -311,6 +316,7 @@ class EdgeEngine(Engine):
 
     def _delete(self, operation: edge.UpdateOperation) -> None:
         self._need_space("delete from", 0)
+        self._facets.clear()
         self._count.forget()
         with self._errors("delete from"):
             self._open.update(operation)

@@ -1,0 +1,183 @@
+"""Search over many nodes in an embedded collection: latency, recall, memory, by setting.
+
+    make bench NAMES=scale                              # 100,000 nodes
+    python docs/benchmarks/scale.py --nodes 200000 --json scale.json
+
+Nodes have a text of made-up words, an image vector and a text vector, in clusters as those of
+models are. A search ranks both views and BM25, a hundred nodes each, and fuses them by page,
+through ``UniversalRetriever``; the query's vector is given, so that no model takes part. Recall is
+that of the ten nearest by text vector, against exact search.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+DIM = 384
+N_QUERIES = 300
+PAGES_PER_FILE = 30
+SETTINGS = ("none", "int8", "binary")
+
+
+def vectors(n: int, seed: int) -> np.ndarray:
+    """(n, DIM) float32 of length 1, around n / 50 centres that every seed shares."""
+    centres = np.random.default_rng(0).standard_normal((max(1, n // 50), DIM))
+    chance = np.random.default_rng(seed)
+    rows = centres[chance.integers(0, len(centres), n)] + 0.7 * chance.standard_normal((n, DIM))
+    return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
+
+
+def texts(n: int) -> list[str]:
+    """Sixty words each, drawn by Zipf's law from 50,000."""
+    chance = np.random.default_rng(1)
+    numbers = np.minimum(chance.zipf(1.2, (n, 60)), 50_000)
+    return [" ".join(f"w{number}" for number in row) for row in numbers]
+
+
+class NoModel:
+    """What a retriever asks of an embedder when the vector comes with the query."""
+
+    name, fingerprint, dim, modalities = "given", "1", DIM, frozenset(("text", "image"))
+
+
+def fill(folder: Path, n: int, quantization: str) -> dict[str, float]:
+    """Write ``n`` nodes and build the indexes; seconds and bytes."""
+    from llama_index.core.schema import TextNode
+
+    from mmrag.store.collection import Collection, CollectionSettings
+
+    settings = CollectionSettings("given", "1", DIM, quantization=quantization)
+    image, text, words = vectors(n, 2), vectors(n, 3), texts(n)
+    started = time.perf_counter()
+    with Collection.open(folder, settings=settings) as collection:
+        for first in range(0, n, 500):
+            rows = range(first, min(n, first + 500))
+            nodes = [
+                TextNode(
+                    text=words[row],
+                    metadata={
+                        "file": f"file-{row // PAGES_PER_FILE}.pdf",
+                        "page": row % PAGES_PER_FILE + 1,
+                        "kind": "page",
+                    },
+                )
+                for row in rows
+            ]
+            collection.write(nodes, [{"image": image[r], "text": text[r]} for r in rows])
+        written = time.perf_counter()
+        collection.optimize()
+        optimized = time.perf_counter()
+    size = sum(path.stat().st_blocks * 512 for path in folder.rglob("*") if path.is_file())
+    return {
+        "write_s": written - started,
+        "optimize_s": optimized - written,
+        "kilobytes_a_node": size / n / 1000,
+    }
+
+
+def measure(folder: Path, n: int) -> dict[str, float]:
+    """Open the collection and search: in a process of its own, whose memory is counted."""
+    from llama_index.core.schema import QueryBundle
+
+    from mmrag.retrieval.retriever import UniversalRetriever
+    from mmrag.store.collection import Collection
+
+    text, words = vectors(n, 3), texts(n)
+    chance = np.random.default_rng(4)
+    rows = chance.integers(0, n, N_QUERIES)
+    asked = text[rows] + 0.4 / DIM**0.5 * chance.standard_normal((N_QUERIES, DIM))
+    asked = (asked / np.linalg.norm(asked, axis=1, keepdims=True)).astype(np.float32)
+    # What was allocated up to here is not the collection's.
+    before = resident_mib()
+    started = time.perf_counter()
+    collection = Collection.open(folder)
+    opened = time.perf_counter() - started
+    retriever = UniversalRetriever(collection, NoModel(), similarity_top_k=8)  # type: ignore[arg-type]
+    found, seconds = 0, []
+    for row, vector in zip(rows, asked, strict=True):
+        query = QueryBundle(" ".join(words[row].split()[:8]), embedding=vector.tolist())
+        started = time.perf_counter()
+        retriever.retrieve(query)
+        seconds.append(time.perf_counter() - started)
+        hits = collection.search("text", vector, 10)
+        # Ranks by the stored vectors' own scores: a tie is as good as the one it ties with.
+        tenth = np.partition(text @ vector, -10)[-10]
+        found += sum(hit.score >= tenth - 1e-5 for hit in hits)
+    memory = resident_mib() - before
+    collection.close()
+    return {
+        "open_s": opened,
+        "p50_ms": 1000 * float(np.percentile(seconds, 50)),
+        "p99_ms": 1000 * float(np.percentile(seconds, 99)),
+        "recall_at_10": found / (10 * N_QUERIES),
+        "memory_mib": memory,
+    }
+
+
+def resident_mib() -> float:
+    """Memory of this process, files of the collection that are mapped into it included."""
+    (line,) = (
+        line for line in Path("/proc/self/status").read_text().splitlines() if "VmRSS" in line
+    )
+    return int(line.split()[1]) / 1024
+
+
+def run(n: int, settings: tuple[str, ...] = SETTINGS) -> dict[str, Any]:
+    """A row for each setting; prints each as it comes."""
+    columns = (
+        "write_s",
+        "optimize_s",
+        "open_s",
+        "p50_ms",
+        "p99_ms",
+        "recall_at_10",
+        "memory_mib",
+        "kilobytes_a_node",
+    )
+    print(f"{n} nodes, {DIM} dimensions; {platform.machine()}, Python {platform.python_version()}")
+    print(f"| codes | {' | '.join(columns)} |\n|---{'|---' * len(columns)}|", flush=True)
+    rows: dict[str, Any] = {}
+    for setting in settings:
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = Path(scratch) / "library"
+            row = fill(folder, n, setting)
+            done = subprocess.run(
+                [sys.executable, __file__, "--measure", str(folder), "--nodes", str(n)],
+                stdout=subprocess.PIPE,
+                text=True,
+                check=True,
+            )
+            rows[setting] = row | json.loads(done.stdout)
+        cells = (f"{rows[setting][column]:.3g}" for column in columns)
+        print(f"| {setting} | {' | '.join(cells)} |", flush=True)
+    return {"nodes": n, "dim": DIM, "rows": rows}
+
+
+def main() -> None:
+    """Measure, or in a child process search one collection."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--nodes", type=int, default=100_000)
+    parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
+    parser.add_argument("--json", type=Path, help="write the figures to this file")
+    parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.measure:
+        print(json.dumps(measure(options.measure, options.nodes)))
+        return
+    figures = run(options.nodes, tuple(options.settings))
+    if options.json:
+        options.json.write_text(json.dumps(figures, indent=1))
+
+
+if __name__ == "__main__":
+    main()
