@@ -17,7 +17,10 @@ from mmrag.errors import CollectionError, ConfigError, ContentError
 from mmrag.index import UniversalIndex
 from mmrag.ingest.run import ingest
 from mmrag.queries import Where
+from mmrag.reading.nodes import node_id
+from mmrag.retrieval.late import late_rankings
 from mmrag.store.collection import Collection
+from mmrag.store.engine import Scored
 
 FILES = {
     "wells.txt": "the old well is nine metres deep and the water is clear",
@@ -108,6 +111,22 @@ def test_muvera_alone_finds_what_max_sim_finds(library):
     assert rankings["muvera"][0].payload["text"] == best
     with pytest.raises(ConfigError, match="no ranking is left"):
         library.as_retriever(weights={**weights, "muvera": 0, "tokens": 1})
+
+
+def test_the_page_of_a_passage_is_compared_too():
+    """ColPali's tokens are those of the page, whatever of it was found by its words."""
+
+    class Asked:
+        def max_sim(self, tokens, ids, where):
+            self.ids = ids
+            return []
+
+    payload = {"sha256": "a" * 64, "page": 3, "kind": "passage"}
+    found = {"bm25": [Scored("p1", 2.0, payload), Scored("p2", 1.0, payload)]}
+    asked, late = Asked(), LateInteraction(WordTokens())
+    weights = {"tokens": 1.0, "muvera": 1.0}
+    late_rankings(asked, late, "well", found, limit=5, where=None, weights=weights)
+    assert asked.ids == ["p1", "p2", node_id("a" * 64, 3, "page", 0)]
 
 
 def test_only_what_the_filter_lets_through_is_compared(library):
