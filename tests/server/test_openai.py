@@ -12,6 +12,8 @@ from fakes import FakeEmbedder
 from judge_server import JudgeServer
 from PIL import Image
 
+from mmrag.content import Content
+from mmrag.rerankers import load_scorer
 from mmrag.rerankers.postprocessor import MLLMReranker
 from mmrag.server.markdown import Linker, closing, url_citations, without_links
 
@@ -231,6 +233,15 @@ def test_reranking_by_the_reranker_that_is_loaded(listening):
         assert {row["index"] for row in reply["results"][:2]} == {1, 3}
     finally:
         judge.close()
+
+
+def test_a_rerank_endpoint_of_another_mmrag(url):
+    """What asks endpoints in Jina's form reads this one, with images too."""
+    scorer = load_scorer("mmrag-nano", base_url=f"{url}/v1/rerank", images=True)
+    documents = [*map(Content, DOCUMENTS), Content(image=Image.new("RGB", (60, 40), "red"))]
+    scores = scorer.judge([(Content("eye examination"), each) for each in documents])
+    assert all(isinstance(score, float) for score in scores)
+    assert scores.index(max(scores)) == 1
 
 
 def test_a_request_of_open_webui_to_an_external_reranker(url):
