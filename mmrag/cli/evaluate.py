@@ -136,6 +136,14 @@ def evaluate(
             "keeps in FILE.cache.",
         ),
     ] = None,
+    html: Annotated[
+        Path | None,
+        typer.Option(
+            "--html",
+            metavar="FILE",
+            help="Write a report with plots and the worst questions beside the pages found.",
+        ),
+    ] = None,
     compare: Annotated[
         tuple[Path, Path] | None,
         typer.Option(
@@ -180,8 +188,13 @@ def evaluate(
                 dims=tuple(dim or ()),
                 rerankers={", then ".join(rerank): chain} if rerank else {},
             )
-        # After our own, so that they come last in the tables.
-        _add_runs(evaluation, run or [])
+            # After our own, so that they come last in the tables.
+            _add_runs(evaluation, run or [])
+            if html is not None:
+                step("Writing the report")
+                from mmrag.evaluation.report import write_report
+
+                write_report(evaluation, html, libraries, title=f"Evaluation: {_named(questions)}")
         _write(evaluation, save_runs, json_file)
 
 
@@ -199,6 +212,12 @@ def _compare(before: Path, after: Path, json_file: Path | None) -> None:
         print_json(rows)
         return
     show(comparison_view(found, old.cuts))
+
+
+def _named(questions: Path | None) -> str:
+    """A file of questions by its folder too: many are called questions.jsonl."""
+    path = _need(questions).resolve()
+    return f"{path.parent.name}/{path.name}"
 
 
 def _need(questions: Path | None) -> Path:

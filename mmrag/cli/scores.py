@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mmrag.cli.display import clean, plain_table
-from mmrag.evaluation.measures import MEASURES
+from mmrag.evaluation.measures import MEASURES, metric_names
 
 if TYPE_CHECKING:
     from mmrag.evaluation.compare import Difference
@@ -46,18 +46,10 @@ def evaluation_view(evaluation: Evaluation) -> RenderableType:
     return Group(*rows)
 
 
-def metric_names(evaluation: Evaluation) -> list[str]:
-    """The metrics that tables show; the last one with its interval."""
-    deepest = evaluation.cuts[-1]
-    hits = [f"hit@{cut}" for cut in evaluation.cuts]
-    names = [*hits, f"recall@{deepest}", f"mrr@{deepest}", evaluation.main_metric]
-    return list(dict.fromkeys(names))
-
-
 def _scope_table(evaluation: Evaluation, scope: Scope) -> Table:
-    names = metric_names(evaluation)
+    names = metric_names(evaluation.cuts)
     shown = _named_table(_TITLES[scope], [*names, "95 % interval"])
-    systems = evaluation.systems(scope)
+    systems = evaluation.shown_systems(scope)
     scores = {system: evaluation.scores(system) for system in systems}
     best = {name: max(scores[system][name].mean for system in systems) for name in names}
     for system in systems:
@@ -74,7 +66,7 @@ def _kinds_table(evaluation: Evaluation) -> Table:
     counts = {kind: len(evaluation.asked(kind)) for kind in kinds}
     heads = [f"{clean(kind)} ({counts[kind]})" for kind in kinds]
     shown = _named_table(f"All documents, {evaluation.main_metric} by kind of question", heads)
-    systems = evaluation.systems()
+    systems = evaluation.shown_systems()
     for system in systems:
         scores = [evaluation.scores(system, kind)[evaluation.main_metric] for kind in kinds]
         shown.add_row(*_names(system, systems), *(f"{score.mean:.3f}" for score in scores))
@@ -118,8 +110,7 @@ def _cell(score: Score, best: float) -> Text:
 def comparison_view(found: Sequence[Difference], cuts: Sequence[int]) -> RenderableType:
     """What each system and engine gained, real differences marked."""
     rows: list[RenderableType] = []
-    names = [*(f"hit@{cut}" for cut in cuts), f"recall@{cuts[-1]}", f"mrr@{cuts[-1]}"]
-    names.append(f"ndcg@{cuts[-1]}")
+    names = metric_names(cuts)
     for scope, title in _TITLES.items():
         of_scope = [one for one in found if one.scope == scope]
         if of_scope:

@@ -1,8 +1,8 @@
-"""What the measures of answers are called in tables. Imports nothing heavy."""
+"""Which measures tables show, and what they are called. Imports nothing heavy."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 MEASURES: Mapping[str, str] = {
     "answered": "answered, of those with an answer",
@@ -18,3 +18,11 @@ MEASURES: Mapping[str, str] = {
     "abstained_or_unsure": "abstained or unsure, of the same",
 }
 """The measures of ``AnswerRecord.scores``, in the order of tables."""
+
+
+def metric_names(cuts: Sequence[int]) -> list[str]:
+    """The metrics of rankings that tables show, the main one last."""
+    deepest = cuts[-1]
+    names = [*(f"hit@{cut}" for cut in cuts), f"recall@{deepest}", f"mrr@{deepest}"]
+    # At 1 there is no nDCG: it would be the same number as the hit.
+    return names if deepest == 1 else [*names, f"ndcg@{deepest}"]

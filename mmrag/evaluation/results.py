@@ -22,6 +22,7 @@ from mmrag.evaluation.answers import AnswerRecord
 from mmrag.evaluation.bootstrap import interval
 from mmrag.evaluation.metrics import CUTS, Metrics, metrics_of
 from mmrag.evaluation.questions import Page, Question, as_page, page_id
+from mmrag.retrieval.fusion import BM25
 
 Scope: TypeAlias = Literal["corpus", "document"]
 ScoredPage: TypeAlias = tuple[Page, float]
@@ -127,6 +128,15 @@ class Evaluation:
     def systems(self, scope: Scope = "corpus") -> list[System]:
         """The systems of a scope, in the order in which they were asked."""
         return [system for system in self.found if system.scope == scope]
+
+    def shown_systems(self, scope: Scope = "corpus") -> list[System]:
+        """Those that tables show: BM25 once, where several models ranked the same words alike."""
+        shown: list[System] = []
+        for system in self.systems(scope):
+            alike = [one for one in shown if (one.name, system.name) == (BM25, BM25)]
+            if all(self.found[one] != self.found[system] for one in alike):
+                shown.append(system)
+        return shown
 
     def asked(self, kind: str | None = None) -> list[Question]:
         """The questions that count for retrieval, of one kind or of all."""

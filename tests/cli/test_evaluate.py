@@ -60,7 +60,11 @@ def run(*args):
 
 def test_a_folder_with_two_models_is_one_table(pdfs, questions, tmp_path):
     file = tmp_path / "found.json"
-    shown = run(questions, pdfs, "-e", "one", "-e", "two", "-k", 1, "-k", 3, "--json", file)
+    html = tmp_path / "report.html"
+    shown = run(
+        *(questions, pdfs, "-e", "one", "-e", "two", "-k", 1, "-k", 3),
+        *("--json", file, "--html", html),
+    )
     assert shown.exit_code == 0, shown.output
     assert "6 questions about 2 documents" in shown.stdout
     assert "Inside the document" in shown.stdout
@@ -68,6 +72,9 @@ def test_a_folder_with_two_models_is_one_table(pdfs, questions, tmp_path):
     found = Evaluation.load(file)
     assert {system.model for system in found.found} == {"one", "two"}
     assert found.cuts == (1, 3)
+    report = html.read_text()
+    assert f"Evaluation: {tmp_path.name}/questions.jsonl" in report
+    assert "two" in report
     # The second time, neither files nor questions are embedded again.
     again = run(questions, pdfs, "-e", "one", "-e", "two", "-k", 1, "-k", 3, "--json", file)
     assert again.stdout == shown.stdout
