@@ -8,6 +8,7 @@
     make bench NAMES=late        # the stages of late interaction, likewise
     make bench NAMES="engine rerank"
     make bench NAMES=scale       # search over 100,000 nodes; see scale.py
+    make bench NAMES=files       # 20,000 small files: time and memory of both runs; see files.py
     make bench NAMES=gpu         # everything on a card, in 4 minutes; see gpu.py
 
 Models have random weights of a small Qwen2-VL shape; speeds compare only within a run.
@@ -373,6 +374,13 @@ def scale(_folder: Path) -> None:
     nodes.run(100_000)
 
 
+def files(folder: Path) -> None:
+    """Time and memory of ``mmrag index`` over 20,000 small text files, and again."""
+    from files import run
+
+    run(folder)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the benchmarks that are named, or all."""
     known = {
@@ -383,6 +391,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "rows": rows,
         "rerank": rerank,
         "late": late,
+        "files": files,
         "gpu": gpu,
         "scale": scale,
     }

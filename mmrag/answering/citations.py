@@ -214,9 +214,11 @@ def locate(source: Source, quote: str) -> Source:
     path = source.path
     image = source.node.node.metadata.get("page_image")
     kept = image is not None and words_path(Path(image)).is_file()
+    indexed = str(source.node.node.metadata.get("sha256", ""))
     if source.page is not None and path.suffix.lower() == ".pdf":
         try:
-            boxes = locate_quote(path, source.page, quote, image) if kept or path.is_file() else []
+            if kept or path.is_file():
+                boxes = locate_quote(path, source.page, quote, image, indexed)
         except (MMRagError, OSError) as error:
             logger.warning("The quote of [%d] cannot be located: %s", source.n, error)
     found = tuple((float(x0), float(y0), float(x1), float(y1)) for x0, y0, x1, y1 in boxes)

@@ -31,6 +31,7 @@ from mmrag.cli.progress import Step, working
 from mmrag.cli.reranking import RerankOption, rerankers
 
 if TYPE_CHECKING:
+    from mmrag.answering.context import Source
     from mmrag.answering.engine import CitedQueryEngine
     from mmrag.answering.planning import PlanningQueryEngine
     from mmrag.answering.response import CitedResponse
@@ -165,10 +166,32 @@ def _finished(reply: object, step: Step, *, live: bool) -> CitedResponse:
     return reply.get_response()
 
 
+def save_page(source: Source, to: Path) -> Path | None:
+    """Save the image of a source's page, marked in a PDF, as ``to`` with a suffix.
+
+    Returns:
+        Where it is; None for a source without an image.
+
+    Raises:
+        ReadError: If the page cannot be read, or its file is not the one that was indexed.
+    """
+    from mmrag.reading import save_marked_page
+
+    if source.path.suffix.lower() == ".pdf" and source.page is not None:
+        boxes = source.boxes or ((source.box,) if source.box else ())
+        metadata = source.node.node.metadata
+        image, indexed = metadata.get("page_image"), str(metadata.get("sha256", ""))
+        out = to.with_name(f"{to.name}.png")
+        return save_marked_page(source.path, source.page, boxes, out, image, indexed)
+    if source.image is None:
+        return None
+    out = to.with_name(f"{to.name}{source.image.suffix}")
+    return Path(shutil.copyfile(source.image, out))
+
+
 def _save_pages(response: CitedResponse, folder: Path) -> dict[int, str]:
     """Images of the cited pages, by source number; a page that cannot be saved is reported."""
     from mmrag.errors import ReadError
-    from mmrag.reading import save_marked_page
 
     saved: dict[int, str] = {}
     try:
@@ -177,21 +200,12 @@ def _save_pages(response: CitedResponse, folder: Path) -> dict[int, str]:
         say(f"Pages cannot be saved: {error}")
         return saved
     for source in response.cited:
-        path = source.path
         page = "" if source.page is None else f"-p{source.page}"
         # Numbered as cited, so that two files of one name do not meet.
-        to = folder / f"{source.n:02d}-{display.clean(path.stem)}{page}"
+        name = f"{source.n:02d}-{display.clean(source.path.stem)}{page}"
         try:
-            if path.suffix.lower() == ".pdf" and source.page is not None:
-                boxes = source.boxes or ((source.box,) if source.box else ())
-                image = source.node.node.metadata.get("page_image")
-                to = save_marked_page(path, source.page, boxes, Path(f"{to}.png"), image)
-            elif source.image is not None:
-                to = Path(f"{to}{source.image.suffix}")
-                shutil.copyfile(source.image, to)
-            else:
-                continue
-            saved[source.n] = str(to)
+            if (path := save_page(source, folder / name)) is not None:
+                saved[source.n] = str(path)
         except (ReadError, OSError) as error:
             say(f"[{source.n}] cannot be saved: {error}")
     return saved

@@ -16,6 +16,7 @@ from rich.markdown import Markdown
 from rich.text import Text
 
 from mmrag.cli import display
+from mmrag.cli.ask import save_page
 from mmrag.cli.console import errors, out, say, show
 from mmrag.cli.inline import image_codes, protocol
 from mmrag.cli.llm import BaseURLOption, LLMOption, NoImagesOption, WindowOption, chat_model
@@ -198,15 +199,16 @@ def _file_url(source: Source) -> str:
 
 def _page_file(source: Source) -> Path:
     """An image of a source's page with its evidence marked, or the file itself."""
-    from mmrag.reading import save_marked_page
+    from mmrag.reading import check_original
 
-    path = Path(source.file)
-    if path.suffix.lower() == ".pdf" and source.page is not None:
-        # Not removed at the end: the system's viewer still shows it.
-        folder = Path(tempfile.mkdtemp(prefix="mmrag-page-"))
-        boxes = source.boxes or ((source.box,) if source.box else ())
-        return save_marked_page(path, source.page, boxes, folder / f"{path.stem}-{source.page}.png")
-    return source.image or path
+    # Not removed at the end: the system's viewer still shows it.
+    folder = Path(tempfile.mkdtemp(prefix="mmrag-page-"))
+    name = source.path.stem if source.page is None else f"{source.path.stem}-{source.page}"
+    path = save_page(source, folder / name)
+    if path is not None:
+        return path
+    check_original(source.path, str(source.node.node.metadata.get("sha256", "")))
+    return source.path
 
 
 def show_page(path: Path, environ: Mapping[str, str]) -> None:

@@ -14,7 +14,7 @@ from mmrag.ingest.metadata import FileMetadata, metadata_of
 from mmrag.ingest.progress import IngestReport
 from mmrag.reading import file_sha256, find_files
 from mmrag.store.collection import Collection
-from mmrag.store.entries import FileEntry, absolute_paths
+from mmrag.store.entries import FileEntry, absolute_paths, only_files
 from mmrag.store.terms import DocumentTerms
 
 
@@ -54,12 +54,13 @@ class Job:
 class Plan:
     """What a run has to do.
 
-    paths: absolute path to hash of every file found. jobs: files to read. moves: entries of
-    files that were renamed, with their new path. metadata: path to hash and metadata,
-    of the files that are given some. total: how many files were found.
+    paths: absolute path to hash of every file found. entries: what the collection held. jobs: files
+    to read. moves: entries of files that were renamed, with their new path. metadata: path to hash
+    and metadata, of the files that are given some. total: how many files were found.
     """
 
     paths: dict[Path, str]
+    entries: list[FileEntry]
     jobs: list[Job] = field(default_factory=list)
     moves: list[tuple[FileEntry, str]] = field(default_factory=list)
     metadata: dict[str, tuple[str, Mapping[str, Any]]] = field(default_factory=dict)
@@ -82,10 +83,11 @@ def make_plan(
     report.failed += [error.file for error in found.errors]
     note_passed_over(found.passed_over, report)
     hashes = _hashes(found.files, report)
-    files = collection.read_files()
+    known = collection.files()
+    files = only_files(known)
     entries = Entries(files, damaged=collection.damaged(files))
     places = dict(zip(hashes, absolute_paths(map(Path, hashes)), strict=True))
-    plan = Plan({places[name]: hashes[name] for name in hashes})
+    plan = Plan({places[name]: hashes[name] for name in hashes}, known)
     plan.total = len(found.files) + len(found.errors)
     wanted = _wanted_metadata(hashes, metadata, report)
     plan.metadata = {name: (hashes[name], tags) for name, tags in wanted.items()}

@@ -15,7 +15,14 @@ from mmrag.reading.options import (
     ReadOptions,
 )
 from mmrag.reading.pagewords import words_path
-from mmrag.reading.reader import ReadPage, count_pages, locate_quote, read_file, save_marked_page
+from mmrag.reading.reader import (
+    ReadPage,
+    check_original,
+    count_pages,
+    locate_quote,
+    read_file,
+    save_marked_page,
+)
 
 __all__ = [
     "Box",
@@ -27,6 +34,7 @@ __all__ = [
     "Problem",
     "ReadOptions",
     "ReadPage",
+    "check_original",
     "count_pages",
     "file_sha256",
     "find_files",

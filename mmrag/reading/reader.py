@@ -253,7 +253,11 @@ def count_pages(path: str | Path) -> int:
 
 
 def locate_quote(
-    path: str | Path, page: int, quote: str, page_image: str | Path | None = None
+    path: str | Path,
+    page: int,
+    quote: str,
+    page_image: str | Path | None = None,
+    sha256: str | None = None,
 ) -> list[Box]:
     """Boxes [x0, y0, x1, y1] of a quote on a page, one a line, in points as shown.
 
@@ -265,13 +269,15 @@ def locate_quote(
             installed.
         page_image: the image of the page as indexing has made it, beside which the page's words
             are kept.
+        sha256: of the content that was indexed: with it, another file at ``path`` is refused.
 
     Raises:
-        ReadError: If the page cannot be read.
+        ReadError: If the page cannot be read, or the file is another.
     """
     words = _kept_words(path, page_image)
     if words is not None:
         return marking.find_quote(words.tokens, quote)
+    check_original(path, sha256)
     boxes: list[Box] = _once(path, page, "locate", Path(path), page, quote, ocr.available())
     return boxes
 
@@ -282,15 +288,16 @@ def save_marked_page(
     boxes: Sequence[Box],
     out: str | Path,
     page_image: str | Path | None = None,
+    sha256: str | None = None,
 ) -> Path:
     """Write a PNG of a page with boxes (in points as shown) marked, and return its path.
 
     Args:
         path: the original PDF, opened only where ``page_image`` has no words beside it.
-        page_image: see ``locate_quote``.
+        page_image, sha256: see ``locate_quote``.
 
     Raises:
-        ReadError: If the page cannot be read.
+        ReadError: If the page cannot be read, or the file is another.
     """
     words = _kept_words(path, page_image)
     if words is not None and page_image is not None:
@@ -301,8 +308,29 @@ def save_marked_page(
             message = f"its page image {page_image} cannot be marked ({error})"
             raise ReadError(message, file=name, page=page) from error
         return Path(out)
+    check_original(path, sha256)
     result: Path = _once(path, page, "mark", Path(path), page, list(boxes), Path(out))
     return result
+
+
+def check_original(path: str | Path, sha256: str | None) -> None:
+    """Refuse a file that is not the one that was indexed; a collection may name any.
+
+    sha256: of the content that was indexed; None refuses nothing.
+
+    Raises:
+        ReadError: If the file has gone, or has another content.
+    """
+    if sha256 is None:
+        return
+    if not Path(path).is_file():
+        raise ReadError("the file has gone", file=Path(path).as_posix())
+    if file_sha256(path) != sha256:
+        raise ReadError(
+            "the file at this path is not the one that was indexed, and is not opened; if it has "
+            "changed, index it again",
+            file=Path(path).as_posix(),
+        )
 
 
 def _kept_words(path: str | Path, page_image: str | Path | None) -> PageWords | None:

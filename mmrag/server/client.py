@@ -156,7 +156,7 @@ def _source(row: Mapping[str, Any]) -> Source:
 
     hit = _hit(row)
     # The server is on this machine, so an image file of the user can be shown from its path.
-    is_image = row["kind"] == "picture" and Path(row["file"]).is_file()
+    is_image = row["kind"] == "picture" and _is_original(row["file"], row["file_id"])
     return Source(
         n=row["n"],
         file=row["file"],
@@ -169,6 +169,12 @@ def _source(row: Mapping[str, Any]) -> Source:
         boxes=tuple(tuple(box) for box in row["boxes"]) if row["quote"] else (),
         cited=row["cited"],
     )
+
+
+def _is_original(path: str, file_id: str) -> bool:
+    from mmrag.reading import file_sha256
+
+    return Path(path).is_file() and file_sha256(path) == file_id
 
 
 def _response(answer: Mapping[str, Any]) -> CitedResponse:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,7 +36,7 @@ from mmrag.store.engine import (
     Scored,
     in_batches,
 )
-from mmrag.store.entries import FileEntry, folder_of
+from mmrag.store.entries import FileEntry, folder_of, only_files
 from mmrag.store.images import image_paths, with_image_paths
 from mmrag.store.inserted import InsertedNodes, Insertion, point_id, with_image_file
 from mmrag.store.location import Location
@@ -244,7 +244,7 @@ class Collection:
 
     def read_files(self) -> list[FileEntry]:
         """The files alone, which can be read again."""
-        return [entry for entry in self.files() if not entry.doc_id]
+        return only_files(self.files())
 
     def paths(self) -> list[str]:
         """Every path that has points here, of unfinished files too."""
@@ -261,9 +261,12 @@ class Collection:
             same = dataclasses.replace(same, must=(*same.must, AnyOf("page", (page,))))
         return (self.node(point.payload) for point in self._engine.scroll(same))
 
-    def unfinished(self) -> dict[str, str]:
-        """Hash to path of the files that have nodes here but are not finished."""
-        done = {entry.sha256 for entry in self.files()}
+    def unfinished(self, entries: Iterable[FileEntry] | None = None) -> dict[str, str]:
+        """Hash to path of the files that have nodes here but are not finished.
+
+        entries: what ``files`` gives, where it is known.
+        """
+        done = {entry.sha256 for entry in (self.files() if entries is None else entries)}
         return {
             sha256: str(next(self._engine.scroll(_with_hash(sha256))).payload["file"])
             for sha256 in self._engine.facet("sha256")

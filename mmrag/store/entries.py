@@ -56,6 +56,11 @@ class FileEntry:
         return dataclasses.asdict(self) | {"kind": "file", "errors": list(self.errors)}
 
 
+def only_files(entries: Iterable[FileEntry]) -> list[FileEntry]:
+    """The entries of files, which can be read again, without those of inserted documents."""
+    return [entry for entry in entries if not entry.doc_id]
+
+
 def folder_of(path: str) -> str:
     """What a FileEntry of ``path`` has as its folder."""
     return "" if Path(path).is_absolute() else str(Path.cwd())

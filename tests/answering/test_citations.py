@@ -28,7 +28,9 @@ def no_pdf(monkeypatch, tmp_path):
     (tmp_path / "a.pdf").touch()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(
-        citations, "locate_quote", lambda path, page, quote, image: [(1, 2, 1 + len(quote), 4)]
+        citations,
+        "locate_quote",
+        lambda path, page, quote, image, indexed: [(1, 2, 1 + len(quote), 4)],
     )
 
 

@@ -21,7 +21,8 @@ from mmrag.answering.response import CitedResponse
 from mmrag.cli import display
 from mmrag.cli.app import app
 from mmrag.cli.ask import _save_pages
-from mmrag.errors import EndpointError, MMRagError
+from mmrag.cli.chat import _page_file
+from mmrag.errors import EndpointError, MMRagError, ReadError
 from mmrag.index import UniversalIndex
 from mmrag.nodes import Hit
 
@@ -251,6 +252,25 @@ def test_a_cited_image_keeps_its_format(tmp_path):
     saved = _save_pages(CitedResponse("[1]", sources=[source]), tmp_path / "out")
     assert saved == {1: str(tmp_path / "out/01-photo-p1.jpg")}
     assert Image.open(saved[1]).format == "JPEG"
+
+
+def test_a_file_that_was_not_indexed_is_not_saved(tmp_path, capsys):
+    """A collection from somebody else may name any PDF of the user's."""
+    with pymupdf.open() as document:
+        document.new_page().insert_text((72, 72), "Private: the safe opens with 4711.")
+        document.save(tmp_path / "private.pdf")
+    node = make_node("The safe", file="plans.pdf", sha256="0" * 64)
+    node.metadata["file_path"] = str(tmp_path / "private.pdf")
+    source = Source(1, "plans.pdf", 1, NodeWithScore(node=node), "The safe", cited=True)
+    assert _save_pages(CitedResponse("[1]", sources=[source]), tmp_path / "out") == {}
+    assert list((tmp_path / "out").iterdir()) == []
+    assert "is not the one that was indexed" in capsys.readouterr().err
+    with pytest.raises(ReadError, match="not the one that was indexed"):
+        _page_file(source)
+    (tmp_path / "private.txt").write_text("4711")
+    node.metadata |= {"file_path": str(tmp_path / "private.txt")}
+    with pytest.raises(ReadError, match="not the one that was indexed"):
+        _page_file(source)
 
 
 @pytest.fixture

@@ -9,7 +9,8 @@ import pymupdf
 import pytest
 from PIL import Image, ImageDraw, ImageFont
 
-from mmrag.reading import locate_quote, save_marked_page
+from mmrag.errors import ReadError
+from mmrag.reading import file_sha256, locate_quote, save_marked_page
 from mmrag.reading.pagewords import load_words, words_path
 
 DEJAVU = next(
@@ -248,3 +249,17 @@ def test_pages_of_earlier_collections_fall_back_to_the_original(make_pdf, read, 
         assert load_words(image) is None
         assert len(locate_quote(path, 1, "yearly report", image)) == 1
         assert "Index it again" in caplog.text
+
+
+def test_another_file_than_the_one_indexed_is_not_opened(make_pdf, read, tmp_path) -> None:
+    path = make_pdf(lambda document: document.new_page().insert_text((72, 100), GOOD[0]))
+    indexed = file_sha256(path)
+    assert locate_quote(path, 1, "yearly report", None, indexed)
+    assert save_marked_page(path, 1, [], tmp_path / "page.png", None, indexed).is_file()
+    (tmp_path / "page.png").unlink()
+    for wrong, said in ((path, "not the one that was indexed"), (tmp_path / "gone", "has gone")):
+        with pytest.raises(ReadError, match=said):
+            locate_quote(wrong, 1, "yearly report", None, "0" * 64)
+        with pytest.raises(ReadError, match=said):
+            save_marked_page(wrong, 1, [], tmp_path / "page.png", None, "0" * 64)
+    assert not (tmp_path / "page.png").exists()

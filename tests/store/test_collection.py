@@ -15,9 +15,10 @@ import pytest
 import qdrant_edge as edge
 from fakes import FakeEmbedder, make_image, make_node
 from llama_index.core import VectorStoreIndex
-from llama_index.core.schema import ImageNode, Node, TextNode
+from llama_index.core.schema import ImageNode, Node, NodeWithScore, TextNode
 from qdrant_client import QdrantClient, models
 
+from mmrag.answering.context import Source
 from mmrag.errors import CollectionError, ConfigError, MissingCollectionError
 from mmrag.nodes import node_image, node_text
 from mmrag.queries import Where
@@ -317,6 +318,31 @@ def test_a_file_is_found_from_any_working_directory(collection, tmp_path, monkey
     assert node.metadata["file"] == "in/a.pdf"
     assert Path(node.metadata["file_path"]) == tmp_path / "in/a.pdf"
     assert "file_path" not in node.get_content("llm") + node.get_content("embed")
+
+
+def test_points_of_a_collection_that_kept_no_folder(collection, tmp_path, monkeypatch):
+    """As mmrag 0.1 wrote them: paths are taken from the working directory of the moment."""
+    store(collection, make_node("wings", file="in/a.pdf", sha256=A))
+    collection.mark_done(FileEntry("in/a.pdf", A, 1, 1, folder=str(tmp_path)))
+    engine = collection._engine
+    younger = ("folder", "complete")
+    points = list(engine.scroll(Filter(), vectors=True))
+    engine.delete(Filter(must_not=(AnyOf("kind", ("settings",)),)))
+    for point in points:
+        payload = {key: value for key, value in point.payload.items() if key not in younger}
+        engine.upsert([dataclasses.replace(point, payload=payload)])
+    monkeypatch.chdir(tmp_path)
+    (entry,) = collection.files()
+    assert (entry.folder, entry.complete, entry.path) == ("", True, tmp_path / "in" / "a.pdf")
+    (node,) = collection.file_nodes(A)
+    assert Source(1, "in/a.pdf", 1, NodeWithScore(node=node), "").path == Path("in/a.pdf")
+    moved = collection.move_file(entry, "in/b.pdf")
+    assert moved.folder == str(tmp_path)
+    (node,) = collection.file_nodes(A)
+    monkeypatch.chdir("/")
+    path = Source(1, "in/b.pdf", 1, NodeWithScore(node=node), "").path
+    assert path == tmp_path / "in" / "b.pdf"
+    assert not collection.examine().damaged
 
 
 def test_file_names_match_however_their_accents_are_written(collection):
