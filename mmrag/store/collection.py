@@ -334,7 +334,11 @@ class Collection:
         """Give a file and its nodes this metadata in place of the entry's, keeping vectors."""
         found = self._engine.scroll(_with_hash(entry.sha256), vectors=True)
         while batch := list(islice(found, 64)):
-            self._engine.upsert([_tagged(point, entry, metadata) for point in batch])
+            tagged = [_tagged(point, entry, metadata) for point in batch]
+            # Only what changes: a run that was cut short has tagged most of them before.
+            self._engine.upsert(
+                [new for old, new in zip(batch, tagged, strict=True) if new.payload != old.payload]
+            )
         self.mark_done(dataclasses.replace(entry, metadata=metadata))
 
     def rename_nodes(self, sha256: str, path: str) -> None:
