@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from mmrag.evaluation.questions import Question, read_questions
     from mmrag.evaluation.results import Evaluation, Score, System
     from mmrag.evaluation.run import evaluate
+    from mmrag.evaluation.storage import StorageSetting, measure_storage
     from mmrag.index import UniversalIndex
     from mmrag.ingest.progress import IngestReport, Progress
     from mmrag.llms.endpoint import open_llm
@@ -113,6 +114,7 @@ _HOME = {
     "Score": "evaluation.results",
     "Scorer": "rerankers",
     "Source": "answering.context",
+    "StorageSetting": "evaluation.storage",
     "StructuredAnswer": "answering.structured",
     "System": "evaluation.results",
     "TokenEmbedder": "embedders.late",
@@ -133,6 +135,7 @@ _HOME = {
     "load_scorer": "rerankers",
     "load_token_embedder": "embedders.late",
     "locate_quote": "reading",
+    "measure_storage": "evaluation.storage",
     "open_llm": "llms.endpoint",
     "read_file": "reading",
     "read_questions": "evaluation.questions",
@@ -186,6 +189,7 @@ __all__ = [
     "Score",
     "Scorer",
     "Source",
+    "StorageSetting",
     "StructuredAnswer",
     "System",
     "TokenEmbedder",
@@ -207,6 +211,7 @@ __all__ = [
     "load_scorer",
     "load_token_embedder",
     "locate_quote",
+    "measure_storage",
     "open_llm",
     "read_file",
     "read_questions",

@@ -22,6 +22,7 @@ from mmrag.cli.list_files import list_files
 from mmrag.cli.mcp import mcp
 from mmrag.cli.models import models
 from mmrag.cli.remove import remove
+from mmrag.cli.report import report
 from mmrag.cli.search import search
 from mmrag.cli.serve import serve
 from mmrag.cli.tune import tune
@@ -37,6 +38,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "tune": tune,
     "eval": evaluate,
     "upgrade": upgrade,
+    "report": report,
     "convert": convert,
     "doctor": doctor,
     "models": models,
