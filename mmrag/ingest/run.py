@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,14 +19,16 @@ from mmrag.embedders.late import LateInteraction
 from mmrag.errors import CollectionError, ReadError
 from mmrag.ingest.metadata import FileMetadata
 from mmrag.ingest.plan import Job, Plan, make_plan
-from mmrag.ingest.prefetch import run_ahead
+from mmrag.ingest.prefetch import End, run_ahead
 from mmrag.ingest.progress import IngestReport, Progress
 from mmrag.ingest.writer import Writer
+from mmrag.nodes import node_text
 from mmrag.reading import ReadOptions, ReadPage, ocr, read_file
 from mmrag.store.collection import Collection
 from mmrag.store.entries import absolute_path, absolute_paths, only_files
 
 _PAGES_AHEAD = 64
+_MOST_AHEAD = 64 << 20  # characters of text that wait; images wait on disk
 # May differ from run to run: limits, and whether recognition is tried, with the same node ids.
 _PER_RUN = ("page_seconds", "max_file_bytes", "max_pages", "max_memory_bytes", "ocr")
 
@@ -100,14 +103,14 @@ def ingest(
 
     jobs = plan.jobs
     while jobs:
-        events = run_ahead(read, jobs, workers, _PAGES_AHEAD)
-        try:
+        with (
+            # Also after an error or Ctrl-C: it ends the readers and their worker processes.
+            closing(run_ahead(read, jobs, workers, _PAGES_AHEAD, _weight, _MOST_AHEAD)) as events,
+            writer,
+        ):
             for job, event in events:
                 writer.take(job, event)
             writer.flush()
-        finally:
-            # Also after an error or Ctrl-C: it ends the readers and their worker processes.
-            events.close()
         jobs = _copies_of_failed(jobs, report)
     if options.ocr == "auto":
         _note_missing_ocr(writer.n_needs_ocr, report)
@@ -124,6 +127,11 @@ def ingest(
         collection.optimize()
     report.seconds = time.monotonic() - started
     return report
+
+
+def _weight(event: ReadPage | ReadError | End) -> int:
+    """Characters of a page."""
+    return sum(len(node_text(node)) for node in event.nodes) if isinstance(event, ReadPage) else 0
 
 
 def _late(

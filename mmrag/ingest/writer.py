@@ -1,11 +1,18 @@
-"""Nodes into the collection: embedded in batches across pages and files, then stored."""
+"""Nodes into the collection: embedded in batches across pages and files, then stored.
+
+Batches are embedded in threads while the caller reads on and stores what is done: the model waits
+neither for files nor for the database, and the collection is used by one thread alone.
+"""
 
 from __future__ import annotations
 
+import contextvars
 import logging
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NamedTuple, Self, TypeAlias
 
 import numpy as np
 from llama_index.core.schema import BaseNode
@@ -19,7 +26,7 @@ from mmrag.errors import ContentError, ReadError
 from mmrag.ingest.halving import each_or_error
 from mmrag.ingest.late import encode_tokens, token_content
 from mmrag.ingest.plan import Job
-from mmrag.ingest.prefetch import End
+from mmrag.ingest.prefetch import THREAD_NAME, End
 from mmrag.ingest.progress import IngestReport, Progress
 from mmrag.nodes import node_image, node_text
 from mmrag.reading import ReadPage
@@ -32,6 +39,11 @@ from mmrag.store.terms import NodeTerms
 log = logging.getLogger(__name__)
 
 _BATCH_ITEMS = 32
+# One batch runs while the inputs of the next are prepared; a third is there when the first is done.
+_EMBEDDED_AT_ONCE = 2
+_BATCHES_AHEAD = 3
+
+_Vectors: TypeAlias = dict[str, NDArray[np.float32]]
 
 
 class _Waiting(NamedTuple):
@@ -44,8 +56,15 @@ class _Waiting(NamedTuple):
     terms: NodeTerms
 
 
+class _Embedded(NamedTuple):
+    """What became of a batch: vectors by view for each node, and views that have none."""
+
+    vectors: list[_Vectors]
+    failures: list[tuple[_Waiting, str, ContentError]]
+
+
 class Writer:
-    """Takes what reading gives, file by file, and keeps the report.
+    """Takes what reading gives, file by file, and keeps the report. Use it in ``with``.
 
     Args:
         late: gives how tokens are made, of a collection that keeps them.
@@ -79,10 +98,21 @@ class Writer:
         self._waiting: list[_Waiting] = []
         self._items_waiting = 0
         self._pages_waiting = 0
+        self._embedding: deque[tuple[list[_Waiting], int, Future[_Embedded]]] = deque()
         self.n_needs_ocr = 0
 
+    def __enter__(self) -> Self:
+        self._pool = ThreadPoolExecutor(_EMBEDDED_AT_ONCE, thread_name_prefix=THREAD_NAME)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        # A batch that runs is waited for: a thread inside torch cannot be left behind at exit.
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
     def take(self, job: Job, event: ReadPage | ReadError | End) -> None:
-        """Deal with one event of reading."""
+        """Deal with one event of reading, and store what has been embedded meanwhile."""
+        while self._embedding and self._embedding[0][2].done():
+            self._store_next()
         match event:
             case ReadPage():
                 self._take_page(job, event)
@@ -93,16 +123,32 @@ class Writer:
 
     def flush(self) -> None:
         """Embed and write what waits, and finish the files that are complete by it."""
-        batch, self._waiting, self._items_waiting = self._waiting, [], 0
-        if not batch:
-            return
-        vectors = self._embed(batch)
+        self._embed_waiting()
+        while self._embedding:
+            self._store_next()
+
+    def _embed_waiting(self) -> None:
+        """Hand on what waits; store the oldest batch first where too many are under way."""
+        batch, pages = self._waiting, self._pages_waiting
+        self._waiting, self._items_waiting, self._pages_waiting = [], 0, 0
+        if batch:
+            # With the caller's context, by which LlamaIndex knows what its events belong to.
+            run = contextvars.copy_context().run
+            self._embedding.append((batch, pages, self._pool.submit(run, self._embed, batch)))
+        while len(self._embedding) > _BATCHES_AHEAD:
+            self._store_next()
+
+    def _store_next(self) -> None:
+        """Write the oldest batch, once it is embedded, and finish its files."""
+        batch, pages, future = self._embedding.popleft()
+        embedded = future.result()
+        for waiting, view, error in embedded.failures:
+            self._fail_view(waiting, view, error)
         self._collection.write(
-            [each.node for each in batch], vectors, [each.terms for each in batch]
+            [each.node for each in batch], embedded.vectors, [each.terms for each in batch]
         )
         self._report.nodes += len(batch)
-        self._report.pages += self._pages_waiting
-        self._pages_waiting = 0
+        self._report.pages += pages
         for each in batch:
             each.job.waiting -= 1
         for job in dict.fromkeys(each.job for each in batch):
@@ -134,7 +180,7 @@ class Writer:
             self._items_waiting += len(views) + (tokens is not None)
             job.waiting += 1
             if self._items_waiting >= _BATCH_ITEMS:
-                self.flush()
+                self._embed_waiting()
 
     def _end(self, job: Job, error: Exception | None) -> None:
         if isinstance(error, (ReadError, ContentError, OSError, MemoryError)):
@@ -198,25 +244,25 @@ class Writer:
         text = node_text(node).strip()
         return token_content(text, node_image(node), late, in_passages=in_passages)
 
-    def _embed(self, batch: Sequence[_Waiting]) -> list[dict[str, NDArray[np.float32]]]:
-        """For each node, view to (dim,) float32, and its tokens."""
+    def _embed(self, batch: Sequence[_Waiting]) -> _Embedded:
+        """Vectors of the views and tokens of a batch; runs in a thread and changes nothing."""
         keys = [(row, view) for row, each in enumerate(batch) for view in each.views]
         contents = [batch[row].views[view] for row, view in keys]
         results = encode_each(self._embedder, contents, self._collection.settings.dim)
-        vectors: list[dict[str, NDArray[np.float32]]] = [{} for _ in batch]
+        embedded = _Embedded([{} for _ in batch], [])
         for (row, view), result in zip(keys, results, strict=True):
             if isinstance(result, ContentError):
-                self._fail_view(batch[row], view, result)
+                embedded.failures.append((batch[row], view, result))
             else:
-                vectors[row][view] = result
+                embedded.vectors[row][view] = result
         late = self._late() if self._late else None
         found = encode_tokens(late, [each.tokens for each in batch]) if late else []
         for row, tokens in enumerate(found):
             if isinstance(tokens, ContentError):
-                self._fail_view(batch[row], TOKENS, tokens)
+                embedded.failures.append((batch[row], TOKENS, tokens))
             else:
-                vectors[row] |= tokens
-        return vectors
+                embedded.vectors[row] |= tokens
+        return embedded
 
     def _fail_view(self, waiting: _Waiting, view: str, error: ContentError) -> None:
         job, node = waiting.job, waiting.node

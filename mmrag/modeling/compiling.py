@@ -22,7 +22,7 @@ from mmrag.modeling.batching import Sized
 
 logger = logging.getLogger(__name__)
 
-LARGE = 8192
+LARGE = 4096
 """Tokens of a padded batch from which on compiled blocks run; smaller ones run as they are."""
 HOT = 500_000
 """Tokens in large batches after which compiling pays: it takes about as long as they do."""

@@ -59,6 +59,29 @@ def test_work_waits_for_a_slow_consumer():
     results.close()
 
 
+def test_heavy_results_hold_the_work_back_and_still_come():
+    made = []
+
+    def work(item, put):
+        for number in range(20):
+            made.append(number)
+            put("x" * 60)
+
+    results = run_ahead(
+        work,
+        ["a"],
+        workers=1,
+        ahead=50,
+        weigh=lambda r: len(r) if isinstance(r, str) else 0,
+        most=100,
+    )
+    next(results)
+    time.sleep(0.2)
+    # Two wait, of which the second goes over the bound, one is held back, one was taken.
+    assert len(made) == 4
+    assert sum(1 for _ in results) == 20
+
+
 def test_closing_ends_the_threads_even_of_a_full_queue():
     def work(item, put):
         while True:

@@ -546,7 +546,43 @@ def test_batches_go_across_files(embedder, collection, tmp_path, monkeypatch):
     for n in range(70):
         write(f"many/{n}.txt", f"file number {n}")
     ingest(["many"], collection, embedder)
-    assert [len(call) for call in embedder.calls] == [32, 32, 6]
+    assert sorted(len(call) for call in embedder.calls) == [6, 32, 32]
+
+
+def test_the_model_waits_neither_for_the_database_nor_for_files(
+    embedder, collection, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    for n in range(200):
+        write(f"many/{n}.txt", f"file number {n}")
+    encode, store, existing = embedder.encode, collection.write, collection.existing
+    threads, pages, begun, overlapped = set(), [], [], []
+
+    def until(condition):
+        deadline = time.monotonic() + 10
+        while not condition() and time.monotonic() < deadline:
+            time.sleep(0.002)
+        return condition()
+
+    def slow_encode(contents, **options):
+        begun.append(len(contents))
+        ahead = 32 * (len(begun) + 1)  # this batch takes until the next one is read
+        assert until(lambda: len(pages) >= min(200, ahead))
+        return encode(contents, **options)
+
+    def slow_store(nodes, vectors, terms):
+        threads.add(threading.get_ident())
+        wanted = min(len(overlapped) + 2, 7)
+        overlapped.append(until(lambda: len(begun) >= wanted))
+        store(nodes, vectors, terms)
+
+    monkeypatch.setattr(embedder, "encode", slow_encode)
+    monkeypatch.setattr(collection, "write", slow_store)
+    monkeypatch.setattr(collection, "existing", lambda ids: pages.append(ids) or existing(ids))
+    ingest(["many"], collection, embedder)
+    assert overlapped == [True] * 7
+    assert threads == {threading.get_ident()}
+    assert collection.count() == 200
 
 
 def test_progress(embedder, collection, files):
