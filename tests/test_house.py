@@ -79,6 +79,43 @@ def test_no_function_has_more_than_twelve_conditions():
     assert not tangled
 
 
+def raised(function: ast.AST) -> set[str]:
+    """Classes of the errors that a function itself makes and raises."""
+    inner = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+    found = set()
+    for child in ast.iter_child_nodes(function):
+        if isinstance(child, ast.Raise) and isinstance(child.exc, ast.Call):
+            name = ast.unparse(child.exc.func).split(".")[-1]
+            found |= {name} if name[0].isupper() else set()
+        if not isinstance(child, inner):
+            found |= raised(child)
+    return found
+
+
+def unnamed_errors(node: ast.AST, where: str, documented: str = "") -> list[str]:
+    """Errors that public functions below ``node`` raise, and no docstring there names."""
+    found = []
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.ClassDef) and not child.name.startswith("_"):
+            text = documented + (ast.get_docstring(child) or "")
+            found += unnamed_errors(child, where, text)
+        if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef):
+            is_private = child.name.startswith("_") and child.name != "__init__"
+            text = documented + (ast.get_docstring(child) or "")
+            missing = set() if is_private else {name for name in raised(child) if name not in text}
+            found += [f"{where}:{child.name}: {name}" for name in missing]
+    return found
+
+
+def test_docstrings_name_every_error():
+    """The commands are left out: what they raise ends as a message on the terminal."""
+    found = []
+    for path, tree in TREES.items():
+        if "cli" not in path.parts and ROOT / "mmrag" in path.parents:
+            found += unnamed_errors(tree, str(path.relative_to(ROOT)))
+    assert not found
+
+
 if __name__ == "__main__":
     print(f"files {len(SOURCES)}, lines {sum(lines())}, functions {len(FUNCTIONS)}")
     print(f"file p90 {quantiles(lines(), n=10)[-1]:.0f}, longest {max(lines())}")

@@ -203,7 +203,11 @@ def find_folders(
     base: str | Path | None = None,
     download: bool = True,
 ) -> list[Path]:
-    """Folder of the checkpoint, or those of the base model and of the adapter on it."""
+    """Folder of the checkpoint, or those of the base model and of the adapter on it.
+
+    Raises:
+        ConfigError: For a ``base`` of a checkpoint that is no adapter.
+    """
     from mmrag.modeling.checkpoints import find_base, find_checkpoint, is_adapter
 
     folder = find_checkpoint(name, revision, download=download)

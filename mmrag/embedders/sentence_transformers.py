@@ -40,6 +40,9 @@ class SentenceTransformersEmbedder:
     the system turn of a model with a chat template; else nowhere, for a model without either
     was not trained on instructions.
 
+    Raises:
+        ConfigError: For a ``prompt_format`` without a place for the instruction.
+
     >>> from sentence_transformers import SentenceTransformer  # doctest: +SKIP
     >>> model = SentenceTransformer("sentence-transformers/all-MiniLM-L6-v2")  # doctest: +SKIP
     >>> embedder = SentenceTransformersEmbedder(
@@ -88,7 +91,11 @@ class SentenceTransformersEmbedder:
         dim: int | None = None,
         progress: bool = False,
     ) -> NDArray[np.float32]:
-        """Embed contents of any mix of modalities; see ``Embedder.encode``."""
+        """Embed contents of any mix of modalities; see ``Embedder.encode``.
+
+        Raises:
+            ContentError: For an item with more than one image.
+        """
         kept = check_dim(dim, self.dim)
         items = as_items(self, contents, instruction)
         for index, item in enumerate(items):

@@ -47,6 +47,7 @@ class TokenBudget:
     halved at each failure and doubled after a few batches that fit: after 4 at first, after
     twice as many each time that the raised budget fails again.
 
+    full: the budget to start with, and the highest. Less than 1 raises ConfigError.
 
     >>> budget = TokenBudget(32768)
     >>> budget.exceeded(20000)

@@ -97,7 +97,11 @@ class ClipRule:
 
 
 def read_clip_rule(folder: Path, patch: int) -> ClipRule:
-    """Read the rule from a checkpoint's ``preprocessor_config.json``."""
+    """Read the rule from a checkpoint's ``preprocessor_config.json``.
+
+    Raises:
+        ModelError: If the file is missing.
+    """
     config = read_json(folder / "preprocessor_config.json")
     if not config:
         raise ModelError(

@@ -38,6 +38,9 @@ def vlm2vec_prompt(
     The style ``demo`` is that of the published examples; ``mmeb`` that of the MMEB evaluation,
     with a newline after the image and one at the end, which is then the token pooled. An
     image without an instruction gets the one that MMEB gives to targets.
+
+    Raises:
+        ConfigError: For another ``style``.
     """
     if style not in ("demo", "mmeb"):
         raise ConfigError(f"style={style!r} is not known: use demo or mmeb.")

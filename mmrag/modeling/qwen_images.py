@@ -60,7 +60,11 @@ class ImageRule:
 
 
 def read_image_rule(folder: Path) -> ImageRule:
-    """Read the rule from a checkpoint's processor file, in any form it was published in."""
+    """Read the rule from a checkpoint's processor file, in any form it was published in.
+
+    Raises:
+        ModelError: If the file is missing.
+    """
     # Newer checkpoints keep all their processors in one file.
     joint = read_json(folder / "processor_config.json").get("image_processor")
     config = read_json(folder / "preprocessor_config.json") or joint

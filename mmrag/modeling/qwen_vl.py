@@ -123,7 +123,11 @@ class QwenBackbone:
         }
 
     def plan(self, content: Content, instruction: str | None) -> Plan:
-        """Tokens of the item; see ``Backbone.plan``."""
+        """Tokens of the item; see ``Backbone.plan``.
+
+        Raises:
+            ContentError: For more images than the family takes in one item.
+        """
         if len(content.images) > self.recipe.max_images:
             raise ContentError(
                 f"{self.family} takes {self.recipe.max_images} image per item, got "

@@ -68,8 +68,8 @@ def find_files(paths: Sequence[str | Path]) -> FoundFiles:
     """Files to read under the paths given, sorted and each once, and what is not read.
 
     Folders are searched to any depth. Hidden entries and page images of collections in them are
-    left out, and files of other types are passed over; a file that is named itself and cannot
-    be read is an error.
+    left out, and files of other types are passed over; for a file that is named itself and cannot
+    be read, a ReadError is among what comes back.
     """
     found: dict[Path, None] = {}
     errors: list[ReadError] = []

@@ -46,7 +46,11 @@ Result = TypeVar("Result")
 def read_pages(
     path: Path, folder: Path, options: ReadOptions, first: int, skipped: Skipped
 ) -> Iterator[PageRecord | Problem | Step]:
-    """Read the pages from ``first`` on. skipped: steps that a worker died in before."""
+    """Read the pages from ``first`` on. skipped: steps that a worker died in before.
+
+    Raises:
+        Refused: For a dynamic XFA form, whose pages hold nothing.
+    """
     yield Step(None, "open")
     with contextlib.closing(open_pdf(path)) as document:
         if overlays.is_dynamic_form(document):

@@ -27,7 +27,11 @@ from mmrag.reading.options import (
 def read_records(
     path: Path, folder: Path, options: ReadOptions, first: int, skipped: Skipped
 ) -> Iterator[PageRecord | Passage | Problem | Step]:
-    """What the reader of a file's suffix gives. Readers name no steps, so none is skipped."""
+    """What the reader of a file's suffix gives. Readers name no steps, so none is skipped.
+
+    Raises:
+        Refused: If the reader gives something else than records.
+    """
     yield Step(None, "open")
     points = entry_points(group=READERS)
     point = next(each for each in points if each.name.lower() == path.suffix.lower())

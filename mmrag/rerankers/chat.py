@@ -71,7 +71,11 @@ class ChatAsker:
         return self._ids[words]
 
     def plan(self, pair: Pair, task: str | None) -> ChatPlan:
-        """The prompt of a pair; a long document loses words from its end."""
+        """The prompt of a pair; a long document loses words from its end.
+
+        Raises:
+            ContentError: If query and images alone are longer than ``max_length``.
+        """
         document = pair[1]
         text = (document.text if document else None) or ""
         prompt = self._render(pair, text, task)

@@ -115,7 +115,11 @@ class LocalScorer:
         return isolate(lambda some: self.score(some, instruction), pairs)
 
     def logits(self, pairs: Sequence[Pair], instruction: str | None = None) -> NDArray[np.float32]:
-        """What ``score`` takes the sigmoid of: the logit of yes minus that of no."""
+        """What ``score`` takes the sigmoid of: the logit of yes minus that of no.
+
+        Raises:
+            ModelError: For a logit that is not finite.
+        """
         task = resolve(instruction)
         logits = np.zeros(len(pairs), dtype=np.float32)
 

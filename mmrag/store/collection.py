@@ -355,6 +355,9 @@ class Collection:
         """The nodes nearest to ``vector`` ((dim,) float32) in one view, best first.
 
         By cosine; in the view ``muvera`` by inner product.
+
+        Raises:
+            ConfigError: For a view that the collection does not have.
         """
         searchable = [name for name in self.settings.vectors if name != TOKENS]
         if view not in searchable:
@@ -403,6 +406,9 @@ class Collection:
 
         The metadata of a file's node has ``file_path``, where the file was when it was indexed,
         which models are not shown. An image outside of ``images_dir`` is taken away.
+
+        Raises:
+            CollectionError: For a payload that is damaged.
         """
         try:
             node = metadata_dict_to_node(dict(payload))

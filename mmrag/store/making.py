@@ -22,7 +22,12 @@ _INTEGERS = ("page",)
 def agree(
     engine: Engine, wanted: CollectionSettings | None, location: Location
 ) -> CollectionSettings:
-    """The settings that hold: those stored, or those wanted by whoever creates it."""
+    """The settings that hold: those stored, or those wanted by whoever creates it.
+
+    Raises:
+        CollectionError: If it was built otherwise, or not by mmrag.
+        MissingCollectionError: If it is empty and nothing is wanted.
+    """
     stored = _stored_settings(engine, location)
     if stored is not None:
         if wanted is not None:

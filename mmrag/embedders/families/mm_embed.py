@@ -202,7 +202,11 @@ class MMEmbedBackbone:
         return Plan(item, [*expand(known, self._image_id, visual), self._end_id])
 
     def prepare(self, plan: Plan) -> MMEmbedInputs:
-        """Ids and pixels of the item."""
+        """Ids and pixels of the item.
+
+        Raises:
+            ContentError: If the instruction alone is longer than ``max_length``.
+        """
         task, images = plan.content.instruction, plan.content.images
         # As published, transparency is dropped, not laid on white.
         tiles = self.rule.whole(load_image(images[0], on_white=False)) if images else None

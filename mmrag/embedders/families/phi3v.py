@@ -273,6 +273,9 @@ def load_phi3v(
 
     ``num_crops`` is the most tiles of an image; by default what the checkpoint says. The
     evaluation on MMEB used 4, the published example 16.
+
+    Raises:
+        ConfigError: For ``num_crops`` under 1.
     """
     config = read_config(folder)
     model = load_exact(
@@ -291,7 +294,11 @@ def load_phi3v(
 
 
 def read_config(folder: Path) -> Phi3Config:
-    """Phi-3's configuration from Phi-3.5-vision's, with the tower's size beside it."""
+    """Phi-3's configuration from Phi-3.5-vision's, with the tower's size beside it.
+
+    Raises:
+        ModelError: For a folder that is no Phi-3.5-vision checkpoint.
+    """
     published = read_json(folder / "config.json")
     if published.get("model_type") != "phi3_v" or "rope_scaling" not in published:
         raise ModelError(f"{folder}: config.json is missing or is not Phi-3.5-vision's.")

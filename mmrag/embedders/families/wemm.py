@@ -51,7 +51,11 @@ def load_wemm(
     min_image_tokens: int | None = None,
     max_image_tokens: int | None = None,
 ) -> QwenBackbone:
-    """Load WeMM-Embedding-2B/4B/9B; bounds of None are the checkpoint's own."""
+    """Load WeMM-Embedding-2B/4B/9B; bounds of None are the checkpoint's own.
+
+    Raises:
+        ModelError: If the tokenizer lacks the token that the vector is read at.
+    """
     recipe = Recipe("wemm", wemm_prompt, fetch_size, max_length, max_images=sys.maxsize, mrope=True)
     backbone = load_qwen(
         folder,

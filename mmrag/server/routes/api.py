@@ -69,7 +69,11 @@ async def ask(body: AskRequest, request: Request, server: Server) -> Response:
 
 @router.post("/session")
 async def open_session(body: SessionRequest, request: Request, server: Server) -> Response:
-    """Trade an API key for a cookie, which images in a page can carry."""
+    """Trade an API key for a cookie, which images in a page can carry.
+
+    Raises:
+        ApiError: For a key that is not valid.
+    """
     if not server.keys.opens(body.key):
         raise ApiError(401, "The API key is not valid.", "invalid_api_key")
     response = Response(status_code=204)
