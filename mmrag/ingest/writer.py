@@ -38,7 +38,8 @@ from mmrag.store.terms import NodeTerms
 
 log = logging.getLogger(__name__)
 
-_BATCH_ITEMS = 32
+# The first batches are smaller, 4, 8 and 16, so that the model soon has something to do.
+_FIRST_ITEMS, _BATCH_ITEMS = 4, 32
 # One batch runs while the inputs of the next are prepared; a third is there when the first is done.
 _EMBEDDED_AT_ONCE = 2
 _BATCHES_AHEAD = 3
@@ -98,6 +99,7 @@ class Writer:
         self._waiting: list[_Waiting] = []
         self._items_waiting = 0
         self._pages_waiting = 0
+        self._batch_items = _FIRST_ITEMS
         self._embedding: deque[tuple[list[_Waiting], int, Future[_Embedded]]] = deque()
         self.n_needs_ocr = 0
 
@@ -132,6 +134,7 @@ class Writer:
         batch, pages = self._waiting, self._pages_waiting
         self._waiting, self._items_waiting, self._pages_waiting = [], 0, 0
         if batch:
+            self._batch_items = min(2 * self._batch_items, _BATCH_ITEMS)
             # With the caller's context, by which LlamaIndex knows what its events belong to.
             run = contextvars.copy_context().run
             self._embedding.append((batch, pages, self._pool.submit(run, self._embed, batch)))
@@ -179,7 +182,7 @@ class Writer:
             self._waiting.append(_Waiting(job, node, views, tokens, terms))
             self._items_waiting += len(views) + (tokens is not None)
             job.waiting += 1
-            if self._items_waiting >= _BATCH_ITEMS:
+            if self._items_waiting >= self._batch_items:
                 self._embed_waiting()
 
     def _end(self, job: Job, error: Exception | None) -> None:
