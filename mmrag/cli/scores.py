@@ -22,6 +22,8 @@ _TITLES = {"corpus": "All documents", "document": "Inside the document"}
 
 def evaluation_view(evaluation: Evaluation) -> RenderableType:
     """A table for each scope, one by kind of question, and what went wrong."""
+    from mmrag.evaluation.compare import gains
+
     asked = evaluation.asked()
     documents = len({question.document for question in asked})
     rows: list[RenderableType] = [Text(f"{len(asked)} questions about {documents} documents")]
@@ -30,6 +32,8 @@ def evaluation_view(evaluation: Evaluation) -> RenderableType:
             rows += [Text(), _scope_table(evaluation, scope)]
     if evaluation.kinds() and evaluation.systems():
         rows += [Text(), _kinds_table(evaluation)]
+    if others := gains(evaluation):
+        rows += [Text(), _own_gains_table(evaluation, others)]
     if evaluation.answers:
         rows += [Text(), _answers_table(evaluation)]
     if evaluation.answers and evaluation.info.get("judge"):
@@ -70,6 +74,21 @@ def _kinds_table(evaluation: Evaluation) -> Table:
     for system in systems:
         scores = [evaluation.scores(system, kind)[evaluation.main_metric] for kind in kinds]
         shown.add_row(*_names(system, systems), *(f"{score.mean:.3f}" for score in scores))
+    return shown
+
+
+def _own_gains_table(evaluation: Evaluation, others: Sequence[tuple[System, Difference]]) -> Table:
+    from mmrag.evaluation.compare import main_system
+
+    main = main_system(evaluation)
+    name = "" if main is None else clean(f"{main.model}, {main.name}")
+    shown = _named_table(
+        f"{evaluation.main_metric} of {name} less that of", ["difference", "95 % interval"]
+    )
+    systems = [system for system, _ in others]
+    for system, one in others:
+        interval = Text(_gain_interval(one), style="dim")
+        shown.add_row(*_names(system, systems), _gain(one), interval)
     return shown
 
 

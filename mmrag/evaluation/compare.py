@@ -12,7 +12,7 @@ from mmrag.errors import ContentError
 from mmrag.evaluation.bootstrap import interval
 from mmrag.evaluation.metrics import Metrics
 from mmrag.evaluation.questions import Question
-from mmrag.evaluation.results import Evaluation, System
+from mmrag.evaluation.results import Evaluation, Scope, System
 
 
 @dataclass(frozen=True)
@@ -81,6 +81,34 @@ def compare_evaluations(before: Evaluation, after: Evaluation) -> list[Differenc
         found += differences(old_name, "answers", rows, answered)
     if not found:
         raise ContentError("The two results have no system and no engine in common.")
+    return found
+
+
+def main_system(evaluation: Evaluation) -> System | None:
+    """The system that an evaluation is about: the first fusion, else the first that was asked."""
+    systems = evaluation.systems() or evaluation.systems("document")
+    fusions = [system for system in systems if system.ranking == "fusion"]
+    return next(iter([*fusions, *systems]), None)
+
+
+def finding_systems(evaluation: Evaluation, scope: Scope = "corpus") -> list[System]:
+    """The systems that found any right page: one that found none is in tables alone."""
+    shown = evaluation.shown_systems(scope)
+    return [system for system in shown if any(evaluation.found[system].values())]
+
+
+def gains(evaluation: Evaluation) -> list[tuple[System, Difference]]:
+    """What the main system gains over each other one of its scope, in the main metric."""
+    main = main_system(evaluation)
+    if main is None:
+        return []
+    asked = evaluation.asked()
+    found = []
+    for system in finding_systems(evaluation, main.scope):
+        if system != main:
+            rows = [(evaluation.metrics(system, q), evaluation.metrics(main, q)) for q in asked]
+            of_metric = differences(system.name, main.scope, rows, asked)
+            found += [(system, one) for one in of_metric if one.metric == evaluation.main_metric]
     return found
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import jinja2
 
-from mmrag.evaluation.compare import Difference, differences
+from mmrag.evaluation.compare import finding_systems, gains, main_system
 from mmrag.evaluation.evidence import ShownPage, show_page
 from mmrag.evaluation.measures import MEASURES, metric_names
 from mmrag.evaluation.questions import Page, Question
@@ -65,13 +65,6 @@ def write_report(
     Path(path).write_text(html, encoding="utf-8")
 
 
-def main_system(evaluation: Evaluation) -> System | None:
-    """The system that a report is about: the first fusion, else the first that was asked."""
-    systems = evaluation.systems() or evaluation.systems("document")
-    fusions = [system for system in systems if system.ranking == "fusion"]
-    return next(iter([*fusions, *systems]), None)
-
-
 def _scope(evaluation: Evaluation, scope: Scope) -> dict[str, Any]:
     """The rows of a table and the curves of a plot."""
     systems = evaluation.shown_systems(scope)
@@ -113,11 +106,6 @@ def _first(evaluation: Evaluation, system: System, question: Question) -> int | 
     return min(evaluation.found[system].get(question.id, {}).values(), default=None)
 
 
-def _finding(evaluation: Evaluation, systems: Sequence[System]) -> list[System]:
-    """The systems that found any right page: one that found none is in the tables alone."""
-    return [system for system in systems if any(evaluation.found[system].values())]
-
-
 def _lead(evaluation: Evaluation) -> dict[str, Any] | None:
     """What the main system does, in numbers, and where its first pages go wrong."""
     system = main_system(evaluation)
@@ -144,7 +132,7 @@ def _lead(evaluation: Evaluation) -> dict[str, Any] | None:
 
 def _groups(evaluation: Evaluation, by: str) -> dict[str, Any] | None:
     """The main metric of each system for each kind or document; None for fewer than two."""
-    systems = _finding(evaluation, evaluation.shown_systems())
+    systems = finding_systems(evaluation)
     names = sorted({str(getattr(question, by)) for question in evaluation.asked()})
     if len(names) < 2 or not systems:
         return None
@@ -161,21 +149,12 @@ def _groups(evaluation: Evaluation, by: str) -> dict[str, Any] | None:
 
 def _gains(evaluation: Evaluation) -> dict[str, Any] | None:
     """What the main system gains over each other one, by the paired bootstrap."""
-    main = main_system(evaluation)
-    if main is None:
-        return None
-    asked = evaluation.asked()
-    rows: list[tuple[System, Difference]] = []
-    for system in _finding(evaluation, evaluation.shown_systems(main.scope)):
-        if system != main:
-            pairs = [(evaluation.metrics(system, q), evaluation.metrics(main, q)) for q in asked]
-            found = differences(system.name, main.scope, pairs, asked)
-            rows += [(system, one) for one in found if one.metric == evaluation.main_metric]
+    rows = gains(evaluation)
     if not rows:
         return None
     ends = [abs(end) for _, one in rows for end in (one.low, one.high, one.gain) if end == end]
     limit = math.ceil(10 * max(*ends, 0.1)) / 10  # of the plot, in tenths
-    return {"system": main, "rows": rows, "limit": limit}
+    return {"system": main_system(evaluation), "rows": rows, "limit": limit}
 
 
 def _answers(evaluation: Evaluation) -> dict[str, Any] | None:

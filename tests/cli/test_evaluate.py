@@ -69,6 +69,7 @@ def test_a_folder_with_two_models_is_one_table(pdfs, questions, tmp_path):
     assert "6 questions about 2 documents" in shown.stdout
     assert "Inside the document" in shown.stdout
     assert "ndcg@3 by kind of question" in shown.stdout
+    assert "ndcg@3 of one, fusion less that of" in shown.stdout
     found = Evaluation.load(file)
     assert {system.model for system in found.found} == {"one", "two"}
     assert found.cuts == (1, 3)

@@ -10,9 +10,10 @@ import pytest
 from fakes import FakeEmbedder
 from PIL import Image
 
+from mmrag.evaluation.compare import main_system
 from mmrag.evaluation.evidence import show_page
 from mmrag.evaluation.questions import Question
-from mmrag.evaluation.report import main_system, write_report
+from mmrag.evaluation.report import write_report
 from mmrag.evaluation.results import Evaluation, System
 from mmrag.evaluation.run import evaluate
 from mmrag.index import UniversalIndex
