@@ -6,6 +6,7 @@
     make bench NAMES=gradcache   # memory and speed of cached steps
     make bench NAMES=rerank      # pairs batched against one by one
     make bench NAMES=late        # the stages of late interaction, likewise
+    make bench NAMES=mixed       # mixed contents beside sentence-transformers
     make bench NAMES="engine rerank"
     make bench NAMES=scale       # search over 100,000 nodes; see scale.py
     make bench NAMES=files       # 20,000 small files: time and memory of both runs; see files.py
@@ -311,6 +312,39 @@ def rerank(folder: Path) -> None:
         print(f"| {name} | {fast:.1f} | {slow:.1f} | {fast / slow:.2f} | {gap:.0e} |", flush=True)
 
 
+def mixed(folder: Path) -> None:
+    """Mixed contents by encode and by sentence-transformers, on one checkpoint of Qwen3-VL."""
+    import torch
+    from gpu_baselines import sentence_transformer
+    from gpu_models import save_qwen3_vl as save
+
+    from mmrag.embedders.families.qwen3_vl import DEFAULT_INSTRUCTION
+    from mmrag.modeling.loading import place
+
+    model = save(folder / "model", "tiny", torch.device("cpu"))
+    theirs = sentence_transformer(model, place("cpu"))
+    ours = load_embedder(model, family="qwen3_vl", device="cpu")
+    contents = mixed_contents(96)
+    texts = [content.text for content in contents if content.text]
+    images = [content.image for content in contents if content.image is not None]
+
+    def encode() -> np.ndarray:
+        # It takes one kind of content a call.
+        parts = [theirs.encode(part, prompt=DEFAULT_INSTRUCTION) for part in (texts, images)]
+        return np.concatenate(parts)
+
+    cosines = (encode() * ours.encode([*texts, *images])).sum(1)
+    seconds = {
+        "sentence-transformers": timed(encode),
+        "encode": timed(lambda: ours.encode(contents)),
+    }
+    print("| | items/s | against sentence-transformers |\n|---|---|---|")
+    for name, value in seconds.items():
+        ratio = seconds["sentence-transformers"] / value
+        print(f"| {name} | {len(contents) / value:.1f} | {ratio:.2f} |")
+    print(f"\nleast cosine of the vectors: {cosines.min():.4f}")
+
+
 def gpu(folder: Path) -> None:
     """Published shapes on a card, beside a plain transformers loop and sentence-transformers."""
     from gpu import run
@@ -392,6 +426,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "rerank": rerank,
         "late": late,
         "files": files,
+        "mixed": mixed,
         "gpu": gpu,
         "scale": scale,
     }

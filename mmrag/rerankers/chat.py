@@ -60,6 +60,7 @@ class ChatAsker:
         self.max_length = max_length
         self._marks = special_marks(processor.tokenizer)
         self._lock = threading.Lock()  # the processor's state is not for several threads
+        self._latest: tuple[str, Pair, Any] | None = None  # what was processed last, alone
         self._ids: dict[tuple[str, str], tuple[int, int]] = {}
         # Now, so that words which are no tokens fail at loading and not at the first query.
         self._answers((prompt or prompt_for(None)).answers)
@@ -143,9 +144,17 @@ class ChatAsker:
         )
 
     def _process(self, texts: Sequence[str], pairs: Sequence[Pair]) -> Any:
+        latest, self._latest = self._latest, None
+        alone = len(texts) == 1
+        # Planning a pair has processed it already: one that is judged alone is not done twice.
+        if alone and latest and latest[0] == texts[0] and latest[1] is pairs[0]:
+            return latest[2]
         images = [[load_image(source) for source in _images(pair)] for pair in pairs]
         with self._lock:
-            return process(self.processor, texts, images)
+            inputs = process(self.processor, texts, images)
+        if alone:
+            self._latest = (texts[0], pairs[0], inputs)
+        return inputs
 
 
 def _images(pair: Pair) -> list[Any]:

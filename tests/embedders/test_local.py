@@ -243,6 +243,24 @@ def test_workers_can_be_set(qwen2_vl_folder):
         load_embedder(qwen2_vl_folder, family="gme", workers=0)
 
 
+def test_every_item_is_tokenised_once(gme, monkeypatch):
+    """Tokenising twice, to know the length and then the ids, took half of the time of texts."""
+    calls = []
+    tokenizer = type(gme.backbone.tokenizer)
+    call = tokenizer.__call__
+
+    def counted(self, text, *args, **kwargs):
+        calls.append(text)
+        return call(self, text, *args, **kwargs)
+
+    monkeypatch.setattr(tokenizer, "__call__", counted)
+    texts = [f"text number {n}" for n in range(20)]
+    images = [Content(image=Image.new("RGB", (60 + n, 60))) for n in range(3)]
+    both = [Content("words", Image.new("RGB", (60, 60)))]
+    gme.encode([*texts, *images, *both], instruction="Find a page.")
+    assert len(calls) == 24
+
+
 def test_a_bad_item_is_named(gme, tmp_path):
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"\x89PNG\r\n\x1a\nnot an image")

@@ -12,7 +12,7 @@ from transformers.models.auto import AutoModelForImageTextToText, AutoProcessor
 from mmrag.content import Content
 from mmrag.errors import ConfigError, ContentError, ModelError
 from mmrag.modeling.loading import place
-from mmrag.rerankers import load_scorer
+from mmrag.rerankers import chat, load_scorer
 from mmrag.rerankers.chat import ChatAsker, load_chat_scorer
 from mmrag.rerankers.prompts import RerankPrompt
 
@@ -63,6 +63,23 @@ def test_logits_equal_an_independent_computation(folder, scorer):
         expected = independent(folder, parts)
         assert logit == pytest.approx(expected, abs=1e-4)
         assert scorer.logits([pair])[0] == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_pair_alone_is_processed_once(folder, monkeypatch):
+    scorer = load_chat_scorer(folder, place("cpu", "float32"), name="tiny")
+    calls = []
+    process = chat.process
+
+    def counted(processor, texts, images):
+        calls.append(len(texts))
+        return process(processor, texts, images)
+
+    monkeypatch.setattr(chat, "process", counted)
+    pairs = [(Content("what?"), Content("a text", noise(n))) for n in range(3)]
+    one_by_one = [scorer.logits([pair])[0] for pair in pairs]
+    assert calls == [1, 1, 1]
+    np.testing.assert_allclose(scorer.logits(pairs), one_by_one, atol=1e-5)
+    assert sum(calls[3:]) == 6  # each to know its length, and all of them together
 
 
 def test_long_documents_are_cut_and_no_room_is_an_error(folder, scorer):
