@@ -21,7 +21,7 @@ from kill_restart import content
 from mmrag.index import UniversalIndex
 
 FULL = os.environ.get("MMRAG_HOSTILE") == "full"
-SIZE = 320 * 1024 * 1024
+SIZE = 512 * 1024 * 1024  # optimising a new collection takes half of it
 CODE = """
 import sys
 from fakes import FakeEmbedder
