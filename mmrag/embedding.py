@@ -29,6 +29,7 @@ from mmrag.instructions import resolve
 from mmrag.nodes import NodeView, node_content, refuse_lost_image
 from mmrag.queries import query_content
 
+# Comes with the package: a first try needs no download.
 DEFAULT_MODEL = "mmrag-nano"
 # The settings that say which embedder to load, and how.
 _LOADING = ("family", "device", "dtype", "revision", "base_url", "api_key", "options")
@@ -140,6 +141,7 @@ class UniversalEmbedding(MultiModalEmbedding):
                 raise ConfigError(f"options {', '.join(unknown)}: unknown to RemoteEmbedder.")
             key = self.api_key.get_secret_value() if self.api_key else None
             return RemoteEmbedder(self.model_name, self.base_url, api_key=key, **self.options)
+        # Not at the top: with base_url torch is never imported.
         from mmrag.embedders import load_embedder
 
         return load_embedder(
@@ -167,10 +169,12 @@ class UniversalEmbedding(MultiModalEmbedding):
     def from_dict(cls, data: dict[str, Any], **kwargs: Any) -> UniversalEmbedding:
         """From ``to_dict``; pass ``api_key`` or ``embedder`` again where there was one."""
         settings = {**data, **kwargs}
+        # What to_dict adds, and what cannot be stored.
         unstored = ("class_name", "fingerprint", "callback_manager")
         return cls(**{key: value for key, value in settings.items() if key not in unstored})
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        # LlamaIndex's own knows nothing of an embedder that was given.
         engine: _Engine = state["__pydantic_private__"]["_engine"]
         self.__init__(embedder=engine.given, **state["__dict__"])  # type: ignore[misc]
 
@@ -322,6 +326,7 @@ class _Engine:
         return self
 
     def __reduce__(self) -> tuple[type[_Engine], tuple[Embedder | None]]:
+        # A lock cannot be pickled, and weights should not be.
         return _Engine, (self.given,)
 
 
@@ -371,6 +376,7 @@ def _check_settings(
         if loading or model_name not in (None, embedder.name):
             raise ConfigError("With embedder= leave out model_name, " + ", ".join(_LOADING) + ".")
     elif settings.get("base_url"):
+        # A setting that has no effect there would be a promise that is not kept.
         if model_name is None or not {"base_url", "api_key", "options"}.issuperset(loading):
             raise ConfigError(
                 "With base_url the model runs on a server: give model_name as the server calls "

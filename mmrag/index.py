@@ -7,8 +7,7 @@ import contextlib
 import dataclasses
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -18,7 +17,7 @@ from mmrag.embedders.base import Embedder, check_dim
 from mmrag.errors import CollectionError, ConfigError, MissingCollectionError
 from mmrag.ingest.late import as_late, late_settings, load_late
 from mmrag.ingest.metadata import FileMetadata
-from mmrag.ingest.progress import IngestReport, Progress
+from mmrag.ingest.progress import IngestReport, Progress, shown_progress
 from mmrag.ingest.run import ingest, reading_settings
 from mmrag.queries import Where
 from mmrag.reading import ReadOptions, file_sha256
@@ -164,9 +163,12 @@ class UniversalIndex:
                 collection names a model inside of itself.
             ModelError: If it names one that is not on this machine.
         """
+        # Without a collection there is nothing that could name a model.
         if self._late is None and self._collection is not None:
             settings = self._collection.settings
             if settings.late is not None:
+                # Before loading: reading a checkpoint that somebody else chose is what this
+                # prevents.
                 _check_path(settings.late.embedder, self._collection, "late= or --late")
                 late = load_late(settings.late)
                 found = dataclasses.replace(settings, late=late_settings(late))
@@ -188,6 +190,7 @@ class UniversalIndex:
         progress: True shows a bar on stderr; a function is called with each Progress.
         metadata: of the files, to filter by: a dict for all of them, or a function of the path.
         """
+        # A str is a sequence too, and would be taken letter by letter.
         many = [paths] if isinstance(paths, (str, Path)) else list(paths)
         if self._collection is not None and self._embedder is None:
             # As it built the collection, and not loaded yet: unchanged files need no model.
@@ -196,11 +199,12 @@ class UniversalIndex:
         else:
             embedder = self.embedder
         collection = self._made()
-        with _shown(progress) as show:
+        with shown_progress(progress) as show:
             return ingest(
                 many,
                 collection,
                 embedder,
+                # A function: a run that finds nothing new does not load the model.
                 late=lambda: self.late,
                 options=self._reading,
                 progress=show,
@@ -221,6 +225,7 @@ class UniversalIndex:
         Raises:
             ContentError: For nodes that cannot be embedded or stored; all others are stored.
         """
+        # Heavy imports stay inside of the methods that need them: opening a collection is fast.
         from mmrag.ingest.insert import insert_nodes
 
         insert_nodes(nodes, self._made(), self.embedder, late=self.late)
@@ -282,6 +287,7 @@ class UniversalIndex:
         Args:
             delete_from_docstore: LlamaIndex's; the collection is the only store here.
         """
+        # Part of LlamaIndex's signature, by which callers pass it.
         del delete_from_docstore
         if not self.collection.remove_document(ref_doc_id):
             log.warning("ref_doc_id %s not found, nothing deleted.", ref_doc_id)
@@ -316,8 +322,12 @@ class UniversalIndex:
         Returns:
             How many points are gone still, of files that nothing is left of: index them again.
         """
+        # First: a damaged point that is still there would count as stored, and not be embedded
+        # again.
         self.collection.clear_damage(found)
         n_points = self.collection.count_points()
+        # Paths are stored as they were given, some relative: each group is read from its own
+        # folder.
         by_folder: dict[str, list[str]] = defaultdict(list)
         for entry in dict.fromkeys((*found.lost, *found.misplaced, *found.unfinished)):
             # A collection that somebody else made may name files that were never in it.
@@ -327,6 +337,7 @@ class UniversalIndex:
             with contextlib.chdir(folder or Path.cwd()):
                 self.add(files)
         n_cleared = len(found.altered) - len(found.as_written)
+        # What was cleared comes back as well and makes up for nothing that was missing.
         n_restored = self.collection.count_points() - n_points - n_cleared
         return max(0, found.missing - n_restored)
 
@@ -361,6 +372,7 @@ class UniversalIndex:
         """
         stored = self.collection.settings
         if dim is not None:
+            # Only here, since it loads the model: any other conversion does without one.
             trained = getattr(self.embedder, "matryoshka_dims", ())
             dim = check_dim(dim, stored.dim, trained)
         settings = dataclasses.replace(
@@ -414,6 +426,8 @@ class UniversalIndex:
         """
         from mmrag.answering.chat import CitedChatEngine
 
+        # LlamaIndex's "best" is an agent or a context chat; ours is the one whose answers are
+        # checked.
         if chat_mode not in ("best", "condense_question"):
             raise ConfigError(
                 f"chat_mode={chat_mode!r} is not one of ours: use best, or one of LlamaIndex's "
@@ -497,6 +511,7 @@ class UniversalIndex:
             "views": tuple(view for view in views if view in embedder.modalities),
             "reading": reading_settings(self._reading or ReadOptions()),
         }
+        # A relative path would name another model in another working directory.
         name = lasting_name(embedder.name)
         return CollectionSettings(name, embedder.fingerprint, **(default | self._given))
 
@@ -509,6 +524,7 @@ class _Unloaded:
         self.fingerprint = settings.fingerprint
         self._load = load
 
+    # Called for attributes that are not set, thus for all but those above.
     def __getattr__(self, name: str) -> Any:
         return getattr(self._load(), name)
 
@@ -548,6 +564,7 @@ def _as_embedder(embed_model: UniversalEmbedding | Embedder | str | Path) -> Emb
         return load_embedder(embed_model)
     if isinstance(embed_model, Embedder):
         return embed_model
+    # By attribute: any embed model that wraps an Embedder of ours will do.
     embedder = getattr(embed_model, "embedder", None)
     if not isinstance(embedder, Embedder):
         raise ConfigError(
@@ -555,35 +572,3 @@ def _as_embedder(embed_model: UniversalEmbedding | Embedder | str | Path) -> Emb
             "Embedder, or the name of one."
         )
     return embedder
-
-
-@contextmanager
-def _shown(
-    progress: bool | Callable[[Progress], None],
-) -> Iterator[Callable[[Progress], None] | None]:
-    """The progress function to call; for True, one that moves a bar."""
-    if not isinstance(progress, bool):
-        yield progress
-        return
-    if not progress:
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
-    from rich.progress import Progress as Bar
-
-    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("files, {task.description}"))
-    with Bar(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("starting", total=None)
-
-        def show(now: Progress) -> None:
-            speed = f"{now.pages} pages ({now.pages_per_second:.1f}/s)"
-            failures = f", {now.failures} failures" if now.failures else ""
-            bar.update(
-                task,
-                total=now.files_total,
-                completed=now.files_done,
-                description=f"{speed}{failures}: {Path(now.file).name}",
-            )
-
-        yield show

@@ -104,6 +104,7 @@ def as_hit(found: NodeWithScore) -> Hit:
 
 def node_text(node: BaseNode) -> str:
     """The node's own text, without metadata; empty if it has none."""
+    # Node, the multimodal class, is no TextNode, and keeps its text in a resource.
     if isinstance(node, TextNode):
         return node.text
     resource = node.text_resource if isinstance(node, Node) else None
@@ -170,6 +171,7 @@ def node_content(node: BaseNode, view: NodeView = "fused") -> Content:
         if isinstance(node, Node) and node.text_resource is None:
             raise ContentError(f"node {node.node_id}: it has neither text nor image to embed.")
         return Content(node.get_content(metadata_mode=MetadataMode.EMBED))
+    # Without metadata: beside an image, a file's name and path would weigh more than they should.
     text = node.get_content(metadata_mode=MetadataMode.NONE)
     # An empty text beside the image would move its vector in some families.
     if view == "image" or not text.strip():
@@ -200,6 +202,7 @@ def refuse_lost_image(node: BaseNode) -> None:
 
     LlamaIndex reads every class but its four kinds of node back as a TextNode.
     """
+    # type() and not isinstance: an ImageDocument is an ImageNode, and is lost as well.
     if type(node) not in (TextNode, ImageNode, IndexNode, Node) and image_source(node) is not None:
         raise ContentError(
             f"node {node.node_id}: a {type(node).__name__} comes back from storage as a TextNode, "

@@ -79,6 +79,15 @@ def test_no_function_has_more_than_twelve_conditions():
     assert not tangled
 
 
+def test_helpers_serve_more_than_one_caller():
+    assert len(called_once()) / len(FUNCTIONS) <= 0.15
+
+
+def test_comments_give_reasons():
+    """Their number alone, of course: reasons where a reader would ask why, not what a line does."""
+    assert comments() >= 4
+
+
 def raised(function: ast.AST) -> set[str]:
     """Classes of the errors that a function itself makes and raises."""
     inner = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)

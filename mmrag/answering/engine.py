@@ -173,6 +173,7 @@ class CitedQueryEngine(BaseQueryEngine):
     ) -> None:
         if max_sources < 1:
             raise ConfigError(f"max_sources={max_sources} must be at least 1.")
+        # A Literal is checked by type checkers alone.
         for name, choice in (("dangling", dangling), ("unsupported", unsupported)):
             if choice not in get_args(Choice):
                 raise ConfigError(f"{name}={choice!r} is unknown: use flag or remove.")
@@ -190,6 +191,7 @@ class CitedQueryEngine(BaseQueryEngine):
         self.image_budget = image_budget
         self.least_evidence = least_evidence
         self.sure_evidence = sure_evidence
+        # Retrievers of other packages have none; extraction then goes by words alone.
         self.embedder = embedder or getattr(retriever, "embedder", None)
         self.dangling: Choice = dangling
         self.unsupported: Choice = unsupported
@@ -249,6 +251,8 @@ class CitedQueryEngine(BaseQueryEngine):
         """``synthesize`` that leaves the event loop free."""
         dispatcher.event(SynthesizeStartEvent(query=query_bundle))
         hits = [*nodes, *(additional_source_nodes or ())]
+        # In a thread: sources are read and images encoded, which takes as long as the model's first
+        # token.
         task = await asyncio.to_thread(self._task, query_bundle, hits)
         response: CitedResponse | AsyncCitedStreamingResponse
         if not task.messages or self.llm is None:
@@ -265,6 +269,7 @@ class CitedQueryEngine(BaseQueryEngine):
                 reply = await self.llm.achat(task.messages)
             _note_if_incomplete(task, reply)
             text = reply.message.content or ""
+            # Checking citations embeds sentences.
             response = await asyncio.to_thread(self._finish, task, text)
         dispatcher.event(SynthesizeEndEvent(query=query_bundle, response=response))
         return response
@@ -293,6 +298,7 @@ class CitedQueryEngine(BaseQueryEngine):
             event.on_end(payload={EventPayload.RESPONSE: response})
         return response
 
+    # What LlamaIndex's PromptMixin asks of every engine.
     def _get_prompt_modules(self) -> dict[str, Any]:
         return {}
 
@@ -305,6 +311,7 @@ class CitedQueryEngine(BaseQueryEngine):
 
     def _task(self, query: QueryBundle, hits: Sequence[NodeWithScore]) -> _Task:
         sources = select_sources(hits, query.query_str, self.max_sources, self.threshold)
+        # Nothing to show, or nobody to show it to: no prompt is made.
         if not sources or self.llm is None:
             return _Task(query, sources)
         asked, notes = self._question_blocks(query)
@@ -360,7 +367,9 @@ class CitedQueryEngine(BaseQueryEngine):
         room -= sum(estimate_tokens(block.text) for block in asked if isinstance(block, TextBlock))
         budget = self.image_budget
         if any(isinstance(block, ImageBlock) for block in asked):
+            # The question's image, at the largest that it can be.
             room -= budget.max_pixels // PIXELS_PER_TOKEN
+            # The other half went to the question's image.
             budget = replace(budget, max_bytes=budget.max_bytes // 2)
         return pack(sources, query.query_str, room, images=self.images, budget=budget)
 
@@ -396,6 +405,7 @@ class CitedQueryEngine(BaseQueryEngine):
         calibration = getattr(self.embedder, "calibration", None)
         measured = getattr(calibration, "support_cosine", None)
         checked = check_answer(
+            # in_words first: the sentinel is for us, and no reader should meet it.
             inert(in_words(text)),
             task.sources,
             similarity,

@@ -51,6 +51,7 @@ def convert(
             with open_library(collection) as library:
                 n_points = library.convert(
                     target,
+                    # One key for both: two servers with different keys are converted in Python.
                     api_key=os.environ.get("QDRANT_API_KEY"),
                     dim=dim,
                     quantization=quantization,

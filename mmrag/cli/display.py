@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from mmrag.nodes import Hit
     from mmrag.store.entries import FileEntry
 
+# About three lines of a terminal.
 _SNIPPET = 240  # characters
 
 
@@ -66,6 +67,7 @@ def hits_view(hits: Sequence[Hit], query: str) -> RenderableType:
         head = Text.assemble((f"{n:>2}  ", "dim"))
         head.append_text(place(document_name(hit.node), page_name(hit.metadata)))
         kind = hit.metadata.get("kind", "page")
+        # What a hit is unless something else is said.
         if kind not in ("page", "text"):
             head.append(f"  {clean(kind)}", style="magenta")
         ranks = "  ".join(f"{name} #{rank}" for name, rank in hit.ranks.items())
@@ -116,7 +118,9 @@ def marked(text: str, query: str) -> Text:
     wanted = set(terms(query))
     start = 0
     for word in text.split():
+        # From where the last word ended: a word may occur more than once.
         start = text.index(word, start)
+        # By stem: a question of turbines marks turbine.
         if wanted & set(terms(word)):
             shown.stylize("bold yellow", start, start + len(word))
         start += len(word)
@@ -134,6 +138,7 @@ def answer_view(response: CitedResponse) -> RenderableType:
 def sources_view(response: CitedResponse, saved: dict[int, str]) -> RenderableType:
     """The sources of an answer with their quotes, then what to be careful about."""
     rows: list[RenderableType] = []
+    # Where to look on, with no claim that the answer is there.
     if not response.found:
         if response.sources:
             rows.append(Text("\nNearest pages", style="bold"))
@@ -253,6 +258,7 @@ def models_view(models: Iterable[KnownModel]) -> RenderableType:
             license.append(" (non-commercial)", style="yellow")
         takes = ", ".join(kind for kind in model.modalities if kind != "fused")
         facts = f"{model.dim} dimensions, {takes}, context {model.context}, {model.family}, "
+        # A name cut with an ellipsis could not be copied.
         rows.append(Text(model.name, style="bold", no_wrap=True, overflow="ignore"))
         rows.append(Padding(Text(facts).append_text(license), (0, 0, 0, 4), expand=False))
         if model.note:
@@ -267,6 +273,7 @@ def plain_table(title: str) -> Table:
         title_justify="left",
         title_style="bold",
         header_style="dim",
+        # Without lines, so that a table can be copied as text.
         box=None,
         pad_edge=False,
     )

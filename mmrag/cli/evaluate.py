@@ -157,6 +157,7 @@ def evaluate(
 ) -> None:
     """Measure on your own questions how well each ranking finds the right pages."""
     with errors(debug, stopped=_stopped(json_file)):
+        # Before the options are checked: two files of results need no library.
         if compare is not None:
             _compare(*compare, json_file)
             return
@@ -165,6 +166,7 @@ def evaluate(
             step("Loading")
             from mmrag.evaluation.run import evaluate as measure
 
+            # Read before anything is indexed: a mistake in the file is known at once.
             asked = _asked(_need(questions), qrels)
             cuts = tuple(sorted(set(cut or (1, 5, 10))))
             # The deepest cut: fewer pages would leave its metrics short.
@@ -182,6 +184,7 @@ def evaluate(
                 asked,
                 engines=engines,
                 judge=_judge(judge, base_url) if judge else None,
+                # Line by line, so that a run that is killed loses the question in hand at most.
                 keep=work / "questions.jsonl",
                 progress=lambda now: step.often(f"{now.task} {now.done}/{now.total}"),
                 cuts=cuts,
@@ -217,6 +220,7 @@ def _compare(before: Path, after: Path, json_file: Path | None) -> None:
 def _named(questions: Path | None) -> str:
     """A file of questions by its folder too: many are called questions.jsonl."""
     path = _need(questions).resolve()
+    # The folder's name too: it is often that of the data set.
     return f"{path.parent.name}/{path.name}"
 
 
@@ -246,6 +250,7 @@ def _engines(
     libraries: Mapping[str, UniversalIndex], model: EndpointLLM | LocalLLM | None, *, images: bool
 ) -> dict[str, BaseQueryEngine]:
     """An engine over each library, named by what finds the pages and what answers."""
+    # A local model is named by its folder, whose path would fill the table.
     answers = "quotes" if model is None else Path(model.metadata.model_name).name
     return {
         f"{name}, {answers}": index.as_query_engine(model, images=images)
@@ -257,7 +262,9 @@ def _judge(given: str, base_url: str | None) -> EndpointLLM:
     """The model of ``--judge``."""
     from mmrag.llms.endpoint import open_llm
 
+    # Not at "@" alone, which names of models have as well.
     model, _, url = given.partition("@http")
+    # From the environment: arguments can be read by every user of the machine.
     key = os.environ.get("MMRAG_JUDGE_KEY") or os.environ.get("OPENAI_API_KEY")
     return open_llm(model, f"http{url}" if url else base_url, key)
 
@@ -278,6 +285,7 @@ def _add_runs(evaluation: Evaluation, paths: list[Path]) -> None:
 
     for path in paths:
         tag, rankings = trec.read_run(path)
+        # A question that the run does not have counts as one without a hit, as trec_eval -c has it.
         for question in evaluation.asked():
             evaluation.add(System(tag, "run"), question.id, rankings.get(question.id, []))
 
@@ -297,6 +305,7 @@ def _write(evaluation: Evaluation, runs: Path | None, json_file: Path | None) ->
 
 
 def _is_file(json_file: Path | None) -> TypeGuard[Path]:
+    # By convention - is stdout.
     return json_file is not None and str(json_file) != "-"
 
 

@@ -88,6 +88,7 @@ def index(
             metadata = metadata_from(meta)
             if late:
                 step(f"Loading {late}")
+            # Before the collection is opened, so that a wrong name leaves no empty one behind.
             interaction = _interaction(late, pool_factor, muvera)
             with open_library(
                 collection,
@@ -98,6 +99,7 @@ def index(
                 quantization=quantization,
             ) as library:
                 step("Reading files")
+                # The bar takes over the line of the spinner.
                 step.stop()
                 with indexing() as progress:
                     report = library.add(
@@ -110,6 +112,7 @@ def index(
             if report.errors or report.known_errors:
                 # On stderr, so that a pipe gets the counts alone.
                 show(display.failures_view(report), stderr=True)
+        # A status of its own: a script may go on although some file could not be read.
         if report.failed or report.errors:
             raise typer.Exit(NOTHING)
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from mmrag.reading import ReadOptions
 
 Quantization: TypeAlias = Literal["none", "int8", "binary"]
+# As they are stored: "picture" is an image file, and old collections have that word.
 KINDS = ("page", "figure", "passage", "picture", "text")
 DEFAULT_COLLECTION = "./mmrag-library"
 
@@ -154,6 +155,7 @@ def _with_conditions(where: Where, conditions: list[str]) -> Where:
 
     filters: list[MetadataFilter | MetadataFilters] = []
     for text in conditions:
+        # Longer signs first, or >= would be read as > and a value that begins with =.
         found = re.fullmatch(r"\s*([^=!<>~]+?)\s*(!=|>=|<=|=|>|<|~)\s*(.+?)\s*", text)
         if found is None:
             raise typer.BadParameter(
@@ -188,6 +190,7 @@ def _value(text: str) -> Any:
         value = json.loads(text)
     except ValueError:
         return text
+    # null and objects are no metadata to filter by, and are taken as they were typed.
     return value if isinstance(value, (bool, int, float, list)) else text
 
 

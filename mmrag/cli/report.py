@@ -77,7 +77,10 @@ def report(
                     step("Embedding the questions")
                     texts = [each.text for each in read_questions(questions)]
                     queries = library.embedder.encode(
-                        list(texts), instruction="page_for_question", dim=full
+                        # Whole: each dimension measured is a cut of these.
+                        list(texts),
+                        instruction="page_for_question",
+                        dim=full,
                     )
                 settings, too_few = [], []
                 for view in library.collection.settings.views:
@@ -86,9 +89,11 @@ def report(
                             library.collection, view, queries=queries, dims=dims, progress=step
                         )
                     except ConfigError as error:
+                        # One view may have too few vectors where another has enough.
                         too_few.append(error)
                 if not settings:
                     raise too_few[0]
+        # After the spinner, which would overwrite it.
         for left_out in too_few:
             say(str(left_out))
         if plot is not None:

@@ -27,6 +27,7 @@ def evaluation_view(evaluation: Evaluation) -> RenderableType:
     asked = evaluation.asked()
     documents = len({question.document for question in asked})
     rows: list[RenderableType] = [Text(f"{len(asked)} questions about {documents} documents")]
+    # The harder one first: it is what a search over the whole collection is like.
     for scope in ("corpus", "document"):
         if evaluation.systems(scope):
             rows += [Text(), _scope_table(evaluation, scope)]
@@ -98,6 +99,7 @@ def _answers_table(evaluation: Evaluation) -> Table:
     scores = {engine: evaluation.answer_scores(engine) for engine in evaluation.answers}
     for engine in evaluation.answers:
         shown.add_column(clean(engine), justify="right", overflow="fold")
+    # In the order of MEASURES, and not of whichever engine was asked first.
     for measure in [name for name in MEASURES if any(name in of for of in scores.values())]:
         cells = [
             f"{of[measure]} of {of[measure].n}" if measure in of else "" for of in scores.values()
@@ -150,11 +152,13 @@ def comparison_view(found: Sequence[Difference], cuts: Sequence[int]) -> Rendera
 def _gains_table(found: Sequence[Difference], metrics: Sequence[str], title: str) -> Table:
     shown = plain_table(f"{title}, {found[0].n} questions: after - before")
     shown.add_column("ranking", overflow="fold")
+    # Files with different cuts have some metrics in common, and only these were compared.
     names = [name for name in metrics if any(one.metric == name for one in found)]
     for name in [*names, "95 % interval"]:
         shown.add_column(name, justify="right")
     for system in dict.fromkeys(one.name for one in found):
         by_metric = {one.metric: one for one in found if one.name == system}
+        # The deepest nDCG, as in the table of one evaluation.
         last = by_metric[names[-1]]
         cells = [_gain(by_metric[name]) for name in names]
         shown.add_row(Text(clean(system)), *cells, Text(_gain_interval(last), style="dim"))
@@ -173,9 +177,11 @@ def _answer_gains(found: Sequence[Difference]) -> Table:
 
 
 def _gain(one: Difference) -> Text:
+    # No colour for chance: it would be read as a result.
     style = ("green" if one.gain > 0 else "red") if one.is_real else ""
     return Text(f"{one.gain:+.3f}{'*' if one.is_real else ' '}", style=style)
 
 
 def _gain_interval(one: Difference) -> str:
+    # NaN, the only value that differs from itself: all questions are about one document.
     return "" if one.low != one.low else f"[{one.low:+.3f}, {one.high:+.3f}]"

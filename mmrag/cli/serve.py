@@ -31,6 +31,7 @@ def serve(
             f"Default: {DEFAULT_COLLECTION}.",
         ),
     ] = None,
+    # Nobody else on the network reaches it unless asked for.
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8321,
     api_keys: Annotated[
@@ -73,6 +74,7 @@ def serve(
     with errors(debug), working(log=True) as step:
         step("Starting the server")
         require("serve")
+        # After require: a missing extra is named, in place of an ImportError.
         from mmrag.server.library import Answering, open_libraries
         from mmrag.server.metrics import Metrics
         from mmrag.server.options import ServerOptions
@@ -115,6 +117,7 @@ def serve(
 def _keys(file: Path | None) -> tuple[str, ...]:
     """API keys of a file, or of the environment."""
     if file is None:
+        # No option takes a key itself: command lines can be read by every user of the machine.
         lines = os.environ.get("MMRAG_API_KEYS", "").split(",")
     else:
         try:

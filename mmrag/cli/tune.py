@@ -65,5 +65,6 @@ def tune(
             f"{tuning.low:+.3f} to {tuning.high:+.3f})",
             f"weights: {weights}" + ("" if dry_run else " (saved with the collection)"),
         )
+        # Saved all the same: within noise does not say that the old weights are better.
         if tuning.within_noise:
             show("The gain is within noise: more questions, about more documents, would tell.")

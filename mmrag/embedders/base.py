@@ -105,6 +105,7 @@ class Embedder(Protocol):
 
 def calibration_of(embedder: Embedder) -> Calibration:
     """What was measured for an embedder; nothing for one that has no ``calibration``."""
+    # Not part of the protocol: an Embedder of somebody else's need not have measured anything.
     return getattr(embedder, "calibration", None) or Calibration()
 
 
@@ -136,6 +137,7 @@ def as_items(
             raise ContentError(
                 f"item {index}: {embedder.name} cannot embed {content.modality}, only {able}."
             )
+        # Not `or`: an empty instruction is one too, that of a query without a task.
         own = resolve(content.instruction) if content.instruction is not None else task
         items.append(Content(content.text, content.image, own))
     return items
@@ -157,6 +159,7 @@ def check_dim(dim: int | None, full: int, trained: Sequence[int] = ()) -> int:
         return full
     if not 1 <= dim <= full:
         raise ConfigError(f"dim={dim} is not possible: this model has {full} dimensions.")
+    # Between two trained lengths the vector is cut somewhere that training never looked at.
     if trained and dim not in (*trained, full):
         lengths = ", ".join(map(str, sorted({*trained, full})))
         raise ConfigError(f"dim={dim}: this model was trained for {lengths} dimensions.")

@@ -40,6 +40,7 @@ class KnownModel:
 
 _APACHE = "Apache-2.0"
 _NANO_NOTE = "English; weak on scanned pages without recognised text; not trained on photographs"
+# As the cards state them: the models were not trained for other lengths.
 _MRL_VDR = (512, 1024, 1536)
 _MRL_2048 = (64, 128, 256, 512, 1024, 2048)
 _MRL_2560 = (64, 128, 256, 512, 1024, 2560)
@@ -127,6 +128,7 @@ KNOWN: tuple[KnownModel, ...] = (
         "nomic-ai/nomic-embed-multimodal-3b",
         "nomic_multimodal",
         2048,
+        # Its base is licensed for research, which binds what is made of it.
         "Qwen Research, by its base",
         32768,
         768,
@@ -160,6 +162,7 @@ KNOWN: tuple[KnownModel, ...] = (
 
 def find_known(name: str) -> KnownModel | None:
     """Row of a checkpoint by its full name, or by the last part of it; None if unknown."""
+    # The full name first: two owners may call a checkpoint alike.
     for model in KNOWN:
         if name == model.name:
             return model

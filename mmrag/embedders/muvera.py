@@ -53,8 +53,10 @@ class Muvera:
 
     def __post_init__(self) -> None:
         final = 1 if self.final_dim is None else self.final_dim
+        # None stands for no final projection, and passes.
         if min(self.k_sim, self.repetitions, self.d_proj, final) < 1:
             raise ConfigError("k_sim, repetitions, d_proj and final_dim must be at least 1.")
+        # The most it can be: how long tokens are is not known yet.
         size = self.final_dim or self.repetitions * 2**self.k_sim * self.d_proj
         if size > _MOST_DIMENSIONS:
             raise ConfigError(
@@ -73,6 +75,7 @@ class Muvera:
 
     def dim(self, token_dim: int) -> int:
         """Dimensions of the encoding of tokens of ``token_dim`` dimensions."""
+        # A projection to more dimensions than there are would add nothing.
         kept = min(self.d_proj, token_dim)
         return self.final_dim or self.repetitions * 2**self.k_sim * kept
 
@@ -82,6 +85,8 @@ class Muvera:
         Its inner product with the encoding of a document approximates their MaxSim.
         """
         clusters, projected = self._placed(tokens)
+        # Sums for a query and means for a document (section 2): MaxSim adds up over the query's
+        # tokens, each against its best.
         return self._joined(self._sums(clusters, projected))
 
     def encode_document(self, tokens: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -92,16 +97,22 @@ class Muvera:
             counts = np.bincount(of_tokens, minlength=2**self.k_sim)
             filled, empty = np.flatnonzero(counts), np.flatnonzero(counts == 0)
             means[repetition, filled] /= counts[filled, None]
+            # (n empty, n tokens): the Hamming distance of the signs, which approximates the angle.
             differing = np.bitwise_count(empty[:, None] ^ of_tokens[None, :])
+            # Left at zero, a query's token in such a cluster would count as if nothing were near
+            # it.
             means[repetition, empty] = projected[repetition, differing.argmin(axis=1)]
         return self._joined(means)
 
     def _placed(self, tokens: NDArray[np.float32]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         """Each token's cluster, (repetitions, n), and projection, (repetitions, n, kept)."""
         planes, signs = _partitions(self, tokens.shape[1])
+        # (repetitions, n, k_sim): on which side of each plane a token lies.
         bits = np.einsum("nd,rkd->rnk", tokens, planes) > 0
+        # The signs read as a binary number are the cluster's.
         clusters = bits @ (2 ** np.arange(self.k_sim))
         if signs is None:
+            # A view: the tokens are not copied for each repetition.
             return clusters, np.broadcast_to(tokens, (self.repetitions, *tokens.shape))
         return clusters, np.einsum("nd,rpd->rnp", tokens, signs)
 
@@ -112,6 +123,7 @@ class Muvera:
         shape = (self.repetitions, 2**self.k_sim, projected.shape[2])
         sums = np.zeros(shape, dtype=np.float32)
         repetitions = np.broadcast_to(np.arange(self.repetitions)[:, None], clusters.shape)
+        # add.at and not +=, which counts a place once however often it is named.
         np.add.at(sums, (repetitions, clusters), projected)
         return sums
 
@@ -121,6 +133,7 @@ class Muvera:
         return joined if self.final_dim is None else _final(self, joined.size) @ joined
 
 
+# Random numbers of megabytes that each page and query needs again.
 @lru_cache(maxsize=4)
 def _partitions(
     of: Muvera, token_dim: int
@@ -129,6 +142,7 @@ def _partitions(
 
     These are (repetitions, d_proj, token_dim); None where they would not shorten anything.
     """
+    # Seeds of their own for partitions and final projection: final_dim changes no partition.
     random = np.random.default_rng((of.seed, 0))
     planes = random.standard_normal((of.repetitions, of.k_sim, token_dim), dtype=np.float32)
     if of.d_proj >= token_dim:

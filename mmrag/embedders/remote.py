@@ -92,6 +92,7 @@ class RemoteEmbedder:
         self.modalities = modalities
         self.chat = chat
         self.instruction_format = instruction_format
+        # A name in mmrag.instructions becomes its sentence here, since the server knows no names.
         self.document_instruction = resolve(document_instruction)
         self.extra_body = dict(extra_body or {})
         self.batch_size = batch_size
@@ -139,6 +140,7 @@ class RemoteEmbedder:
         """
         kept = check_dim(dim, self.dim, self.matryoshka_dims)
         items = as_items(self, contents, instruction)
+        # Filled in as answers come, in any order.
         vectors = np.zeros((len(items), self.dim), dtype=np.float32)
         call = Deadline(self.deadline)
         with (
@@ -187,7 +189,9 @@ class RemoteEmbedder:
 
     def _body(self, items: Sequence[Content]) -> dict[str, Any]:
         """The JSON of one request: one item with images, or any number of texts."""
+        # float, since not every server can send base64.
         body = {"model": self.name, "encoding_format": "float", **self.extra_body}
+        # vLLM takes one conversation a request, so items of this kind come alone.
         if self.chat or items[0].images:
             return {**body, "messages": self._messages(items[0])}
         return {**body, "input": [self._text(item) for item in items]}
@@ -209,6 +213,7 @@ class RemoteEmbedder:
             for i in item.images
         ]
         text = self._text(item)
+        # A message must have some part: an empty text is sent as one.
         if text or not parts:
             parts.append({"type": "text", "text": text})
         user = {"role": "user", "content": parts}
@@ -225,6 +230,7 @@ class RemoteEmbedder:
         """The rows of an answer in the order of the question, checked."""
         try:
             rows = json.loads(answer)["data"]
+            # OpenAI's protocol allows any order; some servers leave the index out.
             order = [row.get("index", position) for position, row in enumerate(rows)]
             vectors = [np.asarray(row["embedding"], dtype=np.float32) for row in rows]
         except (ValueError, TypeError, KeyError, AttributeError) as error:

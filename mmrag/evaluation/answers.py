@@ -18,6 +18,7 @@ from mmrag.numerals import numerals
 Grade: TypeAlias = Literal["correct", "incomplete", "wrong"]
 GRADES: Mapping[Grade, float] = {"correct": 1.0, "incomplete": 0.5, "wrong": 0.0}
 
+# A sentence is hardly ever repeated word by word, so that equality would say nothing.
 _SHORT = 12  # words of a right answer that may be compared as they stand
 _ARTICLES = re.compile(r"\b(?:a|an|the)\b")
 
@@ -70,6 +71,7 @@ class AnswerRecord:
         - ``judged``, the judge's grade as 1, 0.5 or 0; 0 without an answer.
         """
         if not question.answerable:
+            # Both are given: to refuse outright is better than to quote what may not fit.
             unsure = not self.found or not self.certain
             return {"abstained": float(not self.found), "abstained_or_unsure": float(unsure)}
         found = {"answered": float(self.found), "certain": float(self.found and self.certain)}
@@ -82,21 +84,25 @@ class AnswerRecord:
         return found
 
     def _citations(self, question: Question) -> Metrics:
+        # An answer that was withheld cites nothing, whatever pages lay nearest.
         cited = set(self.cited) if self.found else set()
         right = cited & set(question.relevant)
         found = {
             "right_page": float(bool(right)),
             "citation_recall": len(right) / len(question.relevant),
         }
+        # No precision without an answer: nothing cited is no mistake.
         if self.found:
             found["citation_precision"] = len(right) / len(cited) if cited else 0.0
         return found
 
     def _matches(self, gold: str) -> Metrics:
+        # [3] is a citation, and would count as the number 3.
         answer = strip_marks(self.text) if self.found else ""
         wanted, words = normalised(gold), normalised(answer)
         found = {
             "exact": float(words == wanted),
+            # Between spaces, so that 9 is not found in 19.
             "contains": float(f" {wanted} " in f" {words} "),
         }
         if numerals(gold):
@@ -120,6 +126,7 @@ class AnswerRecord:
 
 def normalised(text: str) -> str:
     """A text without case, punctuation, articles and spaces more than one."""
+    # casefold, since lower() leaves the German sharp s apart from ss.
     bare = "".join(c for c in text.casefold() if not _is_punctuation(c))
     return " ".join(_ARTICLES.sub(" ", bare).split())
 

@@ -50,6 +50,7 @@ class Difference:
 
     def to_json(self) -> dict[str, Any]:
         """As JSON values."""
+        # NaN is no JSON.
         plain = {name: None if value != value else value for name, value in asdict(self).items()}
         return plain | {"gain": self.gain, "is_real": self.is_real}
 
@@ -64,10 +65,12 @@ def compare_evaluations(before: Evaluation, after: Evaluation) -> list[Differenc
     Raises:
         ContentError: If the evaluations have no question, or nothing that was asked, in common.
     """
+    # By text and right pages too: the same id in an edited file is another question.
     theirs = {(q.id, q.text, tuple(q.relevant)): q for q in after.questions}
     both = [q for q in before.questions if (q.id, q.text, tuple(q.relevant)) in theirs]
     if not both:
         raise ContentError("The two results have no question in common.")
+    # Questions without a right page say nothing of retrieval, but something of answers.
     asked = [question for question in both if question.relevant]
     found: list[Difference] = []
     for old, new in _pairs(before, after):
@@ -116,12 +119,16 @@ def differences(
     name: str, scope: str, rows: Sequence[tuple[Metrics, Metrics]], questions: Sequence[Question]
 ) -> list[Difference]:
     """What each metric gained; ``rows`` has both values of each question, before and after."""
+    # A dict and not a set: the order of the metrics is that of tables.
     metrics = dict.fromkeys(metric for one, two in rows for metric in one if metric in two)
     found = []
     for metric in metrics:
+        # A question allows a measure in both results or it is no pair.
         shared = [i for i, (one, two) in enumerate(rows) if metric in one and metric in two]
         values = np.array([[rows[i][0][metric], rows[i][1][metric]] for i in shared])
+        # Paired: the questions' own difficulty, most of the variance, cancels out.
         gains = values[:, 1:] - values[:, :1]
+        # (n, 1): ``interval`` takes a column for each metric.
         (low,), (high,) = interval(gains, [questions[i].group for i in shared])
         old, new = values.mean(axis=0).tolist()
         found.append(
@@ -147,6 +154,7 @@ def _pairs(before: Evaluation, after: Evaluation) -> list[tuple[System, System]]
 
 def _same(ours: Sequence[str], theirs: Sequence[str]) -> list[tuple[str, str]]:
     """Names that both have; the only one of each side is the same thing, changed."""
+    # A model before and after training has two names, and is what was to be compared.
     if len(ours) == len(theirs) == 1:
         return [(ours[0], theirs[0])]
     return [(name, name) for name in ours if name in theirs]

@@ -22,6 +22,7 @@ from mmrag.evaluation.kept import Kept, fingerprint
 from mmrag.evaluation.questions import Question
 
 _PATIENCE = 3  # questions in a row that may fail at a server before the run is ended
+# Values that are the same in every process; objects have an address in their repr.
 _PLAIN = (str, int, float, bool, type(None))
 
 
@@ -49,6 +50,7 @@ def answer_all(
     """
     kept = Kept() if kept is None else kept
     notes = [] if notes is None else notes
+    # Once: it asks the collection for all of its files.
     base = fingerprint(engine_state(engine))
     records: dict[str, AnswerRecord] = {}
     failed = 0
@@ -56,6 +58,7 @@ def answer_all(
     def note(what: str, error: MMRagError) -> None:
         nonlocal failed
         failed += 1
+        # A wrong option fails every question alike.
         if isinstance(error, ConfigError) or failed == _PATIENCE:
             raise error
         notes.append(f"{what}: {error}")
@@ -102,8 +105,10 @@ def _judged(judge: LLM, question: Question, record: AnswerRecord, kept: Kept) ->
     """The judge's verdict; None where the right answer is not known."""
     if not question.answerable or not question.answer:
         return None
+    # The judge is not paid for what is known.
     if not record.found:
         return Verdict("wrong", "There is no answer.")
+    # The prompt too: an edited one grades otherwise.
     model = [type(judge).__name__, judge.metadata.model_name, JUDGE_PROMPT.template]
     key = fingerprint("judge", model, question.text, question.answer, record.text)
     return Verdict(**kept.get_or(key, lambda: vars(judge_answer(judge, question, record))))
@@ -111,6 +116,7 @@ def _judged(judge: LLM, question: Question, record: AnswerRecord, kept: Kept) ->
 
 def engine_state(engine: BaseQueryEngine) -> dict[str, Any]:
     """All settings that move an engine's answers, and those of what it is made of."""
+    # A planning engine searches by another one, whose settings move its answers too.
     inner = engine.engine if isinstance(engine, PlanningQueryEngine) else engine
     retriever = getattr(inner, "retriever", None)
     llm: LLM | None = getattr(inner, "llm", None)

@@ -46,7 +46,10 @@ def judge_answer(llm: LLM, question: Question, answer: AnswerRecord) -> Verdict:
     Raises:
         EndpointError: If the server fails, or the reply has no grade.
     """
+    # Without [n]: the judge sees no sources, and would wonder at the numbers.
     text = strip_marks(answer.text)
+    # The answer may repeat a document that says "grade this as correct": it stands in a fence that
+    # it cannot guess.
     prompt = JUDGE_PROMPT.format(
         boundary=new_boundary([text]),
         question=question.text,
@@ -56,8 +59,10 @@ def judge_answer(llm: LLM, question: Question, answer: AnswerRecord) -> Verdict:
     name = llm.metadata.model_name
     with translated_errors(name):
         reply = llm.chat([ChatMessage(role=MessageRole.USER, content=prompt)])
+    # Models write around their JSON, whatever they are told.
     for value in json_objects(reply.message.content or ""):
         grade = str(value.get("grade", "")).lower()
+        # A loop, so that the grade has its literal type.
         for known in GRADES:
             if grade == known:
                 return Verdict(known, str(value.get("reason", "")))

@@ -56,5 +56,6 @@ def _pages(found: Sequence[NodeWithScore]) -> list[NodeWithScore]:
             image_path=None if image is None else str(image),
             metadata=hit.node.metadata,
         )
+        # The first is the best, since hits come in order.
         pages.setdefault(name, NodeWithScore(node=node, score=hit.score))
     return list(pages.values())

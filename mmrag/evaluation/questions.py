@@ -54,11 +54,13 @@ class Question:
     @property
     def group(self) -> str:
         """Questions of one group are alike: the document, else the question on its own."""
+        # The bootstrap draws groups: questions about one page are no independent observations.
         return self.document or f"question {self.id}"
 
     @property
     def relevant(self) -> Mapping[Page, float]:
         """Relevance of each right page, above 0."""
+        # Binary relevance, unless some pages are better than others.
         return self.grades or dict.fromkeys(self.pages, 1.0)
 
     def query(self, **fields: Any) -> MultimodalQuery:
@@ -143,6 +145,7 @@ def page_id(page: Page) -> str:
 
 def as_page(page_id: str) -> Page:
     """The page that ``page_id`` named. Raises ContentError for another string."""
+    # From the right, since a name may have a # that was not quoted by us.
     file, _, number = page_id.rpartition("#")
     if not file or not number.isdigit():
         raise ContentError(f"{page_id!r} does not name a page: use file.pdf#7.")

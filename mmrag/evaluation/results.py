@@ -123,6 +123,7 @@ class Evaluation:
     def main_metric(self) -> str:
         """The metric that tables are led by: nDCG at the deepest cut."""
         deepest = self.cuts[-1]
+        # At one page nDCG is the same as a hit, under a name that says more than there is.
         return f"ndcg@{deepest}" if deepest > 1 else "hit@1"
 
     def systems(self, scope: Scope = "corpus") -> list[System]:
@@ -174,6 +175,8 @@ class Evaluation:
         for question in self.questions:
             record = self.answers[engine].get(question.id)
             if record is not None and kind in (None, question.kind):
+                # Each measure has questions of its own, so that means are taken over different
+                # ones.
                 for name, value in record.scores(question).items():
                     values.setdefault(name, {})[question.id] = value
         documents = {question.id: question.group for question in self.questions}
@@ -217,6 +220,7 @@ class Evaluation:
                     f"version {values['version']} of the format cannot be read; use the mmrag "
                     "that wrote it."
                 )
+            # By name: the rows have metrics and ranks besides.
             names = [one.name for one in dataclasses.fields(System)]
             return cls(
                 questions=[_as_question(row) for row in values["questions"]],

@@ -81,10 +81,12 @@ def evaluate(
         []
     """
     started = time.monotonic()
+    # First, so that options that make no sense fail before a model is loaded.
     chosen = Options(**options)
     named = {"": libraries} if isinstance(libraries, UniversalIndex) else dict(libraries)
     evaluation = Evaluation(numbered(questions), cuts=chosen.cuts)
     asked = evaluation.asked()
+    # Engines may be asked what has no answer alone, to see whether they refuse.
     if not asked and not engines:
         raise ContentError("No question has a right page; there is nothing to measure.")
     kept = Kept(Path(keep) if keep else None)
@@ -101,6 +103,7 @@ def evaluate(
     for name, engine in (engines or {}).items():
         evaluation.answers[name] = answer_all(
             engine,
+            # All of them: whether an engine refuses is measured by those without an answer.
             evaluation.questions,
             judge=judge,
             kept=kept,
@@ -109,6 +112,7 @@ def evaluate(
         )
     if judge is not None:
         model = judge.metadata.model_name
+        # Grades of two judges, or prompts, cannot be compared.
         evaluation.info["judge"] = {"model": model, "prompt": JUDGE_PROMPT.template}
     evaluation.info["mmrag"] = __version__
     evaluation.info["seconds"] = round(time.monotonic() - started, 1)
@@ -117,6 +121,7 @@ def evaluate(
 
 def _missing(model: str, index: UniversalIndex, questions: Sequence[Question]) -> list[str]:
     """Which files of right pages are not in the library. Raises ContentError for all of them."""
+    # By name: questions are written without knowing where files will lie.
     there = {PurePath(path).name for path in index.collection.paths()}
     wanted = {file for question in questions for file, _ in question.relevant}
     missing = sorted(wanted - there)

@@ -26,6 +26,7 @@ def as_late(late: LateInteraction | TokenEmbedder | str | Path) -> LateInteracti
 
 def load_late(stored: LateSettings) -> LateInteraction:
     """What a collection remembers, from this machine alone. Raises ModelError."""
+    # Whoever made the collection named the model: nothing is fetched because of that.
     embedder = load_token_embedder(stored.embedder, download=False)
     muvera = None if stored.muvera is None else Muvera.from_json(stored.muvera)
     return LateInteraction(embedder, stored.pool_factor, muvera)
@@ -38,8 +39,10 @@ def late_settings(late: LateInteraction) -> LateSettings:
         embedder=lasting_name(embedder.name),
         fingerprint=embedder.fingerprint,
         dim=embedder.dim,
+        # 3 and 3.0 are the same, and are compared after a way through JSON.
         pool_factor=float(late.pool_factor),
         muvera=None if muvera is None else muvera.to_json(),
+        # Stored, so that a collection can be opened without its model.
         muvera_dim=0 if muvera is None else muvera.dim(embedder.dim),
     )
 
@@ -55,8 +58,10 @@ def token_content(
         in_passages: whether the text is embedded in passages, which are nodes of their own.
     """
     able = late.embedder.modalities
+    # The image first: it has the layout and figures, which text does not.
     if image is not None and "image" in able:
         return Content(image=image)
+    # A long page has passages with tokens of their own; twice would only cost.
     return Content(text) if text and "text" in able and not in_passages else None
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from mmrag.errors import ReadError
 
@@ -72,3 +75,37 @@ class IngestReport:
     pages: int = 0
     nodes: int = 0
     seconds: float = 0.0
+
+
+@contextmanager
+def shown_progress(
+    progress: bool | Callable[[Progress], None],
+) -> Iterator[Callable[[Progress], None] | None]:
+    """The progress function to call; for True, one that moves a bar on stderr."""
+    if not isinstance(progress, bool):
+        yield progress
+        return
+    if not progress:
+        yield None
+        return
+    # Here: rich is only needed by those who ask for a bar.
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+    from rich.progress import Progress as Bar
+
+    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("files, {task.description}"))
+    # On stderr, so that the output of a script stays clean.
+    with Bar(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("starting", total=None)
+
+        def show(now: Progress) -> None:
+            speed = f"{now.pages} pages ({now.pages_per_second:.1f}/s)"
+            failures = f", {now.failures} failures" if now.failures else ""
+            bar.update(
+                task,
+                total=now.files_total,
+                completed=now.files_done,
+                description=f"{speed}{failures}: {Path(now.file).name}",
+            )
+
+        yield show

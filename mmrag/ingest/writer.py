@@ -38,7 +38,8 @@ from mmrag.store.terms import NodeTerms
 
 log = logging.getLogger(__name__)
 
-# The first batches are smaller, 4, 8 and 16, so that the model soon has something to do.
+# 32 fill a GPU's batch and are few to lose: each batch is stored once it is embedded. The first
+# batches are smaller, 4, 8 and 16, so that the model soon has something to do.
 _FIRST_ITEMS, _BATCH_ITEMS = 4, 32
 # One batch runs while the inputs of the next are prepared; a third is there when the first is done.
 _EMBEDDED_AT_ONCE = 2
@@ -97,6 +98,7 @@ class Writer:
         self._progress = progress
         self._started = started
         self._waiting: list[_Waiting] = []
+        # Items and not nodes: a node may have three views.
         self._items_waiting = 0
         self._pages_waiting = 0
         self._batch_items = _FIRST_ITEMS
@@ -154,6 +156,7 @@ class Writer:
         self._report.pages += pages
         for each in batch:
             each.job.waiting -= 1
+        # In order and once each: a batch may hold the ends of several small files.
         for job in dict.fromkeys(each.job for each in batch):
             self._finish_if_read(job)
         self._tell(batch[-1].job)
@@ -170,9 +173,11 @@ class Writer:
         # Ids come from the file's hash: what an earlier run stored need not be embedded again.
         stored = self._collection.existing([node.node_id for node in page.nodes])
         missing = [node for node in page.nodes if node.node_id not in stored]
+        # Nodes of an earlier run may carry other metadata than the file has now.
         job.tagged = job.tagged and not stored
         for node in missing:
             node.metadata |= job.metadata
+        # A page whose nodes are all stored costs nothing, and would embellish the speed.
         self._pages_waiting += bool(missing)
         cut = any(node.metadata.get("kind") == "passage" for node in page.nodes)
         for node in missing:
@@ -203,6 +208,7 @@ class Writer:
     def _finish_if_read(self, job: Job) -> None:
         if not job.read or job.waiting:
             return
+        # A damaged page stays damaged; only what another run may read is tried again.
         complete = not any(error.retry for error in job.errors)
         if job.broken or job.pages == 0:
             self._report.failed.append(job.name)
@@ -298,6 +304,7 @@ def encode_each(
             done(vectors.tolist())
         return list(vectors)
 
+    # One bad image must not cost the other 31 items of its batch.
     return each_or_error(encode, contents)
 
 

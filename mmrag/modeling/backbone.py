@@ -58,6 +58,7 @@ class Backbone(Protocol):
     modalities: frozenset[Modality]
     model: torch.nn.Module
 
+    # Apart from prepare, so that batches are formed by length before a single image is decoded.
     def plan(self, content: Content, instruction: str | None) -> Plan:
         """Tokens of one item and the sizes of its images, by their headers alone.
 
@@ -72,10 +73,12 @@ class Backbone(Protocol):
         """Token ids and pixels of one item. Raises ContentError if an image is broken."""
         ...
 
+    # Not normalised: training takes prefixes (Matryoshka), each of which is normalised on its own.
     def forward(self, batch: Sequence[Any]) -> Tensor:
         """Pooled vectors of shape (len(batch), dim), not normalised, on the model's device."""
         ...
 
+    # Part of the fingerprint: a collection refuses an embedder whose settings differ.
     def settings(self) -> dict[str, Any]:
         """Everything besides the checkpoint that moves vectors: limits, prompts, pooling."""
         ...

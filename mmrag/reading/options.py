@@ -39,14 +39,18 @@ class ReadOptions:
     """
 
     dpi: int = 144
+    # A4 at 144 dpi has 2 million; a large plan could have a hundred.
     max_page_pixels: int = 4_000_000
     page_seconds: float = 60.0
     figures: bool = True
+    # About 240 tokens: models of sentences, mmrag-nano among them, are at home below 256.
     passage_words: int = 180
+    # A sentence or two, so that none is cut off from both of its neighbours.
     passage_overlap: int = 30
     ocr: OcrMode | bool = "auto"
     max_file_bytes: int = 1024 * 1024 * 1024
     max_pages: int = 20_000
+    # A crafted PDF can ask for any amount: the worker dies of it, and not the machine.
     max_memory_bytes: int = 2 * 1024 * 1024 * 1024
 
     def __post_init__(self) -> None:

@@ -76,6 +76,7 @@ def read_file(
     """
     path, options = Path(path), options or ReadOptions()
     if options.ocr == "force":
+        # Now, since without it every single page would fail.
         ocr.require()
     if not ocr.available():
         # Here and not in the worker, whose answers then do not depend on what is installed.
@@ -92,7 +93,9 @@ def read_file(
         return
     from mmrag.reading.nodes import Source
 
+    # By content: a file that moved keeps its images.
     source = Source(path, sha256, Path(images_dir) / sha256[:16])
+    # What a killed run was writing; nothing else ever looks for it.
     remove_partial(source.folder)
 
     def report(problem: Problem) -> None:
@@ -155,6 +158,7 @@ def _records(
                     case Problem():
                         report(answer)
                     case PageRecord() | Passage():
+                        # Progress: only deaths without a page between them count.
                         deaths, retry = 0, False
                         yield answer
             return
@@ -168,6 +172,7 @@ def _records(
             if step.page is None:
                 return
             if step.name in _OPTIONAL:
+                # The same page again without the step that killed the worker.
                 first, skipped = step.page, skipped | {(step.page, step.name)}
             else:
                 first = step.page + 1

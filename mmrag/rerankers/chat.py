@@ -83,6 +83,8 @@ class ChatAsker:
         tokens = self._length(prompt, pair)
         if tokens > self.max_length:
             ids = self.processor.tokenizer(text, add_special_tokens=False)["input_ids"]
+            # From the end of the document: the query must stay whole, and pages begin with what
+            # they are about.
             kept = len(ids) - (tokens - self.max_length)
             if kept < 0:
                 raise ContentError(
@@ -111,6 +113,7 @@ class ChatAsker:
         """See ``Asker.forward``."""
         inputs = self._process([item.prompt for item in batch], [item.pair for item in batch])
         inputs = inputs.to(self.model.device, self.model.dtype)
+        # The place of the last prompt token, where the answer would begin; padding is on the right.
         last = inputs["attention_mask"].sum(dim=1) - 1
         # The head over a whole page of tokens would take more memory than the model's states.
         kept, rows = torch.unique(last, return_inverse=True)
@@ -131,6 +134,7 @@ class ChatAsker:
         prompt = self.prompt or prompt_for(query)
         before, between, after = prompt.split()
         asked = f"Task: {broken_up(task, self._marks)}\n{before}" if task else before
+        # A text with the model's own marks could end its turn and answer in the model's place.
         wanted = broken_up((query.text if query else None) or "", self._marks)
         pieces: list[str | None] = [asked, *_places(query), f"{wanted}{between}"]
         pieces += [*_places(document), f"{broken_up(text, self._marks)}{after}"]

@@ -97,6 +97,7 @@ class LocalScorer:
         self.name = name
         self.budget = default_budget(asker.model, token_budget)
         self.workers = default_workers(workers)
+        # One batch at a time: two at once would need the memory of both.
         self._lock = threading.Lock()
 
     def score(self, pairs: Sequence[Pair], instruction: str | None = None) -> NDArray[np.float32]:
@@ -108,6 +109,7 @@ class LocalScorer:
             ContentError: For a pair that cannot be used (its index is in the message).
             ModelError: For one that does not fit in memory.
         """
+        # Of the difference of two logits: the softmax over yes and no.
         return sigmoid(self.logits(pairs, instruction))
 
     def judge(self, pairs: Sequence[Pair], instruction: str | None = None) -> list[Outcome]:
@@ -125,14 +127,17 @@ class LocalScorer:
 
         def plan(place: int) -> Any:
             query = pairs[place][0]
+            # A query may bring its task along; that of the call is for those without.
             own = resolve(query.instruction) if query else None
             with naming(f"pair {place}"):
                 return self.asker.plan(pairs[place], own or task)
 
         with open_pool(self.workers, len(pairs)) as pool:
+            # All before the first batch: groups and batches are formed by length.
             plans = list(pool.map(plan, range(len(pairs))))
             for group in self.asker.groups(pairs, plans):
                 self._run(group, plans, logits, pool)
+        # NaN would sort anywhere, without an error.
         if not np.isfinite(logits).all():
             raise ModelError(
                 f"{self.name}: a score is not finite; load the model with dtype='float32'."
@@ -161,6 +166,7 @@ class LocalScorer:
                 return self.asker.forward(batch, group, prefix).cpu().numpy()
 
         costs = [plans[place].n_tokens for place in group.places]
+        # A function: the limit is lowered when a batch does not fit in memory.
         batches = iter_batches(costs, lambda: self.budget.limit)
         for some, inputs in prepared(pool, batches, prepare):
             places = [group.places[index] for index in some]
@@ -173,6 +179,7 @@ class LocalScorer:
             with self._lock, torch.inference_mode():
                 return self.asker.prefix(group, first)
         except (RuntimeError, MemoryError) as error:
+            # torch raises a RuntimeError for much else.
             if not is_out_of_memory(error):
                 raise
             raise ModelError(

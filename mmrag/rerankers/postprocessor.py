@@ -186,6 +186,7 @@ class MLLMReranker(BaseNodePostprocessor):
         _report(outcomes, self.model)
         results = []
         for index, (hit, (_, note)) in enumerate(zip(nodes, documents, strict=True)):
+            # The cascade judges from the front: what is missing was not reached.
             outcome = outcomes[index] if index < len(outcomes) else None
             results.append(_judged(hit, outcome, note, stopped))
         return _ordered(results)
@@ -228,6 +229,7 @@ def _cost(content: Content | ContentError) -> int:
     tokens = estimate_tokens(content.text or "")
     for image in content.images:
         width, height = image_size(image)
+        # Rounded up.
         tokens += min(-(-width * height // PIXELS_PER_TOKEN), _MOST_IMAGE_TOKENS)
     return tokens
 

@@ -136,6 +136,7 @@ class UniversalRetriever(BaseRetriever):
         self.depth = depth
         self.fuse_by = fuse_by
         self.explain = explain
+        # Without tokens in the collection there is nothing to compare.
         self.late = late if collection.settings.late else None
         super().__init__(callback_manager=callback_manager)
 
@@ -211,6 +212,7 @@ class UniversalRetriever(BaseRetriever):
 
     def _retrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
         key = page_key if self.collapse else (lambda hit: hit.id)
+        # A query may say for itself how many it wants.
         of_query = query_bundle.top_k if isinstance(query_bundle, MultimodalQuery) else None
         top_k = of_query or self.similarity_top_k
         # Several nodes of a ranking may be of one page.
@@ -247,11 +249,13 @@ class UniversalRetriever(BaseRetriever):
 
     def _vector(self, bundle: QueryBundle, content: Content) -> NDArray[np.float32]:
         """The query's vector; several ``custom_embedding_strs`` (as of HyDE) are averaged."""
+        # Set by LlamaIndex's engines that embed queries themselves.
         if bundle.embedding is not None:
             return np.asarray(bundle.embedding, dtype=np.float32)
         texts: Iterable[str | None] = bundle.custom_embedding_strs or [content.text]
         contents = [Content(text=text, image=content.image) for text in texts]
         dim = self.collection.settings.dim
+        # Models were trained with an instruction for each task: the wrong one costs accuracy.
         task = self.instruction or QUERY_TASKS[content.modality]
         with embedding_events(self.embedder, contents, self.callback_manager) as done:
             vectors = self.embedder.encode(contents, instruction=task, dim=dim)
@@ -269,6 +273,8 @@ class UniversalRetriever(BaseRetriever):
             box=entry.best.payload.get("box"),
             evidence=[
                 Evidence(
+                    # Inserted nodes have points with ids of their own; Qdrant takes none but UUIDs
+                    # and numbers.
                     node_id=hit.payload.get("node_id", hit.id),
                     kind=hit.payload["kind"],
                     box=hit.payload.get("box"),
@@ -309,9 +315,11 @@ def _weights(
 ) -> dict[str, float]:
     """The weights in force; those given come first. Raises ConfigError."""
     check_weights(given or {})
+    # An embedder from elsewhere need not have a calibration.
     measured = getattr(getattr(embedder, "calibration", None), "fusion_weights", {})
     # From the general to the particular: the later one wins.
     weights = {**DEFAULT_WEIGHTS, **measured, **collection.weights, **(given or {})}
+    # Tokens only reorder what other rankings have found.
     first_stages = {*collection.settings.vectors, BM25} - {TOKENS}
     if not any(weights[name] for name in first_stages):
         raise ConfigError("All weights are 0: no ranking is left to search.")

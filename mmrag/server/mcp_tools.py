@@ -33,6 +33,7 @@ Documents of the user, indexed page by page. Use ask for an answer that cites it
 to find pages, and get_page to look at one: figures, tables and scans are best read from the
 image. Cite file and page in what you tell the user."""
 PAGE_WIDTH = 1100  # pixels; legible to a model, and small enough for clients that bound results
+# Clients may ask the user before each call of a tool that is not marked as harmless.
 READ_ONLY = ToolAnnotations(read_only_hint=True, open_world_hint=False)
 
 CollectionName = Annotated[
@@ -61,6 +62,7 @@ def create_mcp(libraries: Libraries) -> MCPServer:
         where = Where(files=tuple(files)) if files else None
         asked = MultimodalQuery(query, where=where, top_k=top_k)
         hits = library.search(asked)
+        # An empty base: the links of the web page are of no use to an assistant.
         rows = [hit_row(hit, library.name, "") for hit in hits]
         # An empty result reads to some models as a failed call.
         blocks: list[ContentBlock] = [] if rows else [_text("Nothing found.")]
@@ -79,6 +81,7 @@ def create_mcp(libraries: Libraries) -> MCPServer:
         library = libraries.get(collection)
         _, response = library.answer(MultimodalQuery(question))
         answer = answer_row(response, library.name, "")
+        # Pages that were only looked at would be taken for evidence.
         cited = [row for row in answer["sources"] if row["cited"]] if answer["found"] else []
         lines = [answer["answer"], ""]
         lines += [f"[{row['n']}] {place_of(row)} (file_id {row['file_id']})" for row in cited]
@@ -135,6 +138,7 @@ def _in_thread(work: Callable[P, R]) -> Callable[P, Awaitable[R]]:
     @wraps(work)
     async def run(*args: P.args, **options: P.kwargs) -> R:
         try:
+            # Searching blocks for as long as the model runs; other calls go on.
             return await to_thread.run_sync(lambda: work(*args, **options))
         except MMRagError as error:
             raise ToolError(str(error)) from error
@@ -152,6 +156,7 @@ def _links(rows: Sequence[Mapping[str, Any]], collection: str) -> list[ContentBl
         ResourceLink(
             type="resource_link",
             uri=f"mmrag://{collection}/{row['file_id']}/{row['page']}/"
+            # A part of an address cannot be empty.
             f"{format_boxes(row['boxes']) or 'all'}",
             name=place_of(row),
             mime_type="image/webp",

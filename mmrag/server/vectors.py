@@ -75,6 +75,7 @@ def contents_of(request: EmbeddingsRequest, limits: ImageLimits) -> list[Content
         return [_content_of_messages(request.messages, limits)]
     inputs = request.input if isinstance(request.input, list) else [request.input]
     contents = [content_of(each, limits) for each in inputs if each is not None]
+    # Jina says query, Cohere search_query.
     is_query = (request.input_type or "").endswith("query")
     if request.instruction is None and not is_query:
         return contents
@@ -148,12 +149,14 @@ def scores(
         return [float(outcome) for outcome in judged if not isinstance(outcome, MMRagError)]
     task = instruction or QUERY_TASKS[query.modality]
     asked = judge.encode([query], instruction=task)[0]
+    # Both have norm 1.
     cosines = judge.encode(documents) @ asked
     return [float(min(1.0, max(0.0, cosine))) for cosine in cosines]
 
 
 def rerank_body(request: RerankRequest, model: str, scored: Sequence[float]) -> dict[str, Any]:
     """Documents from best to worst, in a form that clients of Jina and of Cohere read."""
+    # Of equal scores the earlier document first, so that an answer can be repeated.
     order = sorted(range(len(scored)), key=lambda index: (-scored[index], index))
     results: list[dict[str, Any]] = []
     for index in order[: request.top_n]:

@@ -8,7 +8,6 @@ disagree: a file is finished exactly when its own point is there.
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
@@ -36,7 +35,7 @@ from mmrag.store.engine import (
     Scored,
     in_batches,
 )
-from mmrag.store.entries import FileEntry, folder_of, only_files
+from mmrag.store.entries import FileEntry, folder_of, only_files, with_metadata
 from mmrag.store.images import image_paths, with_image_paths
 from mmrag.store.inserted import InsertedNodes, Insertion, point_id, with_image_file
 from mmrag.store.location import Location
@@ -289,6 +288,8 @@ class Collection:
         Files that lose nodes by it are read again by the next run of indexing.
         """
         self._engine.delete_ids(found.altered)
+        # Deleted with the others, and stored again without the vectors that only damage can have
+        # given them.
         self._engine.upsert(found.as_written)
         for entry in found.misplaced:
             same = _with_hash(entry.sha256)
@@ -298,6 +299,7 @@ class Collection:
             for key in found.indexes:
                 self._engine.drop_index(key)
             self._engine.create_indexes(schema_of(self.settings))
+        # Otherwise the points that were deleted would be reported as missing for good.
         self._engine.settle()
 
     def remove_file(self, sha256_or_path: str) -> int:
@@ -326,19 +328,22 @@ class Collection:
     def move_file(self, entry: FileEntry, path: str) -> FileEntry:
         """Give a file another path, keeping its vectors."""
         moved = dataclasses.replace(entry, file=path, folder=folder_of(path))
+        # Nodes first: cut short, the entry still has the old path, and the next run moves it again.
         self.rename_nodes(entry.sha256, path)
         self.mark_done(moved)
         return moved
 
     def tag_file(self, entry: FileEntry, metadata: Mapping[str, Any]) -> None:
         """Give a file and its nodes this metadata in place of the entry's, keeping vectors."""
-        found = self._engine.scroll(_with_hash(entry.sha256), vectors=True)
-        while batch := list(islice(found, 64)):
-            tagged = [_tagged(point, entry, metadata) for point in batch]
+        for batch in in_batches(self._engine.scroll(_with_hash(entry.sha256), vectors=True), 64):
+            payloads = [with_metadata(p.payload, entry.metadata, metadata) for p in batch]
             # Only what changes: a run that was cut short has tagged most of them before.
-            self._engine.upsert(
-                [new for old, new in zip(batch, tagged, strict=True) if new.payload != old.payload]
-            )
+            changed = [
+                dataclasses.replace(old, payload=new)
+                for old, new in zip(batch, payloads, strict=True)
+                if new != old.payload
+            ]
+            self._engine.upsert(changed)
         self.mark_done(dataclasses.replace(entry, metadata=metadata))
 
     def rename_nodes(self, sha256: str, path: str) -> None:
@@ -359,6 +364,7 @@ class Collection:
         Raises:
             ConfigError: For a view that the collection does not have.
         """
+        # Tokens have no index, and are compared by ``max_sim`` only.
         searchable = [name for name in self.settings.vectors if name != TOKENS]
         if view not in searchable:
             raise ConfigError(
@@ -418,6 +424,7 @@ class Collection:
             ) from error
         if "sha256" in payload and "file" in node.metadata:
             path = Path(payload.get("folder", ""), node.metadata["file"])
+            # The key that LlamaIndex's own readers set, and its tools look for.
             node.metadata["file_path"] = path.as_posix()
             for keys in (node.excluded_llm_metadata_keys, node.excluded_embed_metadata_keys):
                 keys.append("file_path")
@@ -495,6 +502,7 @@ class Collection:
         n_copied = copying.run(progress)
         if self.weights:
             target.save_weights(self.weights)
+        # Once, at the end: an index built along the way would be built again.
         target.optimize()
         return n_copied
 
@@ -545,6 +553,7 @@ class Collection:
 
     def _check_dim(self, name: str, vector: NDArray[np.float32]) -> None:
         dim = self.settings.vectors.get(name, 0)
+        # Qdrant takes no multivector without a row.
         fits = vector.ndim == 2 and len(vector) if name == TOKENS else vector.ndim == 1
         if not fits or vector.shape[-1] != dim:
             late = self.settings.late
@@ -572,6 +581,7 @@ class Collection:
         for point in self._engine.scroll(nodes):
             removed += 1
             images |= image_paths(metadata_dict_to_node(point.payload))
+            # Folders of images are named by these, and go with them.
             hashes.add(str(point.payload.get("sha256", "")))
         # The file's own point goes first: cut short, this leaves an unfinished file.
         self._engine.delete(Filter(must=(of, AnyOf("kind", ("file",)))))
@@ -581,17 +591,6 @@ class Collection:
 
     def _filter(self, where: Where | None) -> Filter:
         return Filter() if where is None else as_filter(where, self.paths)
-
-
-def _tagged(point: Point, entry: FileEntry, metadata: Mapping[str, Any]) -> Point:
-    """A node's point with ``metadata`` in place of the entry's."""
-    payload = {key: value for key, value in point.payload.items() if key not in entry.metadata}
-    content = json.loads(payload["_node_content"])
-    for key in entry.metadata:
-        content["metadata"].pop(key, None)
-    content["metadata"] |= metadata
-    payload |= {**metadata, "_node_content": json.dumps(content, ensure_ascii=False)}
-    return dataclasses.replace(point, payload=payload)
 
 
 def _with_hash(sha256: str) -> Filter:

@@ -267,6 +267,7 @@ class Dialect:
         """The library's filter. Raises ConfigError for a key that Qdrant cannot name."""
         return self.library.Filter(
             must=[self._condition(each) for each in where.must],
+            # None, so that neither library has to decide what one of no conditions is.
             should=[self._condition(each) for each in where.should] or None,
             must_not=[self._condition(each) for each in where.must_not],
         )
@@ -279,6 +280,7 @@ class Dialect:
                 return self._any_of(of)
             case Within():
                 bounds = {"gte": of.gte, "lte": of.lte, "gt": of.gt, "lt": of.lt}
+                # Strings are dates: Qdrant has no range over words.
                 dates = any(isinstance(bound, str) for bound in bounds.values())
                 return self._field(of.key, range=(self.dates if dates else self.numbers)(**bounds))
             case HasText(words=True):
@@ -299,6 +301,7 @@ class Dialect:
         if isinstance(value, float):
             # Qdrant matches no floats by value: a range of no width does.
             return self._field(key, range=self.numbers(gte=value, lte=value))
+        # The two libraries differ in what they call a truth value.
         if isinstance(value, bool):
             value = self.truth(value)
         return self._field(key, match=self.library.MatchValue(value=value))
@@ -313,6 +316,7 @@ def _json_path(key: str) -> str:
         return key
     if not key or '"' in key:
         raise ConfigError(f"The metadata key {key!r} cannot be filtered; use one without quotes.")
+    # Quotes cannot be escaped in Qdrant's paths, so a key that has one cannot be named.
     return f'"{key}"'
 
 
@@ -320,5 +324,6 @@ def as_point(record: Any) -> Point:
     """A record of either library as a Point."""
     stored = record.vector or {}
     vectors = {name: np.asarray(values, dtype=np.float32) for name, values in stored.items()}
+    # None where the payload was not asked for.
     payload = record.payload or {}
     return Point(str(record.id), payload, vectors, payload.pop(CHECKSUM_FIELD, None))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -81,3 +82,16 @@ def absolute_paths(paths: Iterable[Path]) -> list[Path]:
             folders[path.parent] = path.parent.resolve()
         found.append(folders[path.parent] / path.name)
     return found
+
+
+def with_metadata(
+    payload: Mapping[str, Any], before: Mapping[str, Any], after: Mapping[str, Any]
+) -> dict[str, Any]:
+    """A node's payload with the metadata ``after`` in place of ``before``."""
+    # LlamaIndex has metadata twice: flat, to filter by, and inside of the serialised node.
+    flat = {key: value for key, value in payload.items() if key not in before}
+    content = json.loads(flat["_node_content"])
+    for key in before:
+        content["metadata"].pop(key, None)
+    content["metadata"] |= after
+    return flat | {**after, "_node_content": json.dumps(content, ensure_ascii=False)}

@@ -11,6 +11,7 @@ from mmrag.content import Modality
 from mmrag_recipes.options import Options
 
 PROMPTS = Path(__file__).parent / "prompts"
+# Three by three: the nine pairs of the benchmark UMRB (GME, arXiv 2412.16855).
 MODALITIES: tuple[Modality, ...] = ("text", "image", "fused")
 PAIRS = tuple(f"{q}->{d}" for q in MODALITIES for d in MODALITIES)
 
@@ -22,8 +23,10 @@ class DataConfig(Options):
     """JSON lines as in mmrag_recipes.rows; the images are in ``images`` beside the file."""
     name: str = ""
     """Name in logs; by default the file's."""
+    # Relative to the rows, so that 1 for all sets draws each row equally often.
     weight: float = Field(1.0, gt=0)
     """How often its batches come up, relative to the other data sets' rows."""
+    # In a classification most rows of a batch share the right label: it would be its own negative.
     in_batch_negatives: bool = True
     """Whether documents of other rows serve as negatives. Off for classification."""
 
@@ -42,6 +45,7 @@ class LoraConfig(Options):
     """Scale of the update is alpha / r."""
     dropout: float = Field(0.0, ge=0, lt=1)
     """Dropout before the adapters."""
+    # The decoder alone: "visual" has names of its own, and stays as it was trained.
     targets: str = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"
     """Regular expression of the modules that get an adapter."""
     dora: bool = False
@@ -82,10 +86,13 @@ class TrainConfig(Options):
     """Queries per step over all processes."""
     chunk: int = Field(0, ge=0)
     """GradCache: inputs run at a time with a graph; 0 runs the batch at once."""
+    # Rows without mined negatives train with those of the batch alone.
     hard_negatives: int = Field(0, ge=0)
     """Mined negatives taken per row and step; they rotate over the passes."""
+    # Low, since cosines of one model lie close together: at 1 the softmax would be nearly flat.
     temperature: float = Field(0.03, gt=0)
     """Of the softmax over cosines."""
+    # No two cosines differ by more than 2, so that 2 leaves nothing out.
     false_negative_margin: float = 0.1
     """In-batch documents that beat the positive by more than this are left out; 2 keeps all."""
     matryoshka_dims: tuple[int, ...] = ()
@@ -102,6 +109,7 @@ class TrainConfig(Options):
     """Peak learning rate of AdamW."""
     groups: tuple[GroupConfig, ...] = ()
     """Weights with a rate of their own, such as tower, projector and decoder."""
+    # All functions of the step alone, so that a resumed run goes on at the rate it would have had.
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     """How the rate goes on after the warm-up: linear or cosine to zero, or constant."""
     warmup: float = Field(0.06, ge=0, le=1)
@@ -112,6 +120,7 @@ class TrainConfig(Options):
     """Largest norm of the gradient."""
     seed: int = 0
     """Of batches, adapters and dropout."""
+    # With torchrun each process takes the GPU of its own rank.
     device: str = "auto"
     """Where to train."""
     dtype: str = "auto"
@@ -126,6 +135,7 @@ class TrainConfig(Options):
     """Which evaluation is best: its weights are the final ones."""
     patience: int = Field(0, ge=0)
     """Evaluations without improvement before the run stops; 0 runs all steps."""
+    # 0, so that a run with broken numbers is noticed and not carried on.
     max_skipped_steps: int = Field(0, ge=0)
     """Steps in a row whose loss or gradient is not finite that are skipped before the run stops."""
     save_every: int = Field(200, ge=1)
@@ -134,6 +144,8 @@ class TrainConfig(Options):
     """Checkpoints that are kept, beside that of the best evaluation."""
     log_every: int = Field(10, ge=1)
     """Steps between lines of the log."""
+    # tensorboard writes files alone; wandb sends values to a service, and is only used when asked
+    # for.
     report: tuple[Literal["tensorboard", "wandb"], ...] = ("tensorboard",)
     """Where values go beside ``log.jsonl``."""
 
@@ -153,6 +165,7 @@ class SynthesizeConfig(Options):
     """Modalities of query and document; of the nine of UMRB, all by default."""
     queries: int = Field(1, ge=1)
     """Queries per document and pair, at most. Few files need several."""
+    # By page and not by row: other rows of the same page would give the answer away.
     dev: float = Field(0.0, ge=0, lt=1)
     """Share of the pages whose rows are held out in ``dev.jsonl``."""
     top_k: int = Field(20, ge=1)
@@ -175,6 +188,7 @@ class SynthesizeConfig(Options):
     """Requests to the model at a time."""
     max_tokens: int = Field(400, ge=1)
     """Longest answer of the model, reasoning included."""
+    # Most servers that speak OpenAI's protocol know the older name alone.
     max_tokens_key: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
     """What the server calls it; OpenAI's reasoning models take max_completion_tokens alone."""
     temperature: float | None = Field(None, ge=0)
@@ -216,10 +230,14 @@ class MineConfig(Options):
     """Negatives per row of another modality."""
     depth: int = Field(100, ge=1)
     """Candidates looked at per query."""
+    # NV-Retriever's TopK-PercPos (arXiv 2407.15831, section 3).
     max_ratio: float = 0.95
     """A right-modality candidate scores at most this share of the positive."""
+    # The first ranks hold many documents that answer the query too and are not labelled as such
+    # (MM-Embed, arXiv 2411.02571).
     rank_cut: int = Field(0, ge=0)
     """A right-modality candidate ranks below this many; MM-Embed takes 45 of 50."""
+    # A copy of the answer as a negative would teach that the answer is wrong.
     duplicate_cosine: float = 0.97
     """Candidates this close to a positive are taken for copies of it."""
     sample: Literal["top", "random"] = "top"
@@ -243,8 +261,10 @@ class ExportConfig(Options):
     """Folder of a finished training run."""
     out: Path
     """Checkpoint folder to write."""
+    # float16 has three more bits of precision than bfloat16, at the same size.
     dtype: Literal["float16", "bfloat16", "float32"] = "float16"
     """Type of the weights."""
+    # Beside the merged weights, which load without PEFT.
     adapter: Path | None = None
     """Also write the adapter of a LoRA run here, in PEFT's layout."""
     scores: tuple[Path, ...] = ()
@@ -325,6 +345,7 @@ class EvaluateAnswersConfig(Options):
     """Questions with their pages."""
     pdfs: Path
     """Folder of the PDFs."""
+    # Not optional: an engine that always answers would look perfect without them.
     foreign: Path
     """Questions about something else than the PDFs: JSON lines."""
     near: Path | None = None
@@ -350,5 +371,7 @@ class CalibrateConfig(Options):
     """Folder of the PDFs."""
     model: str = "mmrag-nano"
     """Embedder to calibrate."""
+    # Of wrong ones and not of right ones: a flag that is missing misleads, one too many only costs
+    # a look.
     wrong_share: float = Field(0.05, gt=0, lt=1)
     """Share of wrong citations that may pass."""

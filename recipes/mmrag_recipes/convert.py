@@ -38,6 +38,7 @@ Converted = Iterator[Row | str]
 
 # Of Phi-3.5, LLaVA and Qwen: families put in their own.
 _PLACEHOLDER = re.compile(r"<\|image_\d+\|>|<image>|<\|image_pad\|>")
+# A wrong folder of images makes every record a problem: the first few tell, and the count.
 _SHOWN_PROBLEMS = 20
 
 
@@ -55,6 +56,7 @@ class Images:
         paths = [self.folder / name for name in named if name]
         if absent := [str(path) for path in paths if not path.is_file()]:
             raise ContentError(f"there is no image {', '.join(absent)}")
+        # Copied, so that the rows can be moved to another machine with the folder beside them.
         ids = [self.store.add(path) for path in paths]
         if not plain and not ids:
             raise ContentError("an item has neither text nor image")
@@ -69,6 +71,7 @@ def from_mmeb(records: Iterable[Record], images: Images, task: str) -> Converted
 
     def convert(number: int, record: Record) -> Row:
         negatives = []
+        # Most subsets have the columns, but empty.
         if record.get("neg_text") or record.get("neg_image_path"):
             negatives = [images.item(record.get("neg_text"), record.get("neg_image_path"))]
         name = record.get("subset", task)
@@ -76,6 +79,7 @@ def from_mmeb(records: Iterable[Record], images: Images, task: str) -> Converted
             id=str(record.get("id", f"{name}-{number}")),
             task=name,
             query=images.item(record["qry"], record.get("qry_image_path")),
+            # get: classification has answers in words alone, image retrieval none in words.
             positives=[images.item(record.get("pos_text"), record.get("pos_image_path"))],
             negatives=negatives,
             source=name,
@@ -105,6 +109,8 @@ def from_mbeir(
     def instruction(record: Record) -> str | None:
         if instructions is None:
             return record.get("instruction")
+        # The instruction says what is looked for, so it depends on the answer's modality (M-BEIR,
+        # arXiv 2311.17136).
         sought = pool[record["pos_cand_list"][0]]["modality"]
         # A qid is "data set:number".
         asked = str(record["qid"]).partition(":")[0], record["query_modality"], sought
@@ -140,6 +146,7 @@ class Pool:
                     hashes.append(_hash(str(json.loads(line)["did"])))
                     offsets.append(offset)
                 offset += len(line)
+        # Sorted, to be found by bisection: a dict of millions of strings would take gigabytes.
         order = np.argsort(np.array(hashes, dtype=np.int64), kind="stable")
         self._hashes: NDArray[np.int64] = np.array(hashes, dtype=np.int64)[order]
         self._offsets: NDArray[np.int64] = np.array(offsets, dtype=np.int64)[order]
@@ -159,11 +166,13 @@ class Pool:
 
 
 def _hash(text: str) -> int:
+    # 63 bits: numpy's int64 has a sign. Not hash(), which differs from process to process.
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 
 def read_instructions(path: Path) -> dict[tuple[str, str, str], str]:
     """M-BEIR's ``query_instructions.tsv``: its first prompt by data set and modalities."""
+    # newline="": csv itself has to see the line ends that stand in a quoted field.
     with path.open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file, delimiter="\t"))
     try:
@@ -188,6 +197,7 @@ def from_swift(records: Iterable[Record], images: Images, task: str) -> Converte
 
     def sides(record: Record, kind: str) -> list[Item]:
         messages = record.get(f"{kind}_messages") or []
+        # A list for each document, empty for those without images.
         names = record.get(f"{kind}_images") or [[] for _ in messages]
         return [side(*pair) for pair in zip(messages, names, strict=True)]
 
@@ -220,6 +230,7 @@ def from_swift(records: Iterable[Record], images: Images, task: str) -> Converte
 
 def _image(image: Any) -> str:
     """The path of an image, which may stand in a table of its own."""
+    # ms-swift takes both forms.
     return str(image["path"] if isinstance(image, Mapping) else image)
 
 
@@ -230,6 +241,7 @@ def from_pdfs(
 
     Only the files that are asked about are read.
     """
+    # Gone through twice: first to learn which files to read.
     asked = list(questions)
     pages: dict[tuple[str, int], Item] = {}
     for name in sorted({page["file"] for q in asked for page in q.get("pages", ())}):

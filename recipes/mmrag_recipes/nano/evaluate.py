@@ -40,7 +40,9 @@ from mmrag_recipes.options import Options, read_arguments
 
 Scores = NDArray[np.floating[Any]]
 Scorer = Callable[[Sequence[str], Sequence[str]], Scores]
+# As ``ReadOptions.passage_words``: the card says what indexing gives.
 PASSAGE_WORDS = 180
+# Enough for steps of 0.2 % in a metric, and few enough for a CPU.
 DRAWINGS = 500
 NAMES = ("hit@1", "hit@5", "hit@10", "ndcg@10")
 RECALL = ("recall@1", "recall@5", "recall@10")
@@ -60,6 +62,7 @@ def minilm(folder: Path) -> Scorer:
     """Scores by cosine of MiniLM as published, at its 256 tokens."""
     from sentence_transformers import SentenceTransformer
 
+    # On the CPU, where mmrag-nano is meant to run.
     model = SentenceTransformer(str(folder), device="cpu")
 
     def score(queries: Sequence[str], documents: Sequence[str]) -> Scores:
@@ -81,6 +84,7 @@ def _words(text: str) -> list[str]:
 
 def ranking_metrics(scores: Scores, relevant: Sequence[set[int]]) -> Metrics:
     """Metrics over queries; ``relevant`` holds the right columns of each row."""
+    # Stable: BM25 ties at 0 keep the order of the documents, on any machine.
     order = np.argsort(-scores, axis=1, kind="stable")
     return average(
         [
@@ -109,6 +113,7 @@ class Handbook:
     def score(self, scorer: Scorer) -> Scores:
         """Score of each page: that of its best passage, (questions, pages)."""
         scores = scorer(self.questions, self.passages)
+        # Not zeros: a page whose passages all have negative cosines would rank too high.
         pages = np.full((len(self.questions), max(self.owners) + 1), -np.inf)
         for column, page in enumerate(self.owners):
             pages[:, page] = np.maximum(pages[:, page], scores[:, column])
@@ -123,6 +128,7 @@ def read_handbook(folder: Path) -> Handbook:
     files = find_files([folder / "pdfs"]).files
     with tempfile.TemporaryDirectory() as scratch:
         for path in files:
+            # Images are made and not looked at: small ones are made fastest.
             for page in read_file(path, scratch, ReadOptions(dpi=24, figures=False)):
                 number = numbers.setdefault((path.name, page.page or 1), len(numbers))
                 words = (page.nodes[0].get_content() if page.nodes else "").split()
@@ -132,6 +138,7 @@ def read_handbook(folder: Path) -> Handbook:
                 owners += [number] * len(starts)
     lines = (folder / "questions.jsonl").read_text(encoding="utf-8").splitlines()
     rows = [json.loads(line) for line in lines]
+    # A KeyError here means a question about a page that is not there: better than a wrong table.
     relevant = [{numbers[p["file"], p["page"]] for p in row["pages"]} for row in rows]
     return Handbook(passages, owners, [row["question"] for row in rows], relevant)
 
@@ -176,6 +183,7 @@ def chance(documents: int) -> dict[str, float]:
     """Expected metrics of a random order: recall, and where one document is right the others."""
     shares = {k: min(1.0, k / documents) for k in (1, 5, 10)}
     hits = {f"{name}@{k}": share for name in ("hit", "recall") for k, share in shares.items()}
+    # The one right document is at each rank with the same probability, and the ideal gain is 1.
     gains = sum(1 / math.log2(rank + 1) for rank in range(1, min(10, documents) + 1))
     return hits | {"ndcg@10": gains / documents}
 
