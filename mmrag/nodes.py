@@ -121,7 +121,8 @@ def node_image(node: BaseNode) -> Path | None:
 
 RESERVED_KEYS = frozenset(
     {
-        *("file", "file_path", "folder", "sha256", "page", "label", "kind", "section", "caption"),
+        *("file", "file_path", "folder", "sha256", "page", "label", "page_name", "kind"),
+        *("section", "caption"),
         *("box", "page_image", "text_layer", "text", "terms", "terms_language", "checksum"),
         *("doc_id", "document_id", "ref_doc_id", "node_id", "node_hash"),
         *("_node_content", "_node_type"),
@@ -146,14 +147,16 @@ def document_name(node: BaseNode) -> str:
 
 
 def page_name(metadata: Mapping[str, Any]) -> str:
-    """How people call the page of a node: ``page 6``, or ``page 6 (printed 3)``.
+    """How people call the place of a node: ``page 6 (printed 3)``, ``slide 2``, ``section Fees``.
 
-    metadata: a node's, with ``page`` and the ``label`` that is printed on the page. Empty if
-    there is no page.
+    metadata: a node's, with ``page_name``, or ``page`` and the ``label`` that is printed on the
+    page, or ``section``. Empty if it has none of them.
     """
+    if metadata.get("page_name"):
+        return str(metadata["page_name"])
     page, label = metadata.get("page"), metadata.get("label")
     if page is None:
-        return ""
+        return f"section {metadata['section']}" if metadata.get("section") else ""
     return f"page {page}" if label in (None, "", str(page)) else f"page {page} (printed {label})"
 
 

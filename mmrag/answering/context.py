@@ -78,8 +78,8 @@ class Source:
 
     @property
     def page_name(self) -> str:
-        """The page for people: ``page 6 (printed 3)``; empty without one."""
-        return page_name({"page": self.page, "label": self.label})
+        """The page for people: ``page 6 (printed 3)``, ``slide 2``; empty without one."""
+        return page_name({**self.node.node.metadata, "page": self.page, "label": self.label})
 
     @property
     def place(self) -> str:
@@ -94,6 +94,7 @@ class Source:
             "file": self.file,
             "page": self.page,
             "label": self.label,
+            "page_name": self.page_name,
             "quote": self.quote,
             "box": box,
         }
@@ -235,9 +236,9 @@ def fence(part: Part, boundary: str) -> str:
     where = [f"file: {_one_line(source.file)}"]
     if source.page is not None:
         where.append(f"page: {source.page}")
-    for name in ("section", "caption"):
+    for name in ("page_name", "section", "caption"):
         if value := source.node.node.metadata.get(name):
-            where.append(f"{name}: {_one_line(str(value))}")
+            where.append(f"{name.replace('_', ' ')}: {_one_line(str(value))}")
     # Said in words: a model takes an empty fence for a source that was left out.
     text = part.text.strip() or "(no text layer)"
     head, tail = f"<<<source {source.n} {boundary}>>>", f"<<<end of source {source.n} {boundary}>>>"

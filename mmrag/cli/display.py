@@ -89,13 +89,14 @@ def hits_view(hits: Sequence[Hit], query: str) -> RenderableType:
 
 def hit_row(hit: Hit, query: str) -> dict[str, Any]:
     """A hit for JSON."""
-    from mmrag.nodes import document_name, given_metadata
+    from mmrag.nodes import document_name, given_metadata, page_name
 
     values = hit.metadata
     return {
         "file": document_name(hit.node),
         "page": values.get("page"),
         "label": values.get("label"),
+        "page_name": page_name(values),
         "kind": values.get("kind"),
         "score": round(hit.score or 0.0, 4),
         "snippet": snippet(hit.text, query),

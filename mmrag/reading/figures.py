@@ -43,7 +43,7 @@ _LABEL_REACH = 12.0  # how far from a drawing its label may stand: a line of tex
 _NUMBER_REACH = 26.0  # the numbers of an axis stand farther off, behind its ticks
 _MAX_GROWTH = 1.8  # times its area that labels may add to a drawing; more is other text
 _MARGIN = 2.0  # around a drawing and its labels
-_CAPTION = re.compile(
+CAPTION = re.compile(
     r"^(fig(ure|\.)?|chart|exhibit|table|tab\.|plate|photo(graph)?|image|picture|diagram|graph|map"
     r"|scheme|illustration|abb(ildung|\.)?|figura|tableau)\s*\d",
     re.IGNORECASE,
@@ -226,7 +226,7 @@ def _caption(box: Box, blocks: Sequence[_Block], drawn: bool) -> _Block | None:
     ]
     near = sorted(((_beside(box, b.box), b) for b in outside), key=lambda item: item[0])
     for _, block in near:
-        if _CAPTION.match(block.text):
+        if CAPTION.match(block.text):
             return block
     if drawn and (title := _title(box, blocks)):
         return title

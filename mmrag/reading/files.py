@@ -7,6 +7,7 @@ import hashlib
 import os
 from collections.abc import Callable, Sequence
 from importlib.metadata import entry_points
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal, NamedTuple, TypeAlias
 from uuid import NAMESPACE_URL, uuid5
@@ -14,7 +15,7 @@ from uuid import NAMESPACE_URL, uuid5
 from mmrag.errors import ReadError
 from mmrag.reading.options import ReadOptions
 
-FileKind: TypeAlias = Literal["pdf", "picture", "text", "plugin"]
+FileKind: TypeAlias = Literal["pdf", "picture", "text", "office", "plugin"]
 """``picture`` for images, as collections store it; ``plugin`` for readers of other packages."""
 
 SUFFIXES: dict[str, FileKind] = {
@@ -44,6 +45,12 @@ _MAGIC: tuple[tuple[bytes, str, FileKind | None], ...] = (
 READERS = "mmrag.readers"
 """Entry points of this group name a suffix, such as ``.docx``, and the function that reads it."""
 
+OFFICE_SUFFIXES = (
+    *(".docx", ".pptx", ".xlsx", ".xls", ".html", ".htm", ".xhtml", ".epub", ".eml", ".msg"),
+    ".csv",
+)
+INSTALL_OFFICE = "pip install 'mmrag[office]'"
+
 IMAGES_MARK = ".mmrag"
 """A file of this name says that a folder holds page images, which are not to be read again."""
 
@@ -53,7 +60,10 @@ def suffixes() -> dict[str, FileKind]:
     others: dict[str, FileKind] = {
         point.name.lower(): "plugin" for point in entry_points(group=READERS)
     }
-    return others | SUFFIXES
+    office: dict[str, FileKind] = {}
+    if find_spec("markitdown") is not None:
+        office = dict.fromkeys(OFFICE_SUFFIXES, "office")
+    return others | office | SUFFIXES
 
 
 class FoundFiles(NamedTuple):
@@ -170,8 +180,8 @@ def file_kind(path: Path, options: ReadOptions) -> FileKind:
             file=name,
         )
     title, actual = _content(head)
-    # A reader of another package knows its own format; Office documents, for one, are ZIP files.
-    if title is not None and actual != kind and kind != "plugin":
+    # Those know their own formats; Office documents, for one, are ZIP files.
+    if title is not None and actual != kind and kind not in ("office", "plugin"):
         raise ReadError(
             f"the content is a {title}, not what {path.suffix} says; rename or convert the file",
             file=name,
@@ -198,6 +208,8 @@ _HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b
 
 
 def _unknown(path: Path) -> str:
+    if path.suffix.lower() in OFFICE_SUFFIXES:
+        return f"files of type {path.suffix} need the office extra: {INSTALL_OFFICE}"
     known = " ".join(sorted(suffixes()))
     return f"files of type {path.suffix or '(none)'} are not supported; use {known}"
 

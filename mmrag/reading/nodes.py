@@ -66,7 +66,11 @@ class Source:
 
 def page_nodes(source: Source, record: PageRecord, repeated: frozenset[str]) -> list[BaseNode]:
     """The page, its passages and its figures; figures whose mark is repeated are left out."""
-    shared: dict[str, Any] = {"page": record.page, "label": record.label}
+    shared: dict[str, Any] = {
+        "page": record.page,
+        "label": record.label,
+        "page_name": record.page_name,
+    }
     nodes = [
         source.node(
             "page",
@@ -93,7 +97,7 @@ def page_nodes(source: Source, record: PageRecord, repeated: frozenset[str]) -> 
                 figure.caption,
                 index=index,
                 image=figure.image,
-                box=list(figure.box),
+                box=list(figure.box) if figure.box else None,
                 caption=figure.caption,
                 section=figure.section or record.section,
                 **shared,

@@ -21,7 +21,7 @@ class ReadOptions:
     dpi: resolution of page images, in pixels per inch.
     max_page_pixels: bound on width times height of a page image; larger pages are scaled down.
     page_seconds: time that one step of a page (text, figures, image) may take; recognition
-        of its text gets five times as much.
+        of its text and conversion of an Office document get five times as much.
     figures: find figures on PDF pages.
     passage_words: longest passage, in words; pages and texts longer than this are cut.
     passage_overlap: words that neighbouring passages share, at most.
@@ -73,23 +73,35 @@ _POSITIVE = (
     "max_memory_bytes",
 )
 
-RECOGNITION_PATIENCE = 5.0  # times page_seconds; the first page of a process loads the models
+# Times page_seconds. The first page that is recognised loads the models; a document is converted
+# as a whole.
+LONG_PATIENCE = 5.0
 
 
 @dataclass(frozen=True, slots=True)
 class Passage:
-    """A piece of a page's text. box: around all of its words; section: None for the page's own."""
+    """A piece of a page's text, or of a file without pages.
+
+    box: around all of its words. section: None for the page's own.
+    page_name: what people call its place where it has no page, such as ``sheet Budget``.
+    image: path of an image that stands in a file without pages, with ``text`` for its caption.
+    """
 
     text: str
     box: Box | None
     section: str | None = None
+    page_name: str | None = None
+    image: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """A figure on a page. image: path of its image; mark: equal for the same art elsewhere."""
+    """A figure on a page. image: path of its image; mark: equal for the same art elsewhere.
 
-    box: Box
+    box: None where the page has no image of its own.
+    """
+
+    box: Box | None
     caption: str
     image: str
     mark: str
@@ -98,9 +110,11 @@ class Figure:
 
 @dataclass(frozen=True, slots=True)
 class PageRecord:
-    """What was read from one page of a PDF, or one frame of an image file.
+    """What was read from one page of a PDF, one slide, or one frame of an image file.
 
+    text_layer: where the text comes from; None for a file that is text.
     label: the page number printed on it, as the PDF has it; None for a frame.
+    page_name: what people call it where that is not its page number, such as ``slide 3``.
     image: path of its image; None if it cannot be rendered.
     needs_ocr: whether it may hold text that only recognition can read, and was not recognised.
     warnings: what the PDF engine complained about.
@@ -109,13 +123,14 @@ class PageRecord:
     page: int
     image: str | None
     text: str
-    text_layer: TextLayer
+    text_layer: TextLayer | None
     label: str | None = None
     section: str | None = None
     passages: tuple[Passage, ...] = ()
     figures: tuple[Figure, ...] = ()
     needs_ocr: bool = False
     warnings: tuple[str, ...] = ()
+    page_name: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +145,7 @@ class Problem:
     retry: bool = False
 
 
-StepName: TypeAlias = Literal["open", "text", "figures", "image", "recognition"]
+StepName: TypeAlias = Literal["open", "convert", "text", "figures", "image", "recognition"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +158,7 @@ class Step:
     @property
     def patience(self) -> float:
         """How many times ``page_seconds`` the step may take."""
-        return RECOGNITION_PATIENCE if self.name == "recognition" else 1.0
+        return LONG_PATIENCE if self.name in ("convert", "recognition") else 1.0
 
 
 Skipped: TypeAlias = frozenset[tuple[int, StepName]]

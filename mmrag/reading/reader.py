@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmrag.errors import ReadError
 from mmrag.reading import client, marking, ocr
-from mmrag.reading.files import OnError, file_kind, file_sha256, raise_it, remove_partial, write
+from mmrag.reading.files import (
+    FileKind,
+    OnError,
+    file_kind,
+    file_sha256,
+    raise_it,
+    remove_partial,
+    write,
+)
 from mmrag.reading.options import (
-    RECOGNITION_PATIENCE,
+    LONG_PATIENCE,
     Box,
     PageRecord,
     Passage,
@@ -182,6 +192,7 @@ def _records(
 # What a worker was doing when it died, and what that costs.
 _STEPS: dict[StepName, tuple[str, str]] = {
     "open": ("opening the file", "it is damaged or too complex: save it anew"),
+    "convert": ("converting the file", "it is damaged or too complex: save it anew"),
     "text": ("reading the page's text", "the page is left out"),
     "image": ("making the page's image", "the page is kept without it"),
     "figures": ("looking for figures", "the page is kept without its figures"),
@@ -222,20 +233,35 @@ def _read_text(source: Source, options: ReadOptions, report: Report) -> Iterator
 
 
 def _text_page(source: Source, passages: Sequence[Passage]) -> Iterator[ReadPage]:
-    nodes = [
-        source.node("text", passage.text, index=index, section=passage.section)
-        for index, passage in enumerate(passages)
-    ]
+    nodes: list[BaseNode] = []
+    counts = Counter[str]()
+    for passage in passages:
+        kind = "figure" if passage.image else "text"
+        caption = passage.text if passage.image else None
+        nodes.append(
+            source.node(
+                kind,
+                passage.text,
+                index=counts[kind],
+                image=passage.image,
+                section=passage.section,
+                page_name=passage.page_name,
+                caption=caption,
+            )
+        )
+        counts[kind] += 1
     if nodes:
         yield ReadPage(None, nodes)
 
 
-def _read_plugin(source: Source, options: ReadOptions, report: Report) -> Iterator[ReadPage]:
-    """A file of a type that another package reads: pages as they come, its passages at the end."""
+def _read_mixed(
+    operation: str, source: Source, options: ReadOptions, report: Report
+) -> Iterator[ReadPage]:
+    """A file of pages or of passages: pages as they come, its passages at the end."""
     from mmrag.reading.nodes import page_nodes
 
     passages: list[Passage] = []
-    for record in _records("plugin", source, options, report):
+    for record in _records(operation, source, options, report):
         if isinstance(record, Passage):
             passages.append(record)
             continue
@@ -244,7 +270,13 @@ def _read_plugin(source: Source, options: ReadOptions, report: Report) -> Iterat
     yield from _text_page(source, passages)
 
 
-_READERS = {"pdf": _read_pdf, "picture": _read_image, "text": _read_text, "plugin": _read_plugin}
+_READERS: dict[FileKind, Callable[[Source, ReadOptions, Report], Iterator[ReadPage]]] = {
+    "pdf": _read_pdf,
+    "picture": _read_image,
+    "text": _read_text,
+    "office": partial(_read_mixed, "office"),
+    "plugin": partial(_read_mixed, "plugin"),
+}
 
 
 def count_pages(path: str | Path) -> int:
@@ -356,7 +388,7 @@ def _kept_words(path: str | Path, page_image: str | Path | None) -> PageWords | 
 def _once(path: str | Path, page: int | None, operation: str, *arguments: object) -> Any:
     """The one answer of an operation on a page, or on the file where ``page`` is None."""
     # One step may be recognition, whose patience the worker only grants to steps that name it.
-    options = ReadOptions(page_seconds=ReadOptions().page_seconds * RECOGNITION_PATIENCE)
+    options = ReadOptions(page_seconds=ReadOptions().page_seconds * LONG_PATIENCE)
     try:
         (answer,) = client.ask(options, operation, *arguments)
     except (client.RequestFailed, client.WorkerDied) as error:

@@ -36,15 +36,15 @@ def read_passages(path: Path, options: ReadOptions) -> Iterator[Passage | Proble
     text = clean(text.replace("\r\n", "\n").replace("\r", "\n"))
     markdown = path.suffix.lower() in (".md", ".markdown")
     found = False
-    for section, body in _sections(text) if markdown else [(None, text)]:
-        for piece in _pieces(body, options.passage_words, options.passage_overlap):
+    for section, body in sections(text) if markdown else [(None, text)]:
+        for piece in pieces(body, options.passage_words, options.passage_overlap):
             found = True
             yield Passage(piece, None, section)
     if not found:
         yield Problem(None, "the file holds no text, only white space")
 
 
-def _sections(text: str) -> list[tuple[str | None, str]]:
+def sections(text: str) -> list[tuple[str | None, str]]:
     """Headings (``Plans > Dental``) with the text from each to the next."""
     sections: list[tuple[str | None, list[str]]] = [(None, [])]
     path: list[str] = []
@@ -61,7 +61,7 @@ def _sections(text: str) -> list[tuple[str | None, str]]:
     return [(heading, "\n".join(lines).strip()) for heading, lines in sections]
 
 
-def _pieces(text: str, limit: int, overlap: int) -> Iterator[str]:
+def pieces(text: str, limit: int, overlap: int) -> Iterator[str]:
     """A text cut into passages at ends of sentences and lines."""
     words = list(_WORD.finditer(text))
     if not words:

@@ -24,6 +24,7 @@ OPERATIONS = {
     "pdf": ("mmrag.reading.pdf", "read_pages"),
     "image": ("mmrag.reading.images", "read_frames"),
     "text": ("mmrag.reading.text", "read_passages"),
+    "office": ("mmrag.reading.office", "read_records"),
     "plugin": ("mmrag.reading.plugins", "read_records"),
     "count": ("mmrag.reading.evidence", "count_pages"),
     "locate": ("mmrag.reading.evidence", "locate"),

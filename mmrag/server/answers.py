@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from llama_index.core.schema import BaseNode, NodeWithScore
 
-from mmrag.nodes import as_hit, document_name, given_metadata, node_text
+from mmrag.nodes import as_hit, document_name, given_metadata, node_image, node_text, page_name
 from mmrag.queries import MultimodalQuery
 from mmrag.server.library import Library
 from mmrag.server.links import page_image_url, view_url
@@ -81,7 +81,9 @@ def _place(node: BaseNode, boxes: list[list[float]], collection: str, base: str)
     if file_id is not None:
         view = view_url(base, collection, file_id, page, boxes)
         # Text files have no pages and no images of them.
-        if page is not None:
+        # A slide has an image only if one stands on it.
+        shown = values.get("page_image") or node_image(node)
+        if page is not None and shown is not None:
             image = page_image_url(collection, file_id, page, boxes)
     return {
         "file": file,
@@ -89,6 +91,7 @@ def _place(node: BaseNode, boxes: list[list[float]], collection: str, base: str)
         "file_id": file_id,
         "page": page,
         "label": values.get("label"),
+        "page_name": page_name(values),
         "kind": values.get("kind", "text"),
         "metadata": given_metadata(values),
         "boxes": [[round(edge, 2) for edge in box] for box in boxes],

@@ -143,7 +143,7 @@ def _hit(row: Mapping[str, Any]) -> Hit:
 
     from mmrag.nodes import Hit
 
-    names = ("file", "page", "label", "kind")
+    names = ("file", "page", "label", "page_name", "kind")
     metadata = {name: row[name] for name in names if row.get(name) is not None}
     metadata |= {**row.get("metadata", {}), "sha256": row["file_id"]}
     node = TextNode(text=row["text"], metadata=metadata)

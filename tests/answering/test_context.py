@@ -287,5 +287,6 @@ def test_the_public_fields_of_a_source():
     boxes = ((1.0, 2.0, 5.0, 3.0), (0.5, 3.0, 2.0, 4.125))
     found = Source(2, "a.pdf", 3, hit(), "", Path("x.png"), "quote", boxes)
     expected = {"n": 2, "file": "a.pdf", "page": 3, "label": None, "quote": "quote"}
+    expected["page_name"] = "page 3"
     assert found.to_dict() == expected | {"box": [0.5, 2.0, 5.0, 4.12]}
     assert found.place == "a.pdf, page 3"

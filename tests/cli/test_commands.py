@@ -117,7 +117,9 @@ def test_search_json_has_the_agreed_fields(folder):
     found = json.loads(result.stdout)
     assert found["query"] == "dental cleaning"
     best = found["hits"][0]
-    assert set(best) == {"file", "page", "label", "kind", "score", "snippet", "box", "metadata"}
+    assert set(best) == {
+        *("file", "page", "label", "page_name", "kind", "score", "snippet", "box", "metadata"),
+    }
     assert best["file"].endswith("plans.pdf")
     assert best["page"] == 2
     assert best["snippet"].startswith("Dental cleaning")

@@ -196,11 +196,11 @@ def test_progress_counts_copies_of_failed_files(embedder, collection, files):
 
 
 def test_files_of_other_types_are_named(embedder, collection, files):
-    for name in ("a.docx", "b.DOCX", "page.html", "LICENSE", ".hidden.docx"):
+    for name in ("a.odt", "b.ODT", "page.tex", "LICENSE", ".hidden.docx"):
         write(f"in/{name}", "not read")
     report = ingest(["in"], collection, embedder)
-    assert report.notes == ["4 files of other types passed over: 2 .docx, 1 no suffix, 1 .html"]
-    assert report.passed_over == ["in/LICENSE", "in/a.docx", "in/b.DOCX", "in/page.html"]
+    assert report.notes == ["4 files of other types passed over: 2 .odt, 1 no suffix, 1 .tex"]
+    assert report.passed_over == ["in/LICENSE", "in/a.odt", "in/b.ODT", "in/page.tex"]
     assert len(report.indexed) == 3 and not report.failed
 
 

@@ -23,13 +23,13 @@ def touch(path: Path, data: bytes = b"x") -> Path:
 
 def test_folders_are_searched_and_named_files_are_checked(tmp_path) -> None:
     kept = [touch(tmp_path / name) for name in ("b.PDF", "sub/deep/a.md", "sub/c.jpeg", "z/a.tiff")]
-    for name in (".hidden.pdf", ".git/a.pdf", "notes.docx", "sub/.cache/b.png"):
+    for name in (".hidden.pdf", ".git/a.pdf", "notes.odt", "sub/.cache/b.png"):
         touch(tmp_path / name)
-    odd, missing = tmp_path / "notes.docx", tmp_path / "gone.pdf"
+    odd, missing = tmp_path / "notes.odt", tmp_path / "gone.pdf"
     files, errors, _ = find_files([tmp_path, str(kept[0]), odd, missing])
     assert files == sorted(kept)
     assert [error.file for error in errors] == [odd.as_posix(), missing.as_posix()]
-    assert ".docx" in str(errors[0]) and "no such" in str(errors[1])
+    assert ".odt" in str(errors[0]) and "no such" in str(errors[1])
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")

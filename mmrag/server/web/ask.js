@@ -147,7 +147,7 @@ function citation(n, sources) {
   return el("button", { type: "button", class: "cite", "aria-label": label, title: placeOf(source), onclick: () => openSource(source) }, String(n));
 }
 
-export const placeOf = ({ name, page }) => (page === null ? name : `${name}, page ${page}`);
+export const placeOf = ({ name, page_name: place }) => (place ? `${name}, ${place}` : name);
 
 function footOf({ found, sources, problems }) {
   const cited = sources.filter((source) => source.cited);

@@ -62,16 +62,16 @@ function show() {
   const { source } = view;
   byId("viewer-title").textContent = source.name;
   byId("viewer-title").title = source.file;
-  byId("viewer-place").textContent = source.label && source.label !== String(source.page) ? `printed page ${source.label}` : "";
+  byId("viewer-place").textContent = source.page_name ?? "";
   byId("viewer-quote").textContent = source.quote ?? "";
-  byId("viewer-quote").hidden = !source.quote || source.page === null;
-  for (const tool of document.querySelectorAll(".tools .icon, .tools .text")) tool.hidden = source.page === null;
-  if (source.page === null) byId("viewer-page").replaceChildren(passage(source));
+  byId("viewer-quote").hidden = !source.quote || source.image === null;
+  for (const tool of document.querySelectorAll(".tools .icon, .tools .text")) tool.hidden = source.image === null;
+  if (source.image === null) byId("viewer-page").replaceChildren(passage(source));
   else draw();
   number();
 }
 
-/** The text of a file without pages, its quote marked. */
+/** The text of what has no image, its quote marked. */
 function passage({ text, quote }) {
   const at = quote ? text.indexOf(quote) : -1;
   if (at < 0) return el("pre", { class: "passage" }, text);
@@ -135,7 +135,7 @@ function turn(step) {
 }
 
 function number() {
-  byId("page-number").textContent = view.source.page === null ? "" : `${view.page} / ${view.pages}`;
+  byId("page-number").textContent = view.source.image === null ? "" : `${view.page} / ${view.pages}`;
   byId("page-back").disabled = view.page <= 1;
   byId("page-on").disabled = view.page >= view.pages;
 }
