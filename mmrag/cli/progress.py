@@ -133,4 +133,12 @@ def _lines() -> Iterator[Callable[[Progress], None]]:
 def _speed(now: Progress) -> str:
     failed = f", {now.failures} failed" if now.failures else ""
     name = clean(Path(now.file).name)
-    return f"{now.pages} pages ({now.pages_per_second:.1f}/s){failed}: {name}"
+    left = "" if now.seconds_left is None else f", {_duration(now.seconds_left)} left"
+    return f"{now.pages} pages ({now.pages_per_second:.1f}/s{left}){failed}: {name}"
+
+
+def _duration(seconds: float) -> str:
+    """``50 s``, ``12 min``, ``3.5 h``."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

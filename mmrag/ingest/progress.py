@@ -15,11 +15,13 @@ class Progress:
     """How far a run has come.
 
     pages: embedded and stored in this run. failures: errors so far. file: the latest one.
-    seconds: since the start.
+    seconds: since the start. pages_left: about how many are still to come, by the bytes of the
+    files; None until the first file is done.
 
     Examples:
-        >>> Progress(1, 4, pages=30, failures=0, file="a.pdf", seconds=10.0).pages_per_second
-        3.0
+        >>> now = Progress(1, 4, pages=30, failures=0, file="a.pdf", seconds=10.0, pages_left=90)
+        >>> now.pages_per_second, now.seconds_left
+        (3.0, 30.0)
     """
 
     files_done: int
@@ -28,11 +30,19 @@ class Progress:
     failures: int
     file: str
     seconds: float
+    pages_left: int | None = None
 
     @property
     def pages_per_second(self) -> float:
         """Pages stored per second since the start."""
         return self.pages / self.seconds if self.seconds > 0 else 0.0
+
+    @property
+    def seconds_left(self) -> float | None:
+        """About how long it goes on at this rate; None where that is not known yet."""
+        if self.pages_left is None or not self.pages:
+            return None
+        return self.pages_left / self.pages_per_second
 
 
 @dataclass

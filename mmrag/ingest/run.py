@@ -91,6 +91,7 @@ def ingest(
         late=_late(collection, late),
         total=plan.total,
         known=known,
+        sizes={job.sha256: _size(job.path) for job in plan.jobs},
         progress=progress,
         started=started,
     )
@@ -127,6 +128,13 @@ def ingest(
         collection.optimize()
     report.seconds = time.monotonic() - started
     return report
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:  # gone since it was hashed; reading reports it
+        return 0
 
 
 def _weight(event: ReadPage | ReadError | End) -> int:

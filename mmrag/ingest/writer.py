@@ -10,7 +10,7 @@ import contextvars
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple, Self, TypeAlias
 
@@ -71,6 +71,7 @@ class Writer:
     Args:
         late: gives how tokens are made, of a collection that keeps them.
         total: how many files the run deals with. known: how many of them need no reading.
+        sizes: bytes of the files to read, by hash.
         started: the run's beginning, in seconds of ``time.monotonic``.
 
     Attributes:
@@ -86,6 +87,7 @@ class Writer:
         late: Callable[[], LateInteraction | None] | None = None,
         total: int,
         known: int,
+        sizes: Mapping[str, int],
         progress: Callable[[Progress], None] | None,
         started: float,
     ) -> None:
@@ -95,6 +97,9 @@ class Writer:
         self._late = late
         self._total = total
         self._done = known
+        self._sizes = sizes
+        self._bytes_to_read = sum(sizes.values())
+        self._finished = [0, 0]  # bytes and pages of finished files
         self._progress = progress
         self._started = started
         self._waiting: list[_Waiting] = []
@@ -224,6 +229,8 @@ class Writer:
         if job.stale and not (complete and job.pages):
             self._report.notes.append(f"{job.name}: its earlier version stays in place.")
         self._done += 1
+        self._finished[0] += self._sizes.get(job.sha256, 0)
+        self._finished[1] += job.pages
         self._tell(job)
 
     def _store_entry(self, job: Job, complete: bool) -> None:
@@ -281,6 +288,8 @@ class Writer:
 
     def _tell(self, job: Job) -> None:
         if self._progress is not None:
+            size, pages = self._finished
+            expected = pages * self._bytes_to_read / size if size else None
             self._progress(
                 Progress(
                     files_done=self._done,
@@ -289,6 +298,9 @@ class Writer:
                     failures=len(self._report.errors),
                     file=job.name,
                     seconds=time.monotonic() - self._started,
+                    pages_left=None
+                    if expected is None
+                    else max(0, round(expected) - self._report.pages),
                 )
             )
 

@@ -607,6 +607,9 @@ def test_progress(embedder, collection, files):
     assert (last.files_done, last.files_total) == (5, 5)
     assert (last.pages, last.failures) == (report.pages, len(report.errors)) == (4, 1)
     assert last.pages_per_second == pytest.approx(last.pages / last.seconds)
+    assert last.pages_left == 0 and last.seconds_left == 0
+    left = [p.pages_left for p in seen if p.pages_left is not None]
+    assert left and all(0 <= n < 200 for n in left)
     assert {p.file for p in seen} >= {"in/long.txt", "in/broken.pdf"}
 
 
