@@ -25,6 +25,7 @@ from qdrant_client import QdrantClient
 
 from mmrag.embedding import UniversalEmbedding
 from mmrag.errors import ContentError
+from mmrag.index import UniversalIndex
 from mmrag.retrieval.retriever import UniversalRetriever
 from mmrag.store.collection import Collection, CollectionSettings
 
@@ -95,6 +96,25 @@ def test_b_pages_without_text_are_stored(model, store, pages):
     Collection keep them."""
     stored_through_the_pipeline(model, store, pages)
     assert {node.node_id for node in store.get_nodes()} == {node.node_id for node in pages}
+
+
+def test_b_images_inserted_after_the_model_have_vectors_of_their_own(model, store, pages, images):
+    """``insert_nodes(nodes)`` alone would embed the text, which is empty."""
+    index = VectorStoreIndex([], storage_context=_storage(store), embed_model=model)
+    index.insert_nodes(model(pages))
+    vector = model.get_image_embedding(str(images[1]))
+    (best, *_) = index.as_retriever().retrieve(QueryBundle("", embedding=vector))
+    assert best.node.node_id == pages[1].node_id
+    assert best.score == pytest.approx(1)
+
+
+def test_b_an_index_of_ours_embeds_the_images_of_pages_without_text(model, pages, images, tmp_path):
+    with UniversalIndex(tmp_path / "library", model) as index:
+        index.insert_nodes(pages)
+        for page, image in zip(pages, images, strict=True):
+            (best,) = index.as_retriever(similarity_top_k=1).search(image=image)
+            assert best.node.node_id == page.node_id
+            assert best.view_scores["image"] == pytest.approx(1, abs=1e-5)
 
 
 def test_b_a_collection_keeps_pages_without_text(model, pages, tmp_path):
@@ -169,6 +189,12 @@ def test_e_an_image_document_survives_as_a_node(model, store, images):
     (back,) = store.get_nodes()
     assert _path(back) == images[0]
     assert back.get_content() == "both"
+
+
+def test_e_what_would_lose_its_image_is_refused_in_a_pipeline(model, store, images):
+    document = ImageDocument(image_path=str(images[0]), text="both")
+    with pytest.raises(ContentError, match=r"a ImageDocument comes back .* Node\(text_resource"):
+        stored_through_the_pipeline(model, store, [document])
 
 
 def test_f_images_are_kept_by_path_and_no_bytes_are_stored(model, store, pages, tmp_path):
