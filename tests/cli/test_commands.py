@@ -3,6 +3,7 @@ import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pymupdf
 import pytest
@@ -557,3 +558,25 @@ def test_tuning_saves_weights_and_says_what_they_are_worth(docs, tmp_path):
     assert found["saved"] is False
     with UniversalIndex(folder) as library:
         assert library.collection.weights
+
+
+def test_watching_indexes_what_changes_until_it_is_stopped(tmp_path, monkeypatch):
+    from mmrag.ingest import watch
+
+    folder = tmp_path / "in"
+    folder.mkdir()
+    (folder / "old.md").write_text("The old boiler.\n")
+
+    def changes(folders, stop):
+        (folder / "new.md").write_text("The new boiler.\n")
+        yield [folder / "new.md"]
+        (folder / "old.md").unlink()
+        yield []
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(watch, "watch", changes)
+    result = run("index", folder, "-c", tmp_path / "c", "--watch")
+    assert result.exit_code == 130 and "Watching" in result.stderr
+    assert result.stdout.count("1 indexed") == 2 and "1 removed" in result.stdout
+    listed = json.loads(run("list", "-c", tmp_path / "c", "--json").stdout)
+    assert [Path(each["file"]).name for each in listed["files"]] == ["new.md"]
