@@ -40,9 +40,11 @@ if TYPE_CHECKING:
     from mmrag.evaluation.compare import Difference, compare_evaluations
     from mmrag.evaluation.llamaindex import PageRetriever
     from mmrag.evaluation.questions import Question, read_questions
+    from mmrag.evaluation.report import write_report
     from mmrag.evaluation.results import Evaluation, Score, System
     from mmrag.evaluation.run import evaluate
     from mmrag.evaluation.storage import StorageSetting, measure_storage
+    from mmrag.evaluation.trec import read_qrels, read_run, save_runs, with_qrels
     from mmrag.index import UniversalIndex
     from mmrag.ingest.progress import IngestReport, Progress
     from mmrag.llms.endpoint import open_llm
@@ -138,8 +140,13 @@ _HOME = {
     "measure_storage": "evaluation.storage",
     "open_llm": "llms.endpoint",
     "read_file": "reading",
+    "read_qrels": "evaluation.trec",
     "read_questions": "evaluation.questions",
+    "read_run": "evaluation.trec",
     "save_marked_page": "reading",
+    "save_runs": "evaluation.trec",
+    "with_qrels": "evaluation.trec",
+    "write_report": "evaluation.report",
 }
 
 __all__ = [
@@ -214,8 +221,13 @@ __all__ = [
     "measure_storage",
     "open_llm",
     "read_file",
+    "read_qrels",
     "read_questions",
+    "read_run",
     "save_marked_page",
+    "save_runs",
+    "with_qrels",
+    "write_report",
 ]
 
 

@@ -90,7 +90,8 @@ def ask_library(
         for question in questions
         for scope in options.scopes
     }
-    for count, question in enumerate(questions, 1):
+    for count, question in enumerate(questions):
+        done(count)
         todo = [scope for scope in options.scopes if keys[question.id, scope] not in kept]
         try:
             # Alone, as it is asked in use: in half precision a batch moves vectors, and so ranks.
@@ -101,7 +102,7 @@ def ask_library(
         for scope in todo:
             query = question.query(embedding=vector, where=_within(question, scope))
             kept[keys[question.id, scope]] = retrievers.ask(query)
-        done(count)
+    done(len(questions))
     for (id_, scope), key in keys.items():
         for row in kept.get(key, ()):
             system = System(model, row["ranking"], row["dim"], row["reranker"], scope)

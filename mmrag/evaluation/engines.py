@@ -63,7 +63,8 @@ def answer_all(
             raise error
         notes.append(f"{what}: {error}")
 
-    for count, question in enumerate(questions, 1):
+    for count, question in enumerate(questions):
+        done(count)
         key = fingerprint(base, *question_state(question))
         try:
             record = AnswerRecord.from_json(kept.get_or(key, partial(_answer, engine, question)))
@@ -78,7 +79,7 @@ def answer_all(
             failed = 0
         except EndpointError as error:
             note(f"the answer to question {question.id} was not judged", error)
-        done(count)
+    done(len(questions))
     return records
 
 

@@ -99,7 +99,7 @@ def test_a_run_that_is_stopped_goes_on(library, questions, embedder, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         evaluate(library, questions, keep=keep, progress=stop)
     asked = embedder.encoded
-    assert asked == 10
+    assert asked == 10  # ten are done, and the eleventh was not begun
     keep.write_text(keep.read_text()[:-40])  # the last line was cut short
     resumed = evaluate(library, questions, keep=keep)
     assert embedder.encoded == asked + 1 + len(questions) - 10
