@@ -14,6 +14,9 @@ from mmrag.cli.app import app
 from mmrag.embedders.late import LateInteraction
 from mmrag.embedders.muvera import Muvera
 from mmrag.errors import CollectionError, ConfigError, ContentError
+from mmrag.evaluation.questions import Question
+from mmrag.evaluation.results import System
+from mmrag.evaluation.run import evaluate
 from mmrag.index import UniversalIndex
 from mmrag.ingest.run import ingest
 from mmrag.queries import Where
@@ -230,3 +233,19 @@ def test_from_the_command_line(tmp_path):
     assert '"tokens"' in found.stdout and '"muvera"' in found.stdout
     assert run("index", pictures, *where, "--late", "mmrag-nano").exit_code == 3
     assert run("index", pictures, *where, "--muvera").exit_code == 2
+
+
+def test_tokens_are_evaluated_beside_the_other_rankings(folder, tmp_path):
+    late = LateInteraction(WordTokens(), muvera=Muvera(k_sim=3, repetitions=10))
+    asked = [Question(FILES[name], ((name, 1),), id=name) for name in list(FILES)[:3]]
+    with open_index(tmp_path / "c", late) as library:
+        library.add(folder)
+        found = evaluate(library, asked, dims=(8,), scopes=("corpus",))
+        retriever = library.as_retriever(similarity_top_k=10)
+        fused = {question.id: retriever.search(question.text) for question in asked}
+    assert found.scores(System("fake", "tokens"))["hit@1"].mean == 1.0
+    assert System("fake", "muvera") in found.found
+    assert System("fake", "tokens", dim=8) not in found.found
+    for id_, ranked in found.rankings[System("fake", "fusion")].items():
+        names = [hit.metadata["file"].split("/")[-1] for hit in fused[id_]]
+        assert [file for (file, _), _ in ranked] == names

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import PurePath
 from typing import Any, TypedDict
 
@@ -115,20 +116,18 @@ class _Retrievers:
     def __init__(self, index: UniversalIndex, options: Options) -> None:
         self.options = options
         top = max(options.cuts)
-        fusion: RetrieverOptions = {"similarity_top_k": top, "depth": options.depth}
-        self.own = index.as_retriever(**fusion)
+        self.own = index.as_retriever(similarity_top_k=top, depth=options.depth)
         self.by_dim: dict[int | None, tuple[UniversalRetriever, dict[str, UniversalRetriever]]] = {}
         for dim in (None, *options.dims):
             collection = index.collection
             if dim is not None:
                 collection = cut_collection(collection, index.embedder, dim)
-            wide = UniversalRetriever(
-                collection, index.embedder, top, weights=_EVERY_RANKING, depth=options.depth
+            make: Callable[..., UniversalRetriever] = partial(
+                UniversalRetriever, collection, index.embedder, late=index.late, depth=options.depth
             )
-            fused = {
-                name: UniversalRetriever(collection, index.embedder, **(fusion | given))
-                for name, given in options.fusions.items()
-            }
+            usual: RetrieverOptions = {"similarity_top_k": top}
+            fused = {name: make(**(usual | given)) for name, given in options.fusions.items()}
+            wide = make(similarity_top_k=top, weights=_EVERY_RANKING)
             self.by_dim[dim] = (wide, fused)
 
     def ask(self, query: MultimodalQuery) -> list[dict[str, Any]]:

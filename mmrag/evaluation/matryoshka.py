@@ -39,6 +39,8 @@ class _Cut:
     def search(
         self, view: View, vector: NDArray[np.float32], limit: int, where: Where | None = None
     ) -> list[Scored]:
+        if view not in self._collection.settings.views:  # of late interaction, not Matryoshka
+            return self._collection.search(view, vector, limit, where)
         if view not in self._views:
             nodes, vectors = self._collection.vectors(view)
             self._views[view] = nodes, truncate_normalise(vectors, self._dim)
