@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from mmrag.evaluation.storage import StorageSetting, measure_storage
     from mmrag.evaluation.trec import read_qrels, read_run, save_runs, with_qrels
     from mmrag.index import UniversalIndex
-    from mmrag.ingest.progress import IngestReport, Progress
+    from mmrag.ingest.progress import DescriptionReport, IngestReport, Progress
     from mmrag.llms.endpoint import open_llm
     from mmrag.llms.local import LocalLLM
     from mmrag.queries import MultimodalQuery, Where
@@ -85,6 +85,7 @@ _HOME = {
     "ConfigError": "errors",
     "Content": "content",
     "ContentError": "errors",
+    "DescriptionReport": "ingest.progress",
     "Difference": "evaluation.compare",
     "Embedder": "embedders",
     "EndpointError": "errors",
@@ -165,6 +166,7 @@ __all__ = [
     "ConfigError",
     "Content",
     "ContentError",
+    "DescriptionReport",
     "Difference",
     "Embedder",
     "EndpointError",

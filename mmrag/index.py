@@ -184,11 +184,14 @@ class UniversalIndex:
         prune: bool = False,
         workers: int | None = None,
         metadata: FileMetadata | None = None,
+        describe: LLM | None = None,
     ) -> IngestReport:
         """Index files and folders; see ``mmrag.ingest.run.ingest``.
 
         progress: True shows a bar on stderr; a function is called with each Progress.
         metadata: of the files, to filter by: a dict for all of them, or a function of the path.
+        describe: a model that takes images, to describe figures, image files and pages without
+            words; see docs/reading.md. The report has its cost as ``descriptions``.
         """
         # A str is a sequence too, and would be taken letter by letter.
         many = [paths] if isinstance(paths, (str, Path)) else list(paths)
@@ -200,7 +203,7 @@ class UniversalIndex:
             embedder = self.embedder
         collection = self._made()
         with shown_progress(progress) as show:
-            return ingest(
+            report = ingest(
                 many,
                 collection,
                 embedder,
@@ -212,6 +215,13 @@ class UniversalIndex:
                 workers=workers,
                 metadata=metadata,
             )
+        if describe is not None:
+            from mmrag.ingest.describe import describe_files
+
+            done = (report.indexed, report.replaced, report.incomplete, report.unchanged)
+            names = [*(name for each in done for name in each), *report.moved]
+            describe_files(names, collection, embedder, describe, report, lambda: self.late)
+        return report
 
     def insert_nodes(self, nodes: Sequence[BaseNode]) -> None:
         """Insert nodes of your own: TextNode, ImageNode, Node with text, image or both.

@@ -24,7 +24,7 @@ from mmrag.errors import ContentError
 class Evidence(BaseModel):
     """A node of a found page that matched: the page itself, a passage, or a figure.
 
-    node_id: of the stored node. kind: page, passage, figure, image or text.
+    node_id: of the stored node. kind: page, passage, figure, picture, text or description.
     box: its part of the page, in PDF points; None for the whole.
     """
 
@@ -56,6 +56,8 @@ class Hit(NodeWithScore):
     view_scores: raw score in each ranking: a cosine, or a BM25 score.
     box: part of the page that matched best, in PDF points.
     evidence: every node of the page that was found, best first.
+    description: what a model wrote of an image on the page, which does not stand there.
+    described_by: the name of that model.
     explanation: what each ranking contributed, if the retriever was asked to explain.
     rerank_score: the reranker's score in [0, 1]; None if the node was not judged.
     rerank_error: why judging failed.
@@ -74,6 +76,8 @@ class Hit(NodeWithScore):
     view_scores: dict[str, float] = Field(default_factory=dict)
     box: tuple[float, float, float, float] | None = None
     evidence: list[Evidence] = Field(default_factory=list)
+    description: str | None = None
+    described_by: str | None = None
     explanation: dict[str, Credit] | None = None
     rerank_score: float | None = None
     rerank_error: str | None = None
@@ -122,8 +126,17 @@ def node_image(node: BaseNode) -> Path | None:
 RESERVED_KEYS = frozenset(
     {
         *("file", "file_path", "folder", "sha256", "page", "label", "page_name", "kind"),
-        *("section", "caption"),
-        *("box", "page_image", "text_layer", "text", "terms", "terms_language", "checksum"),
+        *("section", "caption", "described_by"),
+        *(
+            "box",
+            "page_image",
+            "text_layer",
+            "described_by",
+            "text",
+            "terms",
+            "terms_language",
+            "checksum",
+        ),
         *("doc_id", "document_id", "ref_doc_id", "node_id", "node_hash"),
         *("_node_content", "_node_type"),
     }

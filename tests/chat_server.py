@@ -15,6 +15,8 @@ class ChatServer:
     (content as a list, without a role), ``loading`` (an error with HTTP 200), ``azure`` (only
     requests with an ``api-version``).
 
+    modes: modes of the next requests, before ``mode`` holds. usage: tokens that replies report.
+
     ``headers`` and ``paths`` are those of the requests.
     """
 
@@ -22,6 +24,7 @@ class ChatServer:
         self.answer, self.mode, self.models = answer, mode, list(models)
         self.requests, self.props = [], None
         self.headers, self.paths = [], []
+        self.modes, self.usage = [], None
         self.closed = threading.Event()
         self._http = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
         self.url = f"http://127.0.0.1:{self._http.server_port}/v1"
@@ -56,7 +59,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.chat.requests.append(body)
         self.chat.headers.append(dict(self.headers))
         self.chat.paths.append(self.path)
-        match self.chat.mode:
+        mode = self.chat.modes.pop(0) if self.chat.modes else self.chat.mode
+        match mode:
             case "refuse" | "deny" | "missing" as mode:
                 status = {"refuse": 400, "deny": 401, "missing": 404}[mode]
                 self._json(status, {"error": {"message": f"no: {mode}"}})
@@ -79,7 +83,8 @@ class _Handler(BaseHTTPRequestHandler):
                 if self.chat.mode == "parts":
                     message = {"content": [{"type": "text", "text": self.chat.answer}]}
                 choice = {"index": 0, "message": message, "finish_reason": self._why()}
-                self._json(200, _reply("chat.completion", choice))
+                usage = {"usage": self.chat.usage} if self.chat.usage else {}
+                self._json(200, _reply("chat.completion", choice) | usage)
 
     def _stream(self):
         cut = self.chat.mode == "cut"

@@ -34,6 +34,9 @@ class Source:
     file, page: where it is; ``page`` is None for files without pages.
     node: the hit that stands for the page, as retrieved.
     text: text layer of what was hit, the best hit first.
+    description: what a model wrote of an image on the page. It does not stand there: it is no
+        evidence and is not quoted.
+    described_by: the name of that model.
     image: the file that shows it: the page, or the figure if a figure is what hit.
     quote: the sentence of the page that carries the answer, once it is known.
     boxes: where the quote stands, one box a line, in PDF points.
@@ -52,6 +55,8 @@ class Source:
     node: NodeWithScore = field(repr=False)
     text: str = field(repr=False)
     image: Path | None = None
+    description: str | None = field(default=None, repr=False)
+    described_by: str | None = None
     quote: str | None = None
     boxes: tuple[Box, ...] = ()
     cited: bool = False
@@ -131,7 +136,8 @@ class Part:
         """A cautious estimate of what this part costs."""
         # The fence, and the lines with file, page, section and caption.
         head = 40
-        return head + estimate_tokens(self.text) + -(-self.pixels // PIXELS_PER_TOKEN)
+        described = estimate_tokens(self.source.description or "")
+        return head + described + estimate_tokens(self.text) + -(-self.pixels // PIXELS_PER_TOKEN)
 
 
 @dataclass(frozen=True)
@@ -242,7 +248,13 @@ def fence(part: Part, boundary: str) -> str:
     # Said in words: a model takes an empty fence for a source that was left out.
     text = part.text.strip() or "(no text layer)"
     head, tail = f"<<<source {source.n} {boundary}>>>", f"<<<end of source {source.n} {boundary}>>>"
-    return "\n".join([head, *where, "text:", text, tail])
+    described = []
+    if source.description:
+        # Beside the text and not in it: an answer must not quote it as the page's own words.
+        by = _one_line(source.described_by or "a model")
+        written = sanitize(source.description).strip()
+        described = [f"description by {by}, not written on the page:", written]
+    return "\n".join([head, *where, "text:", text, *described, tail])
 
 
 def _one_line(text: str) -> str:
@@ -261,11 +273,23 @@ def _source(group: Sequence[NodeWithScore]) -> Source:
     file, page = _location(best)
     texts: list[str] = []
     for hit in group:
+        if hit.node.metadata.get("kind") == "description":
+            continue
         text = hit.node.get_content(MetadataMode.NONE).strip()
         # A passage is part of its page's text, which may be among the hits as well.
         if text and not any(text in other for other in texts):
             texts.append(text)
-    return Source(0, file, page, best, "\n\n".join(texts), _image(best))
+    written = (_described(hit) for hit in group)
+    description, by = next((each for each in written if each[0]), (None, None))
+    return Source(0, file, page, best, "\n\n".join(texts), _image(best), description, by)
+
+
+def _described(hit: NodeWithScore) -> tuple[str | None, str | None]:
+    """The description that came with a hit, or that it is, and the model that wrote it."""
+    node = hit.node
+    if node.metadata.get("kind") == "description":
+        return node.get_content(MetadataMode.NONE), node.metadata.get("described_by")
+    return as_hit(hit).description, as_hit(hit).described_by
 
 
 def _image(hit: NodeWithScore) -> Path | None:

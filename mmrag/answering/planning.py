@@ -49,7 +49,7 @@ T = TypeVar("T")
 Modality = Literal["text", "figure", "any"]
 KINDS: dict[Modality, tuple[str, ...]] = {
     "text": ("page", "passage", "text"),
-    "figure": ("page", "figure", "picture"),
+    "figure": ("page", "figure", "picture", "description"),
     "any": (),
 }
 """Kinds of nodes that are searched for a sub-question; a page has text and figures."""

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from mmrag.answering.response import CitedResponse
     from mmrag.embedders.known import KnownModel
     from mmrag.errors import ReadError
-    from mmrag.ingest.progress import IngestReport
+    from mmrag.ingest.progress import DescriptionReport, IngestReport
     from mmrag.nodes import Hit
     from mmrag.store.entries import FileEntry
 
@@ -68,7 +68,9 @@ def hits_view(hits: Sequence[Hit], query: str) -> RenderableType:
         head.append_text(place(document_name(hit.node), page_name(hit.metadata)))
         kind = hit.metadata.get("kind", "page")
         # What a hit is unless something else is said.
-        if kind not in ("page", "text"):
+        if kind == "description":
+            head.append(f"  description by {clean(hit.described_by or 'a model')}", style="magenta")
+        elif kind not in ("page", "text"):
             head.append(f"  {clean(kind)}", style="magenta")
         ranks = "  ".join(f"{name} #{rank}" for name, rank in hit.ranks.items())
         head.append(f"  {hit.score or 0:.2f}", style="green")
@@ -84,6 +86,10 @@ def hits_view(hits: Sequence[Hit], query: str) -> RenderableType:
         words = snippet(hit.text, query)
         shown = marked(words, query) if words else Text("(no text layer)", style="dim")
         rows.append(Padding(shown, (0, 0, 1, 4), expand=False))
+        if hit.description and kind != "description":
+            by = Text(f"description by {clean(hit.described_by or 'a model')}: ", style="magenta")
+            by.append_text(marked(snippet(hit.description, query), query))
+            rows.append(Padding(by, (0, 0, 1, 4), expand=False))
     return Group(*rows)
 
 
@@ -100,6 +106,8 @@ def hit_row(hit: Hit, query: str) -> dict[str, Any]:
         "kind": values.get("kind"),
         "score": round(hit.score or 0.0, 4),
         "snippet": snippet(hit.text, query),
+        "description": hit.description,
+        "described_by": hit.described_by,
         "box": hit.box or values.get("box"),
         "metadata": given_metadata(values),
     } | ({"explanation": _explained(hit)} if hit.explanation is not None else {})
@@ -207,8 +215,20 @@ def report_view(report: IngestReport) -> RenderableType:
             f"({speed:.1f} pages/s)",
         ),
     ]
+    if report.descriptions:
+        rows.append(_cost(report.descriptions))
     rows += [_bullet(note) for note in report.notes]
     return Group(*rows)
+
+
+def _cost(done: DescriptionReport) -> Text:
+    """What describing images took."""
+    tokens = "the server counts no tokens"
+    if done.input_tokens is not None:
+        tokens = f"{done.input_tokens} tokens in, {done.output_tokens} out"
+    counts = f"{done.stored} by {clean(done.model)} ({done.reused} known, {done.failed} failed)"
+    cost = f"{done.calls} calls, {tokens}, {done.seconds:.1f} s"
+    return Text.assemble(("Descriptions: ", "bold"), f"{counts}; {cost}")
 
 
 def failures_view(report: IngestReport) -> RenderableType:

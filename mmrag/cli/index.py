@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -11,6 +12,7 @@ import typer
 
 from mmrag.cli import display
 from mmrag.cli.console import NOTHING, errors, print_json, say, show
+from mmrag.cli.llm import BaseURLOption, chat_model
 from mmrag.cli.options import (
     DEFAULT_COLLECTION,
     CollectionOption,
@@ -27,7 +29,6 @@ from mmrag.cli.progress import indexing, working
 if TYPE_CHECKING:
     from mmrag.embedders.late import LateInteraction
     from mmrag.index import UniversalIndex
-    from mmrag.ingest.metadata import FileMetadata
     from mmrag.ingest.progress import IngestReport
 
 STOPPED = "Stopped. What is finished is kept; run the same command to go on."
@@ -71,6 +72,17 @@ def index(
         bool,
         typer.Option("--muvera", help="With --late: also find pages by MUVERA's single vectors."),
     ] = False,
+    describe: Annotated[
+        str | None,
+        typer.Option(
+            "--describe",
+            metavar="MODEL",
+            help="Describe figures, image files and pages without words by a model that takes "
+            "images, at an OpenAI-compatible server (key: OPENAI_API_KEY), or the folder of a "
+            "checkpoint. An image is described once; the report has the cost.",
+        ),
+    ] = None,
+    base_url: BaseURLOption = None,
     quantization: QuantizationOption = None,
     prune: Annotated[
         bool, typer.Option("--prune", help="Remove files that are gone from the given folders.")
@@ -101,6 +113,7 @@ def index(
                 require(paths)
             if late:
                 step(f"Loading {late}")
+            llm = chat_model(describe, base_url, None) if describe else None
             # Before the collection is opened, so that a wrong name leaves no empty one behind.
             interaction = _interaction(late, pool_factor, muvera)
             with open_library(
@@ -115,11 +128,10 @@ def index(
                 # The bar takes over the line of the spinner.
                 step.stop()
                 with indexing() as progress:
-                    report = library.add(
-                        list(paths), progress=progress, prune=prune or watch, metadata=metadata
-                    )
+                    add = partial(library.add, metadata=metadata, describe=llm)
+                    report = add(list(paths), progress=progress, prune=prune or watch)
                 if watch:
-                    _watch(library, paths, report, metadata, as_json)
+                    _watch(library, add, paths, report, as_json)
         _show(report, as_json)
         # A status of its own: a script may go on although some file could not be read.
         if report.failed or report.errors:
@@ -128,7 +140,9 @@ def index(
 
 def _show(report: IngestReport, as_json: bool) -> None:
     if as_json:
-        print_json(vars(report) | {"errors": [display.error_row(e) for e in report.errors]})
+        cost = report.descriptions and vars(report.descriptions)
+        rows = [display.error_row(error) for error in report.errors]
+        print_json(vars(report) | {"errors": rows, "descriptions": cost})
         return
     show(display.report_view(report))
     if report.errors or report.known_errors:
@@ -138,9 +152,9 @@ def _show(report: IngestReport, as_json: bool) -> None:
 
 def _watch(
     library: UniversalIndex,
+    add: Callable[[list[Path]], IngestReport],
     folders: Sequence[Path],
     report: IngestReport,
-    metadata: FileMetadata | None,
     as_json: bool,
 ) -> None:
     """Index what changes, until Ctrl-C. report: of the run before, which is shown first."""
@@ -149,7 +163,7 @@ def _watch(
     _show(report, as_json)
     say("Watching (Ctrl-C stops)")
     for changed in watch(folders, threading.Event()):
-        report = library.add(list(changed), metadata=metadata)
+        report = add(list(changed))
         report.removed += library.prune(*folders)
         _show(report, as_json)
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 Quantization: TypeAlias = Literal["none", "int8", "binary"]
 # As they are stored: "picture" is an image file, and old collections have that word.
-KINDS = ("page", "figure", "passage", "picture", "text")
+KINDS = ("page", "figure", "passage", "picture", "text", "description")
 DEFAULT_COLLECTION = "./mmrag-library"
 
 CollectionOption = Annotated[

@@ -46,6 +46,39 @@ class Progress:
 
 
 @dataclass
+class DescriptionReport:
+    """What describing images took.
+
+    stored: descriptions stored. reused: of them, those that an earlier call had paid for.
+    calls: requests to the model, repeated ones too. failed: images without a description.
+    left: images that were not asked about, after failures in a row.
+    input_tokens, output_tokens: as the server counts them; None if it does not say.
+
+    Examples:
+        >>> report = DescriptionReport("my-model", calls=1)
+        >>> report.count_tokens((900, 120))
+        >>> report.input_tokens, report.output_tokens
+        (900, 120)
+    """
+
+    model: str
+    stored: int = 0
+    reused: int = 0
+    calls: int = 0
+    failed: int = 0
+    left: int = 0
+    input_tokens: int | None = None
+    output_tokens: int | None = None
+    seconds: float = 0.0
+
+    def count_tokens(self, used: tuple[int, int] | None) -> None:
+        """Add the tokens in and out of one call; None if the server does not say."""
+        if used is not None:
+            self.input_tokens = (self.input_tokens or 0) + used[0]
+            self.output_tokens = (self.output_tokens or 0) + used[1]
+
+
+@dataclass
 class IngestReport:
     """What became of every file, by path.
 
@@ -63,6 +96,7 @@ class IngestReport:
     known_errors: what an earlier run could not read of the unchanged files.
     notes: what else should be known.
     pages, nodes: stored in this run.
+    descriptions: what describing images took; None if it was not asked for.
 
     Examples:
         >>> report = IngestReport(indexed=["a.pdf"], pages=2)
@@ -85,6 +119,7 @@ class IngestReport:
     pages: int = 0
     nodes: int = 0
     seconds: float = 0.0
+    descriptions: DescriptionReport | None = None
 
 
 @contextmanager

@@ -50,7 +50,8 @@ class Fused:
     credits: what each ranking contributed to ``score``; they add up to it.
     nodes: every node of it that was found, best first: the page, its passages, its figures.
     shown: the node that stands for it: ``best``, or its page if that is a passage of a page
-        that was found too; the page has the passage's text, and the image.
+        that was found too; the page has the passage's text, and the image. A description only
+        where nothing else of the page was found.
 
     Examples:
         >>> (page,) = fuse({"text": [Scored("a", 0.9, {})]})
@@ -165,6 +166,8 @@ def _reciprocal(count: int, k: int) -> list[float]:
 
 def _shown(found: Sequence[Scored]) -> Scored:
     """The best of a page's nodes; for a passage the page itself, if that was found."""
-    if found[0].payload.get("kind") != "passage":
-        return found[0]
-    return next((hit for hit in found if hit.payload.get("kind") == "page"), found[0])
+    # What stands on the page before what a model wrote of it.
+    own = [hit for hit in found if hit.payload.get("kind") != "description"] or found
+    if own[0].payload.get("kind") != "passage" and own[0] is found[0]:
+        return own[0]
+    return next((hit for hit in own if hit.payload.get("kind") == "page"), own[0])

@@ -12,7 +12,7 @@ from mmrag.queries import Where
 from mmrag.store.collection import Collection
 from mmrag.store.engine import Scored
 
-_FIGURE_KINDS = ("figure", "picture")
+_FIGURE_KINDS = ("figure", "picture", "description")
 _FIGURES = (
     r"(?:figure|chart|graph|diagram|plot|photo(?:graph)?|drawing|map|picture|image|illustration)s?"
 )

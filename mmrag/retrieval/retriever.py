@@ -264,6 +264,9 @@ class UniversalRetriever(BaseRetriever):
         return np.asarray(mean / max(float(np.linalg.norm(mean)), 1e-12), dtype=np.float32)
 
     def _result(self, entry: Fused) -> Hit:
+        described = next(
+            (hit.payload for hit in entry.nodes if hit.payload["kind"] == "description"), {}
+        )
         return Hit(
             node=self.collection.node(entry.shown.payload),
             score=entry.score,
@@ -271,6 +274,8 @@ class UniversalRetriever(BaseRetriever):
             ranks=entry.ranks,
             view_scores=entry.scores,
             box=entry.best.payload.get("box"),
+            description=described.get("text"),
+            described_by=described.get("described_by"),
             evidence=[
                 Evidence(
                     # Inserted nodes have points with ids of their own; Qdrant takes none but UUIDs

@@ -31,6 +31,8 @@ def hit_row(hit: NodeWithScore, collection: str, base: str) -> dict[str, Any]:
         "score": round(hit.score or 0.0, 4),
         "ranks": dict(found.ranks),
         "text": node_text(hit.node)[:_LONGEST_TEXT],
+        "description": found.description,
+        "described_by": found.described_by,
         **_place(hit.node, boxes, collection, base),
     }
 

@@ -148,7 +148,14 @@ def _hit(row: Mapping[str, Any]) -> Hit:
     metadata |= {**row.get("metadata", {}), "sha256": row["file_id"]}
     node = TextNode(text=row["text"], metadata=metadata)
     box = tuple(row["boxes"][0]) if row["boxes"] else None
-    return Hit(node=node, score=row.get("score"), ranks=row.get("ranks", {}), box=box)
+    return Hit(
+        node=node,
+        score=row.get("score"),
+        ranks=row.get("ranks", {}),
+        box=box,
+        description=row.get("description"),
+        described_by=row.get("described_by"),
+    )
 
 
 def _source(row: Mapping[str, Any]) -> Source:

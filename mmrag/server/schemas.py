@@ -16,7 +16,7 @@ from mmrag.store.filters import as_where
 
 LONGEST_QUERY = 20_000  # characters
 
-Kind = Literal["page", "figure", "passage", "picture", "text"]
+Kind = Literal["page", "figure", "passage", "picture", "text", "description"]
 PageBound = Annotated[int, Field(ge=1)] | None
 
 

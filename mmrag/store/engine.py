@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any, Literal, Protocol, TypeAlias, get_args
+from typing import Any, Literal, Protocol, TypeAlias, TypeVar, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -244,9 +244,12 @@ class Engine(Protocol):
         ...
 
 
-def in_batches(points: Iterator[Point], size: int) -> Iterator[list[Point]]:
-    """Cut points into lists of ``size``; the last may be shorter."""
-    while batch := list(islice(points, size)):
+Item = TypeVar("Item")
+
+
+def in_batches(items: Iterator[Item], size: int) -> Iterator[list[Item]]:
+    """Cut items into lists of ``size``; the last may be shorter."""
+    while batch := list(islice(items, size)):
         yield batch
 
 

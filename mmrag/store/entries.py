@@ -22,6 +22,7 @@ class FileEntry:
         reads the file again.
     doc_id: of a document whose nodes were inserted, LlamaIndex's ``ref_doc_id``; ``sha256`` is
         then the hash of its content. Empty for a file that was read.
+    descriptions: how many of ``nodes`` are descriptions of images, which reading does not make.
     metadata: what was given for the file; each of its nodes has it too.
 
     Examples:
@@ -38,6 +39,7 @@ class FileEntry:
     folder: str = ""
     complete: bool = True
     doc_id: str = ""
+    descriptions: int = 0
     metadata: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     @property

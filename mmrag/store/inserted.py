@@ -45,7 +45,7 @@ from mmrag.store.engine import (
 from mmrag.store.entries import FileEntry
 from mmrag.store.images import ImageFolder, image_paths
 
-NODE_KINDS = ("page", "figure", "passage", "picture", "text")
+NODE_KINDS = ("page", "figure", "passage", "picture", "text", "description")
 
 _NAMESPACE = UUID("0c8de1c4-6f0a-4c0a-9b62-6a1f6b9f7d55")
 # Payload fields of files that were read, and those that are made here. Metadata of these names

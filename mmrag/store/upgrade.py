@@ -11,7 +11,7 @@ from mmrag.store.engine import AnyOf, Engine, Filter, Point
 from mmrag.store.terms import DocumentTerms, NodeTerms, has_terms
 
 # In the order that a page's nodes are read.
-_KINDS = ("page", "passage", "figure", "picture", "text")
+_KINDS = ("page", "passage", "figure", "picture", "text", "description")
 _BATCH_POINTS = 64
 
 
