@@ -68,10 +68,9 @@ def hits_view(hits: Sequence[Hit], query: str) -> RenderableType:
         head.append_text(place(document_name(hit.node), page_name(hit.metadata)))
         kind = hit.metadata.get("kind", "page")
         # What a hit is unless something else is said.
-        if kind == "description":
-            head.append(f"  description by {clean(hit.described_by or 'a model')}", style="magenta")
-        elif kind not in ("page", "text"):
-            head.append(f"  {clean(kind)}", style="magenta")
+        unsaid = {"page": "", "text": "", "description": f"description by {hit.described_by}"}
+        if label := unsaid.get(kind, kind):
+            head.append(f"  {clean(label)}", style="magenta")
         ranks = "  ".join(f"{name} #{rank}" for name, rank in hit.ranks.items())
         head.append(f"  {hit.score or 0:.2f}", style="green")
         head.append(f"  {ranks}", style="dim")
@@ -87,7 +86,7 @@ def hits_view(hits: Sequence[Hit], query: str) -> RenderableType:
         shown = marked(words, query) if words else Text("(no text layer)", style="dim")
         rows.append(Padding(shown, (0, 0, 1, 4), expand=False))
         if hit.description and kind != "description":
-            by = Text(f"description by {clean(hit.described_by or 'a model')}: ", style="magenta")
+            by = Text(f"description by {clean(str(hit.described_by))}: ", style="magenta")
             by.append_text(marked(snippet(hit.description, query), query))
             rows.append(Padding(by, (0, 0, 1, 4), expand=False))
     return Group(*rows)
@@ -98,27 +97,31 @@ def hit_row(hit: Hit, query: str) -> dict[str, Any]:
     from mmrag.nodes import document_name, given_metadata, page_name
 
     values = hit.metadata
-    return {
-        "file": document_name(hit.node),
-        "page": values.get("page"),
-        "label": values.get("label"),
-        "page_name": page_name(values),
-        "kind": values.get("kind"),
-        "score": round(hit.score or 0.0, 4),
-        "snippet": snippet(hit.text, query),
-        "description": hit.description,
-        "described_by": hit.described_by,
-        "box": hit.box or values.get("box"),
-        "metadata": given_metadata(values),
-    } | ({"explanation": _explained(hit)} if hit.explanation is not None else {})
+    described = {"description": hit.description, "described_by": hit.described_by}
+    return (
+        {
+            "file": document_name(hit.node),
+            "page": values.get("page"),
+            "label": values.get("label"),
+            "page_name": page_name(values),
+            "kind": values.get("kind"),
+            "score": round(hit.score or 0.0, 4),
+            "snippet": snippet(hit.text, query),
+            "box": hit.box or values.get("box"),
+            "metadata": given_metadata(values),
+        }
+        | (described if hit.description else {})
+        | _explained(hit)
+    )
 
 
 def _explained(hit: Hit) -> dict[str, Any]:
-    """What each ranking contributed to a hit, and its nodes that were found, for JSON."""
-    return {
-        "rankings": {name: part.model_dump() for name, part in (hit.explanation or {}).items()},
-        "evidence": [node.model_dump() for node in hit.evidence],
-    }
+    """For JSON, what each ranking contributed, and the nodes found; empty if it was not asked."""
+    if hit.explanation is None:
+        return {}
+    rankings = {name: part.model_dump() for name, part in hit.explanation.items()}
+    evidence = [node.model_dump() for node in hit.evidence]
+    return {"explanation": {"rankings": rankings, "evidence": evidence}}
 
 
 def marked(text: str, query: str) -> Text:

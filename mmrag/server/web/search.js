@@ -52,7 +52,10 @@ function shown(hit, words) {
   return el("li", {}, el("button", { type: "button", class: "hit", onclick: () => openSource(hit) },
     el("span", { class: "thumb" }, picture),
     el("span", { class: "place" }, placeOf(hit)),
-    el("span", { class: "snippet quiet" }, marked(snippet(hit.text, words), words))));
+    el("span", { class: "snippet quiet" }, marked(snippet(hit.kind === "description" ? "" : hit.text, words), words)),
+    // What a model wrote of an image does not stand on the page.
+    hit.description ? el("span", { class: "snippet quiet" }, `Description by ${hit.described_by}: `,
+      marked(snippet(hit.description, words), words)) : ""));
 }
 
 /** The part of a text with most of the words. */
