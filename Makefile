@@ -8,7 +8,7 @@ DEMO := build/demo
 export TMPDIR := $(shell test -w /dev/shm && echo /dev/shm || echo $${TMPDIR:-/tmp})
 QUESTION ?= When may I water with the hose in summer?
 
-.PHONY: demo test test-slow lint docs bench clean
+.PHONY: demo test coverage test-slow lint docs bench clean
 
 demo: .venv/.base
 	@$(BIN)/python docs/samples/make_samples.py $(DEMO)/samples
@@ -17,6 +17,9 @@ demo: .venv/.base
 
 test: .venv/.dev
 	$(BIN)/pytest -m "not slow and not gpu and not hub"
+
+coverage: .venv/.dev
+	$(BIN)/pytest -m "not slow and not gpu and not hub" --cov --cov-report=term
 
 test-slow: .venv/.dev
 	$(BIN)/pytest -m "slow and not gpu and not hub"
