@@ -56,7 +56,7 @@ def fill(folder: Path, n: int, quantization: str) -> dict[str, float]:
 
     from mmrag.store.collection import Collection, CollectionSettings
 
-    settings = CollectionSettings("given", "1", DIM, quantization=quantization)
+    settings = CollectionSettings("given", "1", DIM, language="english", quantization=quantization)
     image, text, words = vectors(n, 2), vectors(n, 3), texts(n)
     started = time.perf_counter()
     with Collection.open(folder, settings=settings) as collection:
