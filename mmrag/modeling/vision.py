@@ -16,7 +16,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention.varlen import varlen_attn
 from transformers.activations import QuickGELUActivation
 from transformers.vision_utils import (
     get_vision_cu_seqlens,
@@ -27,6 +26,11 @@ from transformers.vision_utils import (
 
 from mmrag.modeling.batching import send
 from mmrag.modeling.qwen_images import ImageRule, cut_patches
+
+try:
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:  # torch 2.9
+    varlen_attn = None  # type: ignore[assignment]
 
 _QUICK = 1.702  # of quick-GELU: x * sigmoid(1.702 * x)
 
@@ -237,10 +241,11 @@ def attend_by_length(
 def has_varlen(query: Tensor, scale: float) -> bool:
     """Whether torch attends segments of any length in one call: on CUDA, in half precision.
 
-    Its kernel is flash attention's, which came with the Ampere generation; the scale is its own.
+    From torch 2.10 on. Its kernel is flash attention's, which came with the Ampere generation;
+    the scale is its own.
     """
     half = query.dtype in (torch.bfloat16, torch.float16)
-    if not query.is_cuda or not half or query.shape[-1] % 8:
+    if varlen_attn is None or not query.is_cuda or not half or query.shape[-1] % 8:
         return False
     usual = abs(scale - query.shape[-1] ** -0.5) < 1e-6
     return usual and torch.cuda.get_device_capability(query.device) >= (8, 0)
