@@ -34,13 +34,13 @@ class Source:
     file, page: where it is; ``page`` is None for files without pages.
     node: the hit that stands for the page, as retrieved.
     text: text layer of what was hit, the best hit first.
-    description: what a model wrote of an image on the page. It does not stand there: it is no
-        evidence and is not quoted.
-    described_by: the name of that model.
     image: the file that shows it: the page, or the figure if a figure is what hit.
     quote: the sentence of the page that carries the answer, once it is known.
     boxes: where the quote stands, one box a line, in PDF points.
     cited: whether the answer cites it.
+    description: what a model wrote of an image on the page. It does not stand there: it is no
+        evidence and is not quoted.
+    described_by: the name of that model.
 
     Examples:
         >>> from llama_index.core.schema import NodeWithScore, TextNode
@@ -55,11 +55,11 @@ class Source:
     node: NodeWithScore = field(repr=False)
     text: str = field(repr=False)
     image: Path | None = None
-    description: str | None = field(default=None, repr=False)
-    described_by: str | None = None
     quote: str | None = None
     boxes: tuple[Box, ...] = ()
     cited: bool = False
+    description: str | None = field(default=None, repr=False)
+    described_by: str | None = None
 
     @property
     def box(self) -> Box | None:
@@ -281,7 +281,8 @@ def _source(group: Sequence[NodeWithScore]) -> Source:
             texts.append(text)
     written = (_described(hit) for hit in group)
     description, by = next((each for each in written if each[0]), (None, None))
-    return Source(0, file, page, best, "\n\n".join(texts), _image(best), description, by)
+    text, image = "\n\n".join(texts), _image(best)
+    return Source(0, file, page, best, text, image, description=description, described_by=by)
 
 
 def _described(hit: NodeWithScore) -> tuple[str | None, str | None]:

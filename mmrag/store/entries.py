@@ -39,8 +39,8 @@ class FileEntry:
     folder: str = ""
     complete: bool = True
     doc_id: str = ""
-    descriptions: int = 0
     metadata: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    descriptions: int = 0
 
     @property
     def path(self) -> Path:
