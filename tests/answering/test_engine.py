@@ -138,6 +138,7 @@ def test_the_answer_is_tied_to_file_page_quote_and_box(engine):
                 "file": "plans.pdf",
                 "page": 4,
                 "label": None,
+                "page_name": "page 4",
                 "quote": "The gold plan covers one eye examination a year.",
                 "box": [1.0, 2.0, 3.0, 4.0],
             }

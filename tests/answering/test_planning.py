@@ -199,7 +199,9 @@ def test_modality_and_image_shape_the_search():
     original = MultimodalQuery("both", image=image, where=Where(files=("a.pdf",)), top_k=3)
     wanted = SubQuestion(question="q", modality="figure", image=True)
     figure = sub_query(wanted, original, original.where)
-    assert figure.where == Where(files=("a.pdf",), kinds=("page", "figure", "picture"))
+    assert figure.where == Where(
+        files=("a.pdf",), kinds=("page", "figure", "picture", "description")
+    )
     assert (figure.image, figure.top_k) == (image, 3)
     plain = sub_query(SubQuestion(question="q"), original, original.where)
     assert (plain.image, plain.where) == (None, original.where)
