@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from mmrag.evaluation.answers import AnswerRecord
     from mmrag.evaluation.compare import Difference, compare_evaluations
     from mmrag.evaluation.llamaindex import PageRetriever
+    from mmrag.evaluation.mteb_encoder import MTEBEncoder
     from mmrag.evaluation.questions import Question, read_questions
     from mmrag.evaluation.report import write_report
     from mmrag.evaluation.results import Evaluation, Score, System
@@ -99,6 +100,7 @@ _HOME = {
     "LocalLLM": "llms.local",
     "MLLMReranker": "rerankers.postprocessor",
     "MMRagError": "errors",
+    "MTEBEncoder": "evaluation.mteb_encoder",
     "MissingCollectionError": "errors",
     "ModelError": "errors",
     "MultimodalQuery": "queries",
@@ -180,6 +182,7 @@ __all__ = [
     "LocalLLM",
     "MLLMReranker",
     "MMRagError",
+    "MTEBEncoder",
     "MissingCollectionError",
     "ModelError",
     "MultimodalQuery",
