@@ -6,6 +6,8 @@ PIP := $(BIN)/pip --quiet --disable-pip-version-check
 DEMO := build/demo
 # Databases in memory: tests write and sync many small ones.
 export TMPDIR := $(shell test -w /dev/shm && echo /dev/shm || echo $${TMPDIR:-/tmp})
+# A process a core, each with one thread of PyTorch; tests of a file share fixtures, and a process.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n $(shell nproc 2>/dev/null || echo 2) --dist loadfile
 QUESTION ?= When may I water with the hose in summer?
 
 .PHONY: demo test coverage test-slow lint docs bench clean
@@ -16,13 +18,13 @@ demo: .venv/.base
 	@$(BIN)/mmrag ask "$(QUESTION)" --collection $(DEMO)/library --save-pages $(DEMO)/pages
 
 test: .venv/.dev
-	$(BIN)/pytest -m "not slow and not gpu and not hub"
+	$(PYTEST) -m "not slow and not gpu and not hub"
 
 coverage: .venv/.dev
-	$(BIN)/pytest -m "not slow and not gpu and not hub" --cov --cov-report=term
+	$(PYTEST) -m "not slow and not gpu and not hub" --cov --cov-report=term
 
 test-slow: .venv/.dev
-	$(BIN)/pytest -m "slow and not gpu and not hub"
+	$(PYTEST) -m "slow and not gpu and not hub"
 
 lint: .venv/.dev
 	$(BIN)/ruff check .
