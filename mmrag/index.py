@@ -8,6 +8,7 @@ import dataclasses
 import logging
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -554,10 +555,12 @@ def _load_stored(collection: Collection) -> Embedder:
     It is not loaded from a path that came with the collection, and nothing is downloaded for it.
     """
     from mmrag.embedders import load_embedder
+    from mmrag.embedders.nano_text import open_question_embedder
 
-    name = collection.settings.embedder
+    name, fingerprint = collection.settings.embedder, collection.settings.fingerprint
     _check_path(name, collection, "embed_model= or --embedder")
-    return load_embedder(name, download=False)
+    load = partial(load_embedder, name, download=False)
+    return open_question_embedder(name, fingerprint, load) or load()
 
 
 def _check_path(name: str, collection: Collection, options: str) -> None:

@@ -1,7 +1,7 @@
 """Damaged and hostile files from a seed, read in a process of their own.
 
-``python tests/hostile_files.py pdf|image|text COUNT FOLDER [SOURCE.pdf ...]`` prints as JSON how many
-files gave pages, errors or both, and the peak memory of the program and of its workers in MiB.
+``python tests/hostile_files.py pdf|image|text COUNT FOLDER [SOURCE.pdf ...]`` prints as JSON how
+many files gave pages, errors or both, and the peak memory of the program and of its workers in MiB.
 """
 
 from __future__ import annotations

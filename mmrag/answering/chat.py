@@ -34,7 +34,7 @@ from mmrag.answering.response import (
 )
 from mmrag.content import ImageSource
 from mmrag.errors import ConfigError, EndpointError
-from mmrag.llms.endpoint import translated_errors
+from mmrag.llms.failures import translated_errors
 from mmrag.llms.replies import without_reasoning
 from mmrag.queries import MultimodalQuery
 

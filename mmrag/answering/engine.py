@@ -55,7 +55,7 @@ from mmrag.answering.response import (
 from mmrag.content import load_image
 from mmrag.embedders.base import Embedder
 from mmrag.errors import ConfigError, EndpointError
-from mmrag.llms.endpoint import translated_errors
+from mmrag.llms.failures import translated_errors
 from mmrag.llms.replies import why_incomplete, without_reasoning
 from mmrag.prompting import PIXELS_PER_TOKEN, estimate_tokens, image_bytes, new_boundary
 from mmrag.queries import query_content

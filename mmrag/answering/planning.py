@@ -37,7 +37,7 @@ from mmrag.answering.response import (
     CitedStreamingResponse,
 )
 from mmrag.errors import ConfigError
-from mmrag.llms.endpoint import translated_errors
+from mmrag.llms.failures import translated_errors
 from mmrag.llms.replies import json_objects
 from mmrag.prompting import new_boundary
 from mmrag.queries import MultimodalQuery, Where

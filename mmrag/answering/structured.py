@@ -20,7 +20,7 @@ from mmrag.answering.engine import CitedQueryEngine
 from mmrag.answering.planning import PlanningQueryEngine
 from mmrag.answering.response import CitedResponse
 from mmrag.errors import ConfigError, EndpointError
-from mmrag.llms.endpoint import translated_errors
+from mmrag.llms.failures import translated_errors
 from mmrag.numerals import missing_numbers
 
 T = TypeVar("T", bound=BaseModel)

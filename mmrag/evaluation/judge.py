@@ -10,7 +10,7 @@ from mmrag.answering.citations import strip_marks
 from mmrag.errors import EndpointError
 from mmrag.evaluation.answers import GRADES, AnswerRecord, Verdict
 from mmrag.evaluation.questions import Question
-from mmrag.llms.endpoint import translated_errors
+from mmrag.llms.failures import translated_errors
 from mmrag.llms.replies import json_objects
 from mmrag.prompting import new_boundary
 

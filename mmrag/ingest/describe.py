@@ -278,7 +278,7 @@ class _Asking:
         """What the model says. Raises BusyError where asking again may help."""
         import openai
 
-        from mmrag.llms.endpoint import translated_errors
+        from mmrag.llms.failures import translated_errors
 
         blocks = [TextBlock(text=PROMPT), ImageBlock(image=data, image_mimetype=mimetype)]
         with self._lock:

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import httpx
-import openai
 from llama_index.core.bridge.pydantic import PrivateAttr
 from llama_index.llms.openai_like import OpenAILike
 
@@ -23,8 +19,6 @@ logger = logging.getLogger(__name__)
 OPENAI = "https://api.openai.com/v1"
 ASSUMED_WINDOW = 16_384
 """Tokens taken as the context window when neither the user nor the server names one."""
-# What clients raise that take a reply of another shape for a chat completion.
-_UNREADABLE = (json.JSONDecodeError, TypeError, AttributeError, LookupError)
 # What servers call it: vLLM and SGLang, OpenRouter, LM Studio, llama.cpp.
 _WINDOW_KEYS = ("max_model_len", "context_length", "context_window", "max_context_length", "n_ctx")
 
@@ -172,39 +166,6 @@ def _configured_window(client: Client, url: str, model: str) -> int | None:
     except (httpx.HTTPError, ValueError, KeyError, TypeError):
         return None
     return window if isinstance(window, int) and window > 0 else None
-
-
-@contextmanager
-def translated_errors(model: str) -> Iterator[None]:
-    """Turn what a chat endpoint's client raises into EndpointError with advice."""
-    try:
-        yield
-    # Before APIConnectionError, of which it is a subclass.
-    except openai.APITimeoutError as error:
-        raise EndpointError(f"{model} did not answer in time; is the server overloaded?") from error
-    except openai.APIConnectionError as error:
-        # The SDK's own message is "Connection error."; its cause says what failed.
-        raise EndpointError(
-            f"{model} cannot be reached ({error.__cause__ or error}). Check the base URL and that "
-            "the server is running."
-        ) from error
-    except openai.AuthenticationError as error:
-        raise EndpointError(
-            f"{model}: the server needs an API key, or refuses the one it got. Set OPENAI_API_KEY."
-        ) from error
-    except openai.NotFoundError as error:
-        raise EndpointError(f"{model}: the server has no such model or path: {error}") from error
-    except openai.APIStatusError as error:
-        # Text-only models answer a message with images like that, without saying why.
-        advice = " If it takes no images, ask without them." if error.status_code == 400 else ""
-        raise EndpointError(f"{model}: the server refused ({error}).{advice}") from error
-    except (openai.OpenAIError, httpx.HTTPError) as error:
-        raise EndpointError(f"{model}: the reply broke off or is not valid ({error}).") from error
-    except _UNREADABLE as error:
-        raise EndpointError(
-            f"{model}: the reply is not a chat completion. Check that the base URL is that of an "
-            "OpenAI-compatible server."
-        ) from error
 
 
 def _window(row: dict[str, Any]) -> int | None:

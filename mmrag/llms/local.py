@@ -39,9 +39,10 @@ from mmrag.content import load_image
 from mmrag.errors import ConfigError, ContentError, ModelError
 from mmrag.modeling.chat import NATIVE, load_processor, process, special_marks
 from mmrag.modeling.checkpoints import find_checkpoint, read_json
+from mmrag.modeling.image_rule import ImageRule, read_image_rule
 from mmrag.modeling.loading import DeviceMap, Quantization, load_exact, place
 from mmrag.modeling.prompts import expand
-from mmrag.modeling.qwen_images import ImageRule, read_image_rule, resize, to_patches
+from mmrag.modeling.qwen_images import resize, to_patches
 from mmrag.modeling.qwen_vl import load_qwen_parts
 from mmrag.modeling.tokenizers import check_tokenizer
 from mmrag.prompting import broken_up

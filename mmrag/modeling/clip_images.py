@@ -21,7 +21,8 @@ from torch import Tensor
 from mmrag.content import Content, ImageSource
 from mmrag.errors import ContentError, ModelError
 from mmrag.modeling.checkpoints import read_json
-from mmrag.modeling.qwen_images import CLIP_MEAN, CLIP_STD, pixels_of
+from mmrag.modeling.image_rule import CLIP_MEAN, CLIP_STD
+from mmrag.modeling.qwen_images import pixels_of
 
 # Weights of towers are published one level deeper than transformers has them since 5.6; not
 # every release renames them by itself.

@@ -25,16 +25,11 @@ from mmrag.errors import ContentError
 from mmrag.modeling.backbone import Plan
 from mmrag.modeling.batching import pad, send
 from mmrag.modeling.compiling import ShortRuns
+from mmrag.modeling.image_rule import ImageRule, read_image_rule, smart_resize
 from mmrag.modeling.loading import Placement, load_exact
 from mmrag.modeling.pooling import last_token, mean_tokens
 from mmrag.modeling.prompts import Prompt, expand, harmless, tokenize
-from mmrag.modeling.qwen_images import (
-    ImageRule,
-    pixels_of,
-    read_image_rule,
-    resize,
-    smart_resize,
-)
+from mmrag.modeling.qwen_images import pixels_of, resize
 from mmrag.modeling.tokenizers import load_tokenizer
 from mmrag.modeling.vision import add_features, run_tower, speed_up
 

@@ -25,7 +25,8 @@ from transformers.vision_utils import (
 )
 
 from mmrag.modeling.batching import send
-from mmrag.modeling.qwen_images import ImageRule, cut_patches
+from mmrag.modeling.image_rule import ImageRule
+from mmrag.modeling.qwen_images import cut_patches
 
 try:
     from torch.nn.attention.varlen import varlen_attn

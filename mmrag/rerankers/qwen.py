@@ -24,9 +24,10 @@ from transformers import DynamicCache, PreTrainedTokenizerBase
 from mmrag.content import Content, image_size, load_image
 from mmrag.modeling.chat import NATIVE, answer_ids, special_marks
 from mmrag.modeling.checkpoints import read_json
+from mmrag.modeling.image_rule import ImageRule, read_image_rule
 from mmrag.modeling.loading import Placement
 from mmrag.modeling.prompts import Prompt, expand, tokenize
-from mmrag.modeling.qwen_images import ImageRule, pixels_of, read_image_rule, resize
+from mmrag.modeling.qwen_images import pixels_of, resize
 from mmrag.modeling.qwen_vl import (
     IMAGE_BLOCK,
     QwenInputs,

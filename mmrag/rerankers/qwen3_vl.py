@@ -14,9 +14,9 @@ from transformers import PreTrainedTokenizerBase, Qwen3VLForConditionalGeneratio
 from mmrag.content import Content
 from mmrag.embedders.families.qwen3_vl import MAX_IMAGE_TOKENS, MIN_IMAGE_TOKENS
 from mmrag.errors import ConfigError, ContentError
+from mmrag.modeling.image_rule import read_image_rule
 from mmrag.modeling.loading import Placement
 from mmrag.modeling.prompts import Prompt
-from mmrag.modeling.qwen_images import read_image_rule
 from mmrag.modeling.qwen_vl import IMAGE_BLOCK, PLACEHOLDERS, load_qwen_parts
 from mmrag.prompting import broken_up
 from mmrag.rerankers.local import LocalScorer

@@ -23,7 +23,8 @@ from mmrag.errors import ConfigError, ContentError, EndpointError, MMRagError
 from mmrag.instructions import resolve
 from mmrag.llms.address import Address, parse_address
 from mmrag.llms.client import Client
-from mmrag.llms.endpoint import OPENAI, translated_errors
+from mmrag.llms.endpoint import OPENAI
+from mmrag.llms.failures import translated_errors
 from mmrag.llms.replies import json_objects, without_reasoning
 from mmrag.prompting import data_url
 from mmrag.rerankers.base import DeadlineError, Outcome, Pair

@@ -13,7 +13,7 @@ from pydantic import BaseModel, Field
 
 from mmrag.content import ImageLimits
 from mmrag.errors import ConfigError, ContentError
-from mmrag.llms.endpoint import translated_errors
+from mmrag.llms.failures import translated_errors
 from mmrag.prompting import estimate_tokens
 from mmrag.queries import MultimodalQuery
 from mmrag.server.answers import answer_events

@@ -25,7 +25,7 @@ from llama_index.core.base.llms.types import ChatMessage, ImageBlock, TextBlock
 from mmrag.content import load_image
 from mmrag.errors import ConfigError, EndpointError
 from mmrag.lexical import Idf, sentences, terms
-from mmrag.llms.endpoint import translated_errors
+from mmrag.llms.failures import translated_errors
 from mmrag.llms.replies import json_objects
 from mmrag.prompting import estimate_tokens, image_bytes
 from mmrag_recipes.config import PROMPTS

@@ -13,7 +13,8 @@ from llama_index.core.llms import ChatMessage
 from mmrag.content import Content
 from mmrag.errors import ConfigError, EndpointError
 from mmrag.llms.address import parse_address
-from mmrag.llms.endpoint import open_llm, served_models, translated_errors
+from mmrag.llms.endpoint import open_llm, served_models
+from mmrag.llms.failures import translated_errors
 from mmrag.llms.replies import json_objects, without_reasoning
 from mmrag.rerankers.remote import RemoteScorer
 

@@ -19,7 +19,8 @@ from mmrag import LocalLLM, UniversalIndex
 from mmrag.cli.llm import chat_model
 from mmrag.errors import ConfigError, ContentError, ModelError
 from mmrag.llms.replies import why_incomplete
-from mmrag.modeling.qwen_images import read_image_rule, resize, to_patches
+from mmrag.modeling.image_rule import read_image_rule
+from mmrag.modeling.qwen_images import resize, to_patches
 
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% for c in m['content'] %}"

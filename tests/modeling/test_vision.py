@@ -14,7 +14,8 @@ from transformers.models.qwen2_vl.modeling_qwen2_vl import VisionMlp, apply_rota
 
 from mmrag.modeling import vision
 from mmrag.modeling.clip_images import ClipRule, channels_first
-from mmrag.modeling.qwen_images import ImageRule, pixels_of, to_patches
+from mmrag.modeling.image_rule import ImageRule
+from mmrag.modeling.qwen_images import pixels_of, to_patches
 from mmrag.modeling.vision import (
     QuickGeluMlp,
     add_features,

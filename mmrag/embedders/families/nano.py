@@ -22,13 +22,15 @@ from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLVisionCon
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VisionTransformerPretrainedModel
 
 from mmrag.content import Content, Modality, image_size, load_image
+from mmrag.embedders.nano_text import nano_settings
 from mmrag.modeling.backbone import Plan
 from mmrag.modeling.batching import pad
 from mmrag.modeling.clip_images import only_image
+from mmrag.modeling.image_rule import ImageRule, read_image_rule
 from mmrag.modeling.loading import Placement, load_exact
 from mmrag.modeling.pooling import mean_tokens
 from mmrag.modeling.prompts import Prompt, tokenize
-from mmrag.modeling.qwen_images import ImageRule, pixels_of, read_image_rule, resize
+from mmrag.modeling.qwen_images import pixels_of, resize
 from mmrag.modeling.qwen_vl import ALL_MODALITIES, cells
 from mmrag.modeling.tokenizers import load_tokenizer
 from mmrag.modeling.vision import run_tower, speed_up
@@ -103,11 +105,7 @@ class NanoBackbone:
 
     def settings(self) -> dict[str, Any]:
         """The limits, which move vectors of long texts and large images."""
-        return {
-            "family": self.family,
-            "max_length": self.max_length,
-            "pixels": [self.rule.min_pixels, self.rule.max_pixels],
-        }
+        return nano_settings(self.max_length, self.rule)
 
     def plan(self, content: Content, instruction: str | None) -> Plan:
         """Tokens of the text, then one for each visual token; see ``Backbone.plan``."""

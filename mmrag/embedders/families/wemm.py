@@ -18,9 +18,9 @@ from transformers import Qwen3_5Model
 
 from mmrag.content import Content
 from mmrag.errors import ModelError
+from mmrag.modeling.image_rule import smart_resize
 from mmrag.modeling.loading import Placement
 from mmrag.modeling.prompts import Prompt
-from mmrag.modeling.qwen_images import smart_resize
 from mmrag.modeling.qwen_vl import IMAGE_BLOCK, QwenBackbone, Recipe, load_qwen
 
 EMBEDDING = "<embedding>"

@@ -15,7 +15,8 @@ from mmrag.content import Content
 from mmrag.embedders import load_embedder
 from mmrag.errors import ContentError
 from mmrag.modeling.backbone import inputs_of
-from mmrag.modeling.qwen_images import ImageRule, smart_resize, to_patches
+from mmrag.modeling.image_rule import ImageRule, smart_resize
+from mmrag.modeling.qwen_images import to_patches
 from mmrag.testing import check_embedder
 
 

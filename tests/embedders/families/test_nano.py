@@ -17,7 +17,8 @@ from mmrag.embedders import load_backbone, load_embedder
 from mmrag.embedders.saving import save_checkpoint
 from mmrag.errors import ContentError, ModelError
 from mmrag.modeling.backbone import inputs_of
-from mmrag.modeling.qwen_images import read_image_rule, resize, to_patches
+from mmrag.modeling.image_rule import read_image_rule
+from mmrag.modeling.qwen_images import resize, to_patches
 from mmrag.testing import check_embedder
 
 TEXTS = ["a cat", "Which plan pays for glasses?", "", "words " * 300]
