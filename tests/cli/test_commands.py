@@ -524,6 +524,12 @@ def test_help_names_the_exit_codes():
         assert "130 stopped by Ctrl-C" in shown
 
 
+def test_the_package_runs_as_a_module():
+    command = [sys.executable, "-m", "mmrag", "--version"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout == run("--version").stdout
+
+
 def test_upgrading_what_is_up_to_date(folder):
     done = run("upgrade", "-c", folder)
     assert (done.exit_code, done.stdout) == (0, "Already up to date.\n")
