@@ -40,6 +40,10 @@ if TYPE_CHECKING:
     from mmrag.evaluation.compare import Difference, compare_evaluations
     from mmrag.evaluation.llamaindex import PageRetriever
     from mmrag.evaluation.mteb_encoder import MTEBEncoder
+    from mmrag.evaluation.needle.corpora import NeedleOptions
+    from mmrag.evaluation.needle.report import write_needle_report
+    from mmrag.evaluation.needle.run import find_needles
+    from mmrag.evaluation.needle.scores import NeedleResult
     from mmrag.evaluation.questions import Question, read_questions
     from mmrag.evaluation.report import write_report
     from mmrag.evaluation.results import Evaluation, Score, System
@@ -105,6 +109,8 @@ _HOME = {
     "ModelError": "errors",
     "MultimodalQuery": "queries",
     "Muvera": "embedders.muvera",
+    "NeedleOptions": "evaluation.needle.corpora",
+    "NeedleResult": "evaluation.needle.scores",
     "PageRetriever": "evaluation.llamaindex",
     "Plan": "answering.planning",
     "PlanBudget": "answering.planning",
@@ -134,6 +140,7 @@ _HOME = {
     "compare_evaluations": "evaluation.compare",
     "evaluate": "evaluation.run",
     "find_files": "reading",
+    "find_needles": "evaluation.needle.run",
     "fuse": "retrieval.fusion",
     "load_embedder": "embedders",
     "load_image": "content",
@@ -149,6 +156,7 @@ _HOME = {
     "save_marked_page": "reading",
     "save_runs": "evaluation.trec",
     "with_qrels": "evaluation.trec",
+    "write_needle_report": "evaluation.needle.report",
     "write_report": "evaluation.report",
 }
 
@@ -187,6 +195,8 @@ __all__ = [
     "ModelError",
     "MultimodalQuery",
     "Muvera",
+    "NeedleOptions",
+    "NeedleResult",
     "PageRetriever",
     "Plan",
     "PlanBudget",
@@ -217,6 +227,7 @@ __all__ = [
     "compare_evaluations",
     "evaluate",
     "find_files",
+    "find_needles",
     "fuse",
     "load_embedder",
     "load_image",
@@ -232,6 +243,7 @@ __all__ = [
     "save_marked_page",
     "save_runs",
     "with_qrels",
+    "write_needle_report",
     "write_report",
 ]
 

@@ -21,6 +21,7 @@ from mmrag.cli.index import index
 from mmrag.cli.list_files import list_files
 from mmrag.cli.mcp import mcp
 from mmrag.cli.models import models
+from mmrag.cli.needle import needle
 from mmrag.cli.remove import remove
 from mmrag.cli.report import report
 from mmrag.cli.search import search
@@ -37,6 +38,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "remove": remove,
     "tune": tune,
     "eval": evaluate,
+    "needle": needle,
     "upgrade": upgrade,
     "report": report,
     "convert": convert,

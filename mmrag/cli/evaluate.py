@@ -156,13 +156,13 @@ def evaluate(
     debug: DebugOption = False,
 ) -> None:
     """Measure on your own questions how well each ranking finds the right pages."""
-    with errors(debug, stopped=_stopped(json_file)):
+    with errors(debug, stopped=stopped(json_file)):
         # Before the options are checked: two files of results need no library.
         if compare is not None:
             _compare(*compare, json_file)
             return
         _check(folder, collection, embedder, judge, answers)
-        with working(log=True) as step, _work_folder(json_file) as work, ExitStack() as stack:
+        with working(log=True) as step, work_folder(json_file) as work, ExitStack() as stack:
             step("Loading")
             from mmrag.evaluation.run import evaluate as measure
 
@@ -178,12 +178,12 @@ def evaluate(
             engines: dict[str, BaseQueryEngine] = {}
             if answers:
                 model = chat_model(llm, base_url, context_window)
-                engines = _engines(libraries, model, images=not no_images)
+                engines = engines_over(libraries, model, images=not no_images)
             evaluation = measure(
                 libraries,
                 asked,
                 engines=engines,
-                judge=_judge(judge, base_url) if judge else None,
+                judge=judge_model(judge, base_url) if judge else None,
                 # Line by line, so that a run that is killed loses the question in hand at most.
                 keep=work / "questions.jsonl",
                 progress=lambda now: step.often(f"{now.task} {now.done}/{now.total}"),
@@ -209,7 +209,7 @@ def _compare(before: Path, after: Path, json_file: Path | None) -> None:
     old = Evaluation.load(before)
     found = compare_evaluations(old, Evaluation.load(after))
     rows = [one.to_json() for one in found]
-    if _is_file(json_file):
+    if is_file(json_file):
         json_file.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     elif json_file is not None:
         print_json(rows)
@@ -246,7 +246,7 @@ def _check(
         raise typer.BadParameter("--judge needs --answers.")
 
 
-def _engines(
+def engines_over(
     libraries: Mapping[str, UniversalIndex], model: EndpointLLM | LocalLLM | None, *, images: bool
 ) -> dict[str, BaseQueryEngine]:
     """An engine over each library, named by what finds the pages and what answers."""
@@ -258,7 +258,7 @@ def _engines(
     }
 
 
-def _judge(given: str, base_url: str | None) -> EndpointLLM:
+def judge_model(given: str, base_url: str | None) -> EndpointLLM:
     """The model of ``--judge``."""
     from mmrag.llms.endpoint import open_llm
 
@@ -296,29 +296,31 @@ def _write(evaluation: Evaluation, runs: Path | None, json_file: Path | None) ->
         from mmrag.evaluation.trec import save_runs
 
         save_runs(evaluation, runs)
-    if _is_file(json_file):
+    if is_file(json_file):
         evaluation.save(json_file)
-    if json_file is None or _is_file(json_file):
+    if json_file is None or is_file(json_file):
         show(evaluation_view(evaluation))
     else:
         print_json(evaluation.to_json())
 
 
-def _is_file(json_file: Path | None) -> TypeGuard[Path]:
+def is_file(json_file: Path | None) -> TypeGuard[Path]:
+    """Whether ``--json`` names a file."""
     # By convention - is stdout.
     return json_file is not None and str(json_file) != "-"
 
 
-def _stopped(json_file: Path | None) -> str:
-    if _is_file(json_file):
+def stopped(json_file: Path | None) -> str:
+    """What is said after Ctrl-C."""
+    if is_file(json_file):
         return "Stopped. The same command goes on from here."
     return "Stopped. With --json FILE, a run goes on where it was stopped."
 
 
 @contextmanager
-def _work_folder(json_file: Path | None) -> Iterator[Path]:
+def work_folder(json_file: Path | None) -> Iterator[Path]:
     """Where indexes and results of single questions are: beside the JSON, else for this run."""
-    if _is_file(json_file):
+    if is_file(json_file):
         yield json_file.with_name(f"{json_file.name}.cache")
         return
     with tempfile.TemporaryDirectory() as scratch:

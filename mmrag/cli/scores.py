@@ -15,6 +15,7 @@ from mmrag.evaluation.measures import MEASURES, metric_names
 
 if TYPE_CHECKING:
     from mmrag.evaluation.compare import Difference
+    from mmrag.evaluation.needle.scores import NeedleResult
     from mmrag.evaluation.results import Evaluation, Scope, Score, System
 
 _TITLES = {"corpus": "All documents", "document": "Inside the document"}
@@ -185,3 +186,68 @@ def _gain(one: Difference) -> Text:
 def _gain_interval(one: Difference) -> str:
     # NaN, the only value that differs from itself: all questions are about one document.
     return "" if one.low != one.low else f"[{one.low:+.3f}, {one.high:+.3f}]"
+
+
+def needle_view(result: NeedleResult) -> RenderableType:
+    """What was found by layer, kind and size, beside chance; by depth; and by ranking."""
+    evaluation = result.evaluation
+    deepest = evaluation.cuts[-1]
+    n = len(evaluation.questions)
+    rows: list[RenderableType] = [Text(f"{n} questions, of {result.main.name}"), Text()]
+    rows += [_found_table(result), Text(), _depths_table(result), Text()]
+    by_ranking = plain_table(f"hit@{deepest} by ranking, over all sizes")
+    by_ranking.add_column("ranking", overflow="fold")
+    for cell in result.cells("layer", "kind"):
+        by_ranking.add_column(f"{cell.group['layer']}, {cell.group['kind']}", justify="right")
+    for system in result.systems():
+        cells = result.cells("layer", "kind", system=system)
+        means = [f"{cell.hits[deepest].mean:.3f}" for cell in cells]
+        by_ranking.add_row(Text(clean(system.name)), *means)
+    rows.append(by_ranking)
+    if evaluation.answers:
+        rows += [Text(), _answers_table(evaluation)]
+    rows.append(
+        Text(
+            "\n[low, high]: 95 % interval, of Wilson for shares, from a bootstrap over needles for "
+            "mrr. chance: what a random order of the pages would have. located: the right page was "
+            "found, and the part of it that was asked for.",
+            style="dim",
+        )
+    )
+    rows += [Padding(Text(f"- {clean(note)}", style="yellow")) for note in evaluation.notes]
+    return Group(*rows)
+
+
+def _found_table(result: NeedleResult) -> Table:
+    cuts = result.evaluation.cuts
+    shown = plain_table("Found")
+    for head in ("layer", "needle"):
+        shown.add_column(head)
+    heads = [f"hit@{cuts[0]}", *([f"hit@{cuts[-1]}"] if len(cuts) > 1 else []), f"mrr@{cuts[-1]}"]
+    for head in ("pages", "n", *heads, "chance", "located"):
+        shown.add_column(head, justify="right")
+    for cell in result.cells("layer", "kind", "size"):
+        scores = [cell.hits[k] for k in dict.fromkeys((cuts[0], cuts[-1]))]
+        # In the order of the columns before it: both hits, and mrr.
+        names = [*(f"hit@{k}" for k in dict.fromkeys((cuts[0], cuts[-1]))), "mrr"]
+        by_chance = ", ".join(f"{cell.chance[name]:.3f}" for name in names)
+        located = "" if cell.located != cell.located else f"{cell.located:.3f}"
+        group = [str(cell.group[name]) for name in ("layer", "kind", "size")]
+        cells = [str(score) for score in (*scores, cell.mrr)]
+        shown.add_row(*group, str(cell.n), *cells, by_chance, located)
+    return shown
+
+
+def _depths_table(result: NeedleResult) -> Table:
+    from mmrag.evaluation.needle.report import heat_rows
+
+    deepest = result.evaluation.cuts[-1]
+    depths = sorted({case.depth for case in result.cases.values()})
+    shown = plain_table(f"hit@{deepest} by depth, from 0 (first page) to 1 (last page)")
+    shown.add_column("corpus")
+    for depth in depths:
+        shown.add_column(f"{depth:g}", justify="right")
+    for label, cells in heat_rows(result, depths):
+        means = ["" if cell is None else f"{cell.hits[deepest].mean:.3f}" for cell in cells]
+        shown.add_row(label, *means)
+    return shown

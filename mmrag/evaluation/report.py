@@ -39,6 +39,29 @@ def write_report(
         title: the heading.
         worst: how many of the worst questions are shown with the pages that were found.
     """
+    html = (
+        template_environment()
+        .get_template("report.html")
+        .render(
+            title=title,
+            now=datetime.now().astimezone(),
+            evaluation=evaluation,
+            metrics=metric_names(evaluation.cuts),
+            scopes=[_scope(evaluation, scope) for scope in _SCOPES if evaluation.systems(scope)],
+            several=len({system.model for system in evaluation.found}) > 1,
+            lead=_lead(evaluation),
+            kinds=_groups(evaluation, "kind"),
+            documents=_groups(evaluation, "document"),
+            gains=_gains(evaluation),
+            answers=_answers(evaluation),
+            worst=_worst(evaluation, libraries or {}, worst),
+        )
+    )
+    Path(path).write_text(html, encoding="utf-8")
+
+
+def template_environment() -> jinja2.Environment:
+    """Where the templates of reports are, and how they write numbers."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("mmrag.evaluation", "."),
         autoescape=True,
@@ -48,21 +71,7 @@ def write_report(
     )
     environment.filters["score"] = "{:.3f}".format
     environment.filters["gain"] = "{:+.3f}".format
-    html = environment.get_template("report.html").render(
-        title=title,
-        now=datetime.now().astimezone(),
-        evaluation=evaluation,
-        metrics=metric_names(evaluation.cuts),
-        scopes=[_scope(evaluation, scope) for scope in _SCOPES if evaluation.systems(scope)],
-        several=len({system.model for system in evaluation.found}) > 1,
-        lead=_lead(evaluation),
-        kinds=_groups(evaluation, "kind"),
-        documents=_groups(evaluation, "document"),
-        gains=_gains(evaluation),
-        answers=_answers(evaluation),
-        worst=_worst(evaluation, libraries or {}, worst),
-    )
-    Path(path).write_text(html, encoding="utf-8")
+    return environment
 
 
 def _scope(evaluation: Evaluation, scope: Scope) -> dict[str, Any]:
