@@ -13,7 +13,7 @@ import logging
 import sys
 from collections.abc import Sequence
 
-from mmrag_recipes import config
+from mmrag_recipes import config, config_models
 from mmrag_recipes.console import ends_cleanly
 from mmrag_recipes.options import Options, read_arguments
 
@@ -25,6 +25,7 @@ RECIPES: dict[str, type[Options]] = {
     "mine": config.MineConfig,
     "train": config.TrainConfig,
     "export": config.ExportConfig,
+    "merge": config_models.MergeConfig,
     "evaluate": config.EvaluateConfig,
     "evaluate_pages": config.EvaluatePagesConfig,
     "evaluate_answers": config.EvaluateAnswersConfig,
