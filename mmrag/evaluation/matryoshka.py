@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from mmrag.embedders.base import Embedder, check_dim, truncate_normalise
 from mmrag.queries import Where
 from mmrag.store.collection import Collection
-from mmrag.store.engine import Scored
+from mmrag.store.engine import Fields, Scored
 from mmrag.store.settings import View
 
 
@@ -37,10 +37,15 @@ class _Cut:
         return getattr(self._collection, name)
 
     def search(
-        self, view: View, vector: NDArray[np.float32], limit: int, where: Where | None = None
+        self,
+        view: View,
+        vector: NDArray[np.float32],
+        limit: int,
+        where: Where | None = None,
+        payload: Fields = True,
     ) -> list[Scored]:
         if view not in self._collection.settings.views:  # of late interaction, not Matryoshka
-            return self._collection.search(view, vector, limit, where)
+            return self._collection.search(view, vector, limit, where, payload)
         if view not in self._views:
             nodes, vectors = self._collection.vectors(view)
             self._views[view] = nodes, truncate_normalise(vectors, self._dim)

@@ -28,6 +28,9 @@ names outright counts as much as one that is first in words and text. Tokens, wh
 count as much as image, text and words together, for they are compared one by one; no measurement
 stands behind that number."""
 
+PAGE_FIELDS = ("sha256", "page", "kind", "file", "box", "node_id")
+"""The fields of a payload that rankings carry: all that is asked of nodes that are not shown."""
+
 FuseBy: TypeAlias = Literal["scores", "ranks"]
 
 RRF_K = 5
@@ -40,7 +43,7 @@ _SCALE_OVER = 100  # hits of a ranking that its scores are scaled over
 Rankings: TypeAlias = Mapping[str, Sequence[Scored]]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Fused:
     """One page (or node) after fusion.
 
@@ -49,9 +52,6 @@ class Fused:
     scores: the raw score of its best node in each ranking: cosine, BM25 or MaxSim.
     credits: what each ranking contributed to ``score``; they add up to it.
     nodes: every node of it that was found, best first: the page, its passages, its figures.
-    shown: the node that stands for it: ``best``, or its page if that is a passage of a page
-        that was found too; the page has the passage's text, and the image. A description only
-        where nothing else of the page was found.
 
     Examples:
         >>> (page,) = fuse({"text": [Scored("a", 0.9, {})]})
@@ -60,9 +60,8 @@ class Fused:
     """
 
     key: Hashable
-    score: float
-    nodes: tuple[Scored, ...]
-    shown: Scored
+    score: float = 0.0
+    nodes: list[Scored] = field(default_factory=list)
     ranks: dict[str, int] = field(default_factory=dict)
     scores: dict[str, float] = field(default_factory=dict)
     credits: dict[str, float] = field(default_factory=dict)
@@ -71,6 +70,25 @@ class Fused:
     def best(self) -> Scored:
         """The node that the rankings together place highest."""
         return self.nodes[0]
+
+    @property
+    def shown(self) -> Scored:
+        """The node that stands for it: ``best``, or its page if that is a passage.
+
+        The page, where it was found too, has the passage's text, and the image. A description
+        stands for it only where nothing else of the page was found.
+        """
+        # What stands on the page before what a model wrote of it.
+        own = [hit for hit in self.nodes if hit.payload.get("kind") != "description"]
+        first = own[0] if own else self.best
+        if first is self.best and first.payload.get("kind") != "passage":
+            return first
+        return next((hit for hit in own if hit.payload.get("kind") == "page"), first)
+
+    @property
+    def description(self) -> Scored | None:
+        """The best node of it that a model wrote of what is on the page."""
+        return next((hit for hit in self.nodes if hit.payload.get("kind") == "description"), None)
 
 
 def page_key(hit: Scored) -> Hashable:
@@ -90,7 +108,7 @@ def fuse(
     """Weighted sum of the rankings, best first; equal scores in the order of their keys.
 
     Nodes with the same ``key`` are one entry, with the credit of the best of them in each
-    ranking.
+    ranking; a node has one key in all of them.
 
     Args:
         by: ``"scores"`` adds scores that are scaled to [0, 1] (see ``scaled``); ``"ranks"`` is
@@ -109,17 +127,14 @@ def fuse(
         raise ConfigError(f"by={by!r}: use one of {', '.join(get_args(FuseBy))}.")
     total = sum(weights[name] for name in rankings)
     entries: dict[Hashable, Fused] = {}
-    votes: dict[Hashable, dict[str, float]] = {}
-    found: dict[str, Scored] = {}
+    votes: dict[str, float] = {}
     for name, hits in rankings.items():
         share = weights[name] / total if total else 0.0
         values = scaled(name, hits) if by == "scores" else _reciprocal(len(hits), k)
         place = 0
         for hit, value in zip(hits, values, strict=True):
             page = key(hit)
-            entry = entries.get(page)
-            if entry is None:
-                entry = entries[page] = Fused(page, 0.0, (), hit)
+            entry = entries.get(page) or entries.setdefault(page, Fused(page))
             # Hits come best first: the first node of a page sets its credit, others only vote which
             # is shown.
             if name not in entry.ranks:
@@ -127,20 +142,16 @@ def fuse(
                 entry.scores[name] = hit.score
                 # By ranks, a page counts by its place among pages, not among nodes.
                 entry.credits[name] = share * (value if by == "scores" else values[place])
+                entry.score += entry.credits[name]
                 place += 1
-            found.setdefault(hit.id, hit)
-            of_entry = votes.setdefault(entry.key, {})
-            of_entry[hit.id] = of_entry.get(hit.id, 0.0) + share * value
-    fused = []
+            if hit.id not in votes:
+                votes[hit.id] = 0.0
+                entry.nodes.append(hit)
+            votes[hit.id] += share * value
     for entry in entries.values():
-        of_entry = votes[entry.key]
-        order = sorted(of_entry, key=lambda id_: (-of_entry[id_], id_))
-        nodes = tuple(found[id_] for id_ in order)
-        score = sum(entry.credits.values())
-        kept = (entry.ranks, entry.scores, entry.credits)
-        fused.append(Fused(entry.key, score, nodes, _shown(nodes), *kept))
+        entry.nodes.sort(key=lambda hit: (-votes[hit.id], hit.id))
     # By key, so that a query gives the same order in every run.
-    return sorted(fused, key=lambda entry: (-entry.score, str(entry.key)))
+    return sorted(entries.values(), key=lambda entry: (-entry.score, str(entry.key)))
 
 
 def scaled(name: str, hits: Sequence[Scored]) -> list[float]:
@@ -162,12 +173,3 @@ def scaled(name: str, hits: Sequence[Scored]) -> list[float]:
 def _reciprocal(count: int, k: int) -> list[float]:
     """Credit of each rank, scaled so that the first is 1."""
     return [(k + 1) / (k + rank) for rank in range(1, count + 1)]
-
-
-def _shown(found: Sequence[Scored]) -> Scored:
-    """The best of a page's nodes; for a passage the page itself, if that was found."""
-    # What stands on the page before what a model wrote of it.
-    own = [hit for hit in found if hit.payload.get("kind") != "description"] or found
-    if own[0].payload.get("kind") != "passage" and own[0] is found[0]:
-        return own[0]
-    return next((hit for hit in own if hit.payload.get("kind") == "page"), own[0])

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from mmrag.embedders.late import LateInteraction
 from mmrag.queries import Where
 from mmrag.reading.files import node_id
+from mmrag.retrieval.fusion import PAGE_FIELDS
 from mmrag.store.collection import Collection
 from mmrag.store.engine import MUVERA, TOKENS, Scored
 
@@ -34,10 +35,10 @@ def late_rankings(
     tokens = late.embedder.encode_query(text)
     if late.muvera is not None and weights[MUVERA] > 0:
         vector = late.muvera.encode_query(tokens)
-        rankings[MUVERA] = collection.search(MUVERA, vector, limit, where)
+        rankings[MUVERA] = collection.search(MUVERA, vector, limit, where, PAGE_FIELDS)
     if weights[TOKENS] > 0:
         hits = [hit for hits in (*found.values(), *rankings.values()) for hit in hits]
-        rankings[TOKENS] = collection.max_sim(tokens, _with_pages(hits), where)
+        rankings[TOKENS] = collection.max_sim(tokens, _with_pages(hits), where, PAGE_FIELDS)
     return rankings
 
 

@@ -12,7 +12,7 @@ import asyncio
 import dataclasses
 import logging
 from collections.abc import Iterable, Mapping
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import numpy as np
 from llama_index.core.base.base_retriever import BaseRetriever
@@ -31,6 +31,7 @@ from mmrag.queries import MultimodalQuery, Where, query_content
 from mmrag.retrieval.fusion import (
     BM25,
     DEFAULT_WEIGHTS,
+    PAGE_FIELDS,
     REFERENCE,
     FuseBy,
     Fused,
@@ -168,7 +169,8 @@ class UniversalRetriever(BaseRetriever):
         """Every ranking of nodes before fusion, best first, by its name.
 
         One embedding and one search per view: ``fuse`` can then be tried with any weights.
-        ``reference`` is there if the question names a page, figure, table or section.
+        ``reference`` is there if the question names a page, figure, table or section. Of a
+        payload there is what fusion needs, ``PAGE_FIELDS``; ``Collection.payloads`` reads the rest.
         """
         bundle = QueryBundle(query) if isinstance(query, str) else query
         content = self._content(bundle)
@@ -180,9 +182,9 @@ class UniversalRetriever(BaseRetriever):
             # Embedded once for all views: they lie in one space.
             vector = self._vector(bundle, content)
             for view in views:
-                found[view] = self.collection.search(view, vector, limit, where)
+                found[view] = self.collection.search(view, vector, limit, where, PAGE_FIELDS)
         if content.text and self.weights[BM25] > 0:
-            found[BM25] = self.collection.search_text(content.text, limit, where)
+            found[BM25] = self.collection.search_text(content.text, limit, where, PAGE_FIELDS)
         if content.text and self.weights[REFERENCE] > 0:
             named = named_nodes(self.collection, content.text, where)
             # An empty ranking would take its weight from the others.
@@ -230,7 +232,11 @@ class UniversalRetriever(BaseRetriever):
             first = fuse(rankings, self.weights, by=self.fuse_by, key=key)
             keys = {entry.key for entry in first}
             fused = [*first, *(entry for entry in fused if entry.key not in keys)]
-        return [self._result(entry) for entry in fused[:top_k]]
+        entries = fused[:top_k]
+        # Rankings know a few fields of each node: the whole ones are read of what is returned.
+        read = [hit.id for each in entries for hit in (each.shown, each.description) if hit]
+        payloads = self.collection.payloads(read)
+        return [self._result(entry, payloads) for entry in entries if entry.shown.id in payloads]
 
     async def _aretrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
         # LlamaIndex's default would block the event loop.
@@ -263,12 +269,10 @@ class UniversalRetriever(BaseRetriever):
         mean = vectors.mean(axis=0)
         return np.asarray(mean / max(float(np.linalg.norm(mean)), 1e-12), dtype=np.float32)
 
-    def _result(self, entry: Fused) -> Hit:
-        described = next(
-            (hit.payload for hit in entry.nodes if hit.payload["kind"] == "description"), {}
-        )
+    def _result(self, entry: Fused, payloads: Mapping[str, Mapping[str, Any]]) -> Hit:
+        described = payloads.get(entry.description.id, {}) if entry.description else {}
         return Hit(
-            node=self.collection.node(entry.shown.payload),
+            node=self.collection.node(payloads[entry.shown.id]),
             score=entry.score,
             retrieval_score=entry.score,
             ranks=entry.ranks,

@@ -16,11 +16,10 @@ from uuid import uuid5
 
 import numpy as np
 from llama_index.core.schema import BaseNode
-from llama_index.core.vector_stores.utils import metadata_dict_to_node, node_to_metadata_dict
+from llama_index.core.vector_stores.utils import metadata_dict_to_node
 from numpy.typing import NDArray
 
 from mmrag.errors import CollectionError, ConfigError
-from mmrag.nodes import node_text
 from mmrag.queries import Where
 from mmrag.store.convert import Copying
 from mmrag.store.damage import Examination, examine
@@ -30,13 +29,14 @@ from mmrag.store.engine import (
     TOKENS,
     AnyOf,
     Engine,
+    Fields,
     Filter,
     Point,
     Scored,
     in_batches,
 )
 from mmrag.store.entries import FileEntry, folder_of, only_files, with_metadata
-from mmrag.store.images import image_paths, with_image_paths
+from mmrag.store.images import image_paths
 from mmrag.store.inserted import InsertedNodes, Insertion, point_id, with_image_file
 from mmrag.store.location import Location
 from mmrag.store.making import (
@@ -48,9 +48,17 @@ from mmrag.store.making import (
     store_settings,
 )
 from mmrag.store.matching import as_filter, matching_paths
+from mmrag.store.payloads import (
+    at_path,
+    node_payload,
+    own_terms,
+    payload_node,
+    with_stored_images,
+)
 from mmrag.store.settings import CollectionSettings, View
-from mmrag.store.terms import AUTO_LANGUAGE, DocumentTerms, NodeTerms, has_terms, query_terms
+from mmrag.store.terms import AUTO_LANGUAGE, NodeTerms, has_terms, query_terms
 from mmrag.store.upgrade import rebuild_terms
+from mmrag.store.vectors import check_vector, checked_vectors
 
 if TYPE_CHECKING:
     from llama_index.vector_stores.qdrant import QdrantVectorStore
@@ -191,9 +199,13 @@ class Collection:
             ConfigError: For vectors that do not fit.
         """
         if terms is None:
-            terms = [self._own_terms(node) for node in nodes]
+            terms = [own_terms(node, self.settings.language) for node in nodes]
         points = [
-            Point(node.node_id, self._payload(node, of_text), self._checked(node, of_node))
+            Point(
+                node.node_id,
+                node_payload(node, of_text, self._images),
+                checked_vectors(self.settings, node.node_id, of_node),
+            )
             for node, of_node, of_text in zip(nodes, vectors, terms, strict=True)
         ]
         if points:
@@ -216,13 +228,13 @@ class Collection:
         points: list[Point] = []
         images: set[Path] = set()
         for each, of_node, of_text in zip(nodes, vectors, terms, strict=True):
-            stored = self._with_stored_images(
-                with_image_file(each.node.model_copy(deep=True), self._images)
-            )
+            copy = with_image_file(each.node.model_copy(deep=True), self._images)
+            stored = with_stored_images(copy, self._images)
             images |= image_paths(stored)
             payload = each.payload(stored, files[each.doc_id])
             payload |= of_text.to_payload() if has_terms(payload) else {}
-            points.append(Point(point_id(stored.node_id), payload, self._checked(stored, of_node)))
+            vectors_of = checked_vectors(self.settings, stored.node_id, of_node)
+            points.append(Point(point_id(stored.node_id), payload, vectors_of))
         if points:
             self.inserted.drop_images([each.node.node_id for each in nodes], images)
             self._engine.upsert(points)
@@ -352,14 +364,21 @@ class Collection:
         other = dataclasses.replace(same, must_not=(*same.must_not, AnyOf("file", (path,))))
         # In batches: the nodes of a large file with their vectors may not fit in memory.
         for batch in in_batches(self._engine.scroll(other, vectors=True), 64):
-            self._engine.upsert([self._at_path(point, path) for point in batch])
+            self._engine.upsert([at_path(point, path, self._images) for point in batch])
 
     def search(
-        self, view: str, vector: NDArray[np.float32], limit: int, where: Where | None = None
+        self,
+        view: str,
+        vector: NDArray[np.float32],
+        limit: int,
+        where: Where | None = None,
+        payload: Fields = True,
     ) -> list[Scored]:
         """The nodes nearest to ``vector`` ((dim,) float32) in one view, best first.
 
         By cosine; in the view ``muvera`` by inner product.
+
+        payload: which of its fields are read; reading all of it takes most of the time.
 
         Raises:
             ConfigError: For a view that the collection does not have.
@@ -370,8 +389,8 @@ class Collection:
             raise ConfigError(
                 f"This collection has no view {view!r}; it has {', '.join(searchable)}."
             )
-        self._check_dim(view, vector)
-        return self._engine.nearest(view, vector, limit, self._filter(where))
+        check_vector(self.settings, view, vector)
+        return self._engine.nearest(view, vector, limit, self._filter(where), payload)
 
     def vectors(self, view: View) -> tuple[list[Scored], NDArray[np.float32]]:
         """All nodes that have a vector of a view, ordered by id, and these: (n nodes, dim)."""
@@ -384,20 +403,30 @@ class Collection:
         return nodes, np.array(rows, dtype=np.float32).reshape(-1, self.settings.dim)
 
     def max_sim(
-        self, tokens: NDArray[np.float32], ids: Sequence[str], where: Where | None = None
+        self,
+        tokens: NDArray[np.float32],
+        ids: Sequence[str],
+        where: Where | None = None,
+        payload: Fields = True,
     ) -> list[Scored]:
         """Of the nodes with these ids those that have tokens, by MaxSim with ``tokens``.
 
         tokens: of a query, (n, dim) float32.
+        payload: as for ``search``.
         """
-        self._check_dim(TOKENS, tokens)
-        return self._engine.max_sim(tokens, ids, self._filter(where)) if ids else []
+        check_vector(self.settings, TOKENS, tokens)
+        return self._engine.max_sim(tokens, ids, self._filter(where), payload) if ids else []
 
-    def search_text(self, query: str, limit: int, where: Where | None = None) -> list[Scored]:
-        """The nodes that rank highest by BM25, best first; see ``mmrag.store.terms``."""
+    def search_text(
+        self, query: str, limit: int, where: Where | None = None, payload: Fields = True
+    ) -> list[Scored]:
+        """The nodes that rank highest by BM25, best first; see ``mmrag.store.terms``.
+
+        payload: as for ``search``.
+        """
         # A collection may hold several languages: a word is looked for as each of them stems it.
         terms = query_terms(query, self._engine.facet(LANGUAGE_FIELD))
-        return self._engine.bm25(terms, limit, self._filter(where)) if terms else []
+        return self._engine.bm25(terms, limit, self._filter(where), payload) if terms else []
 
     def find(self, where: Where, limit: int) -> list[Scored]:
         """The first nodes that ``where`` lets through, ordered by id; each has a score of 1."""
@@ -406,6 +435,10 @@ class Collection:
             Scored(point.id, 1.0, {k: v for k, v in point.payload.items() if k != TERMS_FIELD})
             for point in islice(self._engine.scroll(nodes), limit)
         ]
+
+    def payloads(self, ids: Sequence[str]) -> dict[str, dict[str, Any]]:
+        """The whole payloads of those of the nodes that are stored, by id."""
+        return {point.id: point.payload for point in self._engine.retrieve(ids)}
 
     def node(self, payload: Mapping[str, Any]) -> BaseNode:
         """The node a payload was made from, with its images' paths as they are here.
@@ -416,19 +449,7 @@ class Collection:
         Raises:
             CollectionError: For a payload that is damaged.
         """
-        try:
-            node = metadata_dict_to_node(dict(payload))
-        except (ValueError, TypeError, LookupError) as error:
-            raise CollectionError(
-                f"{self._location} holds a damaged node ({error}). Run mmrag doctor."
-            ) from error
-        if "sha256" in payload and "file" in node.metadata:
-            path = Path(payload.get("folder", ""), node.metadata["file"])
-            # The key that LlamaIndex's own readers set, and its tools look for.
-            node.metadata["file_path"] = path.as_posix()
-            for keys in (node.excluded_llm_metadata_keys, node.excluded_embed_metadata_keys):
-                keys.append("file_path")
-        return with_image_paths(node, self._images.found)
+        return payload_node(payload, self._images, str(self._location))
 
     def count(self, where: Where | None = None) -> int:
         """How many nodes there are."""
@@ -519,59 +540,6 @@ class Collection:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    def _payload(self, node: BaseNode, terms: NodeTerms) -> dict[str, Any]:
-        # A copy: the caller's node keeps its own paths.
-        stored = self._with_stored_images(node.model_copy(deep=True))
-        payload = node_to_metadata_dict(stored)
-        if text := node_text(node):
-            payload["text"] = text
-        if folder := folder_of(node.metadata.get("file", "/")):
-            payload["folder"] = folder  # so that the path is found from any working directory
-        return payload | terms.to_payload() if has_terms(payload) else payload
-
-    def _with_stored_images(self, node: BaseNode) -> BaseNode:
-        return with_image_paths(node, lambda path: self._images.stored(path, node.node_id))
-
-    def _own_terms(self, node: BaseNode) -> NodeTerms:
-        text = node_text(node)
-        document = DocumentTerms(node.metadata.get("file", ""), self.settings.language)
-        document.read(text)
-        # Of a single node the first words are its own, and would count twice.
-        return dataclasses.replace(document.of(text), first_words="")
-
-    def _checked(
-        self, node: BaseNode, vectors: Mapping[str, Any]
-    ) -> dict[str, NDArray[np.float32]]:
-        unknown = set(vectors) - set(self.settings.vectors)
-        if unknown:
-            raise ConfigError(f"Node {node.node_id}: the collection has no view {unknown}.")
-        arrays = {str(name): np.asarray(each, np.float32) for name, each in vectors.items()}
-        for name, vector in arrays.items():
-            self._check_dim(name, vector)
-        return arrays
-
-    def _check_dim(self, name: str, vector: NDArray[np.float32]) -> None:
-        dim = self.settings.vectors.get(name, 0)
-        # Qdrant takes no multivector without a row.
-        fits = vector.ndim == 2 and len(vector) if name == TOKENS else vector.ndim == 1
-        if not fits or vector.shape[-1] != dim:
-            late = self.settings.late
-            made_by = late.embedder if late and name in late.vectors else self.settings.embedder
-            raise ConfigError(
-                f"A vector of shape {vector.shape} does not fit: this collection holds vectors "
-                f"of {dim} dimensions, made by {made_by}."
-            )
-        # One NaN makes every comparison with it false, and a search over it useless.
-        if not np.isfinite(vector).all():
-            raise ConfigError("A vector holds NaN or infinity; check the embedder.")
-
-    def _at_path(self, point: Point, path: str) -> Point:
-        node = metadata_dict_to_node(point.payload)
-        node.metadata["file"] = path
-        with_image_paths(node, self._images.found)
-        terms = NodeTerms.from_payload(point.payload).renamed(path)
-        return dataclasses.replace(point, payload=self._payload(node, terms))
 
     def _remove(self, of: AnyOf) -> int:
         nodes = Filter(must=(of,), must_not=(_BOOKKEEPING,))

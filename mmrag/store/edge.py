@@ -33,12 +33,14 @@ from mmrag.store.engine import (
     TOKENS,
     Dialect,
     Engine,
+    Fields,
     Filter,
     Point,
     Schema,
     Scored,
     as_point,
 )
+from mmrag.store.kept_fields import KeptFields
 from mmrag.store.point_count import PointCount
 
 # The write-ahead log keeps every write from a killed process; flushing keeps the log short.
@@ -91,6 +93,8 @@ class EdgeEngine(Engine):
         self._count = PointCount(folder)
         # Counting over all points takes longer than a search, and nobody else writes here.
         self._facets: dict[str, dict[str, int]] = {}
+        # So does reading the payloads of what a search has found.
+        self._fields: dict[tuple[str, ...], KeptFields] = {}
         self._shard: edge.EdgeShard | None = None
         # Held before the engine touches a file: its own lock comes after it has written some.
         self._lock = FileLock(f"{folder}{LOCK}", timeout=0)
@@ -133,10 +137,7 @@ class EdgeEngine(Engine):
             for point in points
         )
         self._need_space("write to", _COPIES * size)
-        self._facets.clear()
-        self._count.forget()
-        with self._errors("write to"):
-            self._open.update(edge.UpdateOperation.upsert_points(rows))
+        self._update("write to", edge.UpdateOperation.upsert_points(rows))
         self._unflushed += len(rows)
         if self._unflushed >= _FLUSH_POINTS:
             self.flush()
@@ -160,22 +161,32 @@ class EdgeEngine(Engine):
 
     @override
     def nearest(
-        self, name: str, vector: NDArray[np.float32], limit: int, where: Filter
+        self,
+        name: str,
+        vector: NDArray[np.float32],
+        limit: int,
+        where: Filter,
+        payload: Fields = True,
     ) -> list[Scored]:
         query = edge.Query.Nearest(vector.tolist(), using=name)
-        return self._query(query, limit, DIALECT.filter(where))
+        return self._query(query, limit, DIALECT.filter(where), payload)
 
     @override
     def max_sim(
-        self, tokens: NDArray[np.float32], ids: Sequence[str], where: Filter
+        self,
+        tokens: NDArray[np.float32],
+        ids: Sequence[str],
+        where: Filter,
+        payload: Fields = True,
     ) -> list[Scored]:
         among = edge.Filter(must=[edge.HasIdCondition(set(ids)), DIALECT.filter(where)])
-        return self._query(edge.Query.Nearest(tokens.tolist(), using=TOKENS), len(ids), among)
+        query = edge.Query.Nearest(tokens.tolist(), using=TOKENS)
+        return self._query(query, len(ids), among, payload)
 
     @override
-    def bm25(self, terms: str, limit: int, where: Filter) -> list[Scored]:
+    def bm25(self, terms: str, limit: int, where: Filter, payload: Fields = True) -> list[Scored]:
         query = edge.TextQuery(TERMS_FIELD, terms)
-        return self._query(query, limit, DIALECT.filter(where))
+        return self._query(query, limit, DIALECT.filter(where), payload)
 
     @override
     def scroll(self, where: Filter, vectors: bool = False) -> Iterator[Point]:
@@ -248,12 +259,13 @@ class EdgeEngine(Engine):
 
     @override
     def facet(self, key: str) -> dict[str, int]:
-        if key not in self._facets:
+        facets = self._facets
+        if key not in facets:
             with self._errors("count in"):
                 found = self._open.facet(edge.FacetRequest(key=key, limit=FACET_LIMIT, exact=True))
             # An index goes on listing values whose points are gone.
-            self._facets[key] = {str(hit.value): hit.count for hit in found.hits if hit.count}
-        return dict(self._facets[key])
+            facets[key] = {str(hit.value): hit.count for hit in found.hits if hit.count}
+        return dict(facets[key])
 
     @override
     def flush(self) -> None:
@@ -316,10 +328,17 @@ class EdgeEngine(Engine):
 
     def _delete(self, operation: edge.UpdateOperation) -> None:
         self._need_space("delete from", 0)
-        self._facets.clear()
+        self._update("delete from", operation)
+
+    def _update(self, doing: str, operation: edge.UpdateOperation) -> None:
         self._count.forget()
-        with self._errors("delete from"):
-            self._open.update(operation)
+        try:
+            with self._errors(doing):
+                self._open.update(operation)
+        finally:
+            # After it: another thread may have read what was there before.
+            self._facets = {}
+            self._fields = {}
 
     def _create(self, schema: Schema) -> None:
         for rest in self._folder.parent.glob(f"{self._folder.name}.*new"):
@@ -364,17 +383,33 @@ class EdgeEngine(Engine):
                 "again; what is stored is kept."
             )
 
-    def _query(self, query: Any, limit: int, condition: Any) -> list[Scored]:
+    def _query(self, query: Any, limit: int, condition: Any, payload: Fields) -> list[Scored]:
+        everything = edge.PayloadSelector.Exclude([TERMS_FIELD, CHECKSUM_FIELD])
         request = edge.QueryRequest(
             limit=limit,
             query=query,
             filter=condition,
-            with_payload=edge.PayloadSelector.Exclude([TERMS_FIELD, CHECKSUM_FIELD]),
+            with_payload=everything if payload is True else False,
             params=_RESCORED,
         )
+        # Before the search: a write in between leaves these behind.
+        fields = None if isinstance(payload, bool) else self._kept(tuple(payload))
         with self._errors("search"):
             found = self._open.query(request)
-        return [Scored(str(hit.id), float(hit.score), hit.payload or {}) for hit in found]
+        hits = [Scored(str(hit.id), float(hit.score), hit.payload or {}) for hit in found]
+        if fields is None:
+            return hits
+        of_hits = fields.of([hit.id for hit in hits])
+        # One that was deleted since is left out.
+        return [Scored(hit.id, hit.score, of_hits[hit.id]) for hit in hits if hit.id in of_hits]
+
+    def _kept(self, names: tuple[str, ...]) -> KeptFields:
+        def read(ids: list[str]) -> list[tuple[str, dict[str, Any]]]:
+            with self._errors("read from"):
+                records = self._open.retrieve([*ids], list(names), False)
+            return [(str(record.id), record.payload or {}) for record in records]
+
+        return self._fields.setdefault(names, KeptFields(read))
 
     @contextmanager
     def _errors(self, doing: str) -> Iterator[None]:

@@ -16,6 +16,8 @@ from mmrag.errors import ConfigError
 TERMS_FIELD = "terms"
 CHECKSUM_FIELD = "checksum"
 Quantization: TypeAlias = Literal["none", "int8", "binary"]
+Fields: TypeAlias = bool | Sequence[str]
+"""What is read of a payload: all but the terms, nothing, or the fields with these names."""
 OVERSAMPLING = 4.0
 """How many times the limit a search over quantized vectors scores again with whole vectors.
 
@@ -51,7 +53,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Scored:
-    """A point found by a search; a higher score is better. Its payload lacks the terms."""
+    """A point found by a search, with the payload asked for; a higher score is better."""
 
     id: str
     score: float
@@ -166,18 +168,27 @@ class Engine(Protocol):
         ...
 
     def nearest(
-        self, name: str, vector: NDArray[np.float32], limit: int, where: Filter
+        self,
+        name: str,
+        vector: NDArray[np.float32],
+        limit: int,
+        where: Filter,
+        payload: Fields = True,
     ) -> list[Scored]:
         """The points whose vector ``name`` is nearest by cosine, or inner product."""
         ...
 
     def max_sim(
-        self, tokens: NDArray[np.float32], ids: Sequence[str], where: Filter
+        self,
+        tokens: NDArray[np.float32],
+        ids: Sequence[str],
+        where: Filter,
+        payload: Fields = True,
     ) -> list[Scored]:
         """The MaxSim of (n, dim) tokens with those of the points that have any, best first."""
         ...
 
-    def bm25(self, terms: str, limit: int, where: Filter) -> list[Scored]:
+    def bm25(self, terms: str, limit: int, where: Filter, payload: Fields = True) -> list[Scored]:
         """The points whose ``terms`` rank highest by BM25; ``terms`` are separated by spaces."""
         ...
 

@@ -26,6 +26,7 @@ from mmrag.store.engine import (
     TOKENS,
     Dialect,
     Engine,
+    Fields,
     Filter,
     Point,
     Schema,
@@ -148,22 +149,31 @@ class ServerEngine(Engine):
 
     @override
     def nearest(
-        self, name: str, vector: NDArray[np.float32], limit: int, where: Filter
+        self,
+        name: str,
+        vector: NDArray[np.float32],
+        limit: int,
+        where: Filter,
+        payload: Fields = True,
     ) -> list[Scored]:
-        return self._query(vector.tolist(), name, limit, DIALECT.filter(where))
+        return self._query(vector.tolist(), name, limit, DIALECT.filter(where), payload)
 
     @override
     def max_sim(
-        self, tokens: NDArray[np.float32], ids: Sequence[str], where: Filter
+        self,
+        tokens: NDArray[np.float32],
+        ids: Sequence[str],
+        where: Filter,
+        payload: Fields = True,
     ) -> list[Scored]:
         same = models.HasIdCondition(has_id=list(ids))
         among = models.Filter(must=[same, DIALECT.filter(where)])
-        return self._query(tokens.tolist(), TOKENS, len(ids), among)
+        return self._query(tokens.tolist(), TOKENS, len(ids), among, payload)
 
     @override
-    def bm25(self, terms: str, limit: int, where: Filter) -> list[Scored]:
+    def bm25(self, terms: str, limit: int, where: Filter, payload: Fields = True) -> list[Scored]:
         query = models.TextQuery(text=terms)
-        return self._query(query, TERMS_FIELD, limit, DIALECT.filter(where))
+        return self._query(query, TERMS_FIELD, limit, DIALECT.filter(where), payload)
 
     @override
     def scroll(self, where: Filter, vectors: bool = False) -> Iterator[Point]:
@@ -263,7 +273,11 @@ class ServerEngine(Engine):
         if self._owned:
             self._client.close()
 
-    def _query(self, query: Any, using: str, limit: int, condition: Any) -> list[Scored]:
+    def _query(
+        self, query: Any, using: str, limit: int, condition: Any, payload: Fields
+    ) -> list[Scored]:
+        everything = models.PayloadSelectorExclude(exclude=[TERMS_FIELD])
+        selected = payload if isinstance(payload, bool) else list(payload)
         found = self._call(
             lambda: self._client.query_points(
                 self._name,
@@ -272,7 +286,7 @@ class ServerEngine(Engine):
                 limit=limit,
                 query_filter=condition,
                 search_params=None if self._local else _RESCORED,
-                with_payload=models.PayloadSelectorExclude(exclude=[TERMS_FIELD]),
+                with_payload=everything if payload is True else selected,
             )
         )
         return [Scored(str(hit.id), float(hit.score), hit.payload or {}) for hit in found.points]

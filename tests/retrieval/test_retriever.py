@@ -24,7 +24,7 @@ from PIL import Image
 from mmrag.errors import ConfigError
 from mmrag.queries import Where
 from mmrag.rerankers.postprocessor import MLLMReranker
-from mmrag.retrieval.fusion import DEFAULT_WEIGHTS, fuse, page_key, scaled
+from mmrag.retrieval.fusion import DEFAULT_WEIGHTS, PAGE_FIELDS, fuse, page_key, scaled
 from mmrag.retrieval.retriever import UniversalRetriever
 from mmrag.store.collection import Collection, CollectionSettings
 from mmrag.store.engine import Scored
@@ -401,6 +401,29 @@ def test_ties_have_one_order_whatever_came_first():
 
 def test_nodes_without_a_page_stand_for_themselves():
     assert page_key(scored("a", 1.0)) != page_key(scored("b", 1.0))
+
+
+def test_rankings_carry_what_fusion_needs_and_results_are_whole(retriever, collection):
+    rankings = retriever.rankings("vision exams")
+    stored = {id_: collection.payloads([id_])[id_] for id_ in (hit.id for hit in rankings["text"])}
+    for hit in rankings["text"] + rankings["bm25"] + rankings["image"]:
+        kept = {key: value for key, value in stored[hit.id].items() if key in PAGE_FIELDS}
+        assert hit.payload == kept
+    (best, *_) = retriever.search("vision exams")
+    expected = collection.node(stored[best.node.node_id])
+    assert best.node.to_dict() == expected.to_dict()
+    assert best.node.get_content() == TEXTS["plans.pdf", 1]
+
+
+def test_a_node_deleted_while_it_is_searched_is_left_out(retriever, monkeypatch):
+    (first, second, *_) = retriever.search("vision exams")
+    whole = retriever.collection.payloads
+
+    def without_first(ids):
+        return whole([id_ for id_ in ids if id_ != first.node.node_id])
+
+    monkeypatch.setattr(retriever.collection, "payloads", without_first)
+    assert retriever.search("vision exams")[0].node.node_id == second.node.node_id
 
 
 def test_rankings_can_be_fused_again_with_other_weights(retriever):

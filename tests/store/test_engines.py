@@ -81,6 +81,22 @@ def test_nearest_ranks_by_cosine_and_skips_points_without_the_vector(filled):
     assert found[0].payload == {k: v for k, v in POINTS[1].payload.items() if k != "terms"}
 
 
+@pytest.mark.parametrize(
+    ("payload", "expected"),
+    [
+        (True, {"file": "a", "page": 2, "tag": "x", "ok": True, "size": 1.5}),
+        (False, {}),
+        (("page", "tag", "nothing"), {"page": 2, "tag": "x"}),
+    ],
+)
+def test_a_search_reads_the_fields_that_are_asked_for(filled, payload, expected):
+    for found in (
+        filled.nearest("image", unit(1, 1, 0, 0), 1, ALL, payload),
+        filled.bm25("green", 1, ALL, payload),
+    ):
+        assert [(hit.id, hit.payload) for hit in found] == [(uid(2), expected)]
+
+
 def test_limit_bounds_the_results(filled):
     assert len(filled.nearest("image", unit(1, 0, 0, 0), 1, ALL)) == 1
     assert len(filled.bm25("apple", 1, ALL)) == 1
@@ -124,6 +140,18 @@ def test_filters_apply_to_searches(filled):
     only_b = Filter(must=(AnyOf("file", ("b",)),))
     assert ids(filled.nearest("image", unit(1, 0, 0, 0), 10, only_b)) == [3]
     assert filled.bm25("apple", 10, only_b) == []
+
+
+def test_fields_that_were_read_before_a_write_are_read_again(engine):
+    def search():
+        found = engine.nearest("image", unit(1, 1, 0, 0), 9, ALL, ("file", "page"))
+        return {int(hit.id[-12:]): hit.payload for hit in found}
+
+    assert search() == {2: {"file": "a", "page": 2}, 3: {"file": "b", "page": 3}}
+    engine.upsert([Point(uid(2), {"file": "moved"}, {"image": unit(1, 1, 0, 0)})])
+    assert search() == {2: {"file": "moved"}, 3: {"file": "b", "page": 3}}
+    engine.delete_ids([uid(3)])
+    assert search() == {2: {"file": "moved"}}
 
 
 def test_upsert_replaces_payload_and_vectors(engine):
