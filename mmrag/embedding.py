@@ -32,7 +32,7 @@ from mmrag.queries import query_content
 # Comes with the package: a first try needs no download.
 DEFAULT_MODEL = "mmrag-nano"
 # The settings that say which embedder to load, and how.
-_LOADING = ("family", "device", "dtype", "revision", "base_url", "api_key", "options")
+_LOADING = ("family", "device", "dtype", "revision", "layers", "base_url", "api_key", "options")
 
 dispatcher = get_dispatcher(__name__)
 
@@ -44,6 +44,7 @@ class EmbeddingSettings(TypedDict, total=False):
     device: str
     dtype: str
     revision: str | None
+    layers: int | None
     dim: int | None
     query_instruction: str | None
     node_view: NodeView
@@ -83,6 +84,9 @@ class UniversalEmbedding(MultiModalEmbedding):
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1 or mps.")
     dtype: str = Field("auto", description="auto, float32, bfloat16 or float16.")
     revision: str | None = Field(None, description="Branch, tag or commit on the hub.")
+    layers: int | None = Field(
+        None, description="Layers of the decoder to run, for models trained so (2-D Matryoshka)."
+    )
     dim: int | None = Field(None, description="Leading dimensions to keep (Matryoshka).")
     query_instruction: str | None = Field(
         "page_for_question",
@@ -150,6 +154,7 @@ class UniversalEmbedding(MultiModalEmbedding):
             device=self.device,
             dtype=self.dtype,
             revision=self.revision,
+            layers=self.layers,
             **self.options,
         )
 
@@ -157,7 +162,7 @@ class UniversalEmbedding(MultiModalEmbedding):
 
     def to_payload(self) -> dict[str, Any]:
         """What events say of the model: no address, key or option."""
-        own = {"dim": self.dim, "query_instruction": self.query_instruction}
+        own = {"dim": self.dim, "layers": self.layers, "query_instruction": self.query_instruction}
         return {**super().to_payload(), **own}
 
     def to_dict(self, **kwargs: Any) -> dict[str, Any]:
@@ -380,7 +385,7 @@ def _check_settings(
         if model_name is None or not {"base_url", "api_key", "options"}.issuperset(loading):
             raise ConfigError(
                 "With base_url the model runs on a server: give model_name as the server calls "
-                "it, and leave out family, device, dtype and revision."
+                "it, and leave out family, device, dtype, revision and layers."
             )
     elif settings.get("api_key"):
         raise ConfigError("api_key is for a server: give its base_url.")

@@ -40,7 +40,8 @@ class LocalEmbedder:
     ``prefers_text`` says that text serves this model better than an image of it: ingestion then
     gives a node that has text no ``image`` view. ``prefers_passages`` says that it was trained on
     passages: a page that is cut into passages then gets no ``text`` view of its own. They move no
-    vector and may be set at any time.
+    vector and may be set at any time. ``dim`` is the number of leading dimensions that make the
+    full vector; None: all that the backbone gives.
 
     >>> from mmrag import load_embedder
     >>> nano = load_embedder("mmrag-nano", device="cpu")
@@ -55,6 +56,7 @@ class LocalEmbedder:
         name: str,
         fingerprint: str,
         token_budget: int | None = None,
+        dim: int | None = None,
         prefers_text: bool = False,
         prefers_passages: bool = False,
         matryoshka_dims: tuple[int, ...] = (),
@@ -65,7 +67,7 @@ class LocalEmbedder:
         self.backbone = backbone
         self.name = name
         self.family: str = backbone.family
-        self.dim: int = backbone.dim
+        self.dim: int = dim or backbone.dim
         self.modalities: frozenset[Modality] = backbone.modalities
         self.fingerprint = fingerprint
         self.prefers_text = prefers_text
@@ -129,4 +131,5 @@ class LocalEmbedder:
 
     def _forward(self, inputs: Sequence[Inputs]) -> NDArray[np.float32]:
         with self._lock, torch.inference_mode():
-            return self.blocks.run(self.backbone.forward, inputs).float().cpu().numpy()
+            vectors = self.blocks.run(self.backbone.forward, inputs)
+            return vectors[:, : self.dim].float().cpu().numpy()

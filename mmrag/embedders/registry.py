@@ -111,6 +111,7 @@ def load_embedder(
     quantize: Quantization | None = None,
     device_map: DeviceMap | None = None,
     compile: bool | None = None,
+    layers: int | None = None,
     **options: Unpack[FamilyOptions],
 ) -> Embedder:
     """Load an embedder by name or from a folder.
@@ -132,16 +133,20 @@ def load_embedder(
         compile: True compiles the model's blocks at the first large batch, which takes half a
             minute and makes pages faster; False never; None: on CUDA, in long runs. On CUDA short
             texts are also recorded and replayed, unless it is False.
+        layers: run this many layers of the decoder alone, for models trained so (2-D
+            Matryoshka); the vectors then have the width that was trained with them.
         options: what the family takes; see ``FamilyOptions``.
 
     Raises:
         ModelError: If it cannot be found or does not load exactly.
-        ConfigError: For options that are unknown.
+        ConfigError: For options that are unknown, and for layers that the model does not have
+            or was not trained for.
 
     >>> embedder = load_embedder("mmrag-nano", device="cpu", max_length=512)
     >>> embedder.encode(["a page about wind energy"]).shape
     (1, 384)
     """
+    from mmrag.embedders.depth import cut_depth
     from mmrag.embedders.local import LocalEmbedder
     from mmrag.modeling.checkpoints import fingerprint
     from mmrag.modeling.fast_cpu import use_fast_arithmetic
@@ -151,13 +156,14 @@ def load_embedder(
     chosen = _choose(name, folders, family)
     placement = place(device, dtype, quantize=quantize, device_map=device_map, compile=compile)
     if chosen == SENTENCE_TRANSFORMERS:
-        if (token_budget, workers, compile) != (None, None, None):
+        if (token_budget, workers, compile, layers) != (None, None, None, None):
             raise ConfigError(
-                f"family {chosen!r} takes batch_size, no token_budget, workers or compile."
+                f"family {chosen!r} takes batch_size, no token_budget, workers, compile or layers."
             )
         return _load_sentence_transformers(name, folders, placement, options)
     backbone = _load(folders, chosen, placement, options)
     about, known = read_marker(folders), find_known(str(name))
+    cut = cut_depth(backbone, layers, about, str(name))
     on_cpu = placement.device.type == "cpu" and placement.device_map is None
     if dtype == "auto" and on_cpu and about.get("fast_on_cpu"):
         # No part of the fingerprint: a collection may be asked on another processor.
@@ -165,15 +171,17 @@ def load_embedder(
     calibration = known.calibration if known else None
     if "calibration" in about:
         calibration = Calibration.from_dict(about["calibration"])
-    moves = {"dtype": str(placement.dtype), "quantize": quantize, **backbone.settings()}
+    depth = {"layers": layers} if cut else {}
+    moves = {"dtype": str(placement.dtype), "quantize": quantize, **backbone.settings(), **depth}
     return LocalEmbedder(
         backbone,
         name=str(name),
         fingerprint=fingerprint(folders, moves),
         token_budget=token_budget,
+        dim=cut.dim if cut else None,
         prefers_text=bool(about.get("prefers_text", False)),
         prefers_passages=bool(about.get("prefers_passages", False)),
-        matryoshka_dims=_matryoshka_dims(folders, known),
+        matryoshka_dims=cut.trained if cut else _matryoshka_dims(folders, known),
         calibration=calibration,
         workers=workers,
         compile=placement.compile,

@@ -46,6 +46,9 @@ class Backbone(Protocol):
     ``plan`` and ``prepare`` run on the CPU in threads; ``forward`` runs the model,
     differentiably, and is the very function that training uses.
 
+    Where vectors are pooled states of a decoder and nothing follows, a Backbone may have
+    ``decoder`` besides, a module with ``layers`` and ``norm``; ``mmrag.modeling.depth`` reads it.
+
     >>> from mmrag.embedders import load_backbone
     >>> backbone = load_backbone("mmrag-nano", device="cpu")
     >>> plan = backbone.plan(Content("wind energy"), None)

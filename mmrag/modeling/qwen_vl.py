@@ -102,6 +102,11 @@ class QwenBackbone:
         self.dim = int(config.get_text_config().hidden_size)
         self._image_id = int(config.image_token_id)
 
+    @property
+    def decoder(self) -> Any:
+        """The decoder, whose states are pooled."""
+        return self.model.language_model
+
     def settings(self) -> dict[str, Any]:
         """Limits and the literal prompts, which move vectors."""
         render = self.recipe.render

@@ -97,6 +97,8 @@ class TrainConfig(Options):
     """In-batch documents that beat the positive by more than this are left out; 2 keeps all."""
     matryoshka_dims: tuple[int, ...] = ()
     """Also train these prefixes of the vectors; the full width is always trained."""
+    matryoshka_layers: tuple[tuple[int, int], ...] = ()
+    """Also train vectors after fewer layers: pairs of layers and width, such as [[14, 768]]."""
     distil_weight: float = Field(0.0, ge=0, le=1)
     """Share of the loss that follows the teacher's scores in the rows."""
     distil_temperature: float = Field(1.0, gt=0)

@@ -126,12 +126,21 @@ def export(run: Path, out: Path, dtype: str = "float16", scores: Sequence[Path] 
     folders = find_folders(config.model)
     kinds = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
     # The limits it was trained with: others would move its vectors.
-    marker = {**read_marker(folders), **config.limits}
+    marker = {**read_marker(folders), **config.limits, **trained_sizes(config)}
     save_checkpoint(backbone, folders[0], out, dtype=kinds[dtype], marker=marker)
     (out / "README.md").write_text(model_card(config, out.name, scores), encoding="utf-8")
     # A new process has nothing of this one: what is missing from the folder shows.
     check_in_fresh_process(out, probe_vectors(out, backbone))
     return out
+
+
+def trained_sizes(config: TrainConfig) -> dict[str, Any]:
+    """The widths and depths that vectors may be cut to, as ``mmrag.json`` has them."""
+    # Inner layers that this run did not train have moved away from what they were trained for.
+    sizes: dict[str, Any] = {"matryoshka_layers": [list(pair) for pair in config.matryoshka_layers]}
+    if config.matryoshka_dims:
+        sizes["matryoshka_dims"] = sorted(config.matryoshka_dims)
+    return sizes
 
 
 def write_adapter(run: Path, out: Path) -> Path:

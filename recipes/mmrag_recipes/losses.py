@@ -119,19 +119,10 @@ def distil_vectors(vectors: Tensor, teacher: Tensor) -> Tensor:
     return (1 - F.cosine_similarity(vectors.float(), teacher.float(), dim=-1)).mean()
 
 
-def matryoshka(
-    loss: VectorLoss, dims: Sequence[int], weights: Sequence[float] | None = None
-) -> VectorLoss:
-    """Average a loss over prefixes of the vectors (Kusupati et al., arXiv 2205.13147, eq. 1)."""
-    shares = list(weights or [1.0] * len(dims))
-    if len(shares) != len(dims):
-        raise ValueError(f"{len(shares)} weights for {len(dims)} dimensions")
+def matryoshka(loss: VectorLoss, parts: Sequence[slice]) -> VectorLoss:
+    """Average a loss over parts of the vectors (Kusupati et al., arXiv 2205.13147, eq. 1)."""
 
-    def over_prefixes(queries: Tensor, documents: Tensor) -> Tensor:
-        parts = [
-            share * loss(queries[:, :dim], documents[:, :dim])
-            for dim, share in zip(dims, shares, strict=True)
-        ]
-        return torch.stack(parts).sum() / sum(shares)
+    def over_parts(queries: Tensor, documents: Tensor) -> Tensor:
+        return torch.stack([loss(queries[:, p], documents[:, p]) for p in parts]).mean()
 
-    return over_prefixes
+    return over_parts

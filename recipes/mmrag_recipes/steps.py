@@ -23,6 +23,7 @@ from mmrag_recipes import distributed
 from mmrag_recipes.batches import Batch, shard
 from mmrag_recipes.config import TrainConfig
 from mmrag_recipes.data import Dataset, Problem, documents_of
+from mmrag_recipes.depths import depths, inner_vectors, parts
 from mmrag_recipes.losses import (
     candidate_mask,
     distil_scores,
@@ -199,13 +200,28 @@ class Feeder:
         )
 
 
+def encode(backbone: Backbone, inputs: Sequence[Any], config: TrainConfig) -> Tensor:
+    """Vectors of inputs with a graph, float32, (len(inputs), width).
+
+    The width is the model's; with ``matryoshka_layers``, one more for each depth stands behind.
+    """
+    inner = depths(config.matryoshka_layers)
+    device = next(backbone.model.parameters()).device
+    if not inputs:  # every row of this process was skipped
+        return torch.zeros(0, backbone.dim * (1 + len(inner)), device=device, requires_grad=True)
+    # On CUDA alone: most CPUs have no fast bfloat16.
+    low = device.type == "cuda"
+    with torch.autocast(device.type, torch.bfloat16, enabled=low), inner_vectors(backbone, inner):
+        return backbone.forward(inputs).float()
+
+
 def step_loss(vectors: Tensor, step: StepInputs, config: TrainConfig) -> Tensor:
     """Loss of this process's queries against the documents of all processes.
 
     Its mean over processes is the mean over all queries of the step.
 
     Args:
-        vectors: (b + n, d), queries first, as ``StepInputs.inputs``.
+        vectors: (b + n, d), queries first, as ``StepInputs.inputs``; of all depths.
     """
     device = vectors.device
     queries, local = vectors[: step.n_queries], vectors[step.n_queries :]
@@ -242,9 +258,21 @@ def step_loss(vectors: Tensor, step: StepInputs, config: TrainConfig) -> Tensor:
         taught: Tensor = followed.sum() / n_taught
         return (1 - config.distil_weight) * mean + config.distil_weight * taught
 
-    # The full width is always trained with the prefixes.
-    dims = (*config.matryoshka_dims, vectors.shape[1])
-    return matryoshka(loss, dims)(queries, documents)
+    # The full width is always trained with the prefixes, and all layers with fewer.
+    prefixes, inner = parts(config.matryoshka_layers, config.matryoshka_dims, vectors.shape[1])
+    trained = matryoshka(loss, [*prefixes, *inner])(queries, documents)
+    if not inner:
+        return trained
+    # Detached: the full size leads, and is not drawn towards the small ones.
+    full = scores(queries[:, prefixes[-1]], documents[:, prefixes[-1]]).detach()
+
+    def follow(q: Tensor, d: Tensor) -> Tensor:
+        one = config.temperature
+        mean: Tensor = distil_scores(scores(q, d), full, allowed, one, one).sum() / n_queries
+        return mean
+
+    share = len(inner) / (len(prefixes) + len(inner))
+    return trained + share * matryoshka(follow, inner)(queries, documents)
 
 
 def _fill(rows: Tensor, count: int, value: float) -> Tensor:

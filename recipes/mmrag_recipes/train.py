@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from mmrag.embedders import load_backbone
 from mmrag.embedders.base import check_dim
@@ -41,10 +41,11 @@ from mmrag_recipes.checkpoints import (
 )
 from mmrag_recipes.config import TrainConfig
 from mmrag_recipes.data import Dataset, load_datasets
+from mmrag_recipes.depths import check_pairs
 from mmrag_recipes.reports import dry_run, plot_run
 from mmrag_recipes.rows import read_rows, store_of
 from mmrag_recipes.run_log import Report, RunLog
-from mmrag_recipes.steps import Feeder, StepInputs, step_loss
+from mmrag_recipes.steps import Feeder, StepInputs, encode, step_loss
 from mmrag_recipes.trainable import frozen_towers, learning_rate, make_optimizer, make_trainable
 
 logger = logging.getLogger("mmrag_recipes")
@@ -123,6 +124,7 @@ def load_model(config: TrainConfig) -> Backbone:
     )
     for dim in config.matryoshka_dims:
         check_dim(dim, backbone.dim)
+    check_pairs(config.matryoshka_layers, backbone)
     return backbone
 
 
@@ -259,20 +261,10 @@ def train_step(
     Returns:
         The loss over all processes and the gradient's norm.
     """
-    device = next(backbone.model.parameters()).device
-    # On CUDA alone: most CPUs have no fast bfloat16.
-    low = device.type == "cuda"
-
-    def encode(inputs: Sequence[Any]) -> Tensor:
-        if not inputs:  # every row of this process was skipped
-            return torch.zeros(0, backbone.dim, device=device, requires_grad=True)
-        with torch.autocast(device.type, torch.bfloat16, enabled=low):
-            return backbone.forward(inputs).float()
-
     # None tells a weight that no input used from one whose gradient is zero.
     optimizer.zero_grad(set_to_none=True)
     loss = gradcache.step(
-        encode,
+        lambda inputs: encode(backbone, inputs, config),
         step.inputs,
         lambda vectors: step_loss(vectors, step, config),
         config.chunk,

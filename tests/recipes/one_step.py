@@ -15,7 +15,7 @@ from mmrag_recipes.batches import Batch
 from mmrag_recipes.config import TrainConfig
 from mmrag_recipes.data import load_datasets
 from mmrag_recipes.options import build
-from mmrag_recipes.steps import Feeder, step_loss
+from mmrag_recipes.steps import Feeder, encode, step_loss
 from mmrag_recipes.train import load_model
 from mmrag_recipes.trainable import make_trainable
 
@@ -35,7 +35,7 @@ def one_step(config: TrainConfig) -> dict:
     batch = Batch(0, tuple(range(config.batch_size)), 0)
     step = prepare_step(batch, dataset, backbone, config.hard_negatives)
     loss = gradcache.step(
-        lambda inputs: backbone.forward(inputs).float(),
+        lambda inputs: encode(backbone, inputs, config),
         step.inputs,
         lambda vectors: step_loss(vectors, step, config),
         config.chunk,

@@ -22,6 +22,7 @@ MOVES = {
     "temperature": 0.2,
     "false_negative_margin": -0.5,
     "matryoshka_dims": (8,),
+    "matryoshka_layers": ((1, 8),),
     "distil_weight": 0.9,
     "distil_temperature": 5.0,
     "lr": 2e-3,

@@ -11,7 +11,7 @@ from mmrag_recipes import gradcache
 from mmrag_recipes.batches import Batch
 from mmrag_recipes.config import DataConfig, LoraConfig, TrainConfig
 from mmrag_recipes.data import load_datasets
-from mmrag_recipes.steps import step_loss
+from mmrag_recipes.steps import encode, step_loss
 from mmrag_recipes.trainable import frozen_towers, make_trainable
 
 
@@ -39,7 +39,7 @@ def gradients(config: TrainConfig, chunk: int, seed: int = 5) -> tuple[float, di
     step = prepare_step(Batch(0, tuple(range(8)), 0), dataset, backbone, config.hard_negatives)
     torch.manual_seed(seed)
     loss = gradcache.step(
-        lambda inputs: backbone.forward(inputs).float(),
+        lambda inputs: encode(backbone, inputs, config),
         step.inputs,
         lambda vectors: step_loss(vectors, step, config),
         chunk,
@@ -51,6 +51,7 @@ def gradients(config: TrainConfig, chunk: int, seed: int = 5) -> tuple[float, di
 VARIANTS = {
     "plain": {},
     "matryoshka": {"matryoshka_dims": (8, 16)},
+    "depths": {"matryoshka_layers": ((1, 8), (1, 16)), "gradient_checkpointing": True},
     "no hard negatives": {"hard_negatives": 0},
     "lora": {"lora": LoraConfig(r=4)},
     "checkpointing": {"gradient_checkpointing": True},

@@ -380,6 +380,9 @@ def test_a_missing_evaluation_file_is_told_before_training(tiny_model, text_rows
     [
         ({"lora": LoraConfig(targets="nothing")}, r"lora\.targets"),
         ({"matryoshka_dims": (9999,)}, "dim=9999"),
+        ({"matryoshka_layers": ((1, 9999),)}, "dim=9999"),
+        ({"matryoshka_layers": ((3, 8),)}, "layers=3 is not possible: this model has 2 layers"),
+        ({"matryoshka_layers": ((2, 8),)}, "widths at its full depth are matryoshka_dims"),
     ],
 )
 def test_settings_that_do_not_fit_the_model(tiny_model, text_rows, tmp_path, changes, words):

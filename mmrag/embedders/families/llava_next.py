@@ -103,6 +103,11 @@ class LlavaNextBackbone:
         self._image_id = int(config.image_token_id)
         self._layer = int(config.vision_feature_layer)
 
+    @property
+    def decoder(self) -> Any:
+        """The decoder, whose states are pooled."""
+        return self.model.language_model
+
     def settings(self) -> dict[str, Any]:
         """Limits and the literal prompts, which move vectors."""
         render = self.recipe.render

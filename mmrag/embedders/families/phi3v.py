@@ -161,6 +161,11 @@ class Phi3VBackbone:
         self.dim = int(config.hidden_size)
         self._short = int(config.original_max_position_embeddings)
 
+    @property
+    def decoder(self) -> Any:
+        """The decoder, whose states are pooled."""
+        return self.model
+
     def settings(self) -> dict[str, Any]:
         """Limits and the prompt's style, which move vectors."""
         return {
