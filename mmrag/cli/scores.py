@@ -24,6 +24,7 @@ _TITLES = {"corpus": "All documents", "document": "Inside the document"}
 def evaluation_view(evaluation: Evaluation) -> RenderableType:
     """A table for each scope, one by kind of question, and what went wrong."""
     from mmrag.evaluation.compare import gains
+    from mmrag.evaluation.matrix import document_kinds, matrix_tables
 
     asked = evaluation.asked()
     documents = len({question.document for question in asked})
@@ -34,6 +35,8 @@ def evaluation_view(evaluation: Evaluation) -> RenderableType:
             rows += [Text(), _scope_table(evaluation, scope)]
     if evaluation.kinds() and evaluation.systems():
         rows += [Text(), _kinds_table(evaluation)]
+    for title, of_kinds in matrix_tables(evaluation):
+        rows += [Text(), _matrix_table(title, document_kinds(evaluation), of_kinds)]
     if others := gains(evaluation):
         rows += [Text(), _own_gains_table(evaluation, others)]
     if evaluation.answers:
@@ -76,6 +79,19 @@ def _kinds_table(evaluation: Evaluation) -> Table:
     for system in systems:
         scores = [evaluation.scores(system, kind)[evaluation.main_metric] for kind in kinds]
         shown.add_row(*_names(system, systems), *(f"{score.mean:.3f}" for score in scores))
+    return shown
+
+
+def _matrix_table(
+    title: str, columns: Sequence[str], rows: Sequence[tuple[str, list[Score | None]]]
+) -> Table:
+    shown = plain_table(f"{clean(title)}, by kind of question and of document")
+    shown.add_column("question")
+    for column in columns:
+        shown.add_column(clean(column) or "(none)", justify="right", overflow="fold")
+    for kind, scores in rows:
+        cells = ["" if score is None else f"{score} of {score.n}" for score in scores]
+        shown.add_row(clean(kind) or "(none)", *cells)
     return shown
 
 

@@ -5,18 +5,25 @@ from __future__ import annotations
 import re
 import string
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from decimal import ROUND_HALF_UP, Decimal, InvalidOperation
 from typing import Any, Literal, TypeAlias
 
 from mmrag.answering.citations import strip_marks
 from mmrag.evaluation.metrics import Metrics
-from mmrag.evaluation.questions import Page, Question, as_page, page_id
+from mmrag.evaluation.questions import Nugget, Page, Question, as_page, page_id
 from mmrag.numerals import numerals
 
 Grade: TypeAlias = Literal["correct", "incomplete", "wrong"]
 GRADES: Mapping[Grade, float] = {"correct": 1.0, "incomplete": 0.5, "wrong": 0.0}
+
+Assignment: TypeAlias = Literal["support", "partial_support", "not_support"]
+ASSIGNMENTS: Mapping[Assignment, float] = {
+    "support": 1.0,
+    "partial_support": 0.5,
+    "not_support": 0.0,
+}
 
 # A sentence is hardly ever repeated word by word, so that equality would say nothing.
 _SHORT = 12  # words of a right answer that may be compared as they stand
@@ -39,6 +46,7 @@ class AnswerRecord:
     certain: False where passages are quoted that may answer the question, and may not.
     cited: the pages that it cites, or rests on if it cites none.
     verdict: the judge's, if one was asked.
+    nuggets: whether the answer states each nugget of the question, if the judge was asked.
 
     Examples:
         >>> asked = Question("How deep is it?", (("well.pdf", 3),), answer="9 m")
@@ -53,6 +61,7 @@ class AnswerRecord:
     cited: tuple[Page, ...] = ()
     seconds: float = 0.0
     verdict: Verdict | None = None
+    nuggets: tuple[Assignment, ...] = ()
 
     def scores(self, question: Question) -> Metrics:
         """Every measure that the question allows; those that it does not are left out.
@@ -69,6 +78,7 @@ class AnswerRecord:
           it stands in the answer. ``numeric`` where it has numbers: whether all of them are in
           the answer, rounded to as many decimals.
         - ``judged``, the judge's grade as 1, 0.5 or 0; 0 without an answer.
+        - those of ``nugget_scores``, where the judge was asked for nuggets.
         """
         if not question.answerable:
             # Both are given: to refuse outright is better than to quote what may not fit.
@@ -81,6 +91,8 @@ class AnswerRecord:
             found |= self._matches(question.answer)
         if self.verdict is not None:
             found["judged"] = GRADES[self.verdict.grade]
+        if self.nuggets:
+            found |= nugget_scores(question.nuggets, self.nuggets)
         return found
 
     def _citations(self, question: Question) -> Metrics:
@@ -120,8 +132,38 @@ class AnswerRecord:
         parts = {
             "cited": tuple(as_page(page) for page in values["cited"]),
             "verdict": Verdict(**verdict) if verdict else None,
+            "nuggets": tuple(values.get("nuggets", ())),
         }
         return cls(**(dict(values) | parts))
+
+
+def nugget_scores(nuggets: Sequence[Nugget], assigned: Sequence[Assignment]) -> Metrics:
+    """Recall of nuggets, as the TREC 2024 RAG track scores it.
+
+    ``nuggets``: mean over all, 1 for support and 0.5 for partial support; ``nuggets_vital``: over
+    vital ones; ``nuggets_weighted``: over all, where those that are not vital count half. The same
+    with ``_strict``, where partial support is 0. Measures of vital nuggets are left out where there
+    are none. Source: AutoNuggetizer (arXiv 2411.09607), its section on scores.
+
+    >>> nugget_scores([Nugget("a"), Nugget("b", vital=False)], ["partial_support", "support"])
+    ... # doctest: +NORMALIZE_WHITESPACE
+    {'nuggets': 0.75, 'nuggets_vital': 0.5, 'nuggets_weighted': 0.6666666666666666,
+     'nuggets_strict': 0.5, 'nuggets_vital_strict': 0.0,
+     'nuggets_weighted_strict': 0.3333333333333333}
+    """
+    weights = {
+        "nuggets": [1.0 for _ in nuggets],
+        "nuggets_vital": [float(each.vital) for each in nuggets],
+        "nuggets_weighted": [1.0 if each.vital else 0.5 for each in nuggets],
+    }
+    partial = [ASSIGNMENTS[each] for each in assigned]
+    strict = [float(each == "support") for each in assigned]
+    return {
+        name + suffix: sum(w * v for w, v in zip(of, values, strict=True)) / sum(of)
+        for suffix, values in (("", partial), ("_strict", strict))
+        for name, of in weights.items()
+        if sum(of)
+    }
 
 
 def normalised(text: str) -> str:

@@ -15,9 +15,14 @@ from llama_index.core.llms import LLM
 from mmrag.answering.planning import PlanningQueryEngine
 from mmrag.answering.response import CitedResponse
 from mmrag.errors import ConfigError, EndpointError, MMRagError
-from mmrag.evaluation.answers import AnswerRecord, Verdict
+from mmrag.evaluation.answers import AnswerRecord, Assignment, Verdict
 from mmrag.evaluation.asking import collection_state, question_state
-from mmrag.evaluation.judge import JUDGE_PROMPT, judge_answer
+from mmrag.evaluation.judge import (
+    JUDGE_PROMPT,
+    NUGGET_PROMPT,
+    assign_nuggets,
+    judge_answer,
+)
 from mmrag.evaluation.kept import Kept, fingerprint
 from mmrag.evaluation.questions import Question
 
@@ -38,7 +43,8 @@ def answer_all(
     """What an engine of ours answers, by id of the question.
 
     Args:
-        judge: grades answers to questions that have a right one.
+        judge: grades answers to questions that have a right one, and says which nuggets they
+            state.
         kept: what earlier runs were answered; changed in place.
         notes: gets a line for each question that failed, which then has no record, and for each
             answer that was not judged.
@@ -75,7 +81,8 @@ def answer_all(
         try:
             if judge is not None:
                 verdict = _judged(judge, question, record, kept)
-                records[question.id] = replace(record, verdict=verdict)
+                nuggets = _assigned(judge, question, record, kept)
+                records[question.id] = replace(record, verdict=verdict, nuggets=nuggets)
             failed = 0
         except EndpointError as error:
             note(f"the answer to question {question.id} was not judged", error)
@@ -113,6 +120,23 @@ def _judged(judge: LLM, question: Question, record: AnswerRecord, kept: Kept) ->
     model = [type(judge).__name__, judge.metadata.model_name, JUDGE_PROMPT.template]
     key = fingerprint("judge", model, question.text, question.answer, record.text)
     return Verdict(**kept.get_or(key, lambda: vars(judge_answer(judge, question, record))))
+
+
+def _assigned(
+    judge: LLM, question: Question, record: AnswerRecord, kept: Kept
+) -> tuple[Assignment, ...]:
+    """What the judge says of each nugget; nothing of an answer that was withheld is stated."""
+    if not question.answerable:
+        return ()
+    if not record.found:
+        return tuple("not_support" for _ in question.nuggets)
+    facts = [each.text for each in question.nuggets]
+    model = [type(judge).__name__, judge.metadata.model_name, NUGGET_PROMPT.template]
+    key = fingerprint("nuggets", model, question.text, facts, record.text)
+    assigned: list[Assignment] = kept.get_or(
+        key, lambda: [*assign_nuggets(judge, question, record)]
+    )
+    return tuple(assigned)
 
 
 def engine_state(engine: BaseQueryEngine) -> dict[str, Any]:

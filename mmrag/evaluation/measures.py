@@ -14,6 +14,12 @@ MEASURES: Mapping[str, str] = {
     "contains": "contains the right answer",
     "numeric": "right numbers",
     "judged": "judged right",
+    "nuggets": "nuggets stated",
+    "nuggets_strict": "nuggets stated in full",
+    "nuggets_vital": "vital nuggets stated",
+    "nuggets_vital_strict": "vital nuggets stated in full",
+    "nuggets_weighted": "nuggets stated, others than vital half",
+    "nuggets_weighted_strict": "nuggets stated in full, others than vital half",
     "abstained": "abstained, of those without an answer",
     "abstained_or_unsure": "abstained or unsure, of the same",
 }

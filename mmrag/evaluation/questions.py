@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePath
@@ -12,10 +13,30 @@ from urllib.parse import quote, unquote
 from mmrag.errors import ContentError, naming
 from mmrag.queries import MultimodalQuery
 
+logger = logging.getLogger(__name__)
+
 Page: TypeAlias = tuple[str, int]
 """A page: the name of its file, without folders, and its number from 1."""
 
+ACCEPTED = "accepted"
+"""The status of rows that count; those without a status count too."""
+
 _EXAMPLE = '{"question": "...", "pages": [{"file": "a.pdf", "page": 7}]}'
+
+
+@dataclass(frozen=True)
+class Nugget:
+    """A fact that an answer should state. vital: a good answer has it; else it is of some use.
+
+    Source: TREC 2024 RAG track, AutoNuggetizer (arXiv 2411.09607).
+
+    Examples:
+        >>> Nugget("The well is 9 m deep.").vital
+        True
+    """
+
+    text: str
+    vital: bool = True
 
 
 @dataclass(frozen=True)
@@ -27,6 +48,8 @@ class Question:
         question is about.
     grades: relevance of pages where some are better than others; 1 for each of ``pages`` if empty.
     kind: what results are broken down by; may be empty.
+    document_kind: what kind of document it is about; with ``kind``, a cell of the matrix.
+    nuggets: the facts that an answer should state.
     answer: the right answer, if it is known.
     answerable: False where the documents do not answer it, and saying so is right.
     id: names it in results and TREC files; ``evaluate`` numbers those without.
@@ -45,6 +68,8 @@ class Question:
     id: str = ""
     image: Path | None = None
     grades: Mapping[Page, float] = field(default_factory=dict, hash=False)
+    document_kind: str = ""
+    nuggets: tuple[Nugget, ...] = ()
 
     @property
     def document(self) -> str:
@@ -72,19 +97,31 @@ def read_questions(path: Path) -> list[Question]:
     """Questions from JSON lines.
 
     ``{"question": "...", "pages": [{"file": "a.pdf", "page": 7}]}``, and if wanted ``answer``,
-    ``kind``, ``id``, ``image`` (a path, from the folder of the questions) and ``"answerable":
-    false``, which needs no pages. Files are compared by name, without folders; a file without
-    pages, a text or an image, counts as its page 1.
+    ``kind``, ``document_kind``, ``id``, ``image`` (a path, from the folder of the questions),
+    ``nuggets`` (``[{"text": ..., "vital": true}]``) and ``"answerable": false``, which needs no
+    pages. Files are compared by name, without folders; a file without pages, a text or an image,
+    counts as its page 1. A row whose ``status`` is not ``accepted`` is left out, and a warning says
+    how many were.
 
     Raises:
         ContentError: For a line without question or pages, and for a file without questions.
     """
-    questions = []
+    questions, left_out = [], 0
     for number, row in json_lines(path):
+        # What a model wrote counts once a person has said so.
+        if isinstance(row, Mapping) and row.get("status", ACCEPTED) != ACCEPTED:
+            left_out += 1
+            continue
         with naming(f"{path}:{number}"):
             questions.append(as_question(row, path.parent))
+    if left_out:
+        logger.warning(
+            "%s: %d of %d questions are not accepted and were left out; set their status to "
+            "accepted once they are right.",
+            *(path, left_out, left_out + len(questions)),
+        )
     if not questions:
-        raise ContentError(f"{path}: there is no question.")
+        raise ContentError(f"{path}: there is no question{' that is accepted' * bool(left_out)}.")
     return numbered(questions)
 
 
@@ -111,6 +148,10 @@ def as_question(row: Any, folder: Path) -> Question:
         image = folder / row["image"] if row.get("image") else None
         # A question may be an image alone.
         text = str(row.get("question", "") if image else row["question"])
+        nuggets = tuple(
+            Nugget(str(each["text"]), bool(each.get("vital", True)))
+            for each in row.get("nuggets") or ()
+        )
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ContentError(f"give a question and its pages, as in {_EXAMPLE}.") from error
     if answerable and not pages:
@@ -118,8 +159,11 @@ def as_question(row: Any, folder: Path) -> Question:
             'pages is empty: give a right page, or "answerable": false if there is none.'
         )
     answer = None if row.get("answer") is None else str(row["answer"])
-    kind, name = str(row.get("kind") or ""), str(row.get("id") or "")
-    return Question(text, tuple(dict.fromkeys(pages)), kind, answer, answerable, name, image)
+    kind, of, name = (str(row.get(key) or "") for key in ("kind", "document_kind", "id"))
+    pages = tuple(dict.fromkeys(pages))
+    return Question(
+        text, pages, kind, answer, answerable, name, image, document_kind=of, nuggets=nuggets
+    )
 
 
 def numbered(questions: Sequence[Question]) -> list[Question]:

@@ -21,7 +21,7 @@ from mmrag.errors import ContentError
 from mmrag.evaluation.answers import AnswerRecord
 from mmrag.evaluation.bootstrap import interval
 from mmrag.evaluation.metrics import CUTS, Metrics, metrics_of
-from mmrag.evaluation.questions import Page, Question, as_page, page_id
+from mmrag.evaluation.questions import Nugget, Page, Question, as_page, page_id
 from mmrag.retrieval.fusion import BM25
 
 Scope: TypeAlias = Literal["corpus", "document"]
@@ -290,6 +290,7 @@ def _question_row(question: Question) -> dict[str, Any]:
         "pages": [page_id(page) for page in question.pages],
         "grades": {page_id(page): grade for page, grade in question.grades.items()},
         "image": str(question.image) if question.image else None,
+        "nuggets": [dataclasses.asdict(nugget) for nugget in question.nuggets],
     }
     return {key: value for key, value in row.items() if value not in ("", None, {}, [])}
 
@@ -299,5 +300,6 @@ def _as_question(row: Mapping[str, Any]) -> Question:
         "pages": tuple(as_page(page) for page in row.get("pages", ())),
         "grades": {as_page(page): grade for page, grade in row.get("grades", {}).items()},
         "image": Path(row["image"]) if row.get("image") else None,
+        "nuggets": tuple(Nugget(**nugget) for nugget in row.get("nuggets", ())),
     }
     return Question(**parts)

@@ -1,0 +1,175 @@
+"""Drafts, the matrix of kinds, and nuggets: counted as one would by hand."""
+
+import json
+import logging
+
+import numpy as np
+import pytest
+from chat_server import ChatServer
+
+from mmrag.errors import ContentError, EndpointError
+from mmrag.evaluation.answers import AnswerRecord, nugget_scores
+from mmrag.evaluation.engines import answer_all
+from mmrag.evaluation.judge import assign_nuggets
+from mmrag.evaluation.matrix import document_kinds, matrix, matrix_tables
+from mmrag.evaluation.questions import Nugget, Question, read_questions
+from mmrag.evaluation.report import write_report
+from mmrag.evaluation.results import Evaluation, System
+from mmrag.llms.endpoint import open_llm
+
+FUSION = System("m", "fusion")
+
+
+@pytest.fixture
+def judge():
+    server = ChatServer(models=[{"id": "judge"}])
+    server.llm = open_llm("judge", server.url, "x")
+    yield server
+    server.close()
+
+
+def row(n, **more):
+    return {"question": f"Which {n}?", "pages": [{"file": "a.pdf", "page": n}], **more}
+
+
+def write(path, rows):
+    path.write_text("\n".join(json.dumps(each) for each in rows))
+    return path
+
+
+def test_only_accepted_rows_count_and_the_rest_is_said(tmp_path, caplog):
+    statuses = [{"status": "accepted"}, {"status": "draft"}, {}, {"status": "rejected"}]
+    path = write(tmp_path / "q.jsonl", [row(n, **each) for n, each in enumerate(statuses, 1)])
+    with caplog.at_level(logging.WARNING):
+        questions = read_questions(path)
+    assert [question.text for question in questions] == ["Which 1?", "Which 3?"]
+    assert "2 of 4 questions are not accepted" in caplog.text
+    with pytest.raises(ContentError, match="no question that is accepted"):
+        read_questions(write(path, [row(1, status="draft")]))
+
+
+def test_nuggets_and_kinds_are_read_and_saved(tmp_path):
+    nuggets = [{"text": "It is deep."}, {"text": "It is wet.", "vital": False}]
+    path = write(tmp_path / "q.jsonl", [row(1, nuggets=nuggets, kind="a", document_kind="b")])
+    (question,) = read_questions(path)
+    assert question.nuggets == (Nugget("It is deep."), Nugget("It is wet.", vital=False))
+    record = AnswerRecord("Deep.", nuggets=("support", "not_support"))
+    found = Evaluation([question], {FUSION: {"q1": {}}}, {"e": {"q1": record}})
+    found.save(tmp_path / "r.json")
+    again = Evaluation.load(tmp_path / "r.json")
+    assert again.questions == [question]
+    assert again.answers == found.answers
+    with pytest.raises(ContentError, match="give a question"):
+        read_questions(write(path, [row(1, nuggets=[{"vital": True}])]))
+
+
+def test_nugget_scores_by_hand():
+    nuggets = [Nugget("a"), Nugget("b"), Nugget("c", vital=False), Nugget("d", vital=False)]
+    found = nugget_scores(nuggets, ["support", "partial_support", "support", "not_support"])
+    assert found == {
+        "nuggets": (1 + 0.5 + 1 + 0) / 4,
+        "nuggets_strict": 2 / 4,
+        "nuggets_vital": (1 + 0.5) / 2,
+        "nuggets_vital_strict": 1 / 2,
+        "nuggets_weighted": (1 + 0.5 + 0.5 * 1) / (2 + 0.5 * 2),
+        "nuggets_weighted_strict": (1 + 0.5 * 1) / (2 + 0.5 * 2),
+    }
+    none_vital = nugget_scores([Nugget("c", vital=False)], ["support"])
+    assert not [name for name in none_vital if "vital" in name]
+
+
+def test_the_judge_is_asked_ten_nuggets_at_a_time(judge):
+    question = Question("What?", nuggets=tuple(Nugget(f"fact {n}") for n in range(12)))
+    judge.answer = json.dumps({"labels": ["support"] * 10})
+    # Two are left for the second request, whose ten labels fit none of them.
+    with pytest.raises(EndpointError, match="not 2 labels"):
+        assign_nuggets(judge.llm, question, AnswerRecord("All of it [1]."))
+    asked = [body["messages"][-1]["content"] for body in judge.requests]
+    first, second = (text if isinstance(text, str) else text[0]["text"] for text in asked)
+    assert "10. fact 9" in first
+    assert "fact 10" not in first
+    assert "2. fact 11" in second
+    assert "All of it." in first
+
+
+def test_answers_are_given_labels_and_kept(judge, library, monkeypatch):
+    from mmrag.evaluation.kept import Kept
+
+    judge.answer = 'Sure: {"labels": ["Support", "partial_support"]}'
+    asked = [
+        Question(
+            "apple report a", (("a.pdf", 1),), id="q1", nuggets=(Nugget("x"), Nugget("y", False))
+        )
+    ]
+    kept = Kept()
+    engine = library.as_query_engine()
+    records = answer_all(engine, asked, judge=judge.llm, kept=kept)
+    if records["q1"].found:
+        assert records["q1"].nuggets == ("support", "partial_support")
+        assert len(judge.requests) == 1
+    else:
+        assert records["q1"].nuggets == ("not_support", "not_support")
+    n = len(judge.requests)
+    assert answer_all(engine, asked, judge=judge.llm, kept=kept) == records
+    assert len(judge.requests) == n
+
+
+@pytest.fixture
+def evaluation():
+    ranks = {"q1": 1, "q2": 2, "q3": 1, "q4": None, "q5": 1}
+    kinds = {
+        "q1": ("extraction", "manual"),
+        "q2": ("extraction", "manual"),
+        "q3": ("extraction", "report"),
+        "q4": ("summary", "manual"),
+        "q5": ("summary", "manual"),
+    }
+    questions = [
+        Question("?", ((f"{id_}.pdf", 1),), kind, "9", id=id_, document_kind=of)
+        for id_, (kind, of) in kinds.items()
+    ]
+    found = {id_: {(f"{id_}.pdf", 1): r} if r else {} for id_, r in ranks.items()}
+    answers = {id_: AnswerRecord("9" if id_ != "q2" else "8") for id_ in kinds}
+    return Evaluation(questions, {FUSION: found}, {"e": answers})
+
+
+def test_each_cell_has_its_questions_alone(evaluation):
+    cells = {(cell.kind, cell.document_kind): cell for cell in matrix(evaluation)}
+    assert {key: cell.n for key, cell in cells.items()} == {
+        ("extraction", "manual"): 2,
+        ("extraction", "report"): 1,
+        ("summary", "manual"): 2,
+    }
+    extraction = cells["extraction", "manual"]
+    assert extraction.retrieval.mean == pytest.approx((1 + 1 / np.log2(3)) / 2)
+    assert extraction.answers["e"]["contains"].mean == 0.5
+    assert cells["summary", "manual"].retrieval.mean == 0.5
+    # Two documents, right and wrong: the bootstrap draws both, one of them twice, or the other.
+    assert (cells["summary", "manual"].retrieval.low, extraction.retrieval.high) == (0.0, 1.0)
+
+
+def test_tables_and_report_show_every_cell(evaluation, tmp_path):
+    assert document_kinds(evaluation) == ["manual", "report"]
+    (_, retrieval), (title, answers) = matrix_tables(evaluation)
+    assert title == "e: contains"
+    assert [kind for kind, _ in retrieval] == ["extraction", "summary"]
+    assert retrieval[1][1][1] is None
+    assert answers[0][1][0].mean == 0.5
+    write_report(evaluation, tmp_path / "r.html")
+    assert "By kind of question and of document" in (tmp_path / "r.html").read_text()
+
+
+def test_abstention_has_a_table_of_its_own(evaluation):
+    none = Question("?", kind="unanswerable", answerable=False, id="q6", document_kind="manual")
+    evaluation.questions = [*evaluation.questions, none]
+    evaluation.answers["e"]["q6"] = AnswerRecord("No.", found=False)
+    tables = dict(matrix_tables(evaluation))
+    assert tables["e: abstained"][-1][0] == "unanswerable"
+    assert tables["e: abstained"][-1][1][0].mean == 1.0
+    assert tables["ndcg@10"][-1][1][0] is None
+
+
+def test_one_kind_of_document_makes_no_matrix(evaluation):
+    evaluation.questions = evaluation.questions[:2]
+    assert matrix(evaluation) == []
+    assert matrix_tables(evaluation) == []
