@@ -99,6 +99,10 @@ class TrainConfig(Options):
     """Also train these prefixes of the vectors; the full width is always trained."""
     matryoshka_layers: tuple[tuple[int, int], ...] = ()
     """Also train vectors after fewer layers: pairs of layers and width, such as [[14, 768]]."""
+    binary_weight: float = Field(0.0, ge=0, le=1)
+    """Share of the loss on vectors cut to signs, for collections with quantization="binary"."""
+    binary_queries: bool = True
+    """Cut queries to signs too, as a search in binary codes does; else documents alone."""
     distil_weight: float = Field(0.0, ge=0, le=1)
     """Share of the loss that follows the teacher's scores in the rows."""
     distil_temperature: float = Field(1.0, gt=0)

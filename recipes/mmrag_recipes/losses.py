@@ -126,3 +126,38 @@ def matryoshka(loss: VectorLoss, parts: Sequence[slice]) -> VectorLoss:
         return torch.stack([loss(queries[:, p], documents[:, p]) for p in parts]).mean()
 
     return over_parts
+
+
+def signs(vectors: Tensor) -> Tensor:
+    """Vectors cut to -1 and 1 as binary quantization keeps them, with a gradient, (n, d).
+
+    Forward it is the sign of each number (0 counts as -1, as in Qdrant). Backward it is the
+    derivative of tanh, which is largest where a sign is about to change (straight-through
+    estimator, arXiv 1308.3432, section 4; for retrieval Binary Embedding-based Retrieval, arXiv
+    2302.08714, section 3.2).
+    """
+    vectors = vectors.float()
+    # To a mean square of 1: tanh would be flat for long vectors, and a line for short ones.
+    scaled = F.normalize(vectors, dim=-1) * vectors.shape[-1] ** 0.5
+    soft = scaled.tanh()
+    hard = torch.where(vectors > 0, 1.0, -1.0)
+    straight: Tensor = soft + (hard - soft).detach()
+    return straight
+
+
+def binary_aware(loss: VectorLoss, weight: float, queries_too: bool) -> VectorLoss:
+    """Mix a loss with its value on vectors cut to signs.
+
+    Args:
+        weight: share of the loss on signs, in [0, 1]; 0 gives the loss as it is.
+        queries_too: compare signs with signs, as a search in binary codes does; else whole queries
+            with the signs of documents.
+    """
+    if not weight:
+        return loss
+
+    def mixed(queries: Tensor, documents: Tensor) -> Tensor:
+        asked = signs(queries) if queries_too else queries
+        return (1 - weight) * loss(queries, documents) + weight * loss(asked, signs(documents))
+
+    return mixed

@@ -25,6 +25,7 @@ from mmrag_recipes.config import TrainConfig
 from mmrag_recipes.data import Dataset, Problem, documents_of
 from mmrag_recipes.depths import depths, inner_vectors, parts
 from mmrag_recipes.losses import (
+    binary_aware,
     candidate_mask,
     distil_scores,
     info_nce,
@@ -260,7 +261,8 @@ def step_loss(vectors: Tensor, step: StepInputs, config: TrainConfig) -> Tensor:
 
     # The full width is always trained with the prefixes, and all layers with fewer.
     prefixes, inner = parts(config.matryoshka_layers, config.matryoshka_dims, vectors.shape[1])
-    trained = matryoshka(loss, [*prefixes, *inner])(queries, documents)
+    mixed = binary_aware(loss, config.binary_weight, config.binary_queries)
+    trained = matryoshka(mixed, [*prefixes, *inner])(queries, documents)
     if not inner:
         return trained
     # Detached: the full size leads, and is not drawn towards the small ones.

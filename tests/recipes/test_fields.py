@@ -23,6 +23,7 @@ MOVES = {
     "false_negative_margin": -0.5,
     "matryoshka_dims": (8,),
     "matryoshka_layers": ((1, 8),),
+    "binary_weight": 0.5,
     "distil_weight": 0.9,
     "distil_temperature": 5.0,
     "lr": 2e-3,
@@ -48,7 +49,7 @@ KEEPS = {  # to the last bit
 KEEPS_ABOUT = {"chunk": 3, "gradient_checkpointing": True}  # sums in another order
 LORA_MOVES = {"r": 4, "alpha": 3, "dropout": 0.5, "targets": ".*k_proj", "dora": True}
 ALONE = {"model", "out", "data", "dry_run", "epochs", "lora", "freeze", "device", "dtype"}
-ALONE |= {"evaluate"}
+ALONE |= {"evaluate", "binary_queries"}
 
 
 def test_every_option_has_a_test():
@@ -147,6 +148,12 @@ def test_the_type_of_the_weights_under_adapters(base, expected_lora, tmp_path):
     found = weights_of(tmp_path)
     assert all(value.dtype == torch.float32 for value in found.values())
     assert not same(found, expected_lora)
+
+
+def test_whole_queries_train_other_weights_than_their_signs(base, tmp_path):
+    train(base(tmp_path / "signs", binary_weight=0.5))
+    train(base(tmp_path / "whole", binary_weight=0.5, binary_queries=False))
+    assert not same(weights_of(tmp_path / "signs"), weights_of(tmp_path / "whole"))
 
 
 def test_a_group_has_its_own_rate_and_decay(base, expected, tmp_path):

@@ -6,12 +6,14 @@ import pytest
 import torch
 
 from mmrag_recipes.losses import (
+    binary_aware,
     candidate_mask,
     distil_scores,
     distil_vectors,
     info_nce,
     matryoshka,
     scores,
+    signs,
 )
 
 
@@ -67,6 +69,30 @@ def test_matryoshka_averages_over_prefixes():
     queries, documents = torch.ones(1, 4), torch.ones(1, 4)
     value = matryoshka(loss, (slice(0, 2), slice(0, 4)))(queries, documents)
     assert float(value) == pytest.approx(((2 + 2) * 2 + (4 + 4) * 4) / 2)
+
+
+def test_signs_are_those_of_the_collection_and_carry_the_gradient_of_tanh():
+    vectors = torch.tensor([[3.0, -4.0, 0.0, 0.0]], requires_grad=True)
+    found = signs(vectors)
+    assert found.tolist() == [[1.0, -1.0, -1.0, -1.0]]
+    found[0, 0].backward()
+    # d tanh(2 v / |v|) / dv by hand: 2 (1 - tanh^2) (I - u u^T) / |v|, with u = (0.6, -0.8, 0, 0)
+    slope = 2 * (1 - math.tanh(1.2) ** 2) / 5
+    expected = [slope * (1 - 0.36), slope * 0.48, 0.0, 0.0]
+    assert vectors.grad[0].tolist() == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_binary_aware_loss_mixes_whole_vectors_and_signs():
+    def loss(queries, documents):
+        return (queries @ documents.T).sum()
+
+    queries, documents = torch.tensor([[2.0, -3.0]]), torch.tensor([[5.0, 7.0]])
+    whole = 2 * 5 - 3 * 7
+    assert binary_aware(loss, 0.0, True) is loss
+    both = binary_aware(loss, 0.25, True)(queries, documents)
+    assert float(both) == pytest.approx(0.75 * whole + 0.25 * 0)
+    asymmetric = binary_aware(loss, 0.25, False)(queries, documents)
+    assert float(asymmetric) == pytest.approx(0.75 * whole + 0.25 * (2 - 3))
 
 
 def test_distilled_scores_vanish_at_the_teacher_and_skip_single_documents():
