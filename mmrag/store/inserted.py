@@ -86,6 +86,8 @@ class Insertion:
         if kind not in NODE_KINDS:
             kind = "text" if node_image(stored) is None else "picture"
         own = {"node_id": self.node.node_id, "node_hash": self.hash, "kind": kind, "file": file}
+        if text := node_text(stored):
+            own["text"] = text  # BM25 indexes a node only where its text stands here
         ids = dict.fromkeys(("doc_id", "document_id", "ref_doc_id"), self.doc_id)
         return payload | own | ids
 

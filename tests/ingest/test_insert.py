@@ -47,6 +47,16 @@ def index(opened):
         yield index
 
 
+def test_nodes_are_ranked_by_their_words_as_well(index, tmp_path):
+    index.insert_nodes(mixed(tmp_path))
+    (hit,) = index.as_retriever(similarity_top_k=1).retrieve("nine million")
+    assert (hit.node.node_id, hit.ranks["bm25"]) == ("note", 1)
+    # Metadata of that name is the user's still.
+    index.insert_nodes([TextNode(id_="odd", text="plain words", metadata={"text": "other"})])
+    (hit,) = index.as_retriever(similarity_top_k=1).retrieve("plain words")
+    assert (hit.text, hit.node.metadata["text"], hit.ranks["bm25"]) == ("plain words", "other", 1)
+
+
 def of(document, **fields):
     source = {NodeRelationship.SOURCE: RelatedNodeInfo(node_id=document)}
     return TextNode(relationships=source, **fields)
