@@ -97,7 +97,8 @@ class EdgeEngine(Engine):
         self._fields: dict[tuple[str, ...], KeptFields] = {}
         self._shard: edge.EdgeShard | None = None
         # Held before the engine touches a file: its own lock comes after it has written some.
-        self._lock = FileLock(f"{folder}{LOCK}", timeout=0)
+        # Of the process: one of a thread could be released by no other thread.
+        self._lock = FileLock(f"{folder}{LOCK}", timeout=0, thread_local=False)
         try:
             self._lock.acquire()
         except Timeout as error:

@@ -3,6 +3,7 @@
 import logging
 import math
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import numpy as np
@@ -241,6 +242,15 @@ def test_edge_keeps_its_data_and_refuses_a_second_user(tmp_path):
     second.close()
     with pytest.raises(CollectionError, match="is closed"):
         second.count(ALL)
+
+
+def test_edge_is_released_by_another_thread_than_opened_it(tmp_path):
+    with ThreadPoolExecutor(1) as thread:
+        engine = thread.submit(make_edge, tmp_path).result()
+        engine.close()
+        # Were it collected, its lock would go with it.
+        make_edge(tmp_path).close()
+        del engine
 
 
 def test_edge_creation_that_was_cut_short_is_done_again(tmp_path):
