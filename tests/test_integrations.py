@@ -1,5 +1,11 @@
-"""The packages in LlamaIndex's namespace: what their wheels hold, and that they import."""
+"""The packages for other frameworks: what their wheels hold, and that they import.
 
+Each has its own tests, of its framework's contract; pytest collects them as it does these.
+"""
+
+import doctest
+import importlib
+import re
 import subprocess
 import sys
 import tomllib
@@ -13,10 +19,13 @@ import mmrag
 pytest.importorskip("hatchling")
 
 ROOT = Path(__file__).parents[1] / "integrations"
+# The modules of each package, and what it must stand beside.
 PACKAGES = {
-    "llama-index-embeddings-mmrag": ("embeddings", "embedding", "UniversalEmbedding"),
-    "llama-index-postprocessor-mmrag": ("postprocessor", "rerankers.postprocessor", "MLLMReranker"),
+    "llama-index-embeddings-mmrag": (("llama_index.embeddings.mmrag",), "llama_index.core"),
+    "llama-index-postprocessor-mmrag": (("llama_index.postprocessor.mmrag",), "llama_index.core"),
+    "langchain-mmrag": (("langchain_mmrag",), "langchain_core"),
 }
+MODULES = [(package, name) for package, (names, _) in PACKAGES.items() for name in names]
 
 
 def build(package: str, hook: str, folder: Path) -> Path:
@@ -36,14 +45,18 @@ def wheels(tmp_path_factory):
 
 
 @pytest.mark.parametrize("package", PACKAGES)
-def test_wheel_holds_its_module_and_nothing_else(wheels, package):
-    kind = PACKAGES[package][0]
+def test_wheel_holds_its_modules_and_nothing_else(wheels, package):
     with zipfile.ZipFile(wheels[package]) as wheel:
         names = set(wheel.namelist())
         metadata = next(n for n in names if n.endswith("METADATA"))
         described = wheel.read(metadata).decode()
-    module = {name for name in names if ".dist-info/" not in name}
-    assert module == {f"llama_index/{kind}/mmrag/{file}" for file in ("__init__.py", "py.typed")}
+    expected = set()
+    for module in PACKAGES[package][0]:
+        folder = ROOT / package / module.replace(".", "/")
+        files = [path for path in folder.rglob("*") if path.suffix in (".py", ".typed")]
+        assert {"__init__.py", "py.typed"} <= {path.name for path in files}
+        expected |= {path.relative_to(ROOT / package).as_posix() for path in files}
+    assert {name for name in names if ".dist-info/" not in name} == expected
     assert any(name.endswith("licenses/LICENSE") for name in names)
     assert f"Name: {package}" in described
     assert "Requires-Dist: mmrag" in described
@@ -51,21 +64,39 @@ def test_wheel_holds_its_module_and_nothing_else(wheels, package):
 
 
 @pytest.mark.parametrize("package", PACKAGES)
-def test_installed_wheel_imports_beside_llama_index_core(wheels, package, tmp_path):
-    kind, module, name = PACKAGES[package]
+def test_installed_wheel_imports_beside_its_framework(wheels, package, tmp_path):
+    modules, framework = PACKAGES[package]
+    pytest.importorskip(framework)
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index"]
     subprocess.run([*pip, "--target", str(tmp_path), str(wheels[package])], check=True)
     code = f"""
-import sys; sys.path.insert(0, {str(tmp_path)!r})
-import llama_index.core
-from llama_index.{kind}.mmrag import {name}
-import llama_index.{kind}.mmrag as installed
-from mmrag.{module} import {name} as ours
-assert {name} is ours and installed.__file__.startswith({str(tmp_path)!r})
-assert llama_index.core.__file__ and len(llama_index.__path__) > 1
+import importlib, sys; sys.path.insert(0, {str(tmp_path)!r})
+assert importlib.import_module({framework!r}).__file__
+for name in {modules!r}:
+    module = importlib.import_module(name)
+    assert module.__file__.startswith({str(tmp_path)!r})
+    assert module.__all__ and all(hasattr(module, each) for each in module.__all__)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("package", "kind", "home", "name"),
+    [
+        ("llama-index-embeddings-mmrag", "embeddings", "embedding", "UniversalEmbedding"),
+        (
+            "llama-index-postprocessor-mmrag",
+            "postprocessor",
+            "rerankers.postprocessor",
+            "MLLMReranker",
+        ),
+    ],
+)
+def test_names_of_llamaindex_are_those_of_mmrag(package, kind, home, name, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / package))
+    there = importlib.import_module(f"llama_index.{kind}.mmrag")
+    assert getattr(there, name) is getattr(importlib.import_module(f"mmrag.{home}"), name)
 
 
 @pytest.mark.parametrize("package", PACKAGES)
@@ -81,15 +112,37 @@ def test_packages_carry_the_version_of_mmrag(package):
     assert project["version"] == mmrag.__version__
 
 
-def test_no_init_file_shadows_the_namespace():
-    for package, (kind, *_) in PACKAGES.items():
-        for folder in (ROOT / package / "llama_index", ROOT / package / "llama_index" / kind):
-            assert folder.is_dir()
-            assert not (folder / "__init__.py").exists()
+def test_every_package_is_checked_here():
+    assert {path.parent.name for path in ROOT.glob("*/pyproject.toml")} == set(PACKAGES)
+
+
+@pytest.mark.parametrize(("package", "module"), MODULES)
+def test_no_init_file_shadows_a_namespace(package, module):
+    """Of ``llama_index.embeddings.mmrag`` only the last part is a package of ours."""
+    folder = (ROOT / package / module.replace(".", "/")).parent
+    while folder != ROOT / package:
+        assert not (folder / "__init__.py").exists()
+        folder = folder.parent
+
+
+@pytest.mark.parametrize(("package", "module"), MODULES)
+def test_examples_run(package, module, tmp_path, monkeypatch):
+    pytest.importorskip(PACKAGES[package][1])
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(ROOT / package))
+    folder = ROOT / package / module.replace(".", "/")
+    runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
+    for path in sorted(folder.glob("*.py")):
+        name = module if path.stem == "__init__" else f"{module}.{path.stem}"
+        for test in doctest.DocTestFinder().find(importlib.import_module(name)):
+            report: list[str] = []
+            runner.run(test, out=report.append)
+            assert not report, "".join(report)
 
 
 def test_the_core_imports_no_integration():
+    integration = re.compile(
+        r"^\s*(from|import) (langchain|haystack|llama_index\.\w+\.mmrag)", re.M
+    )
     for path in (ROOT.parent / "mmrag").rglob("*.py"):
-        text = path.read_text(encoding="utf-8")
-        for kind, *_ in PACKAGES.values():
-            assert f"llama_index.{kind}.mmrag" not in text, path
+        assert not integration.search(path.read_text(encoding="utf-8")), path

@@ -1,0 +1,47 @@
+"""The code of docs/integrations.md runs, in order, with a stand-in for the model."""
+
+import re
+from pathlib import Path
+
+import pytest
+from fakes import FakeEmbedder, make_image
+
+from mmrag import UniversalIndex
+
+ROOT = Path(__file__).parents[1]
+PAGE = (ROOT / "docs" / "integrations.md").read_text(encoding="utf-8")
+
+
+def run(title):
+    """Run the blocks of one section; returns what they have defined."""
+    (section,) = re.findall(rf"^## {title}\n(.*?)(?=^## |\Z)", PAGE, re.DOTALL | re.MULTILINE)
+    scope: dict = {}
+    blocks = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    assert blocks
+    for block in blocks:
+        exec(compile(block, f"docs/integrations.md, {title}", "exec"), scope)
+    return scope
+
+
+@pytest.fixture(autouse=True)
+def library(tmp_path, monkeypatch):
+    """A folder with the collection and the image that the page names."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("mmrag.embedders.load_embedder", lambda *_, **__: FakeEmbedder())
+    make_image(tmp_path / "page.png")
+    Path("well.txt").write_text("The well is nine metres deep.")
+    with UniversalIndex("library", FakeEmbedder()) as index:
+        index.add(["well.txt", "page.png"])
+
+
+def test_langchain(monkeypatch):
+    pytest.importorskip("langchain_core")
+    monkeypatch.syspath_prepend(str(ROOT / "integrations" / "langchain-mmrag"))
+    scope = run("LangChain")
+    assert scope["found"][0].page_content == "The deductible is $500."
+    assert [document.page_content for document in scope["one"]] == ["The well is nine metres deep."]
+    assert {Path(each.metadata["file"]).name for each in scope["documents"]} == {
+        "well.txt",
+        "page.png",
+    }
+    assert scope["similar"][0].metadata["image_path"].endswith(".png")
