@@ -14,6 +14,7 @@ from rich.text import Text
 
 from mmrag.cli.console import err, say
 from mmrag.cli.display import clean
+from mmrag.ingest.progress import OPTIMIZING
 
 if TYPE_CHECKING:
     from rich.status import Status
@@ -132,7 +133,7 @@ def _lines() -> Iterator[Callable[[Progress], None]]:
 
 def _speed(now: Progress) -> str:
     failed = f", {now.failures} failed" if now.failures else ""
-    name = clean(Path(now.file).name)
+    name = OPTIMIZING if now.optimizing else clean(Path(now.file).name)
     left = "" if now.seconds_left is None else f", {_duration(now.seconds_left)} left"
     return f"{now.pages} pages ({now.pages_per_second:.1f}/s{left}){failed}: {name}"
 

@@ -127,7 +127,7 @@ def _measure(
         try:
             for rows in _batches(len(kept)):
                 engine.upsert([Point(str(UUID(int=row)), {}, {view: kept[row]}) for row in rows])
-            engine.optimize()
+            engine.optimize(schema)
             for query, own, expected in zip(asked, itself, nearest, strict=True):
                 started = time.perf_counter()
                 # One more than is counted: a stored vector finds itself first.

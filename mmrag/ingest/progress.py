@@ -9,6 +9,8 @@ from pathlib import Path
 
 from mmrag.errors import ReadError
 
+OPTIMIZING = "building the search index; stopping now loses nothing"
+
 
 @dataclass(frozen=True)
 class Progress:
@@ -16,7 +18,8 @@ class Progress:
 
     pages: embedded and stored in this run. failures: errors so far. file: the latest one.
     seconds: since the start. pages_left: about how many are still to come, by the bytes of the
-    files; None until the first file is done.
+    files; None until the first file is done. optimizing: every file is stored, and the search
+    indexes are being built.
 
     Examples:
         >>> now = Progress(1, 4, pages=30, failures=0, file="a.pdf", seconds=10.0, pages_left=90)
@@ -31,6 +34,7 @@ class Progress:
     file: str
     seconds: float
     pages_left: int | None = None
+    optimizing: bool = False
 
     @property
     def pages_per_second(self) -> float:
@@ -146,11 +150,12 @@ def shown_progress(
         def show(now: Progress) -> None:
             speed = f"{now.pages} pages ({now.pages_per_second:.1f}/s)"
             failures = f", {now.failures} failures" if now.failures else ""
+            latest = OPTIMIZING if now.optimizing else Path(now.file).name
             bar.update(
                 task,
                 total=now.files_total,
                 completed=now.files_done,
-                description=f"{speed}{failures}: {Path(now.file).name}",
+                description=f"{speed}{failures}: {latest}",
             )
 
         yield show

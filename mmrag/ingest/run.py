@@ -124,8 +124,8 @@ def ingest(
         report.removed += prune_folders(paths, collection)
     # Last, when the new versions are stored: a kill before leaves the old ones to be found.
     _drop_outdated(plan, collection, report)
-    if report.nodes:
-        collection.optimize()
+    # Also where nothing is new: an earlier run may have been stopped while it built.
+    collection.optimize(writer.tell_optimizing)
     report.seconds = time.monotonic() - started
     return report
 

@@ -286,23 +286,28 @@ class Writer:
         message = f"the {view} view of a {kind} has no vector: {error}"
         self._fail(job, ReadError(message, file=job.name, page=page))
 
+    def tell_optimizing(self) -> None:
+        """Say that everything is stored, and that the search indexes are being built."""
+        if self._progress is not None:
+            self._progress(self._state("", optimizing=True))
+
     def _tell(self, job: Job) -> None:
         if self._progress is not None:
-            size, pages = self._finished
-            expected = pages * self._bytes_to_read / size if size else None
-            self._progress(
-                Progress(
-                    files_done=self._done,
-                    files_total=self._total,
-                    pages=self._report.pages,
-                    failures=len(self._report.errors),
-                    file=job.name,
-                    seconds=time.monotonic() - self._started,
-                    pages_left=None
-                    if expected is None
-                    else max(0, round(expected) - self._report.pages),
-                )
-            )
+            self._progress(self._state(job.name))
+
+    def _state(self, file: str, *, optimizing: bool = False) -> Progress:
+        size, pages = self._finished
+        expected = pages * self._bytes_to_read / size if size else None
+        return Progress(
+            files_done=self._done,
+            files_total=self._total,
+            pages=self._report.pages,
+            failures=len(self._report.errors),
+            file=file,
+            seconds=time.monotonic() - self._started,
+            pages_left=None if expected is None else max(0, round(expected) - self._report.pages),
+            optimizing=optimizing,
+        )
 
 
 def encode_each(

@@ -166,6 +166,7 @@ class Collection:
             engine.drop_index("text")  # schema 1 ranked by it
             engine.create_indexes(schema_of(upgraded))
             n_nodes = rebuild_terms(engine, upgraded.language)
+            engine.optimize(schema_of(upgraded))
             engine.upsert(list(engine.scroll(_FILES)))  # for their checksums
             store_settings(engine, upgraded)
             return n_nodes
@@ -527,9 +528,14 @@ class Collection:
         target.optimize()
         return n_copied
 
-    def optimize(self) -> None:
-        """Build the search indexes. In a folder this may hold the GIL for seconds."""
-        self._engine.optimize()
+    def optimize(self, tick: Callable[[], None] | None = None) -> None:
+        """Build the search indexes, where many vectors lack one; a server does so by itself.
+
+        In a folder another process builds them, and searches and writes go on meanwhile.
+
+        tick: called twice a second; an error from it ends the building, and nothing is changed.
+        """
+        self._engine.optimize(schema_of(self.settings), tick)
 
     def close(self) -> None:
         """Release the folder or the connection."""

@@ -11,9 +11,10 @@ import dataclasses
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from threading import RLock
 from typing import Any
 
 import numpy as np
@@ -41,6 +42,7 @@ from mmrag.store.engine import (
     as_point,
 )
 from mmrag.store.kept_fields import KeptFields
+from mmrag.store.optimizing import OLD, WORTH_BYTES, build, copied, recover
 from mmrag.store.point_count import PointCount
 
 # The write-ahead log keeps every write from a killed process; flushing keeps the log short.
@@ -74,7 +76,7 @@ LOCK = ".lock"
 class EdgeEngine(Engine):
     """qdrant-edge: one shard in a folder, used by one process at a time.
 
-    It holds the GIL while it works; ``optimize`` may take seconds.
+    It holds the GIL while it works: for milliseconds, and ``optimize`` works in another process.
 
     Args:
         folder: of the shard; a lock file lies beside it.
@@ -95,6 +97,10 @@ class EdgeEngine(Engine):
         self._facets: dict[str, dict[str, int]] = {}
         # So does reading the payloads of what a search has found.
         self._fields: dict[tuple[str, ...], KeptFields] = {}
+        # Held while the shard is used, and by every write: another shard may take its place.
+        self._using, self._writing = RLock(), RLock()
+        # Writes since the copy was made that is being optimized; None where there is none.
+        self._since: list[edge.UpdateOperation] | None = None
         self._shard: edge.EdgeShard | None = None
         # Held before the engine touches a file: its own lock comes after it has written some.
         # Of the process: one of a thread could be released by no other thread.
@@ -104,6 +110,7 @@ class EdgeEngine(Engine):
         except Timeout as error:
             raise self._in_use("open") from error
         try:
+            recover(folder)
             if schema is not None and not folder.is_dir():
                 self._create(schema)
             self._need_space("open", 0)
@@ -250,13 +257,12 @@ class EdgeEngine(Engine):
     @override
     def create_indexes(self, schema: Schema) -> None:
         self._need_space("index", _SPACE_TO_CREATE)
-        with self._errors("index"):
-            _create_indexes(self._open, schema)
+        for operation in _index_operations(schema):
+            self._update("index", operation)
 
     @override
     def drop_index(self, key: str) -> None:
-        with self._errors("index"):
-            self._open.update(edge.UpdateOperation.delete_field_index(key))
+        self._update("index", edge.UpdateOperation.delete_field_index(key))
 
     @override
     def facet(self, key: str) -> dict[str, int]:
@@ -270,19 +276,55 @@ class EdgeEngine(Engine):
 
     @override
     def flush(self) -> None:
-        with self._errors("flush"):
+        # Not while the files are copied: what is in memory moves to them.
+        with self._writing, self._errors("flush"):
             self._open.flush()
         self._unflushed = 0
 
     @override
-    def optimize(self) -> None:
-        # Optimising writes the points anew before it deletes the old files. By blocks, since the
-        # files are sparse: their sizes say nothing of what they take on the disk.
+    def optimize(self, schema: Schema, tick: Callable[[], None] | None = None) -> None:
+        if not self._worth_optimizing(schema):
+            self.flush()
+            return
+        # The copy, and the points that are written anew before old files are deleted. By blocks,
+        # since the files are sparse: their sizes say nothing of what they take on the disk.
         files = (path for path in self._folder.rglob("*") if path.is_file())
-        self._need_space("optimize", sum(path.stat().st_blocks * 512 for path in files))
-        with self._errors("optimize"):
-            self._open.optimize()
-        self.flush()
+        self._need_space("optimize", 2 * sum(path.stat().st_blocks * 512 for path in files))
+        with ExitStack() as stack:
+            try:
+                with self._writing:
+                    self.flush()
+                    copy = stack.enter_context(copied(self._folder))
+                    self._since = []
+                build(copy, tick)
+                self._replace_by(copy)
+            finally:
+                self._since = None
+
+    def _worth_optimizing(self, schema: Schema) -> bool:
+        """Whether vectors without an index are so many that searches become slow."""
+        sizes = {**schema.vectors, **schema.late}
+        with self._errors("count in"):
+            counts = {name: self._open.count(_has_vector(name)) for name in sizes}
+            missing = sum(counts.values()) - self._open.info().indexed_vectors_count
+        # Which of the names lack an index is not known; the largest is taken for all.
+        return missing * 4 * max(sizes.values()) >= WORTH_BYTES * len(sizes)
+
+    def _replace_by(self, copy: Path) -> None:
+        """Let a copy, with what was written since it was made, take the shard's place."""
+        with self._writing, self._errors("optimize"):
+            shard = edge.EdgeShard.load(str(copy))
+            for operation in self._since or ():
+                shard.update(operation)
+            shard.flush()
+            shard.close()
+            self._open.close()
+            # `recover` completes this if the process is killed in between.
+            self._shard, old = None, Path(f"{self._folder}{OLD}")
+            self._folder.rename(old)
+            copy.rename(self._folder)
+            self._shard = edge.EdgeShard.load(str(self._folder))
+            shutil.rmtree(old, ignore_errors=True)
 
     @override
     def close(self) -> None:
@@ -334,8 +376,10 @@ class EdgeEngine(Engine):
     def _update(self, doing: str, operation: edge.UpdateOperation) -> None:
         self._count.forget()
         try:
-            with self._errors(doing):
+            with self._writing, self._errors(doing):
                 self._open.update(operation)
+                if self._since is not None:
+                    self._since.append(operation)
         finally:
             # After it: another thread may have read what was there before.
             self._facets = {}
@@ -367,7 +411,8 @@ class EdgeEngine(Engine):
         config = edge.EdgeConfig(vectors=vectors)
         with self._errors("create"):
             shard = edge.EdgeShard.create(str(unfinished), config)
-            _create_indexes(shard, schema)
+            for operation in _index_operations(schema):
+                shard.update(operation)
             shard.flush()
             shard.close()
         # The folder appears complete or not at all.
@@ -416,7 +461,8 @@ class EdgeEngine(Engine):
     def _errors(self, doing: str) -> Iterator[None]:
         """Say which action failed: qdrant-edge raises plain Exception for everything."""
         try:
-            yield
+            with self._using:
+                yield
         except BaseException as error:
             # A panic of the engine is no Exception, and its class cannot be imported.
             if type(error).__name__ == "PanicException":
@@ -442,7 +488,7 @@ class EdgeEngine(Engine):
         )
 
 
-def _create_indexes(shard: edge.EdgeShard, schema: Schema) -> None:
+def _index_operations(schema: Schema) -> list[edge.UpdateOperation]:
     terms = edge.TextIndexParams(
         tokenizer=edge.TokenizerType.Whitespace, lowercase=False, scoring=True
     )
@@ -451,5 +497,10 @@ def _create_indexes(shard: edge.EdgeShard, schema: Schema) -> None:
         | {name: edge.PayloadSchemaType.Keyword for name in schema.keywords}
         | {name: edge.PayloadSchemaType.Integer for name in schema.integers}
     )
-    for name, index in indexes.items():
-        shard.update(edge.UpdateOperation.create_field_index(name, index))
+    create = edge.UpdateOperation.create_field_index
+    return [create(name, index) for name, index in indexes.items()]
+
+
+def _has_vector(name: str) -> edge.CountRequest:
+    has_it = edge.Filter(must=[edge.HasVectorCondition(name)])
+    return edge.CountRequest(exact=True, filter=has_it)

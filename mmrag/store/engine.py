@@ -246,8 +246,12 @@ class Engine(Protocol):
         """Bring what was written to disk, where this is not the server's business."""
         ...
 
-    def optimize(self) -> None:
-        """Build the search indexes now, where a server would do so by itself."""
+    def optimize(self, schema: Schema, tick: Callable[[], None] | None = None) -> None:
+        """Build the search indexes now, where a server would do so by itself.
+
+        Nothing happens where few vectors lack one. tick: called twice a second while it goes on;
+        an error from it ends the building, and nothing is changed.
+        """
         ...
 
     def close(self) -> None:

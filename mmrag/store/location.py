@@ -11,6 +11,7 @@ from mmrag.errors import CollectionError, ConfigError, MissingCollectionError
 from mmrag.store.edge import LOCK, EdgeEngine
 from mmrag.store.engine import Engine, Schema
 from mmrag.store.images import ImageFolder
+from mmrag.store.optimizing import OLD
 from mmrag.store.point_count import COUNT
 
 if TYPE_CHECKING:
@@ -101,7 +102,8 @@ class Location:
         return AsyncQdrantClient(self.url, api_key=self.api_key, check_compatibility=False)
 
     def _open_folder(self, folder: Path, schema: Schema | None) -> Engine:
-        if (folder / SHARD).is_dir():
+        # Under its other name, where a process was killed while it replaced the shard.
+        if any((folder / name).is_dir() for name in (SHARD, f"{SHARD}{OLD}")):
             return EdgeEngine(folder / SHARD)
         if schema is None:
             raise MissingCollectionError(

@@ -265,7 +265,7 @@ class ServerEngine(Engine):
         return None
 
     @override
-    def optimize(self) -> None:
+    def optimize(self, schema: Schema, tick: Callable[[], None] | None = None) -> None:
         return None
 
     @override

@@ -36,7 +36,6 @@ def rebuild_terms(engine: Engine, language: str) -> int:
                 batch = []
         engine.upsert(batch)
         n_nodes += len(terms)
-    engine.optimize()
     return n_nodes
 
 

@@ -186,7 +186,7 @@ def test_facet_counts_values(filled):
 
 
 def test_facet_forgets_values_whose_points_are_gone(filled):
-    filled.optimize()
+    filled.optimize(SCHEMA)
     filled.delete(Filter(must=(AnyOf("file", ("a",)),)))
     assert filled.facet("file") == {"b": 2}
 
@@ -237,7 +237,7 @@ def test_edge_keeps_its_data_and_refuses_a_second_user(tmp_path):
     first.close()
     first.close()
     second = EdgeEngine(tmp_path / "shard")
-    second.optimize()
+    second.optimize(SCHEMA)
     assert ids(second.scroll(ALL)) == [1, 2, 3, 4]
     second.close()
     with pytest.raises(CollectionError, match="is closed"):
@@ -296,7 +296,12 @@ def test_a_full_disk_is_said_before_anything_is_written(tmp_path, monkeypatch):
     engine = make_edge(tmp_path)
     with monkeypatch.context() as disk:
         disk.setattr(shutil, "disk_usage", full)
-        for write in (lambda: engine.upsert(POINTS), lambda: engine.delete(ALL), engine.optimize):
+        disk.setattr("mmrag.store.edge.WORTH_BYTES", 0)
+        for write in (
+            lambda: engine.upsert(POINTS),
+            lambda: engine.delete(ALL),
+            lambda: engine.optimize(SCHEMA),
+        ):
             with pytest.raises(CollectionError, match=r"50 MB free.*needed.*Free some space"):
                 write()
         with pytest.raises(CollectionError, match="50 MB free"):

@@ -45,7 +45,7 @@ def engine(request, tmp_path_factory):
         made = ServerEngine(QdrantClient(":memory:"), "library", owned=True)
         made.create(SCHEMA)
     made.upsert([*POINTS, BARE])
-    made.optimize()
+    made.optimize(SCHEMA)
     yield made
     made.close()
 
