@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from mmrag.evaluation.needle.report import write_needle_report
     from mmrag.evaluation.needle.run import find_needles
     from mmrag.evaluation.needle.scores import NeedleResult
-    from mmrag.evaluation.questions import Question, read_questions
+    from mmrag.evaluation.questions import Nugget, Question, read_questions
     from mmrag.evaluation.report import write_report
     from mmrag.evaluation.results import Evaluation, Score, System
     from mmrag.evaluation.run import evaluate
@@ -111,6 +111,7 @@ _HOME = {
     "Muvera": "embedders.muvera",
     "NeedleOptions": "evaluation.needle.corpora",
     "NeedleResult": "evaluation.needle.scores",
+    "Nugget": "evaluation.questions",
     "PageRetriever": "evaluation.llamaindex",
     "Plan": "answering.planning",
     "PlanBudget": "answering.planning",
@@ -197,6 +198,7 @@ __all__ = [
     "Muvera",
     "NeedleOptions",
     "NeedleResult",
+    "Nugget",
     "PageRetriever",
     "Plan",
     "PlanBudget",

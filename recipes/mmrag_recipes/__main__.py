@@ -21,6 +21,7 @@ from mmrag_recipes.options import Options, read_arguments
 # that --help and a mistyped option need no torch.
 RECIPES: dict[str, type[Options]] = {
     "synthesize": config.SynthesizeConfig,
+    "draft_questions": config.DraftQuestionsConfig,
     "convert": config.ConvertConfig,
     "mine": config.MineConfig,
     "train": config.TrainConfig,

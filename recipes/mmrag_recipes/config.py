@@ -15,6 +15,21 @@ PROMPTS = Path(__file__).parent / "prompts"
 MODALITIES: tuple[Modality, ...] = ("text", "image", "fused")
 PAIRS = tuple(f"{q}->{d}" for q in MODALITIES for d in MODALITIES)
 
+# The tasks of OmniEval (arXiv 2412.13018), and questions that cannot be answered.
+QUESTION_KINDS = {
+    "extraction": "it asks for one fact that the page states.",
+    "reasoning": "its answer does not stand on the page, but follows from several facts of it, "
+    "such as a sum, a difference, a date or a condition that is met.",
+    "comparison": "it compares something on the first page with something on the second, and "
+    "needs both.",
+    "summary": "it asks for an overview that takes most of the pages; the answer has three to six "
+    "sentences.",
+    "conversational": "a person would ask it in talking, in everyday words and not in those of "
+    "the page.",
+    "unanswerable": "it sounds as if the page answered it, and it does not: about something near "
+    "what is said. Leave the answer and the nuggets empty.",
+}
+
 
 class DataConfig(Options):
     """One data set of a training mix; a plain string is its ``rows``."""
@@ -156,7 +171,27 @@ class TrainConfig(Options):
     """Where values go beside ``log.jsonl``."""
 
 
-class SynthesizeConfig(Options):
+class WriterConfig(Options):
+    """A language model that writes."""
+
+    llm: str | None = None
+    """Language model at an OpenAI-compatible server that writes."""
+    base_url: str | None = None
+    """The server, up to /v1; by default OPENAI_BASE_URL. The key is OPENAI_API_KEY."""
+    local_llm: str | None = None
+    """Language model to run here: a folder or a name on the hub."""
+    concurrency: int = Field(8, ge=1)
+    """Requests to the model at a time."""
+    max_tokens: int = Field(400, ge=1)
+    """Longest answer of the model, reasoning included."""
+    # Most servers that speak OpenAI's protocol know the older name alone.
+    max_tokens_key: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
+    """What the server calls it; OpenAI's reasoning models take max_completion_tokens alone."""
+    temperature: float | None = Field(None, ge=0)
+    """Of the model; by default the server's."""
+
+
+class SynthesizeConfig(WriterConfig):
     """Make training rows from your own files: GME's fused-modal pipeline."""
 
     positional: ClassVar[tuple[str, ...]] = ("paths",)
@@ -180,25 +215,10 @@ class SynthesizeConfig(Options):
     """Least cosine of an entity's name and the figure taken for it."""
     embedder: str = "mmrag-nano"
     """Model that filters rows and finds figures; a stronger one is a better judge."""
-    llm: str | None = None
-    """Language model at an OpenAI-compatible server that writes the queries."""
-    base_url: str | None = None
-    """The server, up to /v1; by default OPENAI_BASE_URL. The key is OPENAI_API_KEY."""
-    local_llm: str | None = None
-    """Language model to run here: a folder or a name on the hub."""
     image_model: str | None = None
     """Model at the same server that draws entities, instead of figures of the files."""
     prompts: Path = PROMPTS
     """Folder of prompt files."""
-    concurrency: int = Field(8, ge=1)
-    """Requests to the model at a time."""
-    max_tokens: int = Field(400, ge=1)
-    """Longest answer of the model, reasoning included."""
-    # Most servers that speak OpenAI's protocol know the older name alone.
-    max_tokens_key: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
-    """What the server calls it; OpenAI's reasoning models take max_completion_tokens alone."""
-    temperature: float | None = Field(None, ge=0)
-    """Of the model; by default the server's."""
     languages: tuple[str, ...] = ()
     """Languages to write queries in, such as English French; by default the document's."""
     vary_instructions: bool = False
@@ -211,6 +231,29 @@ class SynthesizeConfig(Options):
     """Price of a million prompt tokens, for the report."""
     completion_price: float = Field(0.0, ge=0)
     """Price of a million completion tokens, for the report."""
+
+
+class DraftQuestionsConfig(WriterConfig):
+    """Draft questions about your own files, for a person to check."""
+
+    positional: ClassVar[tuple[str, ...]] = ("paths",)
+
+    paths: tuple[Path, ...] = Field(min_length=1)
+    """Files and folders to read."""
+    out: Path
+    """Folder of questions.jsonl and review.md."""
+    rows: int = Field(100, ge=1)
+    """Questions to aim at, over all kinds and files."""
+    kinds: tuple[str, ...] = tuple(QUESTION_KINDS)
+    """Kinds of questions; all by default."""
+    document_kinds: tuple[str, ...] = (
+        *("report", "manual", "article", "contract", "policy", "presentation", "form", "letter"),
+    )
+    """Kinds of documents to choose from; a file that is none of them is ``other``."""
+    max_tokens: int = Field(1500, ge=1)
+    """Longest answer of the model, reasoning included."""
+    seed: int = 0
+    """Of the choice of pages."""
 
 
 class MineConfig(Options):

@@ -39,12 +39,11 @@ from mmrag_recipes.round_trip import round_trip
 from mmrag_recipes.rows import IMAGES, ImageStore, Item, Modality, Row, write_rows
 from mmrag_recipes.vectors import VectorCache
 from mmrag_recipes.writers import (
-    EndpointModel,
     ExtractiveWriter,
-    LocalModel,
     Model,
     ModelWriter,
     Writer,
+    open_model,
     reads_as_query,
 )
 
@@ -398,20 +397,7 @@ def run(options: SynthesizeConfig) -> None:
     # The SDK insists on a key; local servers take any.
     key = os.environ.get("OPENAI_API_KEY", "none")
     base_url = options.base_url or os.environ.get("OPENAI_BASE_URL")
-    model: Model | None = None
-    if options.local_llm:
-        model = LocalModel(options.local_llm, max_tokens=options.max_tokens)
-    elif options.llm:
-        model = EndpointModel(
-            options.llm,
-            base_url,
-            key,
-            max_tokens=options.max_tokens,
-            max_tokens_key=options.max_tokens_key,
-            temperature=options.temperature,
-        )
-        # Before files are read, which may take minutes.
-        model.check()
+    model = open_model(options)
     drawer = Drawer(options.image_model, base_url, key) if options.image_model else None
     print(synthesize(options, load_embedder(options.embedder), model, drawer))
     print(f"wrote {options.out / 'rows.jsonl'}")

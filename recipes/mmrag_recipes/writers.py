@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import os
 import random
 import re
 import threading
@@ -28,7 +29,7 @@ from mmrag.lexical import Idf, sentences, terms
 from mmrag.llms.failures import translated_errors
 from mmrag.llms.replies import json_objects
 from mmrag.prompting import estimate_tokens, image_bytes
-from mmrag_recipes.config import PROMPTS
+from mmrag_recipes.config import PROMPTS, WriterConfig
 from mmrag_recipes.corpus import Document
 from mmrag_recipes.rows import ImageStore, Modality
 
@@ -182,6 +183,57 @@ class LocalModel:
         return answer, estimate_tokens(prompt), estimate_tokens(answer)
 
 
+def open_model(options: WriterConfig) -> Model | None:
+    """The model of ``llm`` or ``local_llm``; None without either.
+
+    Raises:
+        EndpointError: Within seconds, if there is no server.
+    """
+    if options.local_llm:
+        return LocalModel(options.local_llm, max_tokens=options.max_tokens)
+    if not options.llm:
+        return None
+    model = EndpointModel(
+        options.llm,
+        options.base_url or os.environ.get("OPENAI_BASE_URL"),
+        # The SDK insists on a key; local servers take any.
+        os.environ.get("OPENAI_API_KEY", "none"),
+        max_tokens=options.max_tokens,
+        max_tokens_key=options.max_tokens_key,
+        temperature=options.temperature,
+    )
+    # Before files are read, which may take minutes.
+    model.check()
+    return model
+
+
+class JsonAsker:
+    """Asks a model for JSON objects, and counts what that costs. usage: over all requests."""
+
+    def __init__(self, model: Model) -> None:
+        self.model = model
+        self.usage = dict.fromkeys(
+            ("requests", "prompt_tokens", "completion_tokens", "seconds"), 0.0
+        )
+        self._lock = threading.Lock()
+
+    def ask(self, prompt: str, images: Sequence[Path], key: str) -> Mapping[str, Any]:
+        """The object in the model's answer; without ``key`` in it, the model is asked again."""
+        reply: Mapping[str, Any] = {}
+        for attempt in range(_ATTEMPTS):
+            started = time.perf_counter()
+            answer, asked, given = self.model.ask(prompt + (_MALFORMED if attempt else ""), images)
+            with self._lock:
+                self.usage["requests"] += 1
+                self.usage["prompt_tokens"] += asked
+                self.usage["completion_tokens"] += given
+                self.usage["seconds"] += time.perf_counter() - started
+            reply = next(json_objects(answer), {})
+            if key in reply:
+                break
+        return reply
+
+
 class ModelWriter:
     """Writes queries with a language model; the prompts are files that a user may edit."""
 
@@ -192,7 +244,6 @@ class ModelWriter:
         prompts: Path = PROMPTS,
         languages: Sequence[str] = (),
     ) -> None:
-        self.model = model
         self.store = store
         self.languages = languages
         self.note = f"queries written by {model.name}"
@@ -202,9 +253,7 @@ class ModelWriter:
         }
         wording = "\n".join([*(p.template for p in self._prompts.values()), *languages])
         self.identity = f"{model.name}/{hashlib.sha256(wording.encode()).hexdigest()[:16]}"
-        self._lock = threading.Lock()
-        self._usage = {"requests": 0.0, "prompt_tokens": 0.0, "completion_tokens": 0.0}
-        self._usage["seconds"] = 0.0
+        self._asker = JsonAsker(model)
 
     def draft(self, document: Document, modality: Modality, turn: int = 0) -> Draft | None:
         """See ``Writer.draft``; None if the model answers something else than was asked."""
@@ -222,14 +271,14 @@ class ModelWriter:
         images = []
         if modality != "text" and document.image:
             images = [self.store.path(document.image)]
-        reply = self._ask(prompt, images, "query")
+        reply = self._asker.ask(prompt, images, "query")
         # str(): models put numbers and lists there.
         query = str(reply.get("query") or "").strip()
         return Draft(query, str(reply.get("answer") or "").strip()) if query else None
 
     def entity(self, query: str) -> Entity | None:
         """See ``Writer.entity``."""
-        reply = self._ask(self._prompts["entity"].safe_substitute(query=query), [], "entity")
+        reply = self._asker.ask(self._prompts["entity"].safe_substitute(query=query), [], "entity")
         name = str(reply.get("entity") or "").strip()
         rewritten = str(reply.get("query") or "").strip()
         # A query that still names the thing needs no image.
@@ -239,23 +288,7 @@ class ModelWriter:
 
     def usage(self) -> dict[str, float]:
         """See ``Writer.usage``."""
-        return dict(self._usage)
-
-    def _ask(self, prompt: str, images: Sequence[Path], key: str) -> Mapping[str, Any]:
-        """The object in the model's answer; without ``key`` in it, the model is asked again."""
-        reply: Mapping[str, Any] = {}
-        for attempt in range(_ATTEMPTS):
-            started = time.perf_counter()
-            answer, asked, given = self.model.ask(prompt + (_MALFORMED if attempt else ""), images)
-            with self._lock:
-                self._usage["requests"] += 1
-                self._usage["prompt_tokens"] += asked
-                self._usage["completion_tokens"] += given
-                self._usage["seconds"] += time.perf_counter() - started
-            reply = next(json_objects(answer), {})
-            if key in reply:
-                break
-        return reply
+        return dict(self._asker.usage)
 
 
 class ExtractiveWriter:
