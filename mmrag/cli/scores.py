@@ -211,13 +211,13 @@ def needle_view(result: NeedleResult) -> RenderableType:
     n = len(evaluation.questions)
     rows: list[RenderableType] = [Text(f"{n} questions, of {result.main.name}"), Text()]
     rows += [_found_table(result), Text(), _depths_table(result), Text()]
-    by_ranking = plain_table(f"hit@{deepest} by ranking, over all sizes")
+    by_ranking = plain_table(f"mrr@{deepest} by ranking, over all sizes")
     by_ranking.add_column("ranking", overflow="fold")
     for cell in result.cells("layer", "kind"):
         by_ranking.add_column(f"{cell.group['layer']}, {cell.group['kind']}", justify="right")
     for system in result.systems():
         cells = result.cells("layer", "kind", system=system)
-        means = [f"{cell.hits[deepest].mean:.3f}" for cell in cells]
+        means = [f"{cell.mrr.mean:.3f}" for cell in cells]
         by_ranking.add_row(Text(clean(system.name)), *means)
     rows.append(by_ranking)
     if evaluation.answers:
@@ -259,11 +259,11 @@ def _depths_table(result: NeedleResult) -> Table:
 
     deepest = result.evaluation.cuts[-1]
     depths = sorted({case.depth for case in result.cases.values()})
-    shown = plain_table(f"hit@{deepest} by depth, from 0 (first page) to 1 (last page)")
+    shown = plain_table(f"mrr@{deepest} by depth, from 0 (first page) to 1 (last page)")
     shown.add_column("corpus")
     for depth in depths:
         shown.add_column(f"{depth:g}", justify="right")
     for label, cells in heat_rows(result, depths):
-        means = ["" if cell is None else f"{cell.hits[deepest].mean:.3f}" for cell in cells]
+        means = ["" if cell is None else f"{cell.mrr.mean:.3f}" for cell in cells]
         shown.add_row(label, *means)
     return shown
