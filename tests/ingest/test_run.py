@@ -10,6 +10,7 @@ import numpy as np
 import pymupdf
 import pytest
 from fakes import FakeEmbedder, make_image
+from PIL import Image
 from qdrant_client import QdrantClient
 
 from mmrag.errors import CollectionError, EndpointError, ReadError
@@ -779,10 +780,11 @@ def test_killed_ten_times(tmp_path, shared_data):
 
 
 def test_pages_that_need_recognition_are_counted_once(files, collection, embedder):
+    Image.effect_noise((64, 64), 60).save(files.parent / "scan.png")
     with pymupdf.open() as document:
         for _ in range(2):
             page = document.new_page()
-            page.insert_image(page.rect, filename=make_image(files.parent / "scan.png"))
+            page.insert_image(page.rect, filename=files.parent / "scan.png")
         document.save(files / "scan.pdf")
     report = ingest(["in"], collection, embedder, options=OPTIONS)
     (note,) = [note for note in report.notes if "recognition" in note]
