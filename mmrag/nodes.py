@@ -126,17 +126,8 @@ def node_image(node: BaseNode) -> Path | None:
 RESERVED_KEYS = frozenset(
     {
         *("file", "file_path", "folder", "sha256", "page", "label", "page_name", "kind"),
-        *("section", "caption", "described_by"),
-        *(
-            "box",
-            "page_image",
-            "text_layer",
-            "described_by",
-            "text",
-            "terms",
-            "terms_language",
-            "checksum",
-        ),
+        *("start", "section", "caption", "described_by", "box", "page_image", "text_layer"),
+        *("text", "terms", "terms_language", "checksum"),
         *("doc_id", "document_id", "ref_doc_id", "node_id", "node_hash"),
         *("_node_content", "_node_type"),
     }

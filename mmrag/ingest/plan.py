@@ -13,7 +13,7 @@ from mmrag.errors import ReadError
 from mmrag.ingest.metadata import FileMetadata, metadata_of
 from mmrag.ingest.progress import IngestReport
 from mmrag.reading import file_sha256, find_files
-from mmrag.reading.files import INSTALL_OFFICE, OFFICE_SUFFIXES
+from mmrag.reading.files import missing_extras
 from mmrag.store.collection import Collection
 from mmrag.store.entries import FileEntry, absolute_paths, only_files
 from mmrag.store.terms import DocumentTerms
@@ -149,10 +149,7 @@ def note_passed_over(files: Sequence[Path], report: IngestReport) -> None:
         counts = ", ".join(f"{count} {suffix}" for suffix, count in suffixes.most_common())
         noun = "file" if len(files) == 1 else "files"
         note = f"{len(files)} {noun} of other types passed over: {counts}"
-        office = [suffix for suffix in suffixes if suffix in OFFICE_SUFFIXES]
-        if office:
-            note += f". To read {', '.join(office)}: {INSTALL_OFFICE}"
-        report.notes.append(note)
+        report.notes.append(". ".join([note, *missing_extras(suffixes)]))
 
 
 class Entries:

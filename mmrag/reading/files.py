@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from importlib.metadata import entry_points
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,7 +15,7 @@ from uuid import NAMESPACE_URL, uuid5
 from mmrag.errors import ReadError
 from mmrag.reading.options import ReadOptions
 
-FileKind: TypeAlias = Literal["pdf", "picture", "text", "office", "plugin"]
+FileKind: TypeAlias = Literal["pdf", "picture", "text", "office", "video", "plugin"]
 """``picture`` for images, as collections store it; ``plugin`` for readers of other packages."""
 
 SUFFIXES: dict[str, FileKind] = {
@@ -49,7 +49,12 @@ OFFICE_SUFFIXES = (
     *(".docx", ".pptx", ".xlsx", ".xls", ".html", ".htm", ".xhtml", ".epub", ".eml", ".msg"),
     ".csv",
 )
-INSTALL_OFFICE = "pip install 'mmrag[office]'"
+VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi")
+# extra: the package that reads its files, and their suffixes
+EXTRAS: dict[Literal["office", "video"], tuple[str, tuple[str, ...]]] = {
+    "office": ("markitdown", OFFICE_SUFFIXES),
+    "video": ("av", VIDEO_SUFFIXES),
+}
 
 IMAGES_MARK = ".mmrag"
 """A file of this name says that a folder holds page images, which are not to be read again."""
@@ -60,10 +65,22 @@ def suffixes() -> dict[str, FileKind]:
     others: dict[str, FileKind] = {
         point.name.lower(): "plugin" for point in entry_points(group=READERS)
     }
-    office: dict[str, FileKind] = {}
-    if find_spec("markitdown") is not None:
-        office = dict.fromkeys(OFFICE_SUFFIXES, "office")
-    return others | office | SUFFIXES
+    extras: dict[str, FileKind] = {
+        suffix: extra
+        for extra, (package, of_extra) in EXTRAS.items()
+        if find_spec(package) is not None
+        for suffix in of_extra
+    }
+    return others | extras | SUFFIXES
+
+
+def missing_extras(wanted: Iterable[str]) -> list[str]:
+    """What to install for files of these suffixes that need an extra, a line for each."""
+    return [
+        f"To read {', '.join(named)}: pip install 'mmrag[{extra}]'"
+        for extra, (_, of_extra) in EXTRAS.items()
+        if (named := [suffix for suffix in wanted if suffix in of_extra])
+    ]
 
 
 class FoundFiles(NamedTuple):
@@ -208,8 +225,8 @@ _HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b
 
 
 def _unknown(path: Path) -> str:
-    if path.suffix.lower() in OFFICE_SUFFIXES:
-        return f"files of type {path.suffix} need the office extra: {INSTALL_OFFICE}"
+    if advice := missing_extras([path.suffix.lower()]):
+        return f"files of type {path.suffix} need an extra. {advice[0]}"
     known = " ".join(sorted(suffixes()))
     return f"files of type {path.suffix or '(none)'} are not supported; use {known}"
 

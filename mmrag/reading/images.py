@@ -6,7 +6,7 @@ import io
 import math
 import struct
 import warnings
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 from PIL import Image
@@ -92,38 +92,45 @@ def _read_frame(
             raise
         yield _problem(number, error)
         return
-    blank = _is_blank(out)
-    tokens: list[Token] | None = None
-    if not blank and options.ocr != "off" and (number, "recognition") not in skipped:
-        yield Step(number, "recognition")
-        try:
-            tokens = layout.in_reading_order(ocr.recognise(out.read_bytes(), scale=1.0))
-        except Exception as error:  # noqa: BLE001 - the recogniser may raise anything
-            yield Problem(number, f"its text cannot be recognised ({error}); it has none")
-    layer: TextLayer = "none"
-    if tokens:
-        layer = "ocr"
-        save_words(out, PageWords(tokens, 1.0))
+    tokens = yield from recognised(out, number, options, skipped)
+    layer: TextLayer = "ocr" if tokens else "none"
     yield PageRecord(
         page=number,
         image=out.as_posix(),
         text=layout.text_of(tokens or []),
         text_layer=layer,
-        needs_ocr=tokens is None and not blank,
+        needs_ocr=tokens is None,
     )
+
+
+def recognised(
+    image: Path, number: int, options: ReadOptions, skipped: Skipped
+) -> Generator[Step | Problem, None, list[Token] | None]:
+    """The words in an image file, which are saved beside it; None if it was not looked at.
+
+    number: of the frame that it is.
+    """
+    with Image.open(image) as opened:
+        if len(opened.convert("RGB").getcolors(maxcolors=1) or ()) == 1:
+            return []  # of one colour only
+    if options.ocr == "off" or (number, "recognition") in skipped:
+        return None
+    yield Step(number, "recognition")
+    try:
+        tokens = layout.in_reading_order(ocr.recognise(image.read_bytes(), scale=1.0))
+    except Exception as error:  # noqa: BLE001 - the recogniser may raise anything
+        yield Problem(number, f"its text cannot be recognised ({error}); it has none")
+        return None
+    if tokens:
+        save_words(image, PageWords(tokens, 1.0))
+    return tokens
 
 
 def _save_frame(image: Image.Image, out: Path, options: ReadOptions) -> None:
     if image.format == "JPEG":  # decoded at a half, a quarter or an eighth, if that will do
         scale = _shrink(image.size, options)
         image.draft("RGB", (math.ceil(image.width * scale), math.ceil(image.height * scale)))
-    write(out, _encoded(load_image(image, limits=_LIMITS), out, options))
-
-
-def _is_blank(path: Path) -> bool:
-    """Whether an image has one colour only, and so no text."""
-    with Image.open(path) as image:
-        return len(image.convert("RGB").getcolors(maxcolors=1) or ()) == 1
+    write(out, encoded(load_image(image, limits=_LIMITS), out, options))
 
 
 def _problem(number: int, error: BaseException) -> Problem:
@@ -137,7 +144,8 @@ def _shrink(size: tuple[int, int], options: ReadOptions) -> float:
     return min(1.0, math.sqrt(options.max_page_pixels / (size[0] * size[1])))
 
 
-def _encoded(image: Image.Image, out: Path, options: ReadOptions) -> bytes:
+def encoded(image: Image.Image, out: Path, options: ReadOptions) -> bytes:
+    """An image within the pixel limit, as JPEG or PNG by the suffix of ``out``."""
     scale = _shrink(image.size, options)
     if scale < 1:
         size = (max(1, int(image.width * scale)), max(1, int(image.height * scale)))

@@ -20,7 +20,7 @@ from mmrag.reading.files import node_id
 from mmrag.reading.options import PageRecord
 
 # Of no use to a model: paths, hashes and numbers would only change the vectors.
-_HIDDEN_KEYS = ["page_image", "sha256", "box", "text_layer"]
+_HIDDEN_KEYS = ["page_image", "sha256", "box", "text_layer", "start"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +70,7 @@ def page_nodes(source: Source, record: PageRecord, repeated: frozenset[str]) -> 
         "page": record.page,
         "label": record.label,
         "page_name": record.page_name,
+        "start": record.start,
     }
     nodes = [
         source.node(

@@ -29,7 +29,8 @@ class ReadOptions:
         the ``ocr`` extra is installed; ``off`` recognises nothing; ``force`` recognises all
         pages, in place of their text layers. True and False mean auto and off.
     max_file_bytes: larger files are refused.
-    max_pages: pages of a PDF or frames of a TIFF that are read; more are reported.
+    max_pages: pages of a PDF, frames of a TIFF or stretches of a video that are read; more are
+        reported.
     max_memory_bytes: memory that a worker process may take; what needs more is reported. Has
         an effect on Linux only.
 
@@ -110,7 +111,7 @@ class Figure:
 
 @dataclass(frozen=True, slots=True)
 class PageRecord:
-    """What was read from one page of a PDF, one slide, or one frame of an image file.
+    """What was read from one page of a PDF, one slide, one frame of an image file or of a video.
 
     text_layer: where the text comes from; None for a file that is text.
     label: the page number printed on it, as the PDF has it; None for a frame.
@@ -118,6 +119,7 @@ class PageRecord:
     image: path of its image; None if it cannot be rendered.
     needs_ocr: whether it may hold text that only recognition can read, and was not recognised.
     warnings: what the PDF engine complained about.
+    start: when a stretch of a video begins, in seconds.
     """
 
     page: int
@@ -131,6 +133,7 @@ class PageRecord:
     needs_ocr: bool = False
     warnings: tuple[str, ...] = ()
     page_name: str | None = None
+    start: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -41,6 +41,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+# Stretches of a video that one page may have: a minute, so that the time cited is near.
+_LONGEST_STAY = 3
 # In a row, without a page between them: such a file is beyond help, and each costs a minute or so.
 _MAX_DEATHS = 3
 
@@ -254,6 +256,34 @@ def _text_page(source: Source, passages: Sequence[Passage]) -> Iterator[ReadPage
         yield ReadPage(None, nodes)
 
 
+def _read_video(source: Source, options: ReadOptions, report: Report) -> Iterator[ReadPage]:
+    """A page for each picture that stays, with what is said while it does."""
+    held: PageRecord | None = None
+    image: str | None = None
+    n_held = 0
+    for record in _records("video", source, options, report):
+        assert isinstance(record, PageRecord)
+        if held is not None and record.image is None and n_held < _LONGEST_STAY:
+            held, n_held = replace(held, text=f"{held.text}\n\n{record.text}".strip()), n_held + 1
+            continue
+        if held is not None:
+            yield _stretch(source, held, options)
+        image = record.image or image
+        held, n_held = replace(record, image=image), 1
+    if held is not None:
+        yield _stretch(source, held, options)
+
+
+def _stretch(source: Source, record: PageRecord, options: ReadOptions) -> ReadPage:
+    from mmrag.reading.nodes import page_nodes
+    from mmrag.reading.text import pieces
+
+    cut = pieces(record.text, options.passage_words, options.passage_overlap)
+    passages = tuple(Passage(piece, None) for piece in cut)
+    record = replace(record, passages=passages if len(passages) > 1 else ())
+    return ReadPage(record.page, page_nodes(source, record, frozenset()), record.needs_ocr)
+
+
 def _read_mixed(
     operation: str, source: Source, options: ReadOptions, report: Report
 ) -> Iterator[ReadPage]:
@@ -275,6 +305,7 @@ _READERS: dict[FileKind, Callable[[Source, ReadOptions, Report], Iterator[ReadPa
     "picture": _read_image,
     "text": _read_text,
     "office": partial(_read_mixed, "office"),
+    "video": _read_video,
     "plugin": partial(_read_mixed, "plugin"),
 }
 

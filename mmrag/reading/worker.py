@@ -25,6 +25,7 @@ OPERATIONS = {
     "image": ("mmrag.reading.images", "read_frames"),
     "text": ("mmrag.reading.text", "read_passages"),
     "office": ("mmrag.reading.office", "read_records"),
+    "video": ("mmrag.reading.video", "read_stretches"),
     "plugin": ("mmrag.reading.plugins", "read_records"),
     "count": ("mmrag.reading.evidence", "count_pages"),
     "locate": ("mmrag.reading.evidence", "locate"),
