@@ -103,12 +103,14 @@ def measure(folder: Path, n: int) -> dict[str, float]:
     collection = Collection.open(folder)
     opened = time.perf_counter() - started
     retriever = UniversalRetriever(collection, NoModel(), similarity_top_k=8)  # type: ignore[arg-type]
-    found, seconds = 0, []
+    found, seconds, cpu = 0, [], []
     for row, vector in zip(rows, asked, strict=True):
         query = QueryBundle(" ".join(words[row].split()[:8]), embedding=vector.tolist())
-        started = time.perf_counter()
+        started, used = time.perf_counter(), time.process_time()
         retriever.retrieve(query)
         seconds.append(time.perf_counter() - started)
+        # Of this process: beside other programs it says more than the time on the clock.
+        cpu.append(time.process_time() - used)
         hits = collection.search("text", vector, 10)
         # Ranks by the stored vectors' own scores: a tie is as good as the one it ties with.
         tenth = np.partition(text @ vector, -10)[-10]
@@ -119,6 +121,7 @@ def measure(folder: Path, n: int) -> dict[str, float]:
         "open_s": opened,
         "p50_ms": 1000 * float(np.percentile(seconds, 50)),
         "p99_ms": 1000 * float(np.percentile(seconds, 99)),
+        "cpu_p50_ms": 1000 * float(np.percentile(cpu, 50)),
         "recall_at_10": found / (10 * N_QUERIES),
         "memory_mib": memory,
     }
@@ -140,6 +143,7 @@ def run(n: int, settings: tuple[str, ...] = SETTINGS) -> dict[str, Any]:
         "open_s",
         "p50_ms",
         "p99_ms",
+        "cpu_p50_ms",
         "recall_at_10",
         "memory_mib",
         "kilobytes_a_node",
