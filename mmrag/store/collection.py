@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from mmrag.errors import CollectionError, ConfigError
 from mmrag.queries import Where
-from mmrag.store.convert import Copying
+from mmrag.store.convert import Change, Copying, check_target, cut_to
 from mmrag.store.damage import Examination, examine
 from mmrag.store.engine import (
     LANGUAGE_FIELD,
@@ -495,7 +495,10 @@ class Collection:
         )
 
     def copy_to(
-        self, target: Collection, progress: Callable[[int, int], None] | None = None
+        self,
+        target: Collection,
+        progress: Callable[[int, int], None] | None = None,
+        change: Change | None = None,
     ) -> int:
         """Copy nodes, files, images and fitted weights to another collection, without embedding.
 
@@ -504,25 +507,20 @@ class Collection:
         Args:
             target: made with the settings of this one, but for ``dim`` and ``quantization``.
             progress: called with the number of points that are done, and of all.
+            change: maps vectors into the space of another embedder, (n, dim) to (n, dim of the
+                target), of L2 norm 1; ``target`` then names that embedder, and has no weights yet.
 
         Returns:
             How many points were copied.
 
         Raises:
-            ConfigError: If the target was built with other settings, or has longer vectors.
+            ConfigError: If the target was built with other settings, or cut vectors are too short.
         """
-        dim, quantization = target.settings.dim, target.settings.quantization
-        if target.settings != dataclasses.replace(
-            self.settings, dim=dim, quantization=quantization
-        ):
-            raise ConfigError("The target was built with other settings; give a new one.")
-        if dim > self.settings.dim:
-            raise ConfigError(
-                f"dim={dim}: the vectors have {self.settings.dim} dimensions, and can only be cut."
-            )
-        copying = Copying(self._engine, self._images, target._engine, target._images, dim)
+        new = change or cut_to(self.settings, target.settings)
+        check_target(self.settings, target.settings, mapped=change is not None)
+        copying = Copying(self._engine, self._images, target._engine, target._images, new)
         n_copied = copying.run(progress)
-        if self.weights:
+        if self.weights and change is None:  # they are of one embedder
             target.save_weights(self.weights)
         # Once, at the end: an index built along the way would be built again.
         target.optimize()

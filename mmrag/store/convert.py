@@ -5,38 +5,69 @@ Nothing is read or embedded again.
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from llama_index.core.vector_stores.utils import metadata_dict_to_node, node_to_metadata_dict
+from numpy.typing import NDArray
 
 from mmrag.embedders.base import truncate_normalise
+from mmrag.errors import ConfigError
 from mmrag.reading import words_path
 from mmrag.store.engine import AnyOf, Engine, Filter, Point, in_batches
 from mmrag.store.images import ImageFolder, with_image_paths
 from mmrag.store.making import SETTINGS_ID
-from mmrag.store.settings import VIEWS
+from mmrag.store.settings import VIEWS, CollectionSettings
 
 _BATCH_POINTS = 64
 # The fields of a payload in which the path of an image may stand.
 _WITH_PATHS = ("_node_content", "page_image")
+
+# Vectors (n, d) to (n, d of the target), each of L2 norm 1.
+Change = Callable[[NDArray[np.float32]], NDArray[np.float32]]
+
+
+def cut_to(source: CollectionSettings, target: CollectionSettings) -> Change:
+    """Cut vectors to the target's dimension.
+
+    Raises:
+        ConfigError: If they are shorter already.
+    """
+    if target.dim > source.dim:
+        raise ConfigError(
+            f"dim={target.dim}: the vectors have {source.dim} dimensions, and can only be cut."
+        )
+    return lambda vectors: truncate_normalise(vectors, target.dim)
+
+
+def check_target(source: CollectionSettings, target: CollectionSettings, mapped: bool) -> None:
+    """Raise ConfigError if the target's settings differ in more than a copy may change.
+
+    mapped: whether vectors are mapped into the space of another embedder.
+    """
+    free = {"dim", "quantization"} | ({"embedder", "fingerprint"} if mapped else set())
+    changed = {name: getattr(target, name) for name in free}
+    if target != dataclasses.replace(source, **changed):
+        raise ConfigError("The target was built with other settings; give a new one.")
 
 
 @dataclass(frozen=True)
 class Copying:
     """Copies the points of one engine to another, with their images.
 
-    dim: leading dimensions of a vector that are kept, and scaled to length 1.
+    change: of the vectors of each view.
     """
 
     source: Engine
     source_images: ImageFolder
     target: Engine
     target_images: ImageFolder
-    dim: int
+    change: Change
 
     def run(self, progress: Callable[[int, int], None] | None = None) -> int:
         """Copy what is not in the target yet; returns how many points that was.
@@ -62,7 +93,7 @@ class Copying:
     def _copied(self, point: Point) -> Point:
         vectors = {
             # The vectors of late interaction are of another model, and stay as they are.
-            name: truncate_normalise(vector[None], self.dim)[0] if name in VIEWS else vector
+            name: self.change(vector[None])[0] if name in VIEWS else vector
             for name, vector in point.vectors.items()
         }
         if point.payload.get("kind") == "file":

@@ -27,6 +27,7 @@ RECIPES: dict[str, type[Options]] = {
     "train": config.TrainConfig,
     "export": config.ExportConfig,
     "merge": config_models.MergeConfig,
+    "project": config_models.ProjectConfig,
     "evaluate": config.EvaluateConfig,
     "evaluate_pages": config.EvaluatePagesConfig,
     "evaluate_answers": config.EvaluateAnswersConfig,

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from mmrag.errors import ConfigError
+from mmrag_recipes.compatible import old_fingerprint
 from mmrag_recipes.config import TrainConfig
 from mmrag_recipes.data import Dataset
 
@@ -61,6 +62,8 @@ def identity(config: TrainConfig, datasets: list[Dataset], base: str) -> dict[st
         values.setdefault("data", []).append(entry)
     # By its weights: a folder may be moved, and a name on the hub gets new files.
     values["model"] = base
+    if config.compatible:
+        values["compatible"]["model"] = old_fingerprint(config)
     return values
 
 

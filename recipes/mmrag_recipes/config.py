@@ -78,6 +78,22 @@ class GroupConfig(Options):
     """Weight decay; by default that of all."""
 
 
+class CompatibleConfig(Options):
+    """Training against the vectors of an old model, so that its collections stay searchable."""
+
+    model: str | None = None
+    """The old model, which does not train; by default the one that training starts from."""
+    family: str | None = None
+    """Recipe of the old model where it cannot be told from the checkpoint."""
+    limits: dict[str, Any] = Field(default_factory=dict)
+    """Limits of the old model's family; by default those of the run where the model is the same."""
+    # The remaining share trains the new model on its own.
+    weight: float = Field(0.5, gt=0, le=1)
+    """Share of the loss that compares new vectors with old ones."""
+    sides: Literal["queries", "both"] = "queries"
+    """queries: new queries against old documents; both: also old queries against new documents."""
+
+
 class TrainConfig(Options):
     """Fine-tune an embedder: contrastive, with hard negatives, GradCache, LoRA and exact resume."""
 
@@ -122,6 +138,8 @@ class TrainConfig(Options):
     """Share of the loss that follows the teacher's scores in the rows."""
     distil_temperature: float = Field(1.0, gt=0)
     """Of the softmax over the teacher's scores."""
+    compatible: CompatibleConfig | None = None
+    """Keep vectors comparable with an old model's; without this table they drift away."""
     lora: LoraConfig | None = None
     """Adapters; without this table all weights train."""
     freeze: tuple[str, ...] = ()

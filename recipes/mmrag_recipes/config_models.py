@@ -77,3 +77,35 @@ class MergeConfig(Options):
         if shares and (min(self.weights) < 0 or sum(self.weights) == 0):
             raise ValueError(f"weights of {self.method} are shares: none below 0, not all 0")
         return self
+
+
+class ProjectConfig(Options):
+    """Fit a projection of an old model's vectors into a new model's space, and measure it."""
+
+    positional: ClassVar[tuple[str, ...]] = ("rows",)
+
+    rows: Path
+    """Rows whose documents the projection is fitted on."""
+    old: str
+    """The model that made the vectors that you have."""
+    new: str
+    """The model that asks."""
+    out: Path
+    """File of the projection to write, .npz: ``matrix``, and the fingerprints of both models."""
+    # An orthogonal map keeps every cosine between old vectors; a linear one fits closer.
+    method: Literal["orthogonal", "linear"] = "orthogonal"
+    """orthogonal (Procrustes) keeps angles; linear (least squares) fits closer with many rows."""
+    ridge: float = Field(1e-3, ge=0)
+    """Of linear: penalty on the matrix, relative to the number of documents."""
+    evaluate: Path | None = None
+    """Held-out rows: recall of new and old queries over new, old and projected documents."""
+    source: Path | None = None
+    """What to map: the folder of a collection of the old model, or a .npy file of its vectors."""
+    target: Path | None = None
+    """Where the mapped collection or vectors go."""
+
+    @model_validator(mode="after")
+    def _source_and_target(self) -> ProjectConfig:
+        if (self.source is None) != (self.target is None):
+            raise ValueError("source and target go together")
+        return self

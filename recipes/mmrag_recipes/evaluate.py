@@ -41,28 +41,50 @@ def evaluate_rows(
 
     The corpus is one: a text question competes against every text, image and page.
     """
-    corpus = corpus_of(rows)
     kept = check_dim(dim, embedder.dim)
     # In full, and cut below: one embedding serves every dimension of a ranking.
-    documents = embedder.encode([store.content(item) for item in corpus])
-    position = {item.key: index for index, item in enumerate(corpus)}
+    documents = embedder.encode([store.content(item) for item in corpus_of(rows)])
+    queries = encode_queries(embedder, rows, store)
+    found = row_metrics(
+        rows, truncate_normalise(queries, kept), truncate_normalise(documents, kept)
+    )
+    results: dict[str, list[Metrics]] = defaultdict(list)
+    for row, metrics in zip(rows, found, strict=True):
+        results[row.pair].append(metrics)
+        results["all"].append(metrics)
+    return {pair: average(found) for pair, found in sorted(results.items())}
+
+
+def encode_queries(
+    embedder: Embedder, rows: Sequence[Row], store: ImageStore
+) -> NDArray[np.float32]:
+    """Vectors of the queries of rows, each with its instruction: (len(rows), dim)."""
     asked: dict[str | None, list[int]] = defaultdict(list)
     for index, row in enumerate(rows):
         # One call for each instruction, so that batches are full.
         asked[resolve(row.instruction)].append(index)
-    ranked: dict[int, NDArray[np.int64]] = {}
+    queries = np.zeros((len(rows), embedder.dim), dtype=np.float32)
     for instruction, indices in asked.items():
         contents = [store.content(rows[index].query) for index in indices]
-        queries = truncate_normalise(embedder.encode(contents, instruction), kept)
-        order = rank(queries, truncate_normalise(documents, kept), CUTS[-1])
-        ranked.update(zip(indices, order, strict=True))
-    results: dict[str, list[Metrics]] = defaultdict(list)
-    for index, row in enumerate(rows):
-        relevant = {position[item.key]: 1.0 for item in row.positives}
-        metrics = metrics_of(ranked[index].tolist(), relevant)
-        results[row.pair].append(metrics)
-        results["all"].append(metrics)
-    return {pair: average(found) for pair, found in sorted(results.items())}
+        queries[indices] = embedder.encode(contents, instruction)
+    return queries
+
+
+def row_metrics(
+    rows: Sequence[Row], queries: NDArray[np.float32], documents: NDArray[np.float32]
+) -> list[Metrics]:
+    """Metrics of each row: its query ranks the corpus of all rows.
+
+    Args:
+        queries: (len(rows), d), normalised.
+        documents: (len(corpus_of(rows)), d), normalised, in that order.
+    """
+    position = {item.key: index for index, item in enumerate(corpus_of(rows))}
+    order = rank(queries, documents, CUTS[-1])
+    return [
+        metrics_of(ranked, {position[item.key]: 1.0 for item in row.positives})
+        for row, ranked in zip(rows, order.tolist(), strict=True)
+    ]
 
 
 def table(results: Mapping[str, Metrics], names: Sequence[str]) -> str:

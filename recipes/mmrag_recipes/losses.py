@@ -7,6 +7,7 @@ prefixes are normalised too.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -117,6 +118,25 @@ def is_taught(known: Tensor) -> Tensor:
 def distil_vectors(vectors: Tensor, teacher: Tensor) -> Tensor:
     """One minus the cosine to a teacher's vectors of the same width, mean over rows (n, d)."""
     return (1 - F.cosine_similarity(vectors.float(), teacher.float(), dim=-1)).mean()
+
+
+def compatible(
+    loss: VectorLoss,
+    new: tuple[Tensor, Tensor],
+    old: tuple[Tensor, Tensor],
+    sides: Literal["queries", "both"],
+) -> Tensor:
+    """A loss over new vectors against those of an old model that is frozen.
+
+    Source: backward-compatible training (arXiv 2003.11942, section 3.2), with the contrastive loss
+    in place of a classifier's.
+
+    Args:
+        new, old: queries (b, d) and documents (n, d) of each model.
+        sides: ``both``: also of old queries over new documents.
+    """
+    cross = loss(new[0], old[1])
+    return cross if sides == "queries" else (cross + loss(old[0], new[1])) / 2
 
 
 def matryoshka(loss: VectorLoss, parts: Sequence[slice]) -> VectorLoss:

@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from mmrag_recipes.depths import depths, inner_vectors, parts
 from mmrag_recipes.losses import (
     binary_aware,
     candidate_mask,
+    compatible,
     distil_scores,
     info_nce,
     is_taught,
@@ -48,7 +50,8 @@ class StepInputs:
     targets: (b,) document of each query. keys: (n,) content hashes. rows: (n,) global row of
     each document. own_rows: (b,). positives: hashes of each query's positives. teacher: (n,)
     the teacher's score of each document for its own row, NaN where there is none. skipped: rows
-    and documents whose images could not be decoded.
+    and documents whose images could not be decoded. old_inputs: as ``inputs``, for the old model
+    of a compatible training.
     """
 
     inputs: list[Any]
@@ -60,6 +63,7 @@ class StepInputs:
     teacher: Tensor
     in_batch: bool
     skipped: list[Problem] = dataclasses.field(default_factory=list)
+    old_inputs: list[Any] = dataclasses.field(default_factory=list)
 
     @property
     def n_queries(self) -> int:
@@ -70,7 +74,9 @@ class StepInputs:
     def n_bytes(self) -> int:
         """Memory of the inputs."""
         tensors = (
-            getattr(one, field.name) for one in self.inputs for field in dataclasses.fields(one)
+            getattr(one, field.name)
+            for one in (*self.inputs, *self.old_inputs)
+            for field in dataclasses.fields(one)
         )
         return sum(t.nbytes for t in tensors if isinstance(t, Tensor))
 
@@ -86,7 +92,10 @@ class _Waiting:
 
 
 class Feeder:
-    """Prepares the coming steps item by item on all cores, within a bound on memory."""
+    """Prepares the coming steps item by item on all cores, within a bound on memory.
+
+    old: of a compatible training, the model whose inputs are prepared beside those of ``backbone``.
+    """
 
     def __init__(
         self,
@@ -94,11 +103,12 @@ class Feeder:
         backbone: Backbone,
         hard_negatives: int,
         most_bytes: int = _MOST_BYTES_AHEAD,
+        old: Backbone | None = None,
     ) -> None:
         self.datasets = datasets
-        self.backbone = backbone
         self.hard_negatives = hard_negatives
         self.most_bytes = most_bytes
+        self.backbones = [backbone] if old is None else [backbone, old]
         self._bytes_per_token = 0.0  # the most of any step so far
 
     def steps(self, batches: Iterable[Batch]) -> Iterator[tuple[Batch, StepInputs]]:
@@ -147,7 +157,9 @@ class Feeder:
         row: Row = dataset.rows[index]
 
         def submit(item: Item, task: str | None) -> Future[Any]:
-            return pool.submit(lambda: inputs_of(self.backbone, dataset.store.content(item), task))
+            content = partial(dataset.store.content, item)
+            # In one task, so that an item that one model cannot use is left out for both.
+            return pool.submit(lambda: [inputs_of(b, content(), task) for b in self.backbones])
 
         documents = documents_of(row, epoch, self.hard_negatives)
         return _Waiting(
@@ -188,8 +200,10 @@ class Feeder:
                 keys.append(item.key)
                 rows.append(one.index)
                 teacher.append(score)
+        inputs, *old_inputs = zip(*queries, *documents, strict=True) if queries else ((),)
         return StepInputs(
-            inputs=queries + documents,
+            inputs=list(inputs),
+            old_inputs=list(old_inputs[0]) if old_inputs else [],
             targets=torch.tensor(targets, dtype=torch.long),
             keys=torch.tensor(keys, dtype=torch.long),
             rows=torch.tensor(rows, dtype=torch.long),
@@ -216,13 +230,16 @@ def encode(backbone: Backbone, inputs: Sequence[Any], config: TrainConfig) -> Te
         return backbone.forward(inputs).float()
 
 
-def step_loss(vectors: Tensor, step: StepInputs, config: TrainConfig) -> Tensor:
+def step_loss(
+    vectors: Tensor, step: StepInputs, config: TrainConfig, old: Tensor | None = None
+) -> Tensor:
     """Loss of this process's queries against the documents of all processes.
 
     Its mean over processes is the mean over all queries of the step.
 
     Args:
         vectors: (b + n, d), queries first, as ``StepInputs.inputs``; of all depths.
+        old: the old model's vectors of the same items, with ``config.compatible``.
     """
     device = vectors.device
     queries, local = vectors[: step.n_queries], vectors[step.n_queries :]
@@ -263,6 +280,12 @@ def step_loss(vectors: Tensor, step: StepInputs, config: TrainConfig) -> Tensor:
     prefixes, inner = parts(config.matryoshka_layers, config.matryoshka_dims, vectors.shape[1])
     mixed = binary_aware(loss, config.binary_weight, config.binary_queries)
     trained = matryoshka(mixed, [*prefixes, *inner])(queries, documents)
+    if old is not None and config.compatible:
+        before = old[: step.n_queries], distributed.gather(_fill(old[step.n_queries :], room, 0.0))
+        # Of all layers alone: an old model has no vectors after fewer.
+        objective, share = matryoshka(loss, prefixes), config.compatible.weight
+        cross = compatible(objective, (queries, documents), before, config.compatible.sides)
+        trained = (1 - share) * trained + share * cross
     if not inner:
         return trained
     # Detached: the full size leads, and is not drawn towards the small ones.

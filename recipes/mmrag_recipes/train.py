@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mmrag.embedders import load_backbone
 from mmrag.embedders.base import check_dim
@@ -39,6 +39,7 @@ from mmrag_recipes.checkpoints import (
     identity,
     trained_state,
 )
+from mmrag_recipes.compatible import load_old, old_vectors
 from mmrag_recipes.config import TrainConfig
 from mmrag_recipes.data import Dataset, load_datasets
 from mmrag_recipes.depths import check_pairs
@@ -108,7 +109,8 @@ def _train(config: TrainConfig, hooks: Sequence[Report], rank: int, size: int) -
         config.save(out / "config.json")
         _report_left_out(out, datasets)
         log = RunLog(out, progress.step, config, hooks)
-    training = Training(config, backbone, optimizer, datasets, checkpoints, progress, log)
+    old = load_old(config, backbone)
+    training = Training(config, backbone, optimizer, datasets, checkpoints, progress, log, old)
     training.go_on()
     if rank == 0:
         _finish(training, out, about)
@@ -162,7 +164,10 @@ def _report_left_out(out: Path, datasets: Sequence[Dataset]) -> None:
 
 @dataclass
 class Training:
-    """A run under way. log: of the first process, None in the others."""
+    """A run under way. log: of the first process, None in the others.
+
+    old: the model that a compatible training compares with.
+    """
 
     config: TrainConfig
     backbone: Backbone
@@ -171,6 +176,7 @@ class Training:
     checkpoints: Checkpoints
     progress: Progress
     log: RunLog | None
+    old: Backbone | None = None
 
     def go_on(self) -> None:
         """Run all steps that are left; the coming ones are prepared while one runs."""
@@ -183,13 +189,14 @@ class Training:
         planned = itertools.islice(
             plan(sources, config.batch_size, config.seed), progress.step, config.steps
         )
-        feeder = Feeder(self.datasets, self.backbone, config.hard_negatives)
+        feeder = Feeder(self.datasets, self.backbone, config.hard_negatives, old=self.old)
         started, n_rows = time.perf_counter(), 0
         for batch, inputs in feeder.steps(planned):
             step = progress.step
             # Dropout depends on the step and the process alone, so that resuming changes nothing.
             torch.manual_seed(hash((config.seed, step, distributed.rank())))
-            loss, norm = train_step(self.backbone, self.optimizer, inputs, config, step)
+            before = old_vectors(self.old, inputs, config.chunk)
+            loss, norm = train_step(self.backbone, self.optimizer, inputs, config, step, before)
             n_rows += len(batch.rows)
             if self.log:
                 rate = n_rows / (time.perf_counter() - started)
@@ -255,8 +262,12 @@ def train_step(
     step: StepInputs,
     config: TrainConfig,
     number: int,
+    old: Tensor | None = None,
 ) -> tuple[float, float]:
     """One optimizer step; no update if a value is not finite.
+
+    Args:
+        old: the old model's vectors of ``step.old_inputs``, with ``config.compatible``.
 
     Returns:
         The loss over all processes and the gradient's norm.
@@ -266,7 +277,7 @@ def train_step(
     loss = gradcache.step(
         lambda inputs: encode(backbone, inputs, config),
         step.inputs,
-        lambda vectors: step_loss(vectors, step, config),
+        lambda vectors: step_loss(vectors, step, config, old),
         config.chunk,
         frozen_towers(backbone.model),
     )

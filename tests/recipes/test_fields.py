@@ -10,7 +10,13 @@ from training import config_of, log_of, same, weights_of
 
 from mmrag.errors import ConfigError
 from mmrag_recipes.__main__ import main
-from mmrag_recipes.config import DataConfig, GroupConfig, LoraConfig, TrainConfig
+from mmrag_recipes.config import (
+    CompatibleConfig,
+    DataConfig,
+    GroupConfig,
+    LoraConfig,
+    TrainConfig,
+)
 from mmrag_recipes.rows import Item, Row, write_rows
 from mmrag_recipes.train import load_model, train
 
@@ -26,6 +32,7 @@ MOVES = {
     "binary_weight": 0.5,
     "distil_weight": 0.9,
     "distil_temperature": 5.0,
+    "compatible": CompatibleConfig(weight=0.9),
     "lr": 2e-3,
     "groups": (GroupConfig(prefix="language_model.layers.1", lr=1e-4),),
     "schedule": "constant",
