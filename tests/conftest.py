@@ -8,6 +8,9 @@ from tiny import save_qwen2_vl
 
 SHARED = Path(os.environ.get("MMRAG_TEST_DATA", Path(__file__).parents[2] / "shared"))
 
+# Haystack reads it when it is imported: tests send no telemetry.
+os.environ["HAYSTACK_TELEMETRY_ENABLED"] = "False"
+
 
 def _folder(name: str) -> Path:
     folder = SHARED / name

@@ -34,6 +34,17 @@ def library(tmp_path, monkeypatch):
         index.add(["well.txt", "page.png"])
 
 
+def test_haystack(monkeypatch):
+    pytest.importorskip("haystack")
+    monkeypatch.syspath_prepend(str(ROOT / "integrations" / "mmrag-haystack"))
+    scope = run("Haystack")
+    assert "MMRAGRetriever" in scope["stored"]
+    (found,) = scope["result"]["retriever"]["documents"]
+    assert found.content == "The deductible is $500."
+    (page,) = scope["pages"]["retriever"]["documents"]
+    assert page.content == "The well is nine metres deep."
+
+
 def test_langchain(monkeypatch):
     pytest.importorskip("langchain_core")
     monkeypatch.syspath_prepend(str(ROOT / "integrations" / "langchain-mmrag"))

@@ -24,6 +24,13 @@ PACKAGES = {
     "llama-index-embeddings-mmrag": (("llama_index.embeddings.mmrag",), "llama_index.core"),
     "llama-index-postprocessor-mmrag": (("llama_index.postprocessor.mmrag",), "llama_index.core"),
     "langchain-mmrag": (("langchain_mmrag",), "langchain_core"),
+    "mmrag-haystack": (
+        (
+            "haystack_integrations.components.embedders.mmrag",
+            "haystack_integrations.components.retrievers.mmrag",
+        ),
+        "haystack",
+    ),
 }
 MODULES = [(package, name) for package, (names, _) in PACKAGES.items() for name in names]
 
