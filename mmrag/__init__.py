@@ -69,6 +69,7 @@ if TYPE_CHECKING:
     from mmrag.retrieval.retriever import UniversalRetriever
     from mmrag.store.collection import Collection, CollectionSettings, FileEntry
     from mmrag.store.settings import View
+    from mmrag.store.snapshots import Snapshot, Snapshots
     from mmrag.testing import check_embedder
 
 
@@ -125,6 +126,8 @@ _HOME = {
     "RerankPrompt": "rerankers",
     "Score": "evaluation.results",
     "Scorer": "rerankers",
+    "Snapshot": "store.snapshots",
+    "Snapshots": "store.snapshots",
     "Source": "answering.context",
     "StorageSetting": "evaluation.storage",
     "StructuredAnswer": "answering.structured",
@@ -212,6 +215,8 @@ __all__ = [
     "RerankPrompt",
     "Score",
     "Scorer",
+    "Snapshot",
+    "Snapshots",
     "Source",
     "StorageSetting",
     "StructuredAnswer",

@@ -26,6 +26,7 @@ from mmrag.cli.remove import remove
 from mmrag.cli.report import report
 from mmrag.cli.search import search
 from mmrag.cli.serve import serve
+from mmrag.cli.snapshot import snapshots
 from mmrag.cli.tune import tune
 from mmrag.cli.upgrade import upgrade
 
@@ -59,6 +60,7 @@ app = typer.Typer(
 )
 for _name, _command in COMMANDS.items():
     app.command(_name, epilog=EXIT_CODES)(_command)
+app.add_typer(snapshots)
 
 
 def main() -> None:

@@ -19,6 +19,7 @@ from mmrag.server.errors import ApiError, no_model, not_found
 from mmrag.server.jobs import Job, Writer
 from mmrag.server.uploads import clean_incoming
 from mmrag.store.collection import Collection, FileEntry
+from mmrag.store.restoring import UPLOADS, beside_images
 
 if TYPE_CHECKING:
     from llama_index.core.llms import LLM
@@ -299,9 +300,7 @@ def open_libraries(
             try:
                 index.add([])  # makes a collection that is not there
                 # Beside the page images, which have a folder even where Qdrant runs elsewhere.
-                images = index.collection.images_dir
-                own = images.name == "images"  # in the collection's folder, else named like it
-                uploads = images.parent / ("uploads" if own else f"{images.name}-uploads")
+                uploads = beside_images(index.collection.images_dir, UPLOADS)
             except BaseException:
                 index.close()
                 raise

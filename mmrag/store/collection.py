@@ -56,6 +56,7 @@ from mmrag.store.payloads import (
     with_stored_images,
 )
 from mmrag.store.settings import CollectionSettings, View
+from mmrag.store.snapshots import Snapshots
 from mmrag.store.terms import AUTO_LANGUAGE, NodeTerms, has_terms, query_terms
 from mmrag.store.upgrade import rebuild_terms
 from mmrag.store.vectors import check_vector, checked_vectors
@@ -91,6 +92,7 @@ class Collection:
         self.settings = settings
         self.images_dir = location.images.path
         self.inserted = InsertedNodes(engine, self._images)
+        self.snapshots = Snapshots(location, engine)
 
     @classmethod
     def open(

@@ -44,12 +44,11 @@ from mmrag.store.engine import (
 from mmrag.store.kept_fields import KeptFields
 from mmrag.store.optimizing import OLD, WORTH_BYTES, build, copied, recover
 from mmrag.store.point_count import PointCount
+from mmrag.store.trees import need_space, size_on_disk
 
 # The write-ahead log keeps every write from a killed process; flushing keeps the log short.
 _FLUSH_POINTS = 2000
-# Files of the shard are sparse and grow by 32 MiB: a page that is touched while the disk is full
-# ends the process. Two files may grow in one write; a new shard takes 77 MB at once.
-_SPACE_TO_WRITE = 64 * 1024 * 1024
+# A new shard takes 77 MB at once.
 _SPACE_TO_CREATE = 96 * 1024 * 1024
 # A point is written to the log, to the vectors, to the payloads and to the indexes over them.
 _COPIES = 4
@@ -82,12 +81,16 @@ class EdgeEngine(Engine):
         folder: of the shard; a lock file lies beside it.
         schema: how to create the shard if it is missing. It appears under its name only when
             complete.
+        first: called with the lock held before the shard is read, to end what a process that
+            was killed had begun.
 
     Raises:
         CollectionError: If it is in use, broken, or the disk is full.
     """
 
-    def __init__(self, folder: Path, schema: Schema | None = None) -> None:
+    def __init__(
+        self, folder: Path, schema: Schema | None = None, first: Callable[[], None] | None = None
+    ) -> None:
         self._folder = folder
         # To notice a fork: the engine's threads do not come along.
         self._process = os.getpid()
@@ -108,8 +111,10 @@ class EdgeEngine(Engine):
         try:
             self._lock.acquire()
         except Timeout as error:
-            raise self._in_use("open") from error
+            raise _in_use(folder, "open") from error
         try:
+            if first is not None:
+                first()
             recover(folder)
             if schema is not None and not folder.is_dir():
                 self._create(schema)
@@ -286,10 +291,8 @@ class EdgeEngine(Engine):
         if not self._worth_optimizing(schema):
             self.flush()
             return
-        # The copy, and the points that are written anew before old files are deleted. By blocks,
-        # since the files are sparse: their sizes say nothing of what they take on the disk.
-        files = (path for path in self._folder.rglob("*") if path.is_file())
-        self._need_space("optimize", 2 * sum(path.stat().st_blocks * 512 for path in files))
+        # The copy, and the points that are written anew before old files are deleted.
+        self._need_space("optimize", 2 * size_on_disk(self._folder))
         with ExitStack() as stack:
             try:
                 with self._writing:
@@ -419,15 +422,7 @@ class EdgeEngine(Engine):
         unfinished.rename(self._folder)
 
     def _need_space(self, doing: str, size: int) -> None:
-        """Refuse to begin what a full disk would cut short. size: in bytes."""
-        free = shutil.disk_usage(self._folder.parent).free
-        needed = _SPACE_TO_WRITE + size
-        if free < needed:
-            raise CollectionError(
-                f"cannot {doing} {self._folder}: the disk has {free / 1e6:.0f} MB free, and "
-                f"{needed / 1e6:.0f} MB are needed. Free some space and run the same command "
-                "again; what is stored is kept."
-            )
+        need_space(self._folder, doing, size)
 
     def _query(self, query: Any, limit: int, condition: Any, payload: Fields) -> list[Scored]:
         everything = edge.PayloadSelector.Exclude([TERMS_FIELD, CHECKSUM_FIELD])
@@ -474,18 +469,29 @@ class EdgeEngine(Engine):
             if type(error) not in (Exception, ValueError):
                 raise
             if "WouldBlock" in str(error):
-                raise self._in_use(doing) from error
+                raise _in_use(self._folder, doing) from error
             raise CollectionError(
                 f"cannot {doing} {self._folder}: {error}. If its files are damaged, run mmrag "
                 f"doctor --repair. {BUILD_ANEW}"
             ) from error
 
-    def _in_use(self, doing: str) -> CollectionError:
-        return CollectionError(
-            f"cannot {doing} {self._folder}: the collection is in use by another process, or was "
-            "opened twice in this one. Close it there, or put it on a Qdrant server that all can "
-            "share."
-        )
+
+@contextmanager
+def locked(shard: Path, doing: str) -> Iterator[None]:
+    """Hold the lock of a shard that no engine has open. Raises CollectionError if one has."""
+    try:
+        with FileLock(f"{shard}{LOCK}", timeout=0):
+            yield
+    except Timeout as error:
+        raise _in_use(shard, doing) from error
+
+
+def _in_use(shard: Path, doing: str) -> CollectionError:
+    return CollectionError(
+        f"cannot {doing} {shard}: the collection is in use by another process, or was "
+        "opened twice in this one. Close it there, or put it on a Qdrant server that all can "
+        "share."
+    )
 
 
 def _index_operations(schema: Schema) -> list[edge.UpdateOperation]:

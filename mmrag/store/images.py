@@ -7,6 +7,7 @@ read or deleted only if it lies in the collection's own folder of images, links 
 from __future__ import annotations
 
 import hashlib
+import io
 import logging
 import os
 import re
@@ -20,7 +21,7 @@ from mmrag.content import ImageSource, load_image
 from mmrag.errors import CollectionError
 from mmrag.nodes import node_image
 from mmrag.reading import words_path
-from mmrag.reading.files import IMAGES_MARK
+from mmrag.reading.files import IMAGES_MARK, write
 
 log = logging.getLogger(__name__)
 
@@ -82,10 +83,11 @@ class ImageFolder:
                 f"{path} is a link to {absolute.resolve()}, outside of the collection; delete it."
             )
         elif absolute.is_file():
-            own = self.path / _own_folder(node_id)
-            own.mkdir(exist_ok=True)
             # A folder of its own for each node: files of one name would replace each other.
-            absolute = shutil.copyfile(absolute, own / absolute.name)
+            own = self.path / _own_folder(node_id) / absolute.name
+            # Replaced and not changed in place: snapshots hold links to images.
+            write(own, absolute.read_bytes())
+            absolute = own
         if self._home is not None and absolute.is_relative_to(self._home):
             return absolute.relative_to(self._home)
         return absolute
@@ -96,11 +98,12 @@ class ImageFolder:
         Raises:
             ContentError: If it is no image.
         """
-        own = self.path / _own_folder(node_id)
-        own.mkdir(exist_ok=True)
+        own = self.path / _own_folder(node_id) / "image.png"
+        data = io.BytesIO()
         # Encoded anew: nothing but pixels is stored, and the suffix is right.
-        load_image(image).save(own / "image.png")
-        return own / "image.png"
+        load_image(image).save(data, "PNG")
+        write(own, data.getvalue())
+        return own
 
     def found(self, stored: Path) -> Path | None:
         """The way back from ``stored``; None for a path that may not be read."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,12 +14,10 @@ from mmrag.store.engine import Engine, Schema
 from mmrag.store.images import ImageFolder
 from mmrag.store.optimizing import OLD
 from mmrag.store.point_count import COUNT
+from mmrag.store.restoring import IMAGES, RESTORED, SHARD, SNAPSHOTS, UPLOADS, finish
 
 if TYPE_CHECKING:
     from qdrant_client import AsyncQdrantClient, QdrantClient
-
-SHARD = "qdrant"
-IMAGES = "images"
 
 
 @dataclass(frozen=True)
@@ -102,9 +101,9 @@ class Location:
         return AsyncQdrantClient(self.url, api_key=self.api_key, check_compatibility=False)
 
     def _open_folder(self, folder: Path, schema: Schema | None) -> Engine:
-        # Under its other name, where a process was killed while it replaced the shard.
-        if any((folder / name).is_dir() for name in (SHARD, f"{SHARD}{OLD}")):
-            return EdgeEngine(folder / SHARD)
+        # Under another name, where a process was killed while it replaced the shard.
+        if any((folder / name).is_dir() for name in (SHARD, f"{SHARD}{OLD}", RESTORED)):
+            return EdgeEngine(folder / SHARD, first=partial(finish, folder, self.images.path))
         if schema is None:
             raise MissingCollectionError(
                 f"{self} holds no mmrag collection. Index something into it first "
@@ -114,7 +113,9 @@ class Location:
             raise CollectionError(f"{self} is a file; give a folder for the collection.")
         names = sorted(each.name for each in folder.iterdir()) if folder.is_dir() else []
         # A process that creates the shard, or was killed over it, leaves one ending in "new".
-        own = re.compile(rf"{IMAGES}|{SHARD}({LOCK}|{COUNT})|{SHARD}\..*new")
+        own = re.compile(
+            rf"{IMAGES}|{UPLOADS}|{SNAPSHOTS}|{SHARD}({LOCK}|{COUNT})|({SHARD}|{RESTORED})\..*"
+        )
         # A slip such as -c ~ must not fill a home folder.
         foreign = [name for name in names if not own.fullmatch(name)]
         if foreign:

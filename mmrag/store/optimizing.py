@@ -17,6 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from mmrag.errors import CollectionError
+from mmrag.store.trees import copy_sparse
 
 OLD = ".old"
 """Suffix of a shard while the one that replaces it takes its name."""
@@ -52,7 +53,7 @@ def copied(shard: Path) -> Iterator[Path]:
     """A copy beside the shard, which is deleted at the end unless it was moved."""
     folder = Path(tempfile.mkdtemp(prefix=f"{shard.name}{_COPY}", dir=shard.parent))
     try:
-        shutil.copytree(shard, folder, copy_function=_copy_sparse, dirs_exist_ok=True)
+        shutil.copytree(shard, folder, copy_function=copy_sparse, dirs_exist_ok=True)
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -89,26 +90,3 @@ def build(copy: Path, tick: Callable[[], None] | None = None) -> None:
             f"cannot optimize {copy}: {said.strip() or f'exit code {process.returncode}'}. The "
             "collection is as it was before. Free memory and disk space, and index again."
         )
-
-
-def _copy_sparse(source: str, target: str) -> None:
-    """Copy a file without its holes: the engine's files are mostly holes."""
-    if not hasattr(os, "SEEK_DATA"):
-        shutil.copyfile(source, target)
-        return
-    with Path(source).open("rb") as read, Path(target).open("wb") as written:
-        size = os.fstat(read.fileno()).st_size
-        written.truncate(size)
-        start = end = 0
-        # Behind the last data there is none to be found.
-        with suppress(OSError):
-            while end < size:
-                start = os.lseek(read.fileno(), end, os.SEEK_DATA)
-                end = os.lseek(read.fileno(), start, os.SEEK_HOLE)
-                _copy_range(read.fileno(), written.fileno(), start, end)
-
-
-def _copy_range(source: int, target: int, start: int, end: int) -> None:
-    while start < end:
-        block = os.pread(source, min(end - start, 1 << 20), start)
-        start += os.pwrite(target, block, start)

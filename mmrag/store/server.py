@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, TypeVar
+from urllib.parse import quote
 
 import numpy as np
 from numpy.typing import NDArray
@@ -267,6 +268,28 @@ class ServerEngine(Engine):
     @override
     def optimize(self, schema: Schema, tick: Callable[[], None] | None = None) -> None:
         return None
+
+    def create_snapshot(self) -> str:
+        """Have the server keep a snapshot of the collection; returns what it calls it."""
+        made = self._call(lambda: self._client.create_snapshot(self._name, wait=True))
+        assert made is not None  # it is for requests that are not waited for
+        return str(made.name)
+
+    def restore_snapshot(self, snapshot: str, url: str, api_key: str | None) -> None:
+        """Have the server give the collection the points of a snapshot that it keeps.
+
+        url: of the server, under which it reaches itself. api_key: of it.
+        """
+        self._call(
+            lambda: self._client.recover_snapshot(
+                self._name,
+                # It takes addresses only, or paths of its own disk, which nobody else knows.
+                f"{url.rstrip('/')}/collections/{quote(self._name)}/snapshots/{quote(snapshot)}",
+                api_key=api_key,
+                priority=models.SnapshotPriority.SNAPSHOT,
+                wait=True,
+            )
+        )
 
     @override
     def close(self) -> None:

@@ -123,14 +123,19 @@ def refuse_other(stored: CollectionSettings, wanted: CollectionSettings, place: 
             f"{place} was built by {other}. Vectors of different models cannot be compared. "
             + remedy
         )
+    if changed := differences(stored, wanted):
+        raise CollectionError(
+            f"{place} was built with other settings ({'; '.join(changed)}). Open it with its own "
+            "by leaving them out, or build another collection elsewhere."
+        )
+
+
+def differences(stored: CollectionSettings, wanted: CollectionSettings) -> list[str]:
+    """What differs, but for the names of models, which may move: ``dim: 8, not 4``."""
     # As JSON, the name of a late model that has moved to another folder would count.
     old, new = (settings.to_json() | {"late": settings.late} for settings in (stored, wanted))
-    changed = [
-        key for key in old if key not in ("embedder", "fingerprint") and old[key] != new[key]
+    return [
+        f"{key}: {old[key]!r}, not {new[key]!r}"
+        for key in old
+        if key != "embedder" and old[key] != new[key]
     ]
-    if changed:
-        differences = "; ".join(f"{key}: {old[key]!r}, not {new[key]!r}" for key in changed)
-        raise CollectionError(
-            f"{place} was built with other settings ({differences}). Open it with its own by "
-            "leaving them out, or build another collection elsewhere."
-        )
