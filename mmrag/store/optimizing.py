@@ -29,7 +29,9 @@ _TICK = 0.5  # seconds
 
 # Low priority: searches go on meanwhile, on the same cores.
 _PROGRAM = """
-import os, sys, qdrant_edge
+import ctypes, os, signal, sys, qdrant_edge
+if sys.platform == "linux":
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: end with the program
 if hasattr(os, "nice"):
     os.nice(10)
 shard = qdrant_edge.EdgeShard.load(sys.argv[1])

@@ -1,6 +1,10 @@
 """Indexes are built on a copy, which then takes the place of the shard."""
 
 import dataclasses
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -155,3 +159,31 @@ def test_indexing_says_that_it_builds_and_builds_again_what_was_stopped(tmp_path
         with pytest.raises(KeyboardInterrupt):
             index.add([file], progress=stop)
         assert index.as_retriever().search("well")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such signal")
+def test_the_process_that_builds_ends_with_the_program(tmp_path):
+    started = tmp_path / "started"
+    program = f"""
+import mmrag.store.optimizing as optimizing
+own = "import time; open({str(started)!r}, 'w').write(str(os.getpid())); time.sleep(600)"
+optimizing._PROGRAM = optimizing._PROGRAM.split("shard =")[0] + own
+optimizing.build({str(tmp_path)!r})
+"""
+    parent = subprocess.Popen([sys.executable, "-c", program])
+    try:
+        until(lambda: started.is_file() and started.read_text())
+    finally:
+        parent.kill()
+        parent.wait()
+    child = Path("/proc", started.read_text(), "cmdline")
+    until(lambda: not (child.is_file() and child.read_bytes()))
+
+
+def until(condition):
+    """Wait for a minute at most."""
+    for _ in range(600):
+        if condition():
+            return
+        time.sleep(0.1)
+    raise TimeoutError
