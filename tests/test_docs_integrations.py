@@ -45,6 +45,15 @@ def test_haystack(monkeypatch):
     assert page.content == "The well is nine metres deep."
 
 
+def test_sentence_transformers():
+    pytest.importorskip("sentence_transformers")
+    scope = run("sentence-transformers")
+    assert scope["scores"].argmax() == 0
+    texts = ["The deductible is $500.", "Bananas are yellow."]
+    assert scope["again"].encode_document(texts) == pytest.approx(scope["texts"], abs=1e-5)
+    assert scope["images"].shape == scope["both"].shape == (1, 384)
+
+
 def test_langchain(monkeypatch):
     pytest.importorskip("langchain_core")
     monkeypatch.syspath_prepend(str(ROOT / "integrations" / "langchain-mmrag"))

@@ -28,6 +28,8 @@ def test_examples_run(name, tmp_path, monkeypatch):
         pytest.importorskip("fastapi")
     if name.endswith("mteb_encoder"):
         pytest.importorskip("mteb")
+    if name.endswith("st_module"):
+        pytest.importorskip("sentence_transformers")
     runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
     for test in examples(name):
         report: list[str] = []

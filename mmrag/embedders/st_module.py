@@ -11,23 +11,42 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from sentence_transformers.base.modality import infer_modality
 from sentence_transformers.base.modules import InputModule
 from torch import Tensor
 
-from mmrag.content import as_content
+from mmrag.content import Content, as_content
 from mmrag.embedders import load_backbone
+from mmrag.embedders.registry import find_folders, read_marker
+from mmrag.instructions import resolve
 from mmrag.modeling.backbone import inputs_of
 
 
 class UniversalModule(InputModule):  # type: ignore[misc]
     """Prompt, images, model and pooling of a family in one module.
 
-    Texts, images and ``{"text": ..., "image": ...}`` are taken; a prompt is the instruction.
+    Texts, images and ``{"text": ..., "image": ...}`` are taken, one kind in a call of ``encode``. A
+    prompt is the instruction: a sentence, or a name in ``mmrag.instructions``. A ``str`` that names
+    an image file is an image, as everywhere in sentence-transformers.
+
+    Args:
+        folder: ``mmrag-nano``, a checkpoint folder or a name on the hub.
+
+    Raises:
+        ModelError: For a checkpoint that is missing or cannot be loaded exactly.
+
+    Examples:
+        >>> from sentence_transformers import SentenceTransformer
+        >>> from sentence_transformers.sentence_transformer.modules import Normalize
+        >>> modules = [UniversalModule("mmrag-nano"), Normalize()]
+        >>> model = SentenceTransformer(modules=modules, device="cpu")
+        >>> model.encode_document(["The deductible is $500."]).shape
+        (1, 384)
     """
 
     def __init__(self, folder: str | Path) -> None:
         super().__init__()
-        self.folder = Path(folder)
+        self.folders = [path.resolve() for path in find_folders(folder)]
         # sentence-transformers moves and casts its modules itself, after they are made.
         self.backbone = load_backbone(folder, device="cpu", dtype="float32")
         self.auto_model = self.backbone.model  # a child, so that ``to`` moves it
@@ -41,9 +60,21 @@ class UniversalModule(InputModule):  # type: ignore[misc]
     def preprocess(
         self, inputs: Sequence[Any], prompt: str | None = None, **kwargs: Any
     ) -> dict[str, Any]:
-        """Prepare inputs; they stay on the CPU until ``forward``."""
-        contents = [as_content(value) for value in inputs]
-        items = [inputs_of(self.backbone, content, prompt or None) for content in contents]
+        """Prepare inputs; they stay on the CPU until ``forward``.
+
+        Raises:
+            ContentError: For an input that cannot be used.
+            ConfigError: For the name of a task that does not exist.
+        """
+        instruction = resolve(prompt or None)
+        # sentence-transformers counts a str that names an image file or address as an image.
+        contents = [
+            Content(image=value)
+            if isinstance(value, str) and infer_modality(value, self.modalities) == "image"
+            else as_content(value)
+            for value in inputs
+        ]
+        items = [inputs_of(self.backbone, content, instruction) for content in contents]
         return {"prepared": items}
 
     def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
@@ -52,15 +83,21 @@ class UniversalModule(InputModule):  # type: ignore[misc]
         features["sentence_embedding"] = vectors.float()
         return features
 
-    def get_sentence_embedding_dimension(self) -> int:
+    def get_embedding_dimension(self) -> int:
         """Width of the vectors."""
         return self.backbone.dim
 
     def save(self, output_path: str, *args: Any, **kwargs: Any) -> None:
-        """Write the checkpoint in the layout that every loader of mmrag reads."""
+        """Write the checkpoint in the layout that every loader of mmrag reads.
+
+        Raises:
+            ModelError: If the target is the folder that it was loaded from.
+        """
         from mmrag.embedders.saving import save_checkpoint
 
-        save_checkpoint(self.backbone, self.folder, Path(output_path))
+        # Of an adapter, which is merged by now, the base has the tokenizer and configuration.
+        marker = read_marker(self.folders)
+        save_checkpoint(self.backbone, self.folders[0], Path(output_path), marker=marker)
 
     @classmethod
     def load(cls, model_name_or_path: str, **kwargs: Any) -> UniversalModule:
