@@ -187,7 +187,7 @@ class UniversalIndex:
         metadata: FileMetadata | None = None,
         describe: LLM | None = None,
     ) -> IngestReport:
-        """Index files and folders; see ``mmrag.ingest.run.ingest``.
+        """Index files, folders and URLs; see ``mmrag.ingest.run.ingest``.
 
         progress: True shows a bar on stderr; a function is called with each Progress.
         metadata: of the files, to filter by: a dict for all of them, or a function of the path.
@@ -343,11 +343,11 @@ class UniversalIndex:
         n_points = self.collection.count_points()
         # Paths are stored as they were given, some relative: each group is read from its own
         # folder.
-        by_folder: dict[str, list[str]] = defaultdict(list)
+        by_folder: dict[str, list[Path]] = defaultdict(list)
         for entry in dict.fromkeys((*found.lost, *found.misplaced, *found.unfinished)):
             # A collection that somebody else made may name files that were never in it.
             if entry.path.is_file() and file_sha256(entry.path) == entry.sha256:
-                by_folder[entry.folder].append(entry.file)
+                by_folder[entry.folder].append(Path(entry.file))
         for folder, files in by_folder.items():
             with contextlib.chdir(folder or Path.cwd()):
                 self.add(files)

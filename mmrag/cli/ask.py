@@ -202,7 +202,7 @@ def _save_pages(response: CitedResponse, folder: Path) -> dict[int, str]:
     for source in response.cited:
         page = "" if source.page is None else f"-p{source.page}"
         # Numbered as cited, so that two files of one name do not meet.
-        name = f"{source.n:02d}-{display.clean(source.path.stem)}{page}"
+        name = f"{source.n:02d}-{display.clean(Path(source.file).stem)}{page}"
         try:
             if (path := save_page(source, folder / name)) is not None:
                 saved[source.n] = str(path)

@@ -203,7 +203,8 @@ def _page_file(source: Source) -> Path:
 
     # Not removed at the end: the system's viewer still shows it.
     folder = Path(tempfile.mkdtemp(prefix="mmrag-page-"))
-    name = source.path.stem if source.page is None else f"{source.path.stem}-{source.page}"
+    stem = Path(source.file).stem
+    name = stem if source.page is None else f"{stem}-{source.page}"
     path = save_page(source, folder / name)
     if path is not None:
         return path

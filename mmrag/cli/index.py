@@ -35,7 +35,9 @@ STOPPED = "Stopped. What is finished is kept; run the same command to go on."
 
 
 def index(
-    paths: Annotated[list[Path], typer.Argument(metavar="PATH...", help="Files and folders.")],
+    paths: Annotated[
+        list[str], typer.Argument(metavar="PATH_OR_URL...", help="Files, folders and URLs.")
+    ],
     collection: CollectionOption = DEFAULT_COLLECTION,
     embedder: EmbedderOption = None,
     language: Annotated[
@@ -97,6 +99,8 @@ def index(
 ) -> None:
     """Index PDFs, images, text and Office files; unchanged files are skipped.
 
+    A URL that you give is downloaded, and asked for changes by the next run.
+
     You can stop it at any moment: finished files are kept, and the same command continues.
     """
     with errors(debug, STOPPED):
@@ -153,7 +157,7 @@ def _show(report: IngestReport, as_json: bool) -> None:
 def _watch(
     library: UniversalIndex,
     add: Callable[[list[Path]], IngestReport],
-    folders: Sequence[Path],
+    folders: Sequence[str],
     report: IngestReport,
     as_json: bool,
 ) -> None:

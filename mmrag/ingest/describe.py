@@ -34,7 +34,7 @@ from mmrag.prompting import image_bytes, sanitize
 from mmrag.retries import RETRIED_STATUS, BusyError, Deadline, with_retries
 from mmrag.store.collection import Collection
 from mmrag.store.engine import in_batches
-from mmrag.store.entries import FileEntry, absolute_path
+from mmrag.store.entries import FileEntry, find_place, find_places
 from mmrag.store.terms import DocumentTerms
 
 if TYPE_CHECKING:
@@ -90,8 +90,10 @@ def describe_files(
     started = time.monotonic()
     asking = _Asking(llm, collection.images_dir / "descriptions")
     report.descriptions = asking.report
-    wanted = {absolute_path(Path(name)) for name in names}
-    entries = [entry for entry in collection.read_files() if entry.path in wanted]
+    wanted = set(find_places(("", name) for name in names))
+    entries = [
+        entry for entry in collection.read_files() if find_place(entry.folder, entry.file) in wanted
+    ]
     described: set[FileEntry] = set()
     pool = ThreadPoolExecutor(_CALLS_AT_ONCE, thread_name_prefix="mmrag-describe")
     try:

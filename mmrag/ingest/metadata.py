@@ -10,32 +10,40 @@ from typing import Any, TypeAlias
 
 from mmrag.errors import ConfigError, ReadError
 from mmrag.nodes import RESERVED_KEYS
+from mmrag.reading import is_url
 
-FileMetadata: TypeAlias = Mapping[str, Any] | Callable[[Path], Mapping[str, Any] | None]
+# A function is given a Path, or the str of a URL: Any takes functions of the one alone, too.
+FileMetadata: TypeAlias = Mapping[str, Any] | Callable[[Any], Mapping[str, Any] | None]
 
 SIDECAR = ".meta.json"
 """``report.pdf.meta.json`` holds the metadata of ``report.pdf``, as one JSON object."""
 
 
-def metadata_of(path: Path, given: FileMetadata | None) -> dict[str, Any] | None:
+def metadata_of(name: str, given: FileMetadata | None) -> dict[str, Any] | None:
     """The metadata of a file: its sidecar's, and over it what is given; None without either.
+
+    name: path or URL; only a path has a sidecar.
 
     Raises:
         ConfigError: For what is given and is not JSON, or uses a key of mmrag's own.
         ReadError: For such a sidecar; it names it.
     """
-    sidecar = path.with_name(f"{path.name}{SIDECAR}")
-    found: dict[str, Any] | None = None
-    try:
-        found = _checked(json.loads(sidecar.read_bytes()))
-    except FileNotFoundError:
-        pass
-    except (OSError, ValueError, ConfigError) as error:
-        raise ReadError(f"the metadata cannot be used: {error}", file=sidecar.as_posix()) from error
-    own = given(path) if callable(given) else given
+    source = name if is_url(name) else Path(name)
+    found = _of_sidecar(source) if isinstance(source, Path) else None
+    own = given(source) if callable(given) else given
     if own is None:
         return found
     return (found or {}) | _checked(own)
+
+
+def _of_sidecar(path: Path) -> dict[str, Any] | None:
+    sidecar = path.with_name(f"{path.name}{SIDECAR}")
+    try:
+        return _checked(json.loads(sidecar.read_bytes()))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, ConfigError) as error:
+        raise ReadError(f"the metadata cannot be used: {error}", file=sidecar.as_posix()) from error
 
 
 def _checked(metadata: object) -> dict[str, Any]:

@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from mmrag.errors import ReadError
+from mmrag.ingest.copies import Copy
 from mmrag.ingest.metadata import FileMetadata, metadata_of
 from mmrag.ingest.progress import IngestReport
 from mmrag.reading import file_sha256, find_files
 from mmrag.reading.files import missing_extras
 from mmrag.store.collection import Collection
-from mmrag.store.entries import FileEntry, absolute_paths, only_files
+from mmrag.store.entries import FileEntry, Place, find_places, is_missing, only_files
 from mmrag.store.terms import DocumentTerms
 
 
@@ -23,6 +24,7 @@ from mmrag.store.terms import DocumentTerms
 class Job:
     """One file to index, and how far it is.
 
+    name: its path or URL as it is stored and reported. path: where it is read.
     terms: makes what BM25 finds its nodes by.
     stale: hashes of its earlier versions, dropped when it is done.
     copies: other files of equal content, one of which is read if this one fails.
@@ -31,6 +33,7 @@ class Job:
     read: whether reading has ended. broken: whether an error ended it.
     """
 
+    name: str
     path: Path
     sha256: str
     terms: DocumentTerms
@@ -45,22 +48,17 @@ class Job:
     broken: bool = False
     errors: list[ReadError] = field(default_factory=list)
 
-    @property
-    def name(self) -> str:
-        """The file's path as it is stored and reported."""
-        return self.path.as_posix()
-
 
 @dataclass
 class Plan:
     """What a run has to do.
 
-    paths: absolute path to hash of every file found. entries: what the collection held. jobs: files
+    places: place to hash of every file found. entries: what the collection held. jobs: files
     to read. moves: entries of files that were renamed, with their new path. metadata: path to hash
     and metadata, of the files that are given some. total: how many files were found.
     """
 
-    paths: dict[Path, str]
+    places: dict[Place, str]
     entries: list[FileEntry]
     jobs: list[Job] = field(default_factory=list)
     moves: list[tuple[FileEntry, str]] = field(default_factory=list)
@@ -73,8 +71,11 @@ def make_plan(
     collection: Collection,
     report: IngestReport,
     metadata: FileMetadata | None = None,
+    copies: Mapping[str, Copy] | None = None,
 ) -> Plan:
     """Sort the files found; what needs no work goes into the report.
+
+    copies: URL to the copy of each file that was fetched.
 
     Raises:
         ConfigError: For ``metadata`` that cannot be used.
@@ -83,20 +84,21 @@ def make_plan(
     report.errors += found.errors
     report.failed += [error.file for error in found.errors]
     note_passed_over(found.passed_over, report)
-    hashes = _hashes(found.files, report)
+    copies = copies or {}
+    hashes = _hashes(found.files, report) | {url: copy.sha256 for url, copy in copies.items()}
     known = collection.files()
     files = only_files(known)
     entries = Entries(files, damaged=collection.damaged(files))
-    places = dict(zip(hashes, absolute_paths(map(Path, hashes)), strict=True))
+    places = dict(zip(hashes, find_places(("", name) for name in hashes), strict=True))
     plan = Plan({places[name]: hashes[name] for name in hashes}, known)
-    plan.total = len(found.files) + len(found.errors)
+    plan.total = len(found.files) + len(found.errors) + len(copies)
     wanted = _wanted_metadata(hashes, metadata, report)
     plan.metadata = {name: (hashes[name], tags) for name, tags in wanted.items()}
     jobs: dict[str, Job] = {}
     stands_for: dict[str, str] = {}
     for name, sha256 in hashes.items():
         entry = entries.complete.get(sha256)
-        if entry is not None and entries.path[entry] == places[name]:
+        if entry is not None and entries.place[entry] == places[name]:
             report.unchanged.append(name)
             report.known_errors += entry.errors
         elif entry is None:
@@ -104,7 +106,8 @@ def make_plan(
             terms = DocumentTerms(name, collection.settings.language)
             stale = entries.earlier(name, places[name], sha256)
             tags = wanted.get(name, entries.metadata((sha256, *stale)))
-            job = Job(Path(name), sha256, terms, tags, stale=stale)
+            path = copies[name].path if name in copies else Path(name)
+            job = Job(name, path, sha256, terms, tags, stale=stale)
             if sha256 in jobs:
                 # Read once; the copy's turn comes only if this one fails by its name.
                 jobs[sha256].copies.append(job)
@@ -112,7 +115,7 @@ def make_plan(
                 jobs[sha256] = job
         elif sha256 in stands_for:
             report.duplicates[name] = stands_for[sha256]
-        elif _is_gone(entry, entries.path[entry], plan.paths):
+        elif _is_gone(entry, entries.place[entry], plan.places):
             plan.moves.append((entry, name))
         else:
             report.duplicates[name] = entry.file
@@ -132,7 +135,7 @@ def _wanted_metadata(
     wanted: dict[str, dict[str, Any]] = {}
     for name in names:
         try:
-            metadata = metadata_of(Path(name), given)
+            metadata = metadata_of(name, given)
         except ReadError as error:
             report.errors.append(error)
             continue
@@ -161,31 +164,31 @@ class Entries:
         self.complete = {
             entry.sha256: entry for entry in entries if entry.complete and entry.sha256 not in lost
         }
-        paths = absolute_paths(Path(entry.folder, entry.file) for entry in entries)
-        self.path = dict(zip(entries, paths, strict=True))
-        self._at_path: dict[Path, list[FileEntry]] = defaultdict(list)
+        places = find_places((entry.folder, entry.file) for entry in entries)
+        self.place = dict(zip(entries, places, strict=True))
+        self._at_place: dict[Place, list[FileEntry]] = defaultdict(list)
         self._of_name: dict[str, list[FileEntry]] = defaultdict(list)
-        for entry, path in self.path.items():
-            self._at_path[path].append(entry)
+        for entry, place in self.place.items():
+            self._at_place[place].append(entry)
             self._of_name[entry.file].append(entry)
 
     def metadata(self, hashes: Iterable[str]) -> Mapping[str, Any]:
         """The metadata of the first of the files that has an entry; else empty."""
         return next((self._by_hash[each].metadata for each in hashes if each in self._by_hash), {})
 
-    def earlier(self, name: str, path: Path, sha256: str) -> list[str]:
+    def earlier(self, name: str, place: Place, sha256: str) -> list[str]:
         """Hashes of other versions of a file, here or before its working directory moved."""
         # Relative paths are indexed from a working directory; a project folder may have been moved.
-        moved = [entry for entry in self._of_name[name] if not self.path[entry].exists()]
-        found = dict.fromkeys(entry.sha256 for entry in (*self._at_path[path], *moved))
+        moved = [entry for entry in self._of_name[name] if is_missing(self.place[entry])]
+        found = dict.fromkeys(entry.sha256 for entry in (*self._at_place[place], *moved))
         return [other for other in found if other != sha256]
 
 
-def _is_gone(entry: FileEntry, path: Path, hashes: dict[Path, str]) -> bool:
-    """Whether the path of a finished file no longer has its content."""
-    if path in hashes:
-        return hashes[path] != entry.sha256
-    return not path.exists()
+def _is_gone(entry: FileEntry, place: Place, hashes: Mapping[Place, str]) -> bool:
+    """Whether the place of a finished file no longer has its content."""
+    if place in hashes:
+        return hashes[place] != entry.sha256
+    return is_missing(place)
 
 
 def _hashes(files: Sequence[Path], report: IngestReport) -> dict[str, str]:

@@ -17,15 +17,17 @@ from typing import Any
 from mmrag.embedders.base import Embedder
 from mmrag.embedders.late import LateInteraction
 from mmrag.errors import CollectionError, ReadError
+from mmrag.ingest.copies import Copies
 from mmrag.ingest.metadata import FileMetadata
 from mmrag.ingest.plan import Job, Plan, make_plan
 from mmrag.ingest.prefetch import End, run_ahead
 from mmrag.ingest.progress import IngestReport, Progress
+from mmrag.ingest.sources import drop_unread, fetch
 from mmrag.ingest.writer import Writer
 from mmrag.nodes import node_text
-from mmrag.reading import ReadOptions, ReadPage, ocr, read_file
+from mmrag.reading import ReadOptions, ReadPage, is_url, ocr, read_file
 from mmrag.store.collection import Collection
-from mmrag.store.entries import absolute_path, absolute_paths, only_files
+from mmrag.store.entries import find_place, find_places, is_missing, only_files
 
 _PAGES_AHEAD = 64
 _MOST_AHEAD = 64 << 20  # characters of text that wait; images wait on disk
@@ -50,9 +52,11 @@ def ingest(
     workers: int | None = None,
     metadata: FileMetadata | None = None,
 ) -> IngestReport:
-    """Index files and folders; a second run embeds only what is new.
+    """Index files, folders and URLs; a second run embeds only what is new.
 
     Args:
+        paths: a ``str`` with ``://`` is a URL, and is fetched. Do not pass on URLs of people whom
+            you do not trust: they may lead into your own network.
         late: gives how the tokens of pages are made, and is called when there is something to
             embed; a collection that keeps tokens needs it.
         options: how files are read; default: as the collection was built.
@@ -72,7 +76,10 @@ def ingest(
     options = _options(collection, embedder, options)
     started = time.monotonic()
     report = IngestReport()
-    plan = make_plan(paths, collection, report, metadata)
+    copies = Copies(collection.images_dir, options.max_file_bytes)
+    found = fetch([str(path) for path in paths if is_url(path)], copies, report, progress)
+    paths = [path for path in paths if not is_url(path)]
+    plan = make_plan(paths, collection, report, metadata, found)
     if plan.jobs:
         _note_missing_views(collection, embedder, report)
     for entry, path in plan.moves:
@@ -99,7 +106,8 @@ def ingest(
     workers = workers or max(1, min(8, (os.cpu_count() or 1) // 2))
 
     def read(job: Job, put: Callable[[ReadPage | ReadError], None]) -> None:
-        for page in read_file(job.path, collection.images_dir, options, put, job.sha256):
+        where = (job.path, collection.images_dir)
+        for page in read_file(*where, options, put, job.sha256, job.name):
             put(page)
 
     jobs = plan.jobs
@@ -113,6 +121,7 @@ def ingest(
                 writer.take(job, event)
             writer.flush()
         jobs = _copies_of_failed(jobs, report)
+    drop_unread(copies, found, report)
     if options.ocr == "auto":
         _note_missing_ocr(writer.n_needs_ocr, report)
     report.notes += [
@@ -226,10 +235,10 @@ def prune_folders(paths: Sequence[str | Path], collection: Collection) -> list[s
     # Only under folders: a single file that is gone was an error already.
     folders = [Path(path).resolve() for path in paths if Path(path).is_dir()]
     entries = collection.read_files()
-    places = absolute_paths(Path(entry.folder, entry.file) for entry in entries)
+    places = find_places((entry.folder, entry.file) for entry in entries)
     removed = []
-    for entry, path in zip(entries, places, strict=True):
-        if any(path.is_relative_to(folder) for folder in folders) and not path.exists():
+    for entry, place in zip(entries, places, strict=True):
+        if is_missing(place) and any(Path(place).is_relative_to(folder) for folder in folders):
             collection.remove_file(entry.sha256)
             removed.append(entry.file)
     return removed
@@ -242,13 +251,13 @@ def _drop_outdated(plan: Plan, collection: Collection, report: IngestReport) -> 
     known = collection.files() if changed else plan.entries
     entries = only_files(known)
     finished = {entry.sha256 for entry in entries if entry.complete}
-    places = absolute_paths(Path(entry.folder, entry.file) for entry in entries)
-    for entry, path in zip(entries, places, strict=True):
-        current = plan.paths.get(path, entry.sha256)
+    places = find_places((entry.folder, entry.file) for entry in entries)
+    for entry, place in zip(entries, places, strict=True):
+        current = plan.places.get(place, entry.sha256)
         if current != entry.sha256 and current in finished:
             collection.remove_file(entry.sha256)
     for sha256, file in collection.unfinished(known).items():
-        path = absolute_path(Path(file))
-        gone = path not in plan.paths and not path.exists()
-        if gone or plan.paths.get(path, sha256) != sha256:
+        place = find_place("", file)
+        gone = place not in plan.places and is_missing(place)
+        if gone or plan.places.get(place, sha256) != sha256:
             collection.remove_file(sha256)

@@ -4,7 +4,7 @@ Files are opened in worker processes only, which a broken one may hang or crash.
 here alone.
 """
 
-from mmrag.reading.files import FoundFiles, file_sha256, find_files, node_id
+from mmrag.reading.files import FoundFiles, file_sha256, find_files, is_url, node_id
 from mmrag.reading.options import (
     Box,
     Figure,
@@ -38,6 +38,7 @@ __all__ = [
     "count_pages",
     "file_sha256",
     "find_files",
+    "is_url",
     "locate_quote",
     "node_id",
     "read_file",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import re
 from collections.abc import Callable, Iterable, Sequence
 from importlib.metadata import entry_points
 from importlib.util import find_spec
@@ -115,7 +116,7 @@ def find_files(paths: Sequence[str | Path]) -> FoundFiles:
                 if not path.exists():
                     raise ReadError("there is no such file or folder", file=path.as_posix())
                 if path.suffix.lower() not in known:
-                    raise ReadError(_unknown(path), file=path.as_posix())
+                    raise ReadError(not_supported(path), file=path.as_posix())
                 found[path] = None
         except OSError as error:  # such as a name that is too long
             errors.append(ReadError(f"it cannot be found ({error.strerror})", file=str(path)))
@@ -160,6 +161,11 @@ def _in_folder(folder: Path, errors: list[ReadError]) -> list[Path]:
     return files
 
 
+def is_url(source: str | Path) -> bool:
+    """Whether a source is a URL; a Path never is."""
+    return isinstance(source, str) and bool(re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", source))
+
+
 def file_sha256(path: str | Path) -> str:
     """SHA-256 of a file's bytes, in hex."""
     with Path(path).open("rb") as file:
@@ -171,13 +177,15 @@ def node_id(sha256: str, page: int | None, kind: str, index: int) -> str:
     return str(uuid5(NAMESPACE_URL, f"{sha256}/{page}/{kind}/{index}"))
 
 
-def file_kind(path: Path, options: ReadOptions) -> FileKind:
+def file_kind(path: Path, options: ReadOptions, name: str | None = None) -> FileKind:
     """The kind of a file by its suffix, after a look at its first bytes.
+
+    name: what the file is called in errors; default: its path.
 
     Raises:
         ReadError: If it is missing, empty, too large, of no known kind, or misnamed.
     """
-    name = path.as_posix()
+    name = name or path.as_posix()
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -187,7 +195,7 @@ def file_kind(path: Path, options: ReadOptions) -> FileKind:
     suffix = path.suffix.lower()
     kind = SUFFIXES.get(suffix) or suffixes().get(suffix)
     if kind is None:
-        raise ReadError(_unknown(path), file=name)
+        raise ReadError(not_supported(path), file=name)
     if size == 0:
         raise ReadError("the file is empty (0 bytes); get it again", file=name)
     if size > options.max_file_bytes:
@@ -224,7 +232,8 @@ def _content(head: bytes) -> tuple[str | None, FileKind | None]:
 _HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 
 
-def _unknown(path: Path) -> str:
+def not_supported(path: Path) -> str:
+    """Why a file of this suffix is not read, and the extra that would read it."""
     if advice := missing_extras([path.suffix.lower()]):
         return f"files of type {path.suffix} need an extra. {advice[0]}"
     known = " ".join(sorted(suffixes()))

@@ -25,11 +25,12 @@ _HIDDEN_KEYS = ["page_image", "sha256", "box", "text_layer", "start"]
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A file that is being read. folder: where its images are kept."""
+    """A file that is being read. folder: where its images are kept. name: its path, or its URL."""
 
     path: Path
     sha256: str
     folder: Path
+    name: str
 
     def node(
         self,
@@ -42,7 +43,7 @@ class Source:
         **metadata: Any,
     ) -> BaseNode:
         """A node of this file; metadata that is None is left out."""
-        known = {"file": self.path.as_posix(), "sha256": self.sha256, "page": page, "kind": kind}
+        known = {"file": self.name, "sha256": self.sha256, "page": page, "kind": kind}
         fields: dict[str, Any] = {
             "id_": node_id(self.sha256, page, kind, index),
             "metadata": {k: v for k, v in (known | metadata).items() if v is not None},

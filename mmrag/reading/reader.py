@@ -71,12 +71,14 @@ def read_file(
     options: ReadOptions | None = None,
     on_error: OnError = raise_it,
     sha256: str | None = None,
+    name: str | None = None,
 ) -> Iterator[ReadPage]:
     """Read a file page by page; images go to ``images_dir/<first 16 of sha256>/``.
 
     on_error: gets what cannot be read; reading goes on after it unless it raises, as the
     default does. A file gives pages, errors, or both, never nothing.
     sha256: the file's hash, where it is known already.
+    name: what the file is called in nodes and errors; default: its path.
 
     Raises:
         ReadError: By default.
@@ -87,6 +89,7 @@ def read_file(
         ...     print(page.page, [node.metadata["kind"] for node in page.nodes])
     """
     path, options = Path(path), options or ReadOptions()
+    name = name or path.as_posix()
     if options.ocr == "force":
         # Now, since without it every single page would fail.
         ocr.require()
@@ -94,24 +97,23 @@ def read_file(
         # Here and not in the worker, whose answers then do not depend on what is installed.
         options = replace(options, ocr="off")
     try:
-        kind = file_kind(path, options)
+        kind = file_kind(path, options, name)
         sha256 = sha256 or file_sha256(path)
     except ReadError as error:
         on_error(error)
         return
     except OSError as error:
         message = f"the file cannot be read ({error})"
-        on_error(ReadError(message, file=path.as_posix(), retry=True))
+        on_error(ReadError(message, file=name, retry=True))
         return
     from mmrag.reading.nodes import Source
 
     # By content: a file that moved keeps its images.
-    source = Source(path, sha256, Path(images_dir) / sha256[:16])
+    source = Source(path, sha256, Path(images_dir) / sha256[:16], name)
     # What a killed run was writing; nothing else ever looks for it.
     remove_partial(source.folder)
 
     def report(problem: Problem) -> None:
-        name = path.as_posix()
         on_error(ReadError(problem.message, file=name, page=problem.page, retry=problem.retry))
 
     yield from _READERS[kind](source, options, report)

@@ -15,6 +15,7 @@ from mmrag.reading import Box, ReadOptions, file_sha256, save_marked_page
 from mmrag.reading.marking import mark_boxes
 from mmrag.server.errors import not_found
 from mmrag.store.collection import Collection
+from mmrag.store.images import original_path
 
 MAX_WIDTH = 4000
 _POINTS_PER_INCH = 72
@@ -38,7 +39,8 @@ def page_image_bytes(
     original = None
     if boxes:  # marking may have to draw the page anew; the hash shows whether it is the same file
         files = (entry for entry in collection.files() if entry.sha256 == file_id)
-        original = next(((entry.path, entry.sha256) for entry in files), None)
+        if (entry := next(files, None)) is not None:
+            original = (original_path(vars(entry), collection.images_dir), entry.sha256)
     reading = ReadOptions(**collection.settings.reading)
     # A part of the cache's key: reading a file anew replaces its images under the same name.
     changed = path.stat().st_mtime_ns

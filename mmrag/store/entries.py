@@ -7,12 +7,17 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
+
+from mmrag.reading import is_url
+
+Place: TypeAlias = Path | str
+"""Where a file is: its absolute path, or its URL."""
 
 
 @dataclass(frozen=True)
 class FileEntry:
-    """One indexed file: its path as given, its content's hash, and what became of it.
+    """One indexed file: its path or URL as given, its content's hash, and what became of it.
 
     A document that was inserted has an entry too.
 
@@ -44,8 +49,8 @@ class FileEntry:
 
     @property
     def path(self) -> Path:
-        """Where the file is, whatever the working directory is now."""
-        return absolute_path(Path(self.folder, self.file))
+        """Where the file is, whatever the working directory is now; of no use for a URL."""
+        return Path(find_place(self.folder, self.file))
 
     @classmethod
     def from_payload(cls, payload: Mapping[str, Any]) -> FileEntry:
@@ -66,24 +71,34 @@ def only_files(entries: Iterable[FileEntry]) -> list[FileEntry]:
 
 def folder_of(path: str) -> str:
     """What a FileEntry of ``path`` has as its folder."""
-    return "" if Path(path).is_absolute() else str(Path.cwd())
+    return "" if is_url(path) or Path(path).is_absolute() else str(Path.cwd())
 
 
-def absolute_path(path: Path) -> Path:
-    """One absolute path for all spellings; a link that is the file itself is not followed."""
-    # Two links to one file are two entries: each was named by the user.
-    return path.parent.resolve() / path.name
+def find_place(folder: str, file: str) -> Place:
+    """One place for all spellings of a file's name; see ``find_places``."""
+    return find_places([(folder, file)])[0]
 
 
-def absolute_paths(paths: Iterable[Path]) -> list[Path]:
-    """``absolute_path`` of each; every folder is resolved once, for that asks the file system."""
+def find_places(files: Iterable[tuple[str, str]]) -> list[Place]:
+    """Where files are, by folder and name. A link that is the file itself is not followed."""
     folders: dict[Path, Path] = {}
-    found = []
-    for path in paths:
+    found: list[Place] = []
+    for folder, file in files:
+        if is_url(file):
+            found.append(file)
+            continue
+        path = Path(folder, file)
+        # Each folder is resolved once, for that asks the file system.
         if path.parent not in folders:
             folders[path.parent] = path.parent.resolve()
+        # Two links to one file are two entries: each was named by the user.
         found.append(folders[path.parent] / path.name)
     return found
+
+
+def is_missing(place: Place) -> bool:
+    """Whether nothing is at a path any more; of a URL only asking its server would tell."""
+    return isinstance(place, Path) and not place.exists()
 
 
 def with_metadata(

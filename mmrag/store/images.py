@@ -12,20 +12,24 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from llama_index.core.schema import BaseNode, ImageNode, Node
 
 from mmrag.content import ImageSource, load_image
 from mmrag.errors import CollectionError
 from mmrag.nodes import node_image
-from mmrag.reading import words_path
+from mmrag.reading import is_url, words_path
 from mmrag.reading.files import IMAGES_MARK, write
 
 log = logging.getLogger(__name__)
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+
+COPY = "original"
+"""Name without suffix of the copy of a file that came from a URL."""
 
 
 class ImageFolder:
@@ -135,6 +139,28 @@ class ImageFolder:
 
     def _holds(self, path: Path) -> bool:
         return path.resolve().is_relative_to(self._real_path)
+
+
+def copy_of(images_dir: Path, sha256: str) -> Path | None:
+    """The copy of a content that came from a URL, which lies beside its page images."""
+    # The hash may come from a payload; "../.." would name another folder.
+    if not _SHA256.fullmatch(sha256):
+        return None
+    folder = images_dir / sha256[:16]
+    inside = (p for p in folder.glob(f"{COPY}.*") if p.resolve().parent == folder.resolve())
+    return next(inside, None)
+
+
+def original_path(payload: Mapping[str, Any], images_dir: Path) -> Path:
+    """Where the bytes of an indexed file should be: its path, or the copy of what its URL names.
+
+    payload: of a node or of the file's entry, with ``file``, ``folder`` and ``sha256``.
+    """
+    if is_url(payload["file"]):
+        # The last part of a URL stands for a copy that is gone: there is no such file.
+        missing = images_dir / Path(payload["file"]).name
+        return copy_of(images_dir, str(payload["sha256"])) or missing
+    return Path(payload.get("folder", ""), payload["file"])
 
 
 def _own_folder(node_id: str) -> str:

@@ -14,7 +14,7 @@ from mmrag.store.filters import any_of, translated
 
 
 def matching_paths(patterns: Sequence[str], paths: Sequence[str]) -> list[str]:
-    """The paths that end in a pattern, or match it as a glob: ``a.pdf``, ``x/a.pdf``, ``x/*``."""
+    """The paths and URLs that end in a pattern, or match it as a glob: ``x/a.pdf``, ``x/*``."""
     return [path for path in paths if any(_matches(path, pattern) for pattern in patterns)]
 
 
@@ -25,6 +25,9 @@ def _matches(path: str, pattern: str) -> bool:
     # An empty pattern would match every file.
     if wanted == ".":
         return False
+    # A URL has two slashes where a path has one, and may hold signs that a glob reads otherwise.
+    if path == pattern:
+        return True
     # By whole parts of the path: "port.pdf" is not "report.pdf".
     return f"/{path}".endswith(f"/{wanted}") or PurePosixPath(path).match(wanted)
 

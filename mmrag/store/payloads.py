@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from llama_index.core.schema import BaseNode
@@ -14,7 +13,7 @@ from mmrag.errors import CollectionError
 from mmrag.nodes import node_text
 from mmrag.store.engine import Point
 from mmrag.store.entries import folder_of
-from mmrag.store.images import ImageFolder, with_image_paths
+from mmrag.store.images import ImageFolder, original_path, with_image_paths
 from mmrag.store.terms import DocumentTerms, NodeTerms, has_terms
 
 
@@ -44,7 +43,7 @@ def payload_node(payload: Mapping[str, Any], images: ImageFolder, location: str)
             f"{location} holds a damaged node ({error}). Run mmrag doctor."
         ) from error
     if "sha256" in payload and "file" in node.metadata:
-        path = Path(payload.get("folder", ""), node.metadata["file"])
+        path = original_path({**payload, "file": node.metadata["file"]}, images.path)
         # The key that LlamaIndex's own readers set, and its tools look for.
         node.metadata["file_path"] = path.as_posix()
         for keys in (node.excluded_llm_metadata_keys, node.excluded_embed_metadata_keys):
