@@ -13,7 +13,7 @@ from mmrag.errors import ReadError
 from mmrag.ingest.copies import Copy
 from mmrag.ingest.metadata import FileMetadata, metadata_of
 from mmrag.ingest.progress import IngestReport
-from mmrag.reading import file_sha256, find_files
+from mmrag.reading import file_sha256, find_files, is_url
 from mmrag.reading.files import missing_extras
 from mmrag.store.collection import Collection
 from mmrag.store.entries import FileEntry, Place, find_places, is_missing, only_files
@@ -80,12 +80,13 @@ def make_plan(
     Raises:
         ConfigError: For ``metadata`` that cannot be used.
     """
-    found = find_files(paths)
+    found = find_files([path for path in paths if not is_url(path)])
     report.errors += found.errors
     report.failed += [error.file for error in found.errors]
     note_passed_over(found.passed_over, report)
     copies = copies or {}
     hashes = _hashes(found.files, report) | {url: copy.sha256 for url, copy in copies.items()}
+    where = {name: Path(name) for name in hashes} | {url: each.path for url, each in copies.items()}
     known = collection.files()
     files = only_files(known)
     entries = Entries(files, damaged=collection.damaged(files))
@@ -106,8 +107,7 @@ def make_plan(
             terms = DocumentTerms(name, collection.settings.language)
             stale = entries.earlier(name, places[name], sha256)
             tags = wanted.get(name, entries.metadata((sha256, *stale)))
-            path = copies[name].path if name in copies else Path(name)
-            job = Job(name, path, sha256, terms, tags, stale=stale)
+            job = Job(name, where[name], sha256, terms, tags, stale=stale)
             if sha256 in jobs:
                 # Read once; the copy's turn comes only if this one fails by its name.
                 jobs[sha256].copies.append(job)

@@ -25,7 +25,7 @@ from mmrag.ingest.progress import IngestReport, Progress
 from mmrag.ingest.sources import drop_unread, fetch
 from mmrag.ingest.writer import Writer
 from mmrag.nodes import node_text
-from mmrag.reading import ReadOptions, ReadPage, is_url, ocr, read_file
+from mmrag.reading import ReadOptions, ReadPage, ocr, read_file
 from mmrag.store.collection import Collection
 from mmrag.store.entries import find_place, find_places, is_missing, only_files
 
@@ -77,8 +77,7 @@ def ingest(
     started = time.monotonic()
     report = IngestReport()
     copies = Copies(collection.images_dir, options.max_file_bytes)
-    found = fetch([str(path) for path in paths if is_url(path)], copies, report, progress)
-    paths = [path for path in paths if not is_url(path)]
+    found = fetch(paths, copies, report, progress)
     plan = make_plan(paths, collection, report, metadata, found)
     if plan.jobs:
         _note_missing_views(collection, embedder, report)

@@ -5,27 +5,30 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
+from pathlib import Path
 from urllib.parse import urlsplit, urlunsplit
 
 from mmrag.errors import ReadError, is_environment_error
 from mmrag.ingest.copies import Copies, Copy
 from mmrag.ingest.prefetch import run_ahead
 from mmrag.ingest.progress import IngestReport, Progress
+from mmrag.reading import is_url
 
 # Few: several URLs are most often of one server, which has other visitors.
 _AT_ONCE = 4
 
 
 def fetch(
-    urls: Sequence[str],
+    sources: Sequence[str | Path],
     copies: Copies,
     report: IngestReport,
     progress: Callable[[Progress], None] | None = None,
 ) -> dict[str, Copy]:
-    """Copy what the URLs name, by the names under which they are indexed.
+    """Copy what the URLs among the sources name, by the names under which they are indexed.
 
     What cannot be had is in the report, and the rest goes on.
     """
+    urls = [str(source) for source in sources if is_url(source)]
     if not urls:
         return {}
     # The client takes a tenth of a second to import.

@@ -15,7 +15,7 @@ import httpx
 
 from mmrag.errors import ReadError
 from mmrag.ingest.copies import Download
-from mmrag.reading.files import OFFICE_SUFFIXES, SUFFIXES, not_supported, suffixes
+from mmrag.reading.files import OFFICE_SUFFIXES, not_supported, suffixes
 
 _CONNECT, _SILENCE = 10.0, 30.0  # seconds
 _REDIRECTS = 5
@@ -161,8 +161,8 @@ def _suffix(response: httpx.Response, name: str) -> str:
     kind = headers.get_content_type() if "Content-Type" in headers else ""
     names = (headers.get_filename() or "", unquote(response.url.path))
     by_name = [PurePosixPath(each).suffix.lower() for each in names]
-    read = [suffix for suffix in by_name if suffix in SUFFIXES or suffix in suffixes()]
-    read += [suffix for suffix in by_name if suffix in OFFICE_SUFFIXES]
+    known = {*suffixes(), *OFFICE_SUFFIXES}  # without the extra, its name helps more
+    read = [suffix for suffix in by_name if suffix in known]
     suffix = _TYPES.get(kind, "")
     # Servers send files of types they do not know as text or as bytes.
     if suffix in ("", ".txt") and read:

@@ -87,6 +87,19 @@ def test_a_changed_file_replaces_its_earlier_version(index, server):
     assert copy.read_bytes() == b"other words"
 
 
+def test_what_came_before_ctrl_c_is_not_fetched_again(index, server):
+    server.pages = {"/a.txt": (b"some words", TEXT), "/slow.txt": silent(20)}
+
+    def stop(progress):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        index.add([f"{server.url}{path}" for path in server.pages], progress=stop)
+    assert index.files() == []
+    assert index.add(f"{server.url}/a.txt").indexed == [f"{server.url}/a.txt"]
+    assert server.asked[-1][1]["If-None-Match"] == '"1"'
+
+
 def test_a_copy_that_is_gone_is_fetched_again(index, server):
     server.pages["/a.txt"] = (b"some words", TEXT)
     url = f"{server.url}/a.txt"
@@ -194,7 +207,9 @@ def test_private_addresses(host, private):
         ("/a", {"Content-Type": "text/plain"}, ".txt"),
     ],
 )
-def test_the_type_comes_from_the_server_and_then_from_the_name(index, server, path, headers, suffix):
+def test_the_type_comes_from_the_server_and_then_from_the_name(
+    index, server, path, headers, suffix
+):
     pytest.importorskip("markitdown")
     server.pages[path] = (b"words", headers)
     with web.new_client() as client:
