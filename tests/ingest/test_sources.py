@@ -265,7 +265,7 @@ def test_pruning_a_folder_leaves_urls(index, server, tmp_path):
     (tmp_path / "in").mkdir()
     server.pages["/a.txt"] = (b"some words", TEXT)
     index.add([f"{server.url}/a.txt"])
-    assert index.add(["in", "/"], prune=False).removed == []
+    assert index.add(["in"], prune=True).removed == []
     assert index.prune("/") == []
 
 
