@@ -323,7 +323,7 @@ class UniversalIndex:
         return paths
 
     def prune(self, *folders: str | Path) -> list[str]:
-        """Forget the files that are gone from the folders; returns their paths."""
+        """Forget the files that are gone from the folders; returns their paths and URLs."""
         return prune_folders(folders, self.collection)
 
     def repair(self, found: Examination) -> int:

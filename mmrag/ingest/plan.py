@@ -6,13 +6,13 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from mmrag.errors import ReadError
-from mmrag.ingest.copies import Copy
 from mmrag.ingest.metadata import FileMetadata, metadata_of
 from mmrag.ingest.progress import IngestReport
+from mmrag.ingest.sources import Fetched
 from mmrag.reading import file_sha256, find_files, is_url
 from mmrag.reading.files import missing_extras
 from mmrag.store.collection import Collection
@@ -71,11 +71,11 @@ def make_plan(
     collection: Collection,
     report: IngestReport,
     metadata: FileMetadata | None = None,
-    copies: Mapping[str, Copy] | None = None,
+    fetched: Fetched | None = None,
 ) -> Plan:
     """Sort the files found; what needs no work goes into the report.
 
-    copies: URL to the copy of each file that was fetched.
+    fetched: what came of the URLs among the paths.
 
     Raises:
         ConfigError: For ``metadata`` that cannot be used.
@@ -83,8 +83,10 @@ def make_plan(
     found = find_files([path for path in paths if not is_url(path)])
     report.errors += found.errors
     report.failed += [error.file for error in found.errors]
-    note_passed_over(found.passed_over, report)
-    copies = copies or {}
+    fetched = fetched or Fetched()
+    copies = fetched.copies
+    passed_over = [*(path.as_posix() for path in found.passed_over), *fetched.passed_over]
+    note_passed_over(passed_over, report)
     hashes = _hashes(found.files, report) | {url: copy.sha256 for url, copy in copies.items()}
     where = {name: Path(name) for name in hashes} | {url: each.path for url, each in copies.items()}
     known = collection.files()
@@ -144,14 +146,14 @@ def _wanted_metadata(
     return wanted
 
 
-def note_passed_over(files: Sequence[Path], report: IngestReport) -> None:
+def note_passed_over(names: Sequence[str], report: IngestReport) -> None:
     """Say which files of other types the folders hold, by count and suffix."""
-    report.passed_over += [path.as_posix() for path in files]
-    if files:
-        suffixes = Counter(path.suffix.lower() or "no suffix" for path in files)
+    report.passed_over += names
+    if names:
+        suffixes = Counter(PurePath(name).suffix.lower() or "no suffix" for name in names)
         counts = ", ".join(f"{count} {suffix}" for suffix, count in suffixes.most_common())
-        noun = "file" if len(files) == 1 else "files"
-        note = f"{len(files)} {noun} of other types passed over: {counts}"
+        noun = "file" if len(names) == 1 else "files"
+        note = f"{len(names)} {noun} of other types passed over: {counts}"
         report.notes.append(". ".join([note, *missing_extras(suffixes)]))
 
 

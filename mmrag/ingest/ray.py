@@ -82,7 +82,7 @@ def ingest_with_ray(
         num_gpus=gpus_per_worker or None,
     ).take_all()
     report = _together([row["report"] for row in reports], errors)
-    note_passed_over(passed_over, report)
+    note_passed_over([path.as_posix() for path in passed_over], report)
     return report
 
 

@@ -17,12 +17,13 @@ from typing import Any
 from mmrag.embedders.base import Embedder
 from mmrag.embedders.late import LateInteraction
 from mmrag.errors import CollectionError, ReadError
+from mmrag.ingest.cloud import Listing
 from mmrag.ingest.copies import Copies
 from mmrag.ingest.metadata import FileMetadata
 from mmrag.ingest.plan import Job, Plan, make_plan
 from mmrag.ingest.prefetch import End, run_ahead
 from mmrag.ingest.progress import IngestReport, Progress
-from mmrag.ingest.sources import drop_unread, fetch
+from mmrag.ingest.sources import drop_unread, fetch, list_folders
 from mmrag.ingest.writer import Writer
 from mmrag.nodes import node_text
 from mmrag.reading import ReadOptions, ReadPage, ocr, read_file
@@ -77,8 +78,8 @@ def ingest(
     started = time.monotonic()
     report = IngestReport()
     copies = Copies(collection.images_dir, options.max_file_bytes)
-    found = fetch(paths, copies, report, progress)
-    plan = make_plan(paths, collection, report, metadata, found)
+    fetched = fetch(paths, copies, report, progress)
+    plan = make_plan(paths, collection, report, metadata, fetched)
     if plan.jobs:
         _note_missing_views(collection, embedder, report)
     for entry, path in plan.moves:
@@ -120,7 +121,7 @@ def ingest(
                 writer.take(job, event)
             writer.flush()
         jobs = _copies_of_failed(jobs, report)
-    drop_unread(copies, found, report)
+    drop_unread(copies, fetched, report)
     if options.ocr == "auto":
         _note_missing_ocr(writer.n_needs_ocr, report)
     report.notes += [
@@ -129,7 +130,7 @@ def ingest(
     ]
     # After indexing: a file that was renamed has moved by now, and is not gone.
     if prune:
-        report.removed += prune_folders(paths, collection)
+        report.removed += prune_folders(paths, collection, fetched.listings)
     # Last, when the new versions are stored: a kill before leaves the old ones to be found.
     _drop_outdated(plan, collection, report)
     # Also where nothing is new: an earlier run may have been stopped while it built.
@@ -229,15 +230,27 @@ def _note_missing_views(collection: Collection, embedder: Embedder, report: Inge
         )
 
 
-def prune_folders(paths: Sequence[str | Path], collection: Collection) -> list[str]:
-    """Forget the files that were under the folders given and are there no longer."""
+def prune_folders(
+    paths: Sequence[str | Path],
+    collection: Collection,
+    listings: Sequence[Listing] | None = None,
+) -> list[str]:
+    """Forget the files that were under the folders given and are there no longer.
+
+    listings: of those that URLs name; default: they are listed.
+
+    Raises:
+        ReadError: If one cannot be listed.
+    """
+    listings = list_folders(paths) if listings is None else listings
     # Only under folders: a single file that is gone was an error already.
     folders = [Path(path).resolve() for path in paths if Path(path).is_dir()]
     entries = collection.read_files()
     places = find_places((entry.folder, entry.file) for entry in entries)
     removed = []
     for entry, place in zip(entries, places, strict=True):
-        if is_missing(place) and any(Path(place).is_relative_to(folder) for folder in folders):
+        gone = is_missing(place) and any(Path(place).is_relative_to(each) for each in folders)
+        if gone or any(listing.lacks(entry.file) for listing in listings):
             collection.remove_file(entry.sha256)
             removed.append(entry.file)
     return removed

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from email.message import Message
 from importlib import metadata
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from urllib.parse import unquote
 
 import httpx
@@ -168,6 +168,6 @@ def _suffix(response: httpx.Response, name: str) -> str:
     if suffix in ("", ".txt") and read:
         suffix = read[0]
     if suffix not in suffixes():
-        message = not_supported(Path(f"x{suffix or by_name[-1]}"))
+        message = not_supported(PurePosixPath(f"x{suffix or by_name[-1]}"))
         raise ReadError(f"{message} (the server says: {kind or 'no type'})", file=name)
     return suffix

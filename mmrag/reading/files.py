@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from importlib.metadata import entry_points
 from importlib.util import find_spec
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Literal, NamedTuple, TypeAlias
 from uuid import NAMESPACE_URL, uuid5
 
@@ -232,7 +232,7 @@ def _content(head: bytes) -> tuple[str | None, FileKind | None]:
 _HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 
 
-def not_supported(path: Path) -> str:
+def not_supported(path: PurePath) -> str:
     """Why a file of this suffix is not read, and the extra that would read it."""
     if advice := missing_extras([path.suffix.lower()]):
         return f"files of type {path.suffix} need an extra. {advice[0]}"
