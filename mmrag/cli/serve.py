@@ -50,6 +50,14 @@ def serve(
     no_images: NoImagesOption = False,
     rerank: RerankOption = None,
     embedder: EmbedderOption = None,
+    watch: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Index a folder into the first collection, and its changes as they come (needs "
+            "the extra watch); may be repeated.",
+        ),
+    ] = None,
     max_upload_mib: Annotated[int, typer.Option(min=1, help="Largest file taken.")] = 200,
     max_upload_pages: Annotated[int, typer.Option(min=1, help="Longest PDF taken.")] = 2000,
     slots: Annotated[int, typer.Option(min=1, help="Requests answered at once.")] = 4,
@@ -93,6 +101,11 @@ def serve(
             max_upload_bytes=max_upload_mib * MIB,
             max_upload_pages=max_upload_pages,
         )
+        if watch:
+            from mmrag.ingest.watch import require as require_folders
+
+            # Before the models are loaded, which takes long.
+            require_folders(watch)
         model = chat_model(llm, base_url, context_window)
         # As many as the page shows at once.
         judges = rerankers(rerank, model, top_k=8, images=not no_images)
@@ -106,6 +119,9 @@ def serve(
             api_key=os.environ.get("QDRANT_API_KEY"),
             observe_batch=metrics.batches.observe,
         )
+
+        if watch:
+            libraries.get().watch(watch)
 
         def ready(address: str) -> None:
             step.stop()

@@ -24,16 +24,17 @@ KEPT = 200  # finished jobs that are remembered
 
 @dataclass
 class Job:
-    """One file or folder that is added.
+    """One file or folder that is added, or of which the files that are gone are forgotten.
 
     pages: stored in this run so far; of all files that are indexed together with it.
-    errors: what could not be read. note: what else became of it.
+    errors: what could not be read. note: what else became of it. prune: see ``Writer.prune``.
     """
 
     id: str
     name: str
     path: Path
     uploaded: bool = False
+    prune: bool = False
     state: State = "waiting"
     pages: int = 0
     errors: list[str] = field(default_factory=list)
@@ -42,7 +43,7 @@ class Job:
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON, without the path."""
-        return {key: value for key, value in asdict(self).items() if key != "path"}
+        return {key: value for key, value in asdict(self).items() if key not in ("path", "prune")}
 
 
 class _Stopped(Exception):
@@ -59,6 +60,7 @@ class Writer:
         self.lock = threading.Lock()
         self._index = index
         self._jobs: dict[str, Job] = {}
+        self._unread: dict[str, list[str]] = {}
         self._waiting: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._stopping = threading.Event()
         self._numbers = itertools.count(1)
@@ -67,7 +69,17 @@ class Writer:
 
     def add(self, path: Path, *, uploaded: bool = False) -> Job:
         """Queue a file or folder. uploaded: it is ours, and deleted if it cannot be indexed."""
-        job = Job(str(next(self._numbers)), path.name, path, uploaded)
+        return self._put(Job(str(next(self._numbers)), path.name, path, uploaded))
+
+    def prune(self, folder: Path) -> Job:
+        """Queue forgetting the files that are gone from a folder; done after what is added."""
+        return self._put(Job(str(next(self._numbers)), folder.name, folder, prune=True))
+
+    def unread(self) -> dict[str, list[str]]:
+        """Paths of the files that could not be read, and why; not those that are gone since."""
+        return {name: errors for name, errors in self._unread.items() if Path(name).exists()}
+
+    def _put(self, job: Job) -> Job:
         self._jobs[job.id] = job
         # A server that runs for months must not remember every file.
         for old in [job for job in self._jobs.values() if job.state not in ("waiting", "running")][
@@ -113,9 +125,16 @@ class Writer:
             job.state = "running"
         try:
             with self.lock:
-                report = self._index.add([job.path for job in jobs], progress=self._follow(by_path))
-                for job in jobs:
+                added = [job for job in jobs if not job.prune]
+                report = self._index.add(
+                    [job.path for job in added], progress=self._follow(by_path)
+                )
+                self._note_unread(report)
+                for job in added:
                     _record_outcome(job, report)
+                for job in jobs:
+                    if job.prune:
+                        self._prune(job)
         # The jobs stay as they are; `_run` marks all that are not finished as stopped.
         except _Stopped:
             return
@@ -124,6 +143,23 @@ class Writer:
         except Exception:  # the thread goes on with the next files, whatever this one did
             log.exception("Indexing failed")
             _finish(jobs, "failed", "The server failed; its log has the details.")
+
+    def _note_unread(self, report: IngestReport) -> None:
+        """Remember files of which nothing could be read, and log all that could not be."""
+        for error in report.errors:
+            log.warning("%s", error)
+        done = (report.indexed, report.replaced, report.incomplete, report.unchanged)
+        for name in (*(each for names in done for each in names), *report.moved, *report.failed):
+            self._unread.pop(name, None)
+        for error in report.errors:
+            if error.file in report.failed:
+                self._unread.setdefault(error.file, []).append(str(error.args[0]))
+
+    def _prune(self, job: Job) -> None:
+        removed = self._index.prune(job.path)
+        job.state, job.note = "done", f"Files that are gone and were forgotten: {len(removed)}."
+        if not removed:  # nothing to tell, and a folder that changes often would fill the list
+            self._jobs.pop(job.id, None)
 
     def _follow(self, jobs: dict[str, Job]) -> Callable[[Progress], None]:
         def follow(now: Progress) -> None:
@@ -151,7 +187,15 @@ def _record_outcome(job: Job, report: IngestReport) -> None:
     name = job.path.as_posix()
     inside = f"{name}/"
     job.errors = [
-        str(error.args[0]) if error.page is None else f"page {error.page}: {error.args[0]}"
+        ": ".join(
+            part
+            for part in (
+                error.file.removeprefix(inside) if error.file != name else "",
+                f"page {error.page}" if error.page is not None else "",
+                str(error.args[0]),
+            )
+            if part
+        )
         for error in report.errors
         if error.file == name or error.file.startswith(inside)
     ]

@@ -18,6 +18,7 @@ from mmrag.server.batching import BatchingEmbedder
 from mmrag.server.errors import ApiError, no_model, not_found
 from mmrag.server.jobs import Job, Writer
 from mmrag.server.uploads import clean_incoming
+from mmrag.server.watching import Watcher
 from mmrag.store.collection import Collection, FileEntry
 from mmrag.store.restoring import UPLOADS, beside_images
 
@@ -69,6 +70,7 @@ class Library:
         self.folder = folder
         self.answering = answering
         self.writer = Writer(index)
+        self._watcher: Watcher | None = None
         clean_incoming(uploads)
         if uploads.is_dir() and any(uploads.iterdir()):
             self.writer.add(uploads)  # what a stop has cut short; finished files cost a hash
@@ -158,6 +160,19 @@ class Library:
             self.writer.lock.release()
         return entry
 
+    def watch(self, folders: Sequence[Path]) -> None:
+        """Index folders, and their changes as they come.
+
+        Raises:
+            ConfigError: If the extra ``watch`` is missing, or something to watch is no folder.
+        """
+        self._watcher = Watcher(folders, self.writer)
+
+    @property
+    def watched(self) -> list[Path]:
+        """The folders that are being watched."""
+        return self._watcher.folders if self._watcher else []
+
     def announce(self, url: str) -> None:
         """Let commands on this machine find the server."""
         if self.folder is not None:
@@ -168,6 +183,8 @@ class Library:
         if self.folder is not None:
             # Before the rest, so that commands stop finding a server that is about to go.
             remove_address(self.folder)
+        if self._watcher is not None:
+            self._watcher.stop()
         self.writer.stop()
         self.index.close()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path as FilePath
 from typing import Annotated, Any
 
 from anyio import to_thread
@@ -21,10 +22,18 @@ InCollection = Annotated[str | None, Query(alias="collection")]
 
 @router.get("/files")
 async def list_files(server: Server, name: InCollection = None) -> dict[str, Any]:
-    """The indexed files."""
+    """The indexed files, those that could not be read, and the folders that are watched."""
     library = server.libraries.get(name)
     rows = await to_thread.run_sync(library.file_rows)
-    return {"collection": library.name, "files": rows}
+    return {
+        "collection": library.name,
+        "files": rows,
+        "unread": [
+            {"file": file, "name": FilePath(file).name, "errors": errors}
+            for file, errors in library.writer.unread().items()
+        ],
+        "watched": [folder.as_posix() for folder in library.watched],
+    }
 
 
 @router.post("/files", status_code=202)

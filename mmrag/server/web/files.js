@@ -5,7 +5,8 @@ import { byId, count, el, onDrop } from "/static/dom.js";
 import { inCollection, onCollection, refresh } from "/static/state.js";
 
 const POLL = 700; // milliseconds between two looks at what is being indexed
-let files = [];
+const LOOK = 5000; // and at the list, while folders are watched
+let files = [], unread = [], last = "", timer = 0;
 
 export function setUp() {
   onDrop(byId("drop"), (chosen) => chosen.forEach(add));
@@ -18,7 +19,14 @@ export function setUp() {
 }
 
 async function load() {
-  files = (await getJson(`/api/files?${inCollection()}`)).files;
+  const reply = await getJson(`/api/files?${inCollection()}`);
+  clearTimeout(timer);
+  if (reply.watched.length) timer = setTimeout(() => load().catch(() => {}), LOOK);
+  // Drawing anew would take the question back from a button that asks.
+  if (JSON.stringify(reply) === last) return;
+  last = JSON.stringify(reply);
+  ({ files, unread } = reply);
+  byId("watched").textContent = reply.watched.length ? `Watching ${reply.watched.join(", ")}` : "";
   const pages = files.reduce((sum, file) => sum + file.pages, 0);
   byId("files-summary").textContent = files.length
     ? `${count(files.length, "file")}, ${count(pages, "page")}` : "Nothing is indexed yet.";
@@ -29,7 +37,14 @@ async function load() {
 function draw() {
   const wanted = byId("filter").value.toLowerCase();
   const shown = files.filter((file) => file.name.toLowerCase().includes(wanted));
-  byId("file-list").replaceChildren(...shown.map(row));
+  const failed = unread.filter((file) => file.name.toLowerCase().includes(wanted));
+  byId("file-list").replaceChildren(...shown.map(row), ...failed.map(failedRow));
+}
+
+function failedRow(file) {
+  return el("li", {},
+    el("span", { class: "name", title: file.file }, file.name),
+    el("span", { class: "error" }, file.errors.join("; ")));
 }
 
 function row(file) {
