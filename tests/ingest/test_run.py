@@ -615,7 +615,7 @@ def test_progress(embedder, collection, files):
 
 
 def fake_reading(monkeypatch, pages, produced, wait=0.0):
-    def read_file(path, images_dir, options, on_error, sha256):
+    def read_file(path, images_dir, options, on_error, sha256, name):
         for number in range(pages):
             time.sleep(wait)
             produced.append(number)
@@ -683,7 +683,7 @@ def losing(monkeypatch, name, error):
     """Reading loses page 2 of the file ``name``, with an error that ``error`` makes."""
     real = module.read_file
 
-    def read_file(path, images_dir, options, put, sha256):
+    def read_file(path, images_dir, options, put, sha256, name):
         for page in real(path, images_dir, options, put, sha256):
             if path.name == name and page.page == 2:
                 put(error)
