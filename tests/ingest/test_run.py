@@ -683,8 +683,8 @@ def losing(monkeypatch, name, error):
     """Reading loses page 2 of the file ``name``, with an error that ``error`` makes."""
     real = module.read_file
 
-    def read_file(path, images_dir, options, put, sha256, name):
-        for page in real(path, images_dir, options, put, sha256):
+    def read_file(path, images_dir, options, put, sha256, called):
+        for page in real(path, images_dir, options, put, sha256, called):
             if path.name == name and page.page == 2:
                 put(error)
             else:
