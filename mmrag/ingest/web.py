@@ -15,7 +15,7 @@ import httpx
 
 from mmrag.errors import ReadError
 from mmrag.ingest.copies import Download
-from mmrag.reading.files import OFFICE_SUFFIXES, not_supported, suffixes
+from mmrag.reading.files import EXTRAS, not_supported, suffixes
 
 _CONNECT, _SILENCE = 10.0, 30.0  # seconds
 _REDIRECTS = 5
@@ -36,6 +36,10 @@ _TYPES = {
     "text/markdown": ".md",
     "text/csv": ".csv",
     "application/epub+zip": ".epub",
+    "video/mp4": ".mp4",
+    "video/webm": ".webm",
+    "video/quicktime": ".mov",
+    "video/x-matroska": ".mkv",
     "message/rfc822": ".eml",
     "application/vnd.ms-outlook": ".msg",
     "application/vnd.ms-excel": ".xls",
@@ -161,7 +165,8 @@ def _suffix(response: httpx.Response, name: str) -> str:
     kind = headers.get_content_type() if "Content-Type" in headers else ""
     names = (headers.get_filename() or "", unquote(response.url.path))
     by_name = [PurePosixPath(each).suffix.lower() for each in names]
-    known = {*suffixes(), *OFFICE_SUFFIXES}  # without the extra, its name helps more
+    of_extras = (suffix for _, of_extra in EXTRAS.values() for suffix in of_extra)
+    known = {*suffixes(), *of_extras}  # without an extra, its name helps more
     read = [suffix for suffix in by_name if suffix in known]
     suffix = _TYPES.get(kind, "")
     # Servers send files of types they do not know as text or as bytes.

@@ -117,7 +117,7 @@ def test_failures_are_told_by_url_and_never_stop_the_rest(index, server, monkeyp
     server.pages = {
         "/good.txt": (b"some good words", TEXT),
         "/down": lambda request: request.send_error(503),
-        "/video": (b"\0\1", {"Content-Type": "video/mp4"}),
+        "/model": (b"\0\1", {"Content-Type": "model/gltf+json"}),
         "/loop": redirect("/loop"),
         "/secret": redirect("file:///etc/passwd"),
         "/short.txt": broken(b"half", 1000),
@@ -133,7 +133,7 @@ def test_failures_are_told_by_url_and_never_stop_the_rest(index, server, monkeyp
     told = {
         f"{server.url}/missing.pdf": "404",
         f"{server.url}/down": "503",
-        f"{server.url}/video": r"video/mp4",
+        f"{server.url}/model": "model/gltf+json",
         f"{server.url}/loop": "redirects more than 5 times",
         f"{server.url}/secret": "redirects to file:",
         f"{server.url}/short.txt": "connection broke",
