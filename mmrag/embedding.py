@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from inspect import signature
+from pathlib import Path
 from typing import Any, TypedDict, Unpack, get_args
 
 from llama_index.core.base.embeddings.base import Embedding
@@ -32,7 +33,10 @@ from mmrag.queries import query_content
 # Comes with the package: a first try needs no download.
 DEFAULT_MODEL = "mmrag-nano"
 # The settings that say which embedder to load, and how.
-_LOADING = ("family", "device", "dtype", "revision", "layers", "base_url", "api_key", "options")
+_LOADING = (
+    *("family", "device", "dtype", "revision", "layers", "experts"),
+    *("base_url", "api_key", "options"),
+)
 
 dispatcher = get_dispatcher(__name__)
 
@@ -48,6 +52,7 @@ class EmbeddingSettings(TypedDict, total=False):
     dim: int | None
     query_instruction: str | None
     node_view: NodeView
+    experts: Mapping[str, str | Path] | str | Path | None
     base_url: str | None
     api_key: str | SecretStr | None
     options: Mapping[str, Any]
@@ -98,6 +103,11 @@ class UniversalEmbedding(MultiModalEmbedding):
         description="How a node with both text and image is embedded: fused, image or text. A "
         "node with one of them is embedded by the one it has.",
     )
+    experts: dict[str, str] | str | None = Field(
+        None,
+        description="Adapters that embed queries, by name, or a folder of them: each query is "
+        "embedded by the one whose training queries are nearest, documents by the model itself.",
+    )
     base_url: str | None = Field(
         None, description="Of an OpenAI-compatible embeddings server; then no torch is needed."
     )
@@ -121,9 +131,21 @@ class UniversalEmbedding(MultiModalEmbedding):
         _check_settings(model_name, embedder, settings, set(type(self).model_fields))
         name = embedder.name if embedder is not None else model_name or DEFAULT_MODEL
         fields: dict[str, Any] = {**settings}
+        if experts := settings.get("experts"):
+            # As text: a path is no JSON value, and to_dict is stored as that.
+            fields["experts"] = (
+                {label: str(place) for label, place in experts.items()}
+                if isinstance(experts, Mapping)
+                else str(experts)
+            )
         super().__init__(model_name=name, **fields)
         # For its error: a misspelt task should fail here and not at the first query.
         resolve(self.query_instruction)
+        if self.experts is not None and self.query_instruction is None:
+            raise ConfigError(
+                "With experts= queries need a query_instruction, if an empty one: without any they "
+                "are embedded as documents, which stay with the base."
+            )
         self._engine = _Engine(embedder)
 
     @classmethod
@@ -148,15 +170,13 @@ class UniversalEmbedding(MultiModalEmbedding):
         # Not at the top: with base_url torch is never imported.
         from mmrag.embedders import load_embedder
 
-        return load_embedder(
-            self.model_name,
-            family=self.family,
-            device=self.device,
-            dtype=self.dtype,
-            revision=self.revision,
-            layers=self.layers,
-            **self.options,
-        )
+        options: dict[str, Any] = {"family": self.family, "device": self.device}
+        options |= {"dtype": self.dtype, "layers": self.layers, **self.options}
+        if self.experts is not None:
+            from mmrag.embedders.routing import load_routed
+
+            return load_routed(self.model_name, self.experts, revision=self.revision, **options)
+        return load_embedder(self.model_name, revision=self.revision, **options)
 
     # --- storing and sending -------------------------------------------------------------------
 
@@ -385,7 +405,7 @@ def _check_settings(
         if model_name is None or not {"base_url", "api_key", "options"}.issuperset(loading):
             raise ConfigError(
                 "With base_url the model runs on a server: give model_name as the server calls "
-                "it, and leave out family, device, dtype, revision and layers."
+                "it, and leave out family, device, dtype, revision, layers and experts."
             )
     elif settings.get("api_key"):
         raise ConfigError("api_key is for a server: give its base_url.")

@@ -28,6 +28,7 @@ RECIPES: dict[str, type[Options]] = {
     "export": config.ExportConfig,
     "merge": config_models.MergeConfig,
     "project": config_models.ProjectConfig,
+    "route": config_models.RouteConfig,
     "evaluate": config.EvaluateConfig,
     "evaluate_pages": config.EvaluatePagesConfig,
     "evaluate_answers": config.EvaluateAnswersConfig,

@@ -79,6 +79,21 @@ class MergeConfig(Options):
         return self
 
 
+class RouteConfig(Options):
+    """Write where an expert's queries lie, so that queries can be routed to it."""
+
+    positional: ClassVar[tuple[str, ...]] = ("expert",)
+
+    expert: Path
+    """Folder of the expert: an adapter, or a checkpoint; ``route.json`` is written into it."""
+    rows: Path
+    """Rows that the expert was trained on."""
+    base: str
+    """The model that embeds documents and routes queries."""
+    family: str | None = None
+    """Recipe of the base where it cannot be told from the checkpoint."""
+
+
 class ProjectConfig(Options):
     """Fit a projection of an old model's vectors into a new model's space, and measure it."""
 
