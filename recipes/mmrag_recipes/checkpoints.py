@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from mmrag.errors import ConfigError
 from mmrag_recipes.compatible import old_fingerprint
-from mmrag_recipes.config import TrainConfig
+from mmrag_recipes.config import RunConfig, TrainConfig
 from mmrag_recipes.data import Dataset
 
 logger = logging.getLogger("mmrag_recipes")
@@ -44,7 +44,7 @@ class Progress:
     skipped: int = 0
 
 
-def identity(config: TrainConfig, datasets: list[Dataset], base: str) -> dict[str, Any]:
+def identity(config: RunConfig, datasets: list[Dataset], base: str) -> dict[str, Any]:
     """What decides the weights that a run ends with, by key.
 
     Args:
@@ -62,7 +62,7 @@ def identity(config: TrainConfig, datasets: list[Dataset], base: str) -> dict[st
         values.setdefault("data", []).append(entry)
     # By its weights: a folder may be moved, and a name on the hub gets new files.
     values["model"] = base
-    if config.compatible:
+    if isinstance(config, TrainConfig) and config.compatible:
         values["compatible"]["model"] = old_fingerprint(config)
     return values
 

@@ -94,8 +94,8 @@ class CompatibleConfig(Options):
     """queries: new queries against old documents; both: also old queries against new documents."""
 
 
-class TrainConfig(Options):
-    """Fine-tune an embedder: contrastive, with hard negatives, GradCache, LoRA and exact resume."""
+class RunConfig(Options):
+    """What every training has: where it starts, its data, steps, rates, and what it keeps."""
 
     model: str
     """Checkpoint to start from: a folder, ``mmrag-nano``, or a name on the hub."""
@@ -103,10 +103,6 @@ class TrainConfig(Options):
     """Folder of the run: options, logs, checkpoints, plot, and the final weights."""
     data: tuple[DataConfig, ...] = Field(min_length=1)
     """The mix: files of rows, or tables of options; each batch comes from one data set."""
-    dry_run: bool = False
-    """Show what would be trained on, and train nothing."""
-    family: str | None = None
-    """Recipe of the model where it cannot be told from the checkpoint."""
     limits: dict[str, Any] = Field(default_factory=dict)
     """Limits of the family, such as {max_length = 1800, max_image_tokens = 1024}."""
     steps: int = Field(1000, ge=1)
@@ -120,26 +116,6 @@ class TrainConfig(Options):
     # Rows without mined negatives train with those of the batch alone.
     hard_negatives: int = Field(0, ge=0)
     """Mined negatives taken per row and step; they rotate over the passes."""
-    # Low, since cosines of one model lie close together: at 1 the softmax would be nearly flat.
-    temperature: float = Field(0.03, gt=0)
-    """Of the softmax over cosines."""
-    # No two cosines differ by more than 2, so that 2 leaves nothing out.
-    false_negative_margin: float = 0.1
-    """In-batch documents that beat the positive by more than this are left out; 2 keeps all."""
-    matryoshka_dims: tuple[int, ...] = ()
-    """Also train these prefixes of the vectors; the full width is always trained."""
-    matryoshka_layers: tuple[tuple[int, int], ...] = ()
-    """Also train vectors after fewer layers: pairs of layers and width, such as [[14, 768]]."""
-    binary_weight: float = Field(0.0, ge=0, le=1)
-    """Share of the loss on vectors cut to signs, for collections with quantization="binary"."""
-    binary_queries: bool = True
-    """Cut queries to signs too, as a search in binary codes does; else documents alone."""
-    distil_weight: float = Field(0.0, ge=0, le=1)
-    """Share of the loss that follows the teacher's scores in the rows."""
-    distil_temperature: float = Field(1.0, gt=0)
-    """Of the softmax over the teacher's scores."""
-    compatible: CompatibleConfig | None = None
-    """Keep vectors comparable with an old model's; without this table they drift away."""
     lora: LoraConfig | None = None
     """Adapters; without this table all weights train."""
     freeze: tuple[str, ...] = ()
@@ -187,6 +163,35 @@ class TrainConfig(Options):
     # for.
     report: tuple[Literal["tensorboard", "wandb"], ...] = ("tensorboard",)
     """Where values go beside ``log.jsonl``."""
+
+
+class TrainConfig(RunConfig):
+    """Fine-tune an embedder: contrastive, with hard negatives, GradCache, LoRA and exact resume."""
+
+    dry_run: bool = False
+    """Show what would be trained on, and train nothing."""
+    family: str | None = None
+    """Recipe of the model where it cannot be told from the checkpoint."""
+    # Low, since cosines of one model lie close together: at 1 the softmax would be nearly flat.
+    temperature: float = Field(0.03, gt=0)
+    """Of the softmax over cosines."""
+    # No two cosines differ by more than 2, so that 2 leaves nothing out.
+    false_negative_margin: float = 0.1
+    """In-batch documents that beat the positive by more than this are left out; 2 keeps all."""
+    matryoshka_dims: tuple[int, ...] = ()
+    """Also train these prefixes of the vectors; the full width is always trained."""
+    matryoshka_layers: tuple[tuple[int, int], ...] = ()
+    """Also train vectors after fewer layers: pairs of layers and width, such as [[14, 768]]."""
+    binary_weight: float = Field(0.0, ge=0, le=1)
+    """Share of the loss on vectors cut to signs, for collections with quantization="binary"."""
+    binary_queries: bool = True
+    """Cut queries to signs too, as a search in binary codes does; else documents alone."""
+    distil_weight: float = Field(0.0, ge=0, le=1)
+    """Share of the loss that follows the teacher's scores in the rows."""
+    distil_temperature: float = Field(1.0, gt=0)
+    """Of the softmax over the teacher's scores."""
+    compatible: CompatibleConfig | None = None
+    """Keep vectors comparable with an old model's; without this table they drift away."""
 
 
 class WriterConfig(Options):

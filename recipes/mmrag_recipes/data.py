@@ -8,17 +8,18 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
+from mmrag.content import Content
 from mmrag.embedders.registry import find_folders
 from mmrag.errors import ConfigError, ContentError
 from mmrag.instructions import resolve
-from mmrag.modeling.backbone import Backbone
-from mmrag_recipes.config import DataConfig, TrainConfig
+from mmrag.modeling.batching import Sized
+from mmrag_recipes.config import DataConfig, RunConfig
 from mmrag_recipes.console import track
 from mmrag_recipes.row_file import RowFile, open_rows, save_array, workers, write_whole
 from mmrag_recipes.rows import ImageStore, Item, Row, store_of
@@ -28,6 +29,18 @@ LEFT_OUT = -1  # cost of a row that cannot be used
 _ROWS_PER_TASK = 5000
 _ENDS = 4096  # bytes of an image file's start and end that its digest reads
 _LARGEST_DESCRIPTION = 64_000_000  # bytes; larger files of a checkpoint are weights
+
+
+class Planner(Protocol):
+    """What counts the tokens of an item; every ``Backbone`` does. It is sent to processes."""
+
+    def plan(self, content: Content, instruction: str | None) -> Sized:
+        """An item with its ``n_tokens``. Raises ContentError if it cannot be used."""
+        ...
+
+    def settings(self) -> dict[str, Any]:
+        """Everything besides the checkpoint that the number of tokens depends on."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -60,7 +73,7 @@ class Dataset:
         return self.config.name or Path(self.config.rows).stem
 
 
-def load_datasets(config: TrainConfig, backbone: Backbone) -> list[Dataset]:
+def load_datasets(config: RunConfig, planner: Planner) -> list[Dataset]:
     """Open all data sets; the cost of each row is computed once and kept beside the rows.
 
     Raises:
@@ -68,10 +81,10 @@ def load_datasets(config: TrainConfig, backbone: Backbone) -> list[Dataset]:
     """
     if not config.data:
         raise ConfigError("data: at least one data set is needed.")
-    return [_load(data, config, backbone) for data in config.data]
+    return [_load(data, config, planner) for data in config.data]
 
 
-def _load(data: DataConfig, config: TrainConfig, backbone: Backbone) -> Dataset:
+def _load(data: DataConfig, config: RunConfig, planner: Planner) -> Dataset:
     rows, store = open_rows(data.rows), store_of(data.rows)
     files = [(name, store.folder / name) for name in rows.images]
     # Images by size and time: hashing them all would take minutes at every start.
@@ -83,11 +96,11 @@ def _load(data: DataConfig, config: TrainConfig, backbone: Backbone) -> Dataset:
         if path.suffix in (".json", ".txt", ".model") and path.stat().st_size < _LARGEST_DESCRIPTION
     )
     digests = [f"{p.name}:{hashlib.sha256(p.read_bytes()).hexdigest()}" for p in described]
-    about = [backbone.settings(), digests, config.hard_negatives, stats]
+    about = [planner.settings(), digests, config.hard_negatives, stats]
     key = hashlib.sha256(json.dumps(about, default=str).encode()).hexdigest()[:16]
     kept, notes = rows.folder / f"costs-{key}.npy", rows.folder / f"costs-{key}.json"
     if not notes.is_file():
-        costs, problems = _compute_costs(rows, store, backbone, config.hard_negatives)
+        costs, problems = _compute_costs(rows, store, planner, config.hard_negatives)
         images = hashlib.sha256()
         for name, path in files:
             # Once, when the costs are made: the identity of a run needs more than size and time.
@@ -127,12 +140,12 @@ def _ends(path: Path) -> str:
 
 
 def _compute_costs(
-    rows: RowFile, store: ImageStore, backbone: Backbone, hard_negatives: int
+    rows: RowFile, store: ImageStore, planner: Planner, hard_negatives: int
 ) -> tuple[NDArray[np.int32], list[Problem]]:
     starts = range(0, len(rows), _ROWS_PER_TASK)
     # Costs need the tokenizer and the image rule, not the weights.
-    light = copy.copy(backbone)
-    for name, value in vars(backbone).items():
+    light = copy.copy(planner)
+    for name, value in vars(planner).items():
         if isinstance(value, nn.Module):
             setattr(light, name, None)
     about = (rows.path, rows.folder, store.folder, light, hard_negatives)
@@ -146,8 +159,8 @@ def _compute_costs(
 _task: dict[str, Any] = {}  # what the tasks of this process share
 
 
-def _set_up(rows: Path, index: Path, images: Path, backbone: Backbone, hard_negatives: int) -> None:
-    _task.update(rows=RowFile(rows, index), store=ImageStore(images), backbone=backbone)
+def _set_up(rows: Path, index: Path, images: Path, planner: Planner, hard_negatives: int) -> None:
+    _task.update(rows=RowFile(rows, index), store=ImageStore(images), planner=planner)
     _task.update(hard_negatives=hard_negatives)
 
 
@@ -157,23 +170,23 @@ def _costs_between(start: int, stop: int) -> tuple[NDArray[np.int32], list[Probl
     costs, problems = [], []
     for row in rows[start:stop]:
         try:
-            costs.append(_cost(row, _task["store"], _task["backbone"], _task["hard_negatives"]))
+            costs.append(_cost(row, _task["store"], _task["planner"], _task["hard_negatives"]))
         except ContentError as error:
             costs.append(LEFT_OUT)
             problems.append(Problem(row.id, str(error)))
     return np.array(costs, dtype=np.int32), problems
 
 
-def _cost(row: Row, store: ImageStore, backbone: Backbone, hard_negatives: int) -> int:
+def _cost(row: Row, store: ImageStore, planner: Planner, hard_negatives: int) -> int:
     """Tokens of query, first positive and negatives; a negative without its image costs none."""
-    total = backbone.plan(store.content(row.query), resolve(row.instruction)).n_tokens
+    total = planner.plan(store.content(row.query), resolve(row.instruction)).n_tokens
     for positive in row.positives[1:]:
         store.content(positive)  # its image must be there too
     # The first stands for all: they are of one kind.
-    total += backbone.plan(store.content(row.positives[0]), None).n_tokens
+    total += planner.plan(store.content(row.positives[0]), None).n_tokens
     for item in row.negatives[:hard_negatives]:
         try:
-            total += backbone.plan(store.content(item), None).n_tokens
+            total += planner.plan(store.content(item), None).n_tokens
         except ContentError:
             continue  # said when its turn comes
     return total

@@ -10,7 +10,7 @@ from typing import Any
 
 from mmrag.errors import ConfigError
 from mmrag_recipes.batches import Batch
-from mmrag_recipes.config import TrainConfig
+from mmrag_recipes.config import RunConfig
 from mmrag_recipes.data import Problem
 
 logger = logging.getLogger("mmrag_recipes")
@@ -33,7 +33,7 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 class RunLog:
     """Log of one run."""
 
-    def __init__(self, out: Path, first: int, config: TrainConfig, hooks: Sequence[Report]) -> None:
+    def __init__(self, out: Path, first: int, config: RunConfig, hooks: Sequence[Report]) -> None:
         self.path = out / "log.jsonl"
         self.config = config
         # Steps that will be run again are forgotten.
@@ -73,7 +73,7 @@ class RunLog:
             hook(int(record["step"]), values)
 
 
-def _tensorboard(out: Path, config: TrainConfig) -> Report:
+def _tensorboard(out: Path, config: RunConfig) -> Report:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
@@ -90,7 +90,7 @@ def _tensorboard(out: Path, config: TrainConfig) -> Report:
     return report
 
 
-def _wandb(out: Path, config: TrainConfig) -> Report:
+def _wandb(out: Path, config: RunConfig) -> Report:
     try:
         import wandb
     except ImportError as error:
@@ -107,7 +107,7 @@ def _wandb(out: Path, config: TrainConfig) -> Report:
     return report
 
 
-_OPENERS: dict[str, Callable[[Path, TrainConfig], Report]] = {
+_OPENERS: dict[str, Callable[[Path, RunConfig], Report]] = {
     "tensorboard": _tensorboard,
     "wandb": _wandb,
 }

@@ -7,7 +7,6 @@ Prompts, images and pooling are those of inference: the same ``Backbone.prepare`
 from __future__ import annotations
 
 import dataclasses
-from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -21,7 +20,8 @@ from mmrag.errors import ContentError
 from mmrag.instructions import resolve
 from mmrag.modeling.backbone import Backbone, inputs_of
 from mmrag_recipes import distributed
-from mmrag_recipes.batches import Batch, shard
+from mmrag_recipes.ahead import MOST_BYTES, bytes_of, own_rows, prepare_ahead, tokens_of
+from mmrag_recipes.batches import Batch
 from mmrag_recipes.config import TrainConfig
 from mmrag_recipes.data import Dataset, Problem, documents_of
 from mmrag_recipes.depths import depths, inner_vectors, parts
@@ -35,11 +35,7 @@ from mmrag_recipes.losses import (
     matryoshka,
     scores,
 )
-from mmrag_recipes.row_file import n_cores
 from mmrag_recipes.rows import Item, Row
-
-_MOST_BYTES_AHEAD = 2 * 2**30  # of inputs that wait, beside those of the step that runs
-_MOST_STEPS_AHEAD = 8
 
 
 @dataclass(frozen=True)
@@ -73,12 +69,7 @@ class StepInputs:
     @property
     def n_bytes(self) -> int:
         """Memory of the inputs."""
-        tensors = (
-            getattr(one, field.name)
-            for one in (*self.inputs, *self.old_inputs)
-            for field in dataclasses.fields(one)
-        )
-        return sum(t.nbytes for t in tensors if isinstance(t, Tensor))
+        return sum(bytes_of(one) for one in (*self.inputs, *self.old_inputs))
 
 
 @dataclass(frozen=True)
@@ -102,54 +93,24 @@ class Feeder:
         datasets: Sequence[Dataset],
         backbone: Backbone,
         hard_negatives: int,
-        most_bytes: int = _MOST_BYTES_AHEAD,
+        most_bytes: int = MOST_BYTES,
         old: Backbone | None = None,
     ) -> None:
         self.datasets = datasets
         self.hard_negatives = hard_negatives
         self.most_bytes = most_bytes
         self.backbones = [backbone] if old is None else [backbone, old]
-        self._bytes_per_token = 0.0  # the most of any step so far
 
     def steps(self, batches: Iterable[Batch]) -> Iterator[tuple[Batch, StepInputs]]:
         """Batches with this process's share of their inputs, in order."""
-        coming = iter(batches)
-        ahead: deque[tuple[Batch, list[_Waiting], int]] = deque()
-        # The processes of one machine share its cores.
-        threads = max(1, n_cores() // distributed.local_size())
-        with ThreadPoolExecutor(threads, thread_name_prefix="prepare") as pool:
-            try:
-                while True:
-                    self._submit(coming, ahead, pool)
-                    if not ahead:
-                        return
-                    batch, waiting, tokens = ahead.popleft()
-                    step = self._collect(batch, waiting)
-                    # Pixels differ widely from step to step; the largest ratio is the safe one.
-                    self._bytes_per_token = max(self._bytes_per_token, step.n_bytes / tokens)
-                    # What comes next is prepared while this step runs.
-                    self._submit(coming, ahead, pool)
-                    yield batch, step
-            finally:
-                # A training that stops must not wait for steps that nobody will run.
-                pool.shutdown(cancel_futures=True)
+        return prepare_ahead(batches, self._begin, self._collect, self.most_bytes)
 
-    def _submit(
-        self,
-        coming: Iterator[Batch],
-        ahead: deque[tuple[Batch, list[_Waiting], int]],
-        pool: ThreadPoolExecutor,
-    ) -> None:
-        """Submit batches until enough wait; the size of the first is not known beforehand."""
-        while len(ahead) < (_MOST_STEPS_AHEAD if self._bytes_per_token else 1):
-            expected = sum(tokens for *_, tokens in ahead) * self._bytes_per_token
-            if (ahead and expected > self.most_bytes) or (batch := next(coming, None)) is None:
-                return
-            dataset = self.datasets[batch.dataset]
-            mine = shard(batch.rows, distributed.rank(), distributed.size())
-            waiting = [self._start(index, dataset, batch.epoch, pool) for index in mine]
-            tokens = max(1, sum(int(dataset.costs[index]) for index in mine))
-            ahead.append((batch, waiting, tokens))
+    def _begin(self, batch: Batch, pool: ThreadPoolExecutor) -> tuple[list[_Waiting], int]:
+        """Let the rows of a batch be prepared. Returns what to wait for, and its tokens."""
+        dataset = self.datasets[batch.dataset]
+        mine = own_rows(batch)
+        waiting = [self._start(index, dataset, batch.epoch, pool) for index in mine]
+        return waiting, tokens_of(dataset, mine)
 
     def _start(
         self, index: int, dataset: Dataset, epoch: int, pool: ThreadPoolExecutor

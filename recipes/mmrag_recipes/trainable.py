@@ -3,26 +3,33 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 
 from mmrag.errors import ConfigError
-from mmrag.modeling.backbone import Backbone
-from mmrag_recipes.config import LoraConfig, TrainConfig
+from mmrag_recipes.config import LoraConfig, RunConfig
 
 # Modules of the families that take pixels alone. What they give depends on no other weights.
 _TOWERS = ("visual", "vision_tower", "vision_embed_tokens")
 
 
-def make_trainable(backbone: Backbone, config: TrainConfig) -> list[nn.Parameter]:
+class HasModel(Protocol):
+    """A ``Backbone`` or a ``Task``."""
+
+    model: nn.Module
+
+
+def make_trainable(trained: HasModel, config: RunConfig) -> list[nn.Parameter]:
     """Choose what trains: adapters, or all weights; less what is frozen. float32 masters.
 
     Raises:
         ConfigError: If a frozen prefix names nothing, or nothing is left to train.
     """
-    model: Any = backbone.model
+    model: Any = trained.model
     if config.lora:
         _add_adapters(model, config.lora)
     for prefix in config.freeze:
@@ -92,7 +99,20 @@ def frozen_towers(model: nn.Module) -> list[nn.Module]:
     ]
 
 
-def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, and then each module's own again."""
+    # Frozen towers are in evaluation mode all along, so train() for all would be wrong.
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def make_optimizer(model: nn.Module, config: RunConfig) -> torch.optim.Optimizer:
     """AdamW over what trains; each group of ``config.groups`` has its own rate.
 
     Raises:
@@ -117,7 +137,7 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimiz
     return torch.optim.AdamW(groups, lr=config.lr)
 
 
-def learning_rate(step: int, config: TrainConfig) -> float:
+def learning_rate(step: int, config: RunConfig) -> float:
     """Linear warm-up, then as ``schedule`` says: linear or cosine to zero, or constant."""
     warmup = max(1, round(config.warmup * config.steps))
     if step < warmup:

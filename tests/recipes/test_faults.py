@@ -13,6 +13,7 @@ from tiny import save_qwen2_vl
 from training import config_of, log_of, same, weights_of
 
 from mmrag.errors import ConfigError, ContentError, ModelError
+from mmrag_recipes import loop as loop_module
 from mmrag_recipes import train as train_module
 from mmrag_recipes.config import LoraConfig
 from mmrag_recipes.export import load_trained
@@ -25,9 +26,9 @@ def failing_at(monkeypatch, step, times=1):
     original = train_module.step_loss
     seen = []
 
-    def loss(vectors, inputs, config):
+    def loss(vectors, inputs, config, old):
         seen.append(1)
-        value = original(vectors, inputs, config)
+        value = original(vectors, inputs, config, old)
         return value * float("nan") if step < len(seen) <= step + times else value
 
     monkeypatch.setattr(train_module, "step_loss", loss)
@@ -61,7 +62,7 @@ def scripted(monkeypatch, values):
     seen = []
 
     def evaluate(backbone, config):
-        state = train_module.trained_state(backbone.model)
+        state = loop_module.trained_state(backbone.model)
         seen.append({name: value.clone() for name, value in state.items()})
         return {"all": {"ndcg@10": values[len(seen) - 1]}}
 
@@ -259,7 +260,7 @@ def test_a_finished_run_is_not_trained_again(tiny_model, text_rows, tmp_path, mo
         raise AssertionError("a step was run")
 
     with monkeypatch.context() as patch:
-        patch.setattr(train_module, "train_step", never)
+        patch.setattr(loop_module, "train_step", never)
         train(config)
     assert (tmp_path / "final" / "trained.safetensors").stat().st_mtime_ns == before
     train(config.replace(steps=3))

@@ -17,7 +17,7 @@ from training import config_of, log_of
 
 from mmrag.embedders import load_backbone
 from mmrag.errors import ConfigError, ContentError
-from mmrag_recipes import train as train_module
+from mmrag_recipes import loop as loop_module
 from mmrag_recipes.__main__ import main
 from mmrag_recipes.batches import Batch, Source, one_pass, plan, shard
 from mmrag_recipes.config import LoraConfig, TrainConfig
@@ -54,19 +54,19 @@ def test_resuming_gives_the_run_that_was_never_stopped(
     expected = log_of(whole.out)
     broken = whole.replace(out=str(tmp_path / "broken"))
     prepared = []
-    original, original_step = Feeder._collect, train_module.train_step
+    original, original_step = Feeder._collect, loop_module.train_step
 
     def counting(self, batch, waiting):
         prepared.append(batch)
         return original(self, batch, waiting)
 
-    def dies_at_four(backbone, optimizer, step, config, number):
+    def dies_at_four(task, optimizer, step, config, number):
         if number == 4:
             raise KeyboardInterrupt
-        return original_step(backbone, optimizer, step, config, number)
+        return original_step(task, optimizer, step, config, number)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_module, "train_step", dies_at_four)
+        patch.setattr(loop_module, "train_step", dies_at_four)
         with pytest.raises(KeyboardInterrupt):
             train(broken)
     with pytest.MonkeyPatch.context() as patch:
