@@ -52,6 +52,23 @@ def save_checkpoint(
     Raises:
         ModelError: If the target is the source.
     """
+    save_model(backbone.model, source, target, dtype)
+    own = {"family": backbone.family, **read_json(source / MARKER), **(marker or {})}
+    own["modalities"] = sorted(backbone.modalities)
+    (target / MARKER).write_text(json.dumps(own, indent=2) + "\n")
+    (target / "modules.json").write_text(json.dumps(_ST_MODULES, indent=2) + "\n")
+    (target / "1_Normalize").mkdir(exist_ok=True)
+
+
+def save_model(model: Any, source: Path, target: Path, dtype: torch.dtype | None = None) -> None:
+    """Write a model's weights as they stand, with what describes them in ``source``.
+
+    Args:
+        dtype: type to store; by default the one the weights have.
+
+    Raises:
+        ModelError: If the target is the source.
+    """
     if target.resolve() == source.resolve():
         raise ModelError(f"{target}: a checkpoint cannot be written over the one it comes from.")
     target.mkdir(parents=True, exist_ok=True)
@@ -62,7 +79,6 @@ def save_checkpoint(
     for path in source.glob("*/config.json"):
         (target / path.parent.name).mkdir(exist_ok=True)
         shutil.copyfile(path, target / path.parent.name / path.name)
-    model: Any = backbone.model
     weights = None
     if dtype is not None:
         # A converted copy: the model itself may go on training in its own dtype.
@@ -75,8 +91,3 @@ def save_checkpoint(
         config = read_json(target / "config.json")
         config["dtype"] = str(dtype).removeprefix("torch.")
         (target / "config.json").write_text(json.dumps(config, indent=2))
-    own = {"family": backbone.family, **read_json(source / MARKER), **(marker or {})}
-    own["modalities"] = sorted(backbone.modalities)
-    (target / MARKER).write_text(json.dumps(own, indent=2) + "\n")
-    (target / "modules.json").write_text(json.dumps(_ST_MODULES, indent=2) + "\n")
-    (target / "1_Normalize").mkdir(exist_ok=True)

@@ -1,6 +1,6 @@
 """Running the first layers of a decoder alone: faster, at the quality it was trained for.
 
-2-D Matryoshka training (Starbucks, arXiv 2410.13230, section 3) makes the states of some inner
+2-D Matryoshka training (Starbucks, arXiv 2410.13230) makes the states of some inner
 layers usable as vectors: they go through the decoder's final norm and the family's pooling, as
 those of the last layer do.
 """

@@ -95,7 +95,7 @@ class QwenAsker:
         self.style = style
         self.name = name
         self._image_id = int(model.config.image_token_id)
-        self._directions: dict[tuple[str, str], Tensor] = {}
+        self._ids: dict[tuple[str, str], tuple[int, int]] = {}
         answer_ids(tokenizer, style.answers(None), name)
 
     def plan(self, pair: Pair, task: str | None) -> PairPlan:
@@ -164,15 +164,13 @@ class QwenAsker:
     def _direction(self, query: Content | None) -> Tensor:
         """Row of yes minus row of no in the head, (dim,), float32."""
         answers = self.style.answers(query)
+        # Tokenising them takes longer than a small batch. The rows are read each time: in training
+        # they change.
+        if answers not in self._ids:
+            self._ids[answers] = answer_ids(self.tokenizer, answers, self.name)
+        yes, no = self._ids[answers]
         head = self.model.get_output_embeddings().weight
-        # In training the head changes, and takes part in the gradient.
-        if head.requires_grad and torch.is_grad_enabled():
-            yes, no = answer_ids(self.tokenizer, answers, self.name)
-            return torch.as_tensor(head[yes].float() - head[no].float())
-        if answers not in self._directions:
-            yes, no = answer_ids(self.tokenizer, answers, self.name)
-            self._directions[answers] = (head[yes].float() - head[no].float()).detach()
-        return self._directions[answers]
+        return torch.as_tensor(head[yes].float() - head[no].float())
 
     def _grids(self, content: Content | None) -> list[tuple[int, int]]:
         """Rows and columns of visual tokens of each image of a side."""
@@ -209,6 +207,43 @@ def _identity(query: Content | None) -> Hashable:
     return (query.text, query.instruction, *images)
 
 
+@dataclass(frozen=True, slots=True)
+class _ChatTurns:
+    """Arguments of ``chat_style``; methods and not closures, which could not be pickled."""
+
+    prompt: RerankPrompt | None
+    system: str | None
+    marks: tuple[str, ...]
+    max_length: int
+
+    def side(self, content: Content | None) -> str:
+        images = IMAGE_BLOCK * len(content.images) if content else ""
+        return images + broken_up((content.text if content else None) or "", self.marks)
+
+    def render(self, query: Content | None, document: Content | None, task: str | None) -> Prompt:
+        asked = self.prompt or prompt_for(query)
+        before, between, after = asked.split()
+        turn = self.system if asked.system is None else asked.system
+        opening = f"<|im_start|>system\n{turn}<|im_end|>\n" if turn else ""
+        aim = f"Task: {broken_up(task, self.marks)}\n" if task else ""
+        text = broken_up((document.text if document else None) or "", self.marks)
+        images = IMAGE_BLOCK * len(document.images) if document else ""
+        return Prompt(
+            f"{opening}<|im_start|>user\n{aim}{before}{self.side(query)}{between}{images}",
+            text,
+            f"{after}{_ASSISTANT}",
+        )
+
+    def answers(self, query: Content | None) -> tuple[str, str]:
+        return (self.prompt or prompt_for(query)).answers
+
+    def encode(
+        self, tokenizer: PreTrainedTokenizerBase, asked: Prompt, counts: Sequence[int]
+    ) -> list[int]:
+        room = self.max_length - sum(counts) + len(counts)
+        return tokenize(tokenizer, asked, room, special=False)
+
+
 def chat_style(
     prompt: RerankPrompt | None, system: str | None, marks: Sequence[str], max_length: int
 ) -> Style:
@@ -218,32 +253,8 @@ def chat_style(
         system: the system turn where the prompt has none.
         marks: control tokens of the model, which lose their meaning in texts.
     """
-
-    def side(content: Content | None) -> str:
-        images = IMAGE_BLOCK * len(content.images) if content else ""
-        return images + broken_up((content.text if content else None) or "", marks)
-
-    def render(query: Content | None, document: Content | None, task: str | None) -> Prompt:
-        asked = prompt or prompt_for(query)
-        before, between, after = asked.split()
-        turn = system if asked.system is None else asked.system
-        opening = f"<|im_start|>system\n{turn}<|im_end|>\n" if turn else ""
-        aim = f"Task: {broken_up(task, marks)}\n" if task else ""
-        text = broken_up((document.text if document else None) or "", marks)
-        images = IMAGE_BLOCK * len(document.images) if document else ""
-        return Prompt(
-            f"{opening}<|im_start|>user\n{aim}{before}{side(query)}{between}{images}",
-            text,
-            f"{after}{_ASSISTANT}",
-        )
-
-    def encode(
-        tokenizer: PreTrainedTokenizerBase, asked: Prompt, counts: Sequence[int]
-    ) -> list[int]:
-        room = max_length - sum(counts) + len(counts)
-        return tokenize(tokenizer, asked, room, special=False)
-
-    return Style(render, lambda query: (prompt or prompt_for(query)).answers, encode)
+    turns = _ChatTurns(prompt, system, tuple(marks), max_length)
+    return Style(turns.render, turns.answers, turns.encode)
 
 
 def load_answer_scorer(

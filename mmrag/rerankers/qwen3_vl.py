@@ -51,6 +51,10 @@ def _side(content: Content | None) -> str:
     return IMAGE_BLOCK * len(content.images) + broken_up(content.text or "", PLACEHOLDERS)
 
 
+def _answers(query: Content | None) -> tuple[str, str]:
+    return "yes", "no"
+
+
 def encode(
     tokenizer: PreTrainedTokenizerBase,
     prompt: Prompt,
@@ -109,6 +113,6 @@ def load_qwen3_vl_scorer(
     )
     special = frozenset(tokenizer.all_special_ids)
     limited = partial(encode, special=special, max_length=max_length)
-    style = Style(rerank_prompt, lambda query: ("yes", "no"), limited)
+    style = Style(rerank_prompt, _answers, limited)
     asker = QwenAsker(model, tokenizer, rule, style, name)
     return LocalScorer(asker, name=name, token_budget=token_budget, workers=workers)

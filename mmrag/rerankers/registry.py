@@ -118,17 +118,25 @@ def load_scorer(
         return _at_server(str(model), base_url, api_key, asked, options)
     if api_key is not None:
         raise ConfigError("api_key is for a server: give its base_url.")
-    from mmrag.modeling.checkpoints import find_checkpoint
+    from mmrag.modeling.checkpoints import MARKER, find_checkpoint, read_json
     from mmrag.modeling.loading import place
 
     folder = find_checkpoint(model, revision)
-    known, chosen = all_rerankers(), kind or _kind(str(model), folder)
+    known, chosen = all_rerankers(), kind or kind_of(str(model), folder)
     if chosen not in known:
         raise ConfigError(f"kind={chosen!r} is not known: use one of {', '.join(known)}.")
     load: Callable[..., Scorer] = known[chosen].load()
     _check(load, options)
+    about = read_json(folder / MARKER)
+    own: dict[str, Any] = {}
+    if about.get("family") == chosen:
+        # A checkpoint made here keeps what it was trained with in mmrag.json.
+        own = {key: value for key, value in about.items() if key in _options(load)}
+        if asked is None and "prompt" in about:
+            words = tuple(about["prompt"]["answers"])
+            asked = RerankPrompt(**{**about["prompt"], "answers": words})
     placement = place(device, dtype, quantize=quantize, device_map=device_map)
-    return load(folder, placement, name=str(model), prompt=asked, **options)
+    return load(folder, placement, name=str(model), prompt=asked, **{**own, **options})
 
 
 def _at_server(
@@ -152,8 +160,8 @@ def _at_server(
     return RerankEndpoint(model, base_url.rstrip("/"), api_key=api_key, **options)
 
 
-def _kind(name: str, folder: Path) -> str:
-    """What a checkpoint is by its own word, by its published name, or by its architecture."""
+def kind_of(name: str, folder: Path) -> str:
+    """The kind of a checkpoint: by its own word, its published name, or its architecture."""
     from mmrag.modeling.chat import NATIVE
     from mmrag.modeling.checkpoints import MARKER, read_json
 
@@ -171,14 +179,15 @@ def _kind(name: str, folder: Path) -> str:
     return "qwen_chat" if config.get("model_type") in NATIVE else "chat"
 
 
-def _check(load: Callable[..., object], options: Mapping[str, Any]) -> None:
+def _options(load: Callable[..., object]) -> set[str]:
     # Given by load_scorer itself, and no options of the user.
     fixed = {"name", "prompt", "api_key"}
-    known = {
-        parameter.name
-        for parameter in inspect.signature(load).parameters.values()
-        if parameter.kind is inspect.Parameter.KEYWORD_ONLY
-    } - fixed
+    parameters = inspect.signature(load).parameters.values()
+    return {p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY} - fixed
+
+
+def _check(load: Callable[..., object], options: Mapping[str, Any]) -> None:
+    known = _options(load)
     if unknown := sorted(set(options) - known):
         able = ", ".join(sorted(known))
         raise ConfigError(f"{', '.join(unknown)}: unknown to this reranker; it takes {able}.")

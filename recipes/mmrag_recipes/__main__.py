@@ -13,7 +13,7 @@ import logging
 import sys
 from collections.abc import Sequence
 
-from mmrag_recipes import config, config_models
+from mmrag_recipes import config, config_models, config_reranker
 from mmrag_recipes.console import ends_cleanly
 from mmrag_recipes.options import Options, read_arguments
 
@@ -26,6 +26,9 @@ RECIPES: dict[str, type[Options]] = {
     "mine": config.MineConfig,
     "train": config.TrainConfig,
     "export": config.ExportConfig,
+    "train_reranker": config_reranker.TrainRerankerConfig,
+    "export_reranker": config_reranker.ExportRerankerConfig,
+    "evaluate_reranker": config_reranker.EvaluateRerankerConfig,
     "merge": config_models.MergeConfig,
     "project": config_models.ProjectConfig,
     "route": config_models.RouteConfig,
@@ -40,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the recipe that the first word names."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not words or words[0] not in RECIPES:
-        listing = [f"  {name:<18}{cls.__doc__}" for name, cls in RECIPES.items()]
+        listing = [f"  {name:<19}{cls.__doc__}" for name, cls in RECIPES.items()]
         print("\n".join(["usage: python -m mmrag_recipes RECIPE [options]", "", *listing]))
         raise SystemExit(0 if words in ([], ["--help"]) else f"error: no recipe {words[0]!r}")
     name = words[0]

@@ -1,7 +1,7 @@
 """2-D Matryoshka: vectors after inner layers, trained beside those after the last.
 
 A fixed list of pairs of layers and width, small to large, with the loss of each at every step
-(Starbucks, arXiv 2410.13230, section 3.2). What a pair gives is what ``load_embedder(layers=n)``
+(Starbucks, arXiv 2410.13230). What a pair gives is what ``load_embedder(layers=n)``
 gives: the states after layer n, through the decoder's final norm and the family's pooling.
 """
 

@@ -14,7 +14,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -30,18 +30,34 @@ from mmrag.embedders.saving import save_checkpoint
 from mmrag.errors import ConfigError, ModelError
 from mmrag.modeling.backbone import Backbone
 from mmrag.modeling.loading import check_keys
-from mmrag_recipes.config import ExportConfig, TrainConfig
+from mmrag_recipes.config import ExportConfig, RunConfig, TrainConfig
 from mmrag_recipes.evaluate import table
 from mmrag_recipes.options import build, read_file
 from mmrag_recipes.row_file import open_rows
-from mmrag_recipes.trainable import make_trainable, peft_config
+from mmrag_recipes.trainable import HasModel, make_trainable, peft_config
+
+C = TypeVar("C", bound=RunConfig)
 
 LEAST_COSINE = 0.9999
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _RELOAD = """
 import sys, numpy
 from mmrag_recipes.export import probe_vectors
 numpy.save(sys.argv[2], probe_vectors(sys.argv[1]))
 """
+
+
+def read_config(run: Path, cls: type[C]) -> C:
+    """The options of a finished run.
+
+    Raises:
+        ModelError: If the run is not finished.
+        ConfigError: If it is a run of another recipe.
+    """
+    final = run / "final"
+    if not (final / "trained.safetensors").is_file():
+        raise ModelError(f"{run}: there are no final weights; let the training finish first.")
+    return build(cls, read_file(final / "config.json"), str(final / "config.json"))
 
 
 def load_trained(run: Path) -> tuple[Backbone, TrainConfig]:
@@ -50,10 +66,7 @@ def load_trained(run: Path) -> tuple[Backbone, TrainConfig]:
     Raises:
         ModelError: If the run is not finished, or a trained weight has no place.
     """
-    final = run / "final"
-    if not (final / "trained.safetensors").is_file():
-        raise ModelError(f"{run}: there are no final weights; let the training finish first.")
-    config = build(TrainConfig, read_file(final / "config.json"), str(final / "config.json"))
+    config = read_config(run, TrainConfig)
     backbone = load_backbone(
         # Merging in half precision would round away what a small adapter learned.
         config.model,
@@ -62,10 +75,21 @@ def load_trained(run: Path) -> tuple[Backbone, TrainConfig]:
         dtype="float32",
         **config.limits,
     )
+    fill_trained(run, backbone, config)
+    return backbone, config
+
+
+def fill_trained(run: Path, trained: HasModel, config: RunConfig) -> None:
+    """Put the final weights of a run into the model that it began at, adapters merged.
+
+    Raises:
+        ModelError: If a trained weight has no place, or is not finite.
+    """
+    final = run / "final"
     # As in training, so that the weights of adapters have a place.
-    make_trainable(backbone, config)
+    make_trainable(trained, config)
     weights = load_file(final / "trained.safetensors")
-    parameters = {n: p for n, p in backbone.model.named_parameters() if p.requires_grad}
+    parameters = {n: p for n, p in trained.model.named_parameters() if p.requires_grad}
     check_keys(
         final,
         missing=parameters.keys() - weights.keys(),
@@ -79,9 +103,8 @@ def load_trained(run: Path) -> tuple[Backbone, TrainConfig]:
         )
     for name, value in weights.items():
         parameters[name].data.copy_(value)
-    merge_adapters(backbone.model)
-    backbone.model.eval()
-    return backbone, config
+    merge_adapters(trained.model)
+    trained.model.eval()
 
 
 def merge_adapters(model: torch.nn.Module) -> None:
@@ -124,10 +147,9 @@ def export(run: Path, out: Path, dtype: str = "float16", scores: Sequence[Path] 
     backbone, config = load_trained(run)
     # Of an adapter, the folder of its base: what describes the merged weights lies there.
     folders = find_folders(config.model)
-    kinds = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
     # The limits it was trained with: others would move its vectors.
     marker = {**read_marker(folders), **config.limits, **trained_sizes(config)}
-    save_checkpoint(backbone, folders[0], out, dtype=kinds[dtype], marker=marker)
+    save_checkpoint(backbone, folders[0], out, dtype=DTYPES[dtype], marker=marker)
     (out / "README.md").write_text(model_card(config, out.name, scores), encoding="utf-8")
     # A new process has nothing of this one: what is missing from the folder shows.
     check_in_fresh_process(out, probe_vectors(out, backbone))

@@ -153,8 +153,7 @@ def signs(vectors: Tensor) -> Tensor:
 
     Forward it is the sign of each number (0 counts as -1, as in Qdrant). Backward it is the
     derivative of tanh, which is largest where a sign is about to change (straight-through
-    estimator, arXiv 1308.3432, section 4; for retrieval Binary Embedding-based Retrieval, arXiv
-    2302.08714, section 3.2).
+    estimator, arXiv 1308.3432; for retrieval Binary Embedding-based Retrieval, arXiv 2302.08714).
     """
     vectors = vectors.float()
     # To a mean square of 1: tanh would be flat for long vectors, and a line for short ones.

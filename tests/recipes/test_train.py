@@ -21,6 +21,7 @@ from mmrag_recipes import loop as loop_module
 from mmrag_recipes.__main__ import main
 from mmrag_recipes.batches import Batch, Source, one_pass, plan, shard
 from mmrag_recipes.config import LoraConfig, TrainConfig
+from mmrag_recipes.config_reranker import TrainRerankerConfig
 from mmrag_recipes.data import documents_of, load_datasets
 from mmrag_recipes.options import SHIPPED, build, find_config, read_file
 from mmrag_recipes.row_file import Keys
@@ -356,7 +357,8 @@ def test_no_two_rows_of_a_page_share_a_batch():
 
 def test_the_shipped_configurations_are_valid():
     for path in sorted(SHIPPED.glob("*.toml")):
-        assert build(TrainConfig, read_file(path), path.name).data
+        options = TrainRerankerConfig if path.stem == "reranker" else TrainConfig
+        assert build(options, read_file(path), path.name).data
 
 
 def test_the_adapters_of_adapt_toml_fit_the_shipped_architecture(tmp_path):
