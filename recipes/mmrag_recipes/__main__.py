@@ -13,7 +13,7 @@ import logging
 import sys
 from collections.abc import Sequence
 
-from mmrag_recipes import config, config_models, config_reranker
+from mmrag_recipes import config, config_generator, config_models, config_reranker
 from mmrag_recipes.console import ends_cleanly
 from mmrag_recipes.options import Options, read_arguments
 
@@ -29,6 +29,7 @@ RECIPES: dict[str, type[Options]] = {
     "train_reranker": config_reranker.TrainRerankerConfig,
     "export_reranker": config_reranker.ExportRerankerConfig,
     "evaluate_reranker": config_reranker.EvaluateRerankerConfig,
+    "generator_rows": config_generator.GeneratorRowsConfig,
     "merge": config_models.MergeConfig,
     "project": config_models.ProjectConfig,
     "route": config_models.RouteConfig,

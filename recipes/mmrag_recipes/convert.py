@@ -246,7 +246,7 @@ def from_pdfs(
     pages: dict[tuple[str, int], Item] = {}
     for name in sorted({page["file"] for q in asked for page in q.get("pages", ())}):
         errors: list[ReadError] = []
-        for number, item in _pages(pdfs / name, store, items, errors):
+        for number, item in pages_of(pdfs / name, store, items, errors):
             pages[name, number] = item
         yield from (str(error) for error in errors)
 
@@ -268,7 +268,7 @@ def from_pdfs(
     yield from _each(asked, convert)
 
 
-def _pages(
+def pages_of(
     path: Path, store: ImageStore, items: str, errors: list[ReadError]
 ) -> Iterator[tuple[int, Item]]:
     """Number and item of each page of a file that has what is asked for."""
