@@ -19,7 +19,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from mmrag.answering.response import SENTINEL
 from mmrag.embedders import load_embedder
 from mmrag.embedders.base import Embedder
-from mmrag.errors import ContentError, ReadError
+from mmrag.errors import ContentError
 from mmrag.evaluation.questions import Page, Question, read_questions
 from mmrag.prompting import sanitize
 from mmrag.reading import find_files
@@ -63,12 +63,13 @@ class Chat:
 def read_pages(pdfs: Path, store: ImageStore) -> dict[Page, Item]:
     """Every page of a folder of PDFs, with its image and its text; what is unreadable is said."""
     pages: dict[Page, Item] = {}
-    for path in find_files([pdfs]).files:
-        errors: list[ReadError] = []
+    found = find_files([pdfs])
+    errors = list(found.errors)
+    for path in found.files:
         for number, item in pages_of(path, store, "fused", errors):
             pages[path.name, number] = item
-        for error in errors:
-            logger.warning("not read: %s", error)
+    for error in errors:
+        logger.warning("not read: %s", error)
     return pages
 
 
@@ -147,19 +148,28 @@ def chat_of(
         raise ContentError("there is no page beside the right ones; give more files or pages.")
     # A place that is always the same would give the right page away.
     order = chance.sample([*right, *wrong], len(right) + len(wrong))
-    shown: list[tuple[str, bool]] = []
-    for number, page in enumerate(order, 1):
-        item = pages[page]
-        shown.append((f"[{number}]", False))
-        if options.items != "text" and item.image:
-            shown += [(name, True) for name in item.images]
-        if options.items != "image" and item.text:
-            shown.append((sanitize(item.text), False))
+    shown = [
+        part
+        for number, page in enumerate(order, 1)
+        for part in parts_of(number, pages[page], options.items)
+    ]
     asked = options.template.replace("{refusal}", options.refusal)
     shown.append((asked.replace("{question}", sanitize(question.text)), False))
     cited = "".join(f"[{order.index(page) + 1}]" for page in right) if options.cite else ""
     answer = f"{question.answer} {cited}".strip() if right else options.refusal
     return Chat(question.id, kind, tuple(shown), answer)
+
+
+def parts_of(
+    number: int, page: Item, items: Literal["image", "text", "fused"]
+) -> list[tuple[str, bool]]:
+    """What is shown of a page: its number, its image and its text."""
+    parts = [(f"[{number}]", False)]
+    if items != "text":
+        parts += [(name, True) for name in page.images]
+    if items != "image" and page.text:
+        parts.append((sanitize(page.text), False))
+    return parts
 
 
 def swift(chat: Chat) -> dict[str, Any]:
