@@ -99,6 +99,15 @@ class Hit(NodeWithScore):
         return "Hit"
 
 
+def explained(hit: Hit) -> dict[str, Any]:
+    """For JSON, what each ranking contributed, and the nodes found; empty if not asked for."""
+    if hit.explanation is None:
+        return {}
+    rankings = {name: part.model_dump() for name, part in hit.explanation.items()}
+    evidence = [node.model_dump() for node in hit.evidence]
+    return {"explanation": {"rankings": rankings, "evidence": evidence}}
+
+
 def as_hit(found: NodeWithScore) -> Hit:
     """The hit itself, or one made from what another retriever found."""
     if isinstance(found, Hit):

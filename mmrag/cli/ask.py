@@ -29,16 +29,20 @@ from mmrag.cli.options import (
 )
 from mmrag.cli.progress import Step, working
 from mmrag.cli.reranking import RerankOption, rerankers
+from mmrag.cli.serving import server_of
 
 if TYPE_CHECKING:
     from mmrag.answering.context import Source
     from mmrag.answering.engine import CitedQueryEngine
     from mmrag.answering.planning import PlanningQueryEngine
     from mmrag.answering.response import CitedResponse
-    from mmrag.server.client import ServerClient
+
+# What a server has been told when it was started.
+_OF_THE_SERVER = ["llm", "base_url", "context_window", "no_images", "rerank", "plan", "embedder"]
 
 
 def ask(
+    context: typer.Context,
     question: Annotated[str | None, typer.Argument(help="A question in any language.")] = None,
     image: ImageOption = None,
     llm: LLMOption = None,
@@ -78,13 +82,11 @@ def ask(
         with working() as step:
             step(f"Opening {collection}")
             from mmrag.queries import MultimodalQuery
-            from mmrag.server.client import find_server
 
             where = where_from(file, pages, kind, condition)
             query = MultimodalQuery(text, image=image, where=where, top_k=top_k)
-            server = find_server(collection)
+            server = server_of(collection, context, *_OF_THE_SERVER)
             if server is not None:
-                note_ignored(server, llm=llm, base_url=base_url, rerank=rerank, plan=plan)
                 step(f"Asking {server.address.url}")
                 streaming = live
                 response = _finished(server.ask(query)[1], step, live=live)
@@ -136,16 +138,6 @@ def _planned(engine: CitedQueryEngine) -> PlanningQueryEngine:
     from mmrag.answering.planning import PlanningQueryEngine
 
     return PlanningQueryEngine(engine)
-
-
-def note_ignored(server: ServerClient, **options: object) -> None:
-    """Say which options a running server does not take."""
-    given = [f"--{name.replace('_', '-')}" for name, value in options.items() if value]
-    if given:
-        say(
-            f"The server at {server.address.url} holds the collection and answers as it was "
-            f"started; ignored here: {', '.join(given)}."
-        )
 
 
 def _finished(reply: object, step: Step, *, live: bool) -> CitedResponse:

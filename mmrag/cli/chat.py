@@ -28,6 +28,7 @@ from mmrag.cli.options import (
     open_library,
 )
 from mmrag.cli.progress import working
+from mmrag.cli.serving import server_of
 from mmrag.errors import EndpointError, MMRagError, ReadError
 
 if TYPE_CHECKING:
@@ -52,6 +53,7 @@ _COLUMNS = 72  # of an image in the terminal
 
 
 def chat(
+    context: typer.Context,
     collection: CollectionOption = DEFAULT_COLLECTION,
     llm: LLMOption = None,
     base_url: BaseURLOption = None,
@@ -64,11 +66,9 @@ def chat(
     with errors(debug), contextlib.ExitStack() as stack:
         with working() as step:
             step(f"Opening {collection}")
-            from mmrag.server.client import find_server
-
             ask: Ask
-            # Options that a server would ignore ask for a model of their own.
-            server = None if llm or base_url or embedder else find_server(collection)
+            options = ("llm", "base_url", "context_window", "no_images", "embedder")
+            server = server_of(collection, context, *options)
             if server is not None:
                 ask = server.ask
                 say(f"Asking the server at {server.address.url}.")

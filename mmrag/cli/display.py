@@ -94,7 +94,7 @@ def hits_view(hits: Sequence[Hit], query: str) -> RenderableType:
 
 def hit_row(hit: Hit, query: str) -> dict[str, Any]:
     """A hit for JSON."""
-    from mmrag.nodes import document_name, given_metadata, page_name
+    from mmrag.nodes import document_name, explained, given_metadata, page_name
 
     values = hit.metadata
     described = {"description": hit.description, "described_by": hit.described_by}
@@ -111,17 +111,8 @@ def hit_row(hit: Hit, query: str) -> dict[str, Any]:
             "metadata": given_metadata(values),
         }
         | (described if hit.description else {})
-        | _explained(hit)
+        | explained(hit)
     )
-
-
-def _explained(hit: Hit) -> dict[str, Any]:
-    """For JSON, what each ranking contributed, and the nodes found; empty if it was not asked."""
-    if hit.explanation is None:
-        return {}
-    rankings = {name: part.model_dump() for name, part in hit.explanation.items()}
-    evidence = [node.model_dump() for node in hit.evidence]
-    return {"explanation": {"rankings": rankings, "evidence": evidence}}
 
 
 def marked(text: str, query: str) -> Text:

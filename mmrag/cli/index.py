@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -25,16 +25,24 @@ from mmrag.cli.options import (
     open_library,
 )
 from mmrag.cli.progress import indexing, working
+from mmrag.cli.serving import server_of
 
 if TYPE_CHECKING:
     from mmrag.embedders.late import LateInteraction
     from mmrag.index import UniversalIndex
-    from mmrag.ingest.progress import IngestReport
+    from mmrag.ingest.progress import IngestReport, Progress
+    from mmrag.server.client import ServerClient
 
+# A server has opened its collection and loaded its models already.
+_NOT_BY_A_SERVER = (
+    *("embedder", "language", "ocr", "late", "pool_factor", "muvera"),
+    *("describe", "base_url", "quantization", "watch"),
+)
 STOPPED = "Stopped. What is finished is kept; run the same command to go on."
 
 
 def index(
+    context: typer.Context,
     paths: Annotated[
         list[str], typer.Argument(metavar="PATH_OR_URL...", help="Files, folders and URLs.")
     ],
@@ -111,6 +119,11 @@ def index(
             # Given only when asked for: a collection keeps the options that built it.
             reading = ReadOptions(ocr=ocr) if ocr else None
             metadata = metadata_from(meta)
+            if (server := server_of(collection, context, *_NOT_BY_A_SERVER)) is not None:
+                step(f"Indexing at {server.address.url}")
+                step.stop()
+                _finish(_at_server(server, paths, prune, metadata), as_json)
+                return
             if watch:
                 from mmrag.ingest.watch import require
 
@@ -136,10 +149,35 @@ def index(
                     report = add(list(paths), progress=progress, prune=prune or watch)
                 if watch:
                     _watch(library, add, paths, report, as_json)
-        _show(report, as_json)
-        # A status of its own: a script may go on although some file could not be read.
-        if report.failed or report.errors:
-            raise typer.Exit(NOTHING)
+        _finish(report, as_json)
+
+
+def _at_server(
+    server: ServerClient, paths: list[str], prune: bool, metadata: Mapping[str, Any] | None
+) -> IngestReport:
+    """Have a server index files that it can read itself, and show how far it is."""
+    n_waits = 0
+    with indexing() as progress:
+
+        def show(now: Progress | None) -> None:
+            nonlocal n_waits
+            if now is not None:
+                progress(now)
+                return
+            n_waits += 1
+            # The first comes at once, whether or not there is anything to wait for.
+            if n_waits == 2:
+                say("Waiting: the server is indexing other files.")
+
+        return server.index(paths, show, prune=prune, metadata=metadata)
+
+
+def _finish(report: IngestReport, as_json: bool) -> None:
+    """Show the report, and end with its status."""
+    _show(report, as_json)
+    # A status of its own: a script may go on although some file could not be read.
+    if report.failed or report.errors:
+        raise typer.Exit(NOTHING)
 
 
 def _show(report: IngestReport, as_json: bool) -> None:

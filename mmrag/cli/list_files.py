@@ -12,6 +12,7 @@ from mmrag.cli.options import (
     open_library,
 )
 from mmrag.cli.progress import working
+from mmrag.cli.serving import server_of
 
 
 def list_files(
@@ -23,13 +24,15 @@ def list_files(
     with errors(debug):
         with working() as step:
             step(f"Opening {collection}")
-            with open_library(collection) as library:
-                files = library.files()
-                settings = library.collection.settings
+            if (server := server_of(collection)) is not None:
+                embedder, files = server.files()
+            else:
+                with open_library(collection) as library:
+                    embedder, files = library.collection.settings.embedder, library.files()
         if as_json:
             rows = [vars(entry) | {"errors": list(entry.errors)} for entry in files]
-            print_json({"collection": collection, "embedder": settings.embedder, "files": rows})
+            print_json({"collection": collection, "embedder": embedder, "files": rows})
             return
         total = sum(entry.pages for entry in files)
-        title = f"{len(files)} files, {total} pages, embedded by {settings.embedder}"
+        title = f"{len(files)} files, {total} pages, embedded by {embedder}"
         show(display.files_view(files, title))

@@ -108,8 +108,10 @@ def open_library(
 
     None: what the collection was built with.
     """
+    from mmrag.cli.serving import need_no_server
     from mmrag.index import UniversalIndex
 
+    need_no_server(collection)
     key = os.environ.get("QDRANT_API_KEY")
     with UniversalIndex(
         collection,

@@ -17,6 +17,7 @@ from mmrag.cli.options import (
     open_library,
 )
 from mmrag.cli.progress import working
+from mmrag.cli.serving import server_of
 
 
 def remove(
@@ -33,9 +34,13 @@ def remove(
             step(f"Opening {collection}")
             from mmrag.store.matching import matching_paths
 
-            with open_library(collection) as library:
+            if (server := server_of(collection)) is not None:
                 step("Removing")
-                removed = library.remove(*patterns)
+                removed = server.remove(patterns)
+            else:
+                with open_library(collection) as library:
+                    step("Removing")
+                    removed = library.remove(*patterns)
         if as_json:
             print_json({"removed": removed})
         for path in () if as_json else removed:

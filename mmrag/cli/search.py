@@ -7,7 +7,6 @@ from typing import Annotated
 import typer
 
 from mmrag.cli import display
-from mmrag.cli.ask import note_ignored
 from mmrag.cli.console import NOTHING, errors, print_json, show
 from mmrag.cli.options import (
     DEFAULT_COLLECTION,
@@ -25,9 +24,11 @@ from mmrag.cli.options import (
     where_from,
 )
 from mmrag.cli.progress import working
+from mmrag.cli.serving import server_of
 
 
 def search(
+    context: typer.Context,
     query: Annotated[str | None, typer.Argument(help="What to look for.")] = None,
     image: ImageOption = None,
     top_k: Annotated[int, typer.Option("--top-k", "-k", min=1, help="Pages to show.")] = 8,
@@ -49,16 +50,13 @@ def search(
         with working() as step:
             step(f"Opening {collection}")
             from mmrag.queries import MultimodalQuery
-            from mmrag.server.client import find_server
 
             where = where_from(file, pages, kind, condition)
-            # A server has its embedder loaded, and would ignore this one.
-            server = None if embedder else find_server(collection)
+            server = server_of(collection, context, "embedder")
             if server is not None:
-                note_ignored(server, explain=explain)
                 step(f"Searching at {server.address.url}")
                 asked = MultimodalQuery(query or "", image=image, where=where, top_k=top_k)
-                hits = server.search(asked)
+                hits = server.search(asked, explain=explain)
             else:
                 with open_library(collection, embedder) as library:
                     step("Loading the embedder")

@@ -13,6 +13,7 @@ from mmrag.cli.console import EXIT_CODES, errors, print_json, show
 from mmrag.cli.display import clean, plain_table
 from mmrag.cli.options import DEFAULT_COLLECTION, CollectionOption, DebugOption, JsonOption
 from mmrag.cli.progress import working
+from mmrag.cli.serving import need_no_server, server_of
 
 if TYPE_CHECKING:
     from mmrag.store.snapshots import Snapshot, Snapshots
@@ -39,7 +40,8 @@ def create(
     with errors(debug):
         with working() as step:
             step(f"Keeping {collection}")
-            made = _of(collection).create(name)
+            server = server_of(collection)
+            made = server.create_snapshot(name) if server else _of(collection).create(name)
         _done(made, "kept", as_json)
 
 
@@ -81,6 +83,7 @@ def restore(
     with errors(debug, "Stopped. The collection is as before, or restored."):
         with working() as step:
             step(f"Restoring {collection}")
+            need_no_server(collection)
             restored = _of(collection).restore(name)
         _done(restored, "restored", as_json)
 

@@ -7,6 +7,7 @@ import os
 from mmrag.cli.console import errors, print_json, show
 from mmrag.cli.options import DEFAULT_COLLECTION, CollectionOption, DebugOption, JsonOption
 from mmrag.cli.progress import working
+from mmrag.cli.serving import need_no_server
 
 
 def upgrade(
@@ -20,6 +21,7 @@ def upgrade(
     """
     with errors(debug, "Stopped. Run the same command again to continue."):
         with working() as step:
+            need_no_server(collection)
             step(f"Rebuilding the terms of {collection}")
             from mmrag.store.collection import Collection
 

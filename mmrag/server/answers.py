@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 from llama_index.core.schema import BaseNode, NodeWithScore
 
-from mmrag.nodes import as_hit, document_name, given_metadata, node_image, node_text, page_name
+from mmrag.nodes import (
+    as_hit,
+    document_name,
+    explained,
+    given_metadata,
+    node_image,
+    node_text,
+    page_name,
+)
 from mmrag.queries import MultimodalQuery
 from mmrag.server.library import Library
 from mmrag.server.links import page_image_url, view_url
@@ -33,6 +41,7 @@ def hit_row(hit: NodeWithScore, collection: str, base: str) -> dict[str, Any]:
         "text": node_text(hit.node)[:_LONGEST_TEXT],
         "description": found.description,
         "described_by": found.described_by,
+        **explained(found),
         **_place(hit.node, boxes, collection, base),
     }
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import os
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,8 +19,11 @@ from mmrag.server.address import Address, find_address
 if TYPE_CHECKING:
     from mmrag.answering.context import Source
     from mmrag.answering.response import CitedResponse, CitedStreamingResponse
+    from mmrag.ingest.progress import IngestReport, Progress
     from mmrag.nodes import Hit
     from mmrag.queries import MultimodalQuery
+    from mmrag.store.entries import FileEntry
+    from mmrag.store.snapshots import Snapshot
 
 _PATIENCE = httpx.Timeout(120.0, connect=2.0)  # seconds
 
@@ -49,11 +52,68 @@ class ServerClient:
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         self._http = httpx.Client(base_url=address.url, headers=headers, timeout=_PATIENCE)
 
-    def search(self, query: MultimodalQuery) -> list[Hit]:
+    def search(self, query: MultimodalQuery, *, explain: bool = False) -> list[Hit]:
         """The pages nearest to a query. Raises EndpointError if the server refuses."""
-        with self._answer("/api/search", self._body(query)) as reply:
-            reply.read()
-            return [_hit(row) for row in reply.json()["hits"]]
+        found = self._json("POST", "/api/search", {**self._body(query), "explain": explain})
+        return [_hit(row) for row in found["hits"]]
+
+    def files(self) -> tuple[str, list[FileEntry]]:
+        """The embedder's name and the indexed files. Raises EndpointError as ``search``."""
+        from mmrag.store.entries import FileEntry
+
+        found = self._json("GET", "/api/files")
+        return found["embedder"], [FileEntry.from_payload(row) for row in found["files"]]
+
+    def remove(self, patterns: Sequence[str]) -> list[str]:
+        """Forget files by path, name or glob; returns their paths. Raises as ``search``."""
+        from mmrag.store.matching import matching_paths
+
+        ids = {entry.file: entry.sha256 for entry in self.files()[1]}
+        paths = matching_paths(patterns, list(ids))
+        for path in paths:
+            self._json("DELETE", f"/api/files/{ids[path]}")
+        return paths
+
+    def index(
+        self,
+        paths: Sequence[str | Path],
+        progress: Callable[[Progress | None], None],
+        *,
+        prune: bool = False,
+        metadata: Mapping[str, Any] | None = None,
+    ) -> IngestReport:
+        """Index files of this machine, and URLs. Leaving it by an exception ends the run at the next batch.
+
+        progress: called about once a second, with None while other files are being indexed.
+
+        Raises:
+            EndpointError: If the server refuses, or stops.
+        """
+        from mmrag.ingest.progress import Progress
+        from mmrag.reading.files import is_url
+        from mmrag.server.indexing import report_from
+
+        body = {
+            # The server has another working directory.
+            "paths": [str(path if is_url(path) else Path(path).absolute()) for path in paths],
+            "secret": self.address.secret,
+            "prune": prune,
+            "metadata": metadata,
+            "collection": self.address.collection,
+        }
+        for name, data in self._events("/api/index", body):
+            if name == "report":
+                return report_from(data)
+            if name != "started":
+                progress(Progress(**data) if name == "progress" else None)
+        raise EndpointError(f"{self.address.url} stopped before the files were indexed.")
+
+    def create_snapshot(self, name: str | None) -> Snapshot:
+        """Keep a version of the collection. Raises EndpointError as ``search``."""
+        from mmrag.store.snapshots import Snapshot
+
+        body = {"name": name, "collection": self.address.collection}
+        return Snapshot(**self._json("POST", "/api/snapshots", body))
 
     def ask(
         self, query: MultimodalQuery, history: Sequence[tuple[str, str]] = ()
@@ -62,7 +122,7 @@ class ServerClient:
         from mmrag.answering.response import CitedStreamingResponse
 
         turns = [{"role": role, "content": text} for role, text in history]
-        events = self._events({**self._body(query), "history": turns})
+        events = self._events("/api/ask", {**self._body(query), "history": turns})
         # The sources come first, so that they can be shown while the answer is written.
         name, begun = next(events)
         assert name == "sources"
@@ -72,8 +132,6 @@ class ServerClient:
             for name, data in events:
                 if name == "token":
                     yield data["text"]
-                elif name == "error":
-                    raise EndpointError(f"The server: {data['error']['message']}")
                 else:
                     final.update(data)
 
@@ -100,19 +158,31 @@ class ServerClient:
             "filters": where.filters.model_dump(mode="json") if where and where.filters else None,
         }
 
-    def _events(self, body: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-        with self._answer("/api/ask", body) as reply:
+    def _json(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> Any:
+        with self._answer(method, path, body) as reply:
+            reply.read()
+            return reply.json()
+
+    def _events(self, path: str, body: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+        with self._answer("POST", path, body) as reply:
             name = ""
             for line in reply.iter_lines():
                 if line.startswith("event: "):
                     name = line.removeprefix("event: ")
                 elif line.startswith("data: "):
-                    yield name, json.loads(line.removeprefix("data: "))
+                    data = json.loads(line.removeprefix("data: "))
+                    if name == "error":
+                        raise EndpointError(f"The server: {data['error']['message']}")
+                    yield name, data
 
     @contextmanager
-    def _answer(self, path: str, body: Mapping[str, Any]) -> Iterator[httpx.Response]:
+    def _answer(
+        self, method: str, path: str, body: Mapping[str, Any] | None
+    ) -> Iterator[httpx.Response]:
+        # Where there is no body, the collection is a part of the address.
+        params = {"collection": self.address.collection} if body is None else None
         try:
-            with self._http.stream("POST", path, json=body) as reply:
+            with self._http.stream(method, path, json=body, params=params) as reply:
                 if reply.is_error:
                     reply.read()
                     raise EndpointError(f"{self.address.url}: {_error_message(reply)}")
@@ -148,6 +218,7 @@ def _hit(row: Mapping[str, Any]) -> Hit:
     metadata |= {**row.get("metadata", {}), "sha256": row["file_id"]}
     node = TextNode(text=row["text"], metadata=metadata)
     box = tuple(row["boxes"][0]) if row["boxes"] else None
+    how = row.get("explanation") or {}
     return Hit(
         node=node,
         score=row.get("score"),
@@ -155,6 +226,8 @@ def _hit(row: Mapping[str, Any]) -> Hit:
         box=box,
         description=row.get("description"),
         described_by=row.get("described_by"),
+        explanation=how.get("rankings"),
+        evidence=how.get("evidence", []),
     )
 
 

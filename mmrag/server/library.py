@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +23,7 @@ from mmrag.server.uploads import clean_incoming
 from mmrag.server.watching import Watcher
 from mmrag.store.collection import Collection, FileEntry
 from mmrag.store.restoring import UPLOADS, beside_images
+from mmrag.store.snapshots import Snapshot
 
 if TYPE_CHECKING:
     from llama_index.core.llms import LLM
@@ -68,6 +71,8 @@ class Library:
         self.index = index
         self.uploads = uploads
         self.folder = folder
+        # Commands of this machine read it from the folder.
+        self.secret = "" if folder is None else secrets.token_urlsafe(32)
         self.answering = answering
         self.writer = Writer(index)
         self._watcher: Watcher | None = None
@@ -80,9 +85,9 @@ class Library:
         """The open collection."""
         return self.index.collection
 
-    def search(self, query: MultimodalQuery) -> list[NodeWithScore]:
-        """The pages nearest to a query, best first."""
-        return self.index.as_retriever().retrieve(query)
+    def search(self, query: MultimodalQuery, *, explain: bool = False) -> list[NodeWithScore]:
+        """The pages nearest to a query, best first; ``explain`` adds how each was found."""
+        return self.index.as_retriever(explain=explain).retrieve(query)
 
     def ask(
         self, query: MultimodalQuery, history: Sequence[tuple[str, str]] = ()
@@ -110,11 +115,10 @@ class Library:
     def file_rows(self) -> list[dict[str, Any]]:
         """The files for JSON. uploaded: removing it deletes it too."""
         return [
-            {
+            vars(entry)
+            | {
                 "id": entry.sha256,
-                "file": entry.file,
                 "name": Path(entry.file).name,
-                "pages": entry.pages,
                 "errors": list(entry.errors),
                 "uploaded": self.is_upload(entry),
             }
@@ -143,6 +147,24 @@ class Library:
             ApiError: 409 while files are being indexed.
         """
         entry = self.file(file_id)
+        with self._writing():
+            # The file first: one that stayed behind would be indexed again at the next start.
+            if self.is_upload(entry):
+                entry.path.unlink(missing_ok=True)
+            self.collection.remove_file(file_id)
+        return entry
+
+    def create_snapshot(self, name: str | None) -> Snapshot:
+        """Keep the collection as it is; searches go on meanwhile.
+
+        Raises:
+            ApiError: 409 while files are being indexed.
+        """
+        with self._writing():
+            return self.collection.snapshots.create(name)
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
         # Short, since it holds a thread of the pool; a long run of indexing is reported instead.
         if not self.writer.lock.acquire(timeout=5):
             raise ApiError(
@@ -152,13 +174,9 @@ class Library:
                 {"Retry-After": "5"},
             )
         try:
-            # The file first: one that stayed behind would be indexed again at the next start.
-            if self.is_upload(entry):
-                entry.path.unlink(missing_ok=True)
-            self.collection.remove_file(file_id)
+            yield
         finally:
             self.writer.lock.release()
-        return entry
 
     def watch(self, folders: Sequence[Path]) -> None:
         """Index folders, and their changes as they come.
@@ -176,7 +194,7 @@ class Library:
     def announce(self, url: str) -> None:
         """Let commands on this machine find the server."""
         if self.folder is not None:
-            write_address(self.folder, Address(url, self.name))
+            write_address(self.folder, Address(url, self.name, self.secret))
 
     def close(self) -> None:
         """Stop indexing and release the collection."""

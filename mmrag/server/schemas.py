@@ -65,6 +65,19 @@ class AskRequest(SearchRequest):
     stream: bool = True
 
 
+class FindRequest(SearchRequest):
+    """A search whose pages are the result; ``explain`` says what each ranking contributed."""
+
+    explain: bool = False
+
+
+class SnapshotRequest(BaseModel):
+    """A version of a collection to keep; without a name, date and time are its name."""
+
+    name: str | None = None
+    collection: str | None = None
+
+
 class SessionRequest(BaseModel):
     """An API key that is traded for a session of the web page."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncIterator, Callable, Generator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Annotated, TypeVar
 
@@ -46,9 +47,14 @@ class ServerState:
         async with self.gate.admit():
             return await to_thread.run_sync(work)
 
-    async def stream(self, items: Generator[T, None, None]) -> AsyncIterator[T]:
-        """Items that are made in threads, in one slot that ends with the last, or the reader."""
-        async with self.gate.admit():
+    async def stream(
+        self, items: Generator[T, None, None], *, slot: bool = True
+    ) -> AsyncIterator[T]:
+        """Items that are made in threads, in one slot that ends with the last, or the reader.
+
+        slot: False for what waits more than it works, for minutes.
+        """
+        async with self.gate.admit() if slot else nullcontext():
             try:
                 # One item at a time in a thread: the loop stays free, and a reader who leaves stops
                 # the model.

@@ -113,7 +113,8 @@ def listening(make_client):
     running = []
 
     def start(**options):
-        app = make_client(**options).app
+        client = make_client(**options)
+        app, start.libraries = client.app, client.libraries
         server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
         listener = socket.socket()
         listener.bind(("127.0.0.1", 0))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 from anyio import to_thread
@@ -11,7 +12,8 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from mmrag.server.answers import answer_events, answer_row, hit_row
 from mmrag.server.errors import ApiError
 from mmrag.server.guard import SESSION_COOKIE
-from mmrag.server.schemas import AskRequest, SearchRequest, SessionRequest, query_of
+from mmrag.server.indexing import IndexRequest, index_events
+from mmrag.server.schemas import AskRequest, FindRequest, SessionRequest, SnapshotRequest, query_of
 from mmrag.server.sse import HEADERS, encoded
 from mmrag.server.state import Server
 
@@ -40,11 +42,11 @@ async def collections(server: Server) -> dict[str, Any]:
 
 
 @router.post("/search")
-async def search(body: SearchRequest, request: Request, server: Server) -> dict[str, Any]:
+async def search(body: FindRequest, request: Request, server: Server) -> dict[str, Any]:
     """The pages nearest to a text, an image, or both."""
     library = server.libraries.get(body.collection)
     query = query_of(body, server.image_limits)
-    hits = await server.run(lambda: library.search(query))
+    hits = await server.run(lambda: library.search(query, explain=body.explain))
     base = server.base(request)
     return {"query": body.query, "hits": [hit_row(hit, library.name, base) for hit in hits]}
 
@@ -65,6 +67,25 @@ async def ask(body: AskRequest, request: Request, server: Server) -> Response:
         media_type="text/event-stream",
         headers=HEADERS,
     )
+
+
+@router.post("/index")
+async def index(body: IndexRequest, server: Server) -> Response:
+    """Index files of this machine, for who may read the collection's folder; see ``indexing``."""
+    library = server.libraries.get(body.collection)
+    events = server.stream(index_events(library, body), slot=False)
+    return StreamingResponse(
+        await encoded(events, error_name="error"),
+        media_type="text/event-stream",
+        headers=HEADERS,
+    )
+
+
+@router.post("/snapshots", status_code=201)
+async def snapshot(body: SnapshotRequest, server: Server) -> dict[str, Any]:
+    """Keep the collection as it is now."""
+    library = server.libraries.get(body.collection)
+    return asdict(await to_thread.run_sync(library.create_snapshot, body.name))
 
 
 @router.post("/session")

@@ -27,6 +27,7 @@ async def list_files(server: Server, name: InCollection = None) -> dict[str, Any
     rows = await to_thread.run_sync(library.file_rows)
     return {
         "collection": library.name,
+        "embedder": library.collection.settings.embedder,
         "files": rows,
         "unread": [
             {"file": file, "name": FilePath(file).name, "errors": errors}
