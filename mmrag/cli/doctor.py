@@ -32,8 +32,19 @@ def doctor(
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Compare every point of the collection with its checksum, and count what is missing."""
+    """Say what runs here and what can be reached, and check every point of the collection.
+
+    Each point is compared with its checksum, and what is missing is counted.
+    """
     with errors(debug):
+        with working() as step:
+            from mmrag.cli.machine import machine, machine_lines
+
+            about = machine(collection, step)
+            step.stop()
+            if not as_json:
+                # At once: it is of use also where the collection cannot be opened.
+                show(*(Text(clean(line)) for line in machine_lines(about)))
         with working() as step:
             step(f"Opening {collection}")
             with open_library(collection) as library:
@@ -50,6 +61,7 @@ def doctor(
             print_json(
                 {
                     "collection": collection,
+                    "machine": about,
                     "found": _row(found),
                     "left": _row(left) | {"untraced": n_untraced},
                 }
@@ -83,7 +95,7 @@ def _print(found: Examination, left: Examination, repair: bool, n_untraced: int)
             )
     elif found.damaged:
         lines += ["Run mmrag doctor --repair; the files are read again."]
-    show(*(Text(clean(line)) for line in lines or ["Nothing is damaged."]))
+    show(*(Text(clean(line)) for line in ["", *(lines or ["Nothing is damaged."])]))
 
 
 def _lines(found: Examination) -> Iterator[str]:

@@ -6,6 +6,7 @@ those of the model and refuses anything but a perfect match.
 
 from __future__ import annotations
 
+import os
 import pickle
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -86,6 +87,16 @@ def place(
     attention = "flash_attention_2" if flash else "sdpa"
     compiling = _check_compile(compile, quantize, device_map)
     return Placement(chosen, precision, attention, quantize, device_map, compiling)
+
+
+def device_name() -> str:
+    """The device that models run on unless told otherwise, and its memory: ``cpu, 8 cores``."""
+    device = _best_device()
+    if device != "cuda":
+        return f"{device}, {os.cpu_count()} cores"
+    free, total = torch.cuda.mem_get_info()
+    name = torch.cuda.get_device_name()
+    return f"cuda, {name}, {free / 1e9:.1f} of {total / 1e9:.1f} GB free"
 
 
 def _best_device() -> str:
