@@ -82,7 +82,9 @@ class ServerClient:
         prune: bool = False,
         metadata: Mapping[str, Any] | None = None,
     ) -> IngestReport:
-        """Index files of this machine, and URLs. Leaving it by an exception ends the run at the next batch.
+        """Index files of this machine, and URLs.
+
+        An exception of ``progress``, or Ctrl-C, ends the run at the next batch.
 
         progress: called about once a second, with None while other files are being indexed.
 
