@@ -31,7 +31,7 @@ def test_the_notebook_runs():
     assert "handbook.pdf, page" in said["engine = index.as_query_engine()"]
     filtered = said["from llama_index.core.vector_stores import MetadataFilter, MetadataFilters"]
     assert "handbook.pdf" in filtered and "season-report.pdf" not in filtered
-    assert "('handbook.pdf', 4, " in said["from collections.abc import Generator"]
+    assert "[1] handbook.pdf, page 4" in said["from collections.abc import Generator"]
     images = [
         output
         for cell in code
