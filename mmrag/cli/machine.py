@@ -92,6 +92,7 @@ def _memory() -> dict[str, float] | None:
 
 
 def _disk(folder: Path) -> float:
+    # A collection that is not made yet goes to the disk of the folder above it.
     there = next(each for each in (folder, *folder.parents) if each.exists())
     return shutil.disk_usage(there).free / 1e9
 

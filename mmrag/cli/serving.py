@@ -29,6 +29,7 @@ def server_of(
     server = find_server(collection)
     if server is None:
         return None
+    # By source and not by value: a default that was typed is wanted too.
     sources = {option: context and context.get_parameter_source(option) for option in options}
     typed = [name for name, source in sources.items() if source and source.name == "COMMANDLINE"]
     if typed:

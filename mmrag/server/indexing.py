@@ -96,6 +96,7 @@ def _events(library: Library, request: IndexRequest) -> Generator[Event, None, N
         except Exception as error:  # noqa: BLE001 - raised again in the thread that waits for it
             done.put(error)
 
+    # A thread of its own: `progress` is a callback, and this function has to yield.
     thread = threading.Thread(target=work, name="mmrag-index", daemon=True)
     thread.start()
     latest = Event({}, "waiting")

@@ -38,6 +38,7 @@ def prepare(version: Path, folder: Path, n_points: int) -> None:
     unfinished = folder / _UNFINISHED
     unfinished.mkdir()
     copy_tree(version / SHARD, unfinished / SHARD)
+    # Links, so that `finish` can be repeated: what it reads does not change.
     for name in (IMAGES, UPLOADS):
         link_tree(version / name, unfinished / name)
     (unfinished / f"{SHARD}{COUNT}").write_text(str(n_points), encoding="ascii")

@@ -134,6 +134,7 @@ class Snapshots:
             self._check_space(target, "create the snapshot", self._shard, self._trees)
             part.mkdir()
             try:
+                # Images first: a server's snapshot would stay behind if linking failed.
                 for source, tree in zip(self._trees, (IMAGES, UPLOADS), strict=True):
                     link_tree(source, part / tree)
                 snapshot = Snapshot(
@@ -188,6 +189,7 @@ class Snapshots:
 
     def _restore_in_folder(self, snapshot: Snapshot, version: Path, folder: Path) -> None:
         trees = (version / IMAGES, version / UPLOADS)
+        # A check before this would not hold until the files are changed.
         with locked(folder / SHARD, "restore"):
             self._check_space(folder / SHARD, "restore", version / SHARD, trees)
             prepare(version, folder, snapshot.points)
