@@ -152,8 +152,8 @@ def test_a_file_that_has_gone_is_not_called_damaged(name, read, tmp_path, monkey
     """It is deleted between the look at its first bytes and reading it."""
     look = reader.file_kind
 
-    def look_and_delete(path: Path, options: ReadOptions) -> str:
-        kind = look(path, options)
+    def look_and_delete(path: Path, options: ReadOptions, name: str) -> str:
+        kind = look(path, options, name)
         path.unlink()
         return kind
 

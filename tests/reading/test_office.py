@@ -249,7 +249,7 @@ def test_without_the_extra_files_are_passed_over_by_name(tmp_path, monkeypatch) 
     (tmp_path / "a.docx").write_bytes(b"x")
     found = find_files([tmp_path])
     report = IngestReport()
-    note_passed_over(found.passed_over, report)
+    note_passed_over([path.as_posix() for path in found.passed_over], report)
     assert report.passed_over == [(tmp_path / "a.docx").as_posix()]
     assert "To read .docx: pip install 'mmrag[office]'" in report.notes[0]
     (error,) = find_files([tmp_path / "a.docx"]).errors
