@@ -77,7 +77,9 @@ class Writer:
 
     def unread(self) -> dict[str, list[str]]:
         """Paths of the files that could not be read, and why; not those that are gone since."""
-        return {name: errors for name, errors in self._unread.items() if Path(name).exists()}
+        # Copied first: the writer changes it meanwhile.
+        unread = list(self._unread.items())
+        return {name: errors for name, errors in unread if Path(name).exists()}
 
     def _put(self, job: Job) -> Job:
         self._jobs[job.id] = job
