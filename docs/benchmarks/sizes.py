@@ -180,14 +180,20 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--train", type=int, default=2000)
     parser.add_argument("--dev", type=int, default=400)
+    parser.add_argument(
+        "--from-scratch", action="store_true", help="train each variant from random weights"
+    )
     given = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         rows = make_rows(folder, given.train, given.dev)
         model = save_model(folder / "model")
-        base = trained("base", model, folder, steps=2 * given.steps, lr=3e-3)
-        more: dict[str, Any] = {"steps": given.steps, "lr": 1e-3, "seed": 1}
+        base = model
+        more: dict[str, Any] = {"steps": 3 * given.steps, "lr": 3e-3}
+        if not given.from_scratch:
+            base = trained("base", model, folder, steps=2 * given.steps, lr=3e-3)
+            more = {"steps": given.steps, "lr": 1e-3, "seed": 1}
         plain = trained("plain", base, folder, **more)
         depths = trained("depths", base, folder, **more, matryoshka_layers=PAIRS)
         binary = trained("binary", base, folder, **more, binary_weight=0.5)

@@ -52,6 +52,11 @@ class Snapshot:
     created: ISO time in UTC. mmrag, schema: versions of the program and of what it stores.
     settings: what the collection was built with, as JSON. on_server: Qdrant's name of the
     points, for a collection on a server.
+
+    Examples:
+        >>> counts = {"files": 2, "pages": 9, "points": 14}
+        >>> Snapshot("monday", "2026-11-27T08:00:00+00:00", "0.1.0", 3, {}, **counts).pages
+        9
     """
 
     name: str

@@ -1,5 +1,6 @@
 """The web page in a real Chromium. Skipped where there is none."""
 
+import base64
 import shutil
 
 import pytest
@@ -128,6 +129,45 @@ def test_an_image_goes_with_a_question(page, tmp_path):
     page.click("#ask .send")
     page.wait_for_selector(".question img")
     page.wait_for_selector(".foot > *")
+
+
+def drop(page, target, path, kind):
+    """Drop a file on an element, as a browser does when one is dragged onto it."""
+    data = base64.b64encode(path.read_bytes()).decode()
+    held = page.evaluate_handle(
+        """([data, name, type]) => {
+          const bytes = Uint8Array.from(atob(data), (letter) => letter.charCodeAt(0));
+          const held = new DataTransfer();
+          held.items.add(new File([bytes], name, { type }));
+          return held;
+        }""",
+        [data, path.name, kind],
+    )
+    page.dispatch_event(target, "dragenter", {"dataTransfer": held})
+    assert "over" in page.get_attribute(target, "class")
+    page.dispatch_event(target, "drop", {"dataTransfer": held})
+    assert "over" not in (page.get_attribute(target, "class") or "")
+
+
+def test_an_image_is_dropped_to_search_by_it(page, tmp_path):
+    from fakes import make_image
+
+    page.click("nav a[data-view=search]")
+    (tmp_path / "note.txt").write_text("no image")
+    drop(page, "#search", tmp_path / "note.txt", "text/plain")
+    drop(page, "#search", make_image(tmp_path / "a.png"), "image/png")
+    page.wait_for_selector("#search .chip img")
+    assert "a.png" in page.inner_text("#search .chip")
+    page.click("#search .send")
+    page.wait_for_selector("#hits .hit")
+
+
+def test_a_file_is_dropped_to_add_it(page, tmp_path):
+    page.click("nav a[data-view=files]")
+    path = tmp_path / f"{tmp_path.name}.txt"
+    path.write_text("The pump was dropped.")
+    drop(page, "#drop", path, "text/plain")
+    page.wait_for_selector(f"#file-list li:has-text('{path.name}')")
 
 
 @pytest.mark.parametrize("width", [360, 800, 1440])
