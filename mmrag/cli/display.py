@@ -183,7 +183,8 @@ def _source_line(source: Source) -> Text:
 def _bullet(text: str) -> Padding:
     # A grid indents the lines of a long text behind the dash.
     table = Table.grid(padding=(0, 1))
-    table.add_row("-", Text(clean(text)))
+    # A path that is longer than the line must not lose the name of its file.
+    table.add_row("-", Text(clean(text), overflow="fold"))
     return Padding(table, (0, 0, 0, 1), expand=False)
 
 

@@ -144,7 +144,7 @@ class Snapshots:
                     link_tree(source, part / tree)
                 snapshot = Snapshot(
                     target.name,
-                    now.isoformat(timespec="seconds"),
+                    now.isoformat(timespec="microseconds"),
                     metadata.version("mmrag"),
                     found.payload["schema"],
                     found.payload["settings"],

@@ -82,7 +82,7 @@ def test_the_embed_model_takes_layers(folder):
     again = UniversalEmbedding.from_dict(model.to_dict())
     assert again.layers == 1
     assert model.to_payload()["layers"] == 1
-    with pytest.raises(ConfigError, match="and layers"):
+    with pytest.raises(ConfigError, match="layers"):
         UniversalEmbedding("m", base_url="http://localhost/v1", layers=1)
     with pytest.raises(ConfigError, match="leave out model_name"):
         UniversalEmbedding(embedder=model.embedder, layers=1)

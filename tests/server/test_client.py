@@ -114,6 +114,7 @@ def own(make_client, listening, tmp_path):
 
 def test_files_are_indexed_listed_and_removed_at_the_server(own, tmp_path, monkeypatch):
     folder, library = own
+    monkeypatch.setenv("COLUMNS", "500")  # temporary folders may have long names
     monkeypatch.chdir(tmp_path)
     write_pdf(tmp_path / "more" / "wells.pdf", "The well is nine metres deep.", "Second page.")
     (tmp_path / "more" / "bad.pdf").write_bytes(b"%PDF-1.4 broken")

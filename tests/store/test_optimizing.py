@@ -15,6 +15,7 @@ from mmrag.errors import CollectionError
 from mmrag.store import edge, optimizing
 from mmrag.store.edge import EdgeEngine
 from mmrag.store.engine import AnyOf, Filter, Point, Schema
+from mmrag.store.trees import copy_sparse
 
 ALL = Filter()
 SCHEMA = Schema({"text": 8}, ("file",), ())
@@ -134,12 +135,12 @@ def test_files_are_copied_without_their_holes(tmp_path):
         file.seek(8 << 20)
         file.write(data)
         file.truncate(32 << 20)
-    optimizing._copy_sparse(str(source), str(copy))
+    copy_sparse(str(source), str(copy))
     assert copy.read_bytes() == source.read_bytes()
     assert copy.stat().st_blocks <= source.stat().st_blocks
     empty = tmp_path / "empty"
     empty.touch()
-    optimizing._copy_sparse(str(empty), str(copy))
+    copy_sparse(str(empty), str(copy))
     assert copy.stat().st_size == 0
 
 
