@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from mmrag.answering.context import Source
     from mmrag.answering.response import CitedResponse
     from mmrag.embedders.known import KnownModel
-    from mmrag.errors import ReadError
     from mmrag.ingest.progress import DescriptionReport, IngestReport
     from mmrag.nodes import Hit
     from mmrag.store.entries import FileEntry
@@ -237,11 +236,6 @@ def failures_view(report: IngestReport) -> RenderableType:
         rows.append(Text(f"\n{count} could not be read by earlier runs", style="bold yellow"))
         rows += [_bullet(error) for error in report.known_errors]
     return Group(*rows)
-
-
-def error_row(error: ReadError) -> dict[str, object]:
-    """A failure for JSON."""
-    return {"file": error.file, "page": error.page, "error": str(error.args[0])}
 
 
 def files_view(files: Sequence[FileEntry], title: str) -> RenderableType:

@@ -14,7 +14,12 @@ import typer
 
 from mmrag.cli.console import errors, print_json, say, show
 from mmrag.cli.llm import BaseURLOption, LLMOption, NoImagesOption, WindowOption, chat_model
-from mmrag.cli.options import DEFAULT_COLLECTION, DebugOption, open_library
+from mmrag.cli.options import (
+    DEFAULT_COLLECTION,
+    DebugOption,
+    ResultsOption,
+    open_library,
+)
 from mmrag.cli.progress import Step, indexing, working
 from mmrag.cli.reranking import RerankOption, rerankers
 from mmrag.cli.scores import comparison_view, evaluation_view
@@ -127,15 +132,7 @@ def evaluate(
             help="Save what each ranking returned as TREC runs, with the qrels.",
         ),
     ] = None,
-    json_file: Annotated[
-        Path | None,
-        typer.Option(
-            "--json",
-            metavar="FILE",
-            help="Save the results; - prints them. A run that is stopped goes on from what it "
-            "keeps in FILE.cache.",
-        ),
-    ] = None,
+    json_file: ResultsOption = None,
     html: Annotated[
         Path | None,
         typer.Option(

@@ -183,7 +183,9 @@ def _finish(report: IngestReport, as_json: bool) -> None:
 def _show(report: IngestReport, as_json: bool) -> None:
     if as_json:
         cost = report.descriptions and vars(report.descriptions)
-        rows = [display.error_row(error) for error in report.errors]
+        from mmrag.ingest.progress import error_row
+
+        rows = [error_row(error) for error in report.errors]
         print_json(vars(report) | {"errors": rows, "descriptions": cost})
         return
     show(display.report_view(report))

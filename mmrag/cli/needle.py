@@ -11,7 +11,10 @@ import typer
 from mmrag.cli.console import errors, print_json, show
 from mmrag.cli.evaluate import engines_over, is_file, judge_model, stopped, work_folder
 from mmrag.cli.llm import BaseURLOption, LLMOption, NoImagesOption, WindowOption, chat_model
-from mmrag.cli.options import DebugOption
+from mmrag.cli.options import (
+    DebugOption,
+    ResultsOption,
+)
 from mmrag.cli.progress import working
 from mmrag.cli.reranking import RerankOption, rerankers
 from mmrag.cli.scores import needle_view
@@ -83,15 +86,7 @@ def needle(
             "--judge", metavar="MODEL[@URL]", help="A chat model that grades the answers."
         ),
     ] = None,
-    json_file: Annotated[
-        Path | None,
-        typer.Option(
-            "--json",
-            metavar="FILE",
-            help="Save the results; - prints them. A run that is stopped goes on from what it "
-            "keeps in FILE.cache.",
-        ),
-    ] = None,
+    json_file: ResultsOption = None,
     html: Annotated[
         Path | None, typer.Option("--html", metavar="FILE", help="Write a report with heat maps.")
     ] = None,

@@ -42,6 +42,15 @@ EmbedderOption = Annotated[
         help="Embedding model. Default: the one that built the collection, else mmrag-nano.",
     ),
 ]
+ResultsOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--json",
+        metavar="FILE",
+        help="Save the results; - prints them. A run that is stopped goes on from what it keeps "
+        "in FILE.cache.",
+    ),
+]
 JsonOption = Annotated[
     bool, typer.Option("--json", help="Print JSON, and nothing else, on stdout.")
 ]

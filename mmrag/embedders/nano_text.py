@@ -9,15 +9,18 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mmrag.content import ContentLike, Modality
-from mmrag.embedders.base import Calibration, Embedder, as_items, check_dim, truncate_normalise
+from mmrag.embedders.base import Embedder, as_items, check_dim, truncate_normalise
 from mmrag.errors import ModelError
 from mmrag.modeling.image_rule import ImageRule
+
+if TYPE_CHECKING:
+    from mmrag.embedders.registry import Traits
 
 Array = NDArray[np.float32]
 
@@ -123,6 +126,7 @@ class QuestionEmbedder:
         self,
         folder: Path,
         marker: dict[str, Any],
+        traits: Traits,
         name: str,
         fingerprint: str,
         load: Callable[[], Embedder],
@@ -130,10 +134,10 @@ class QuestionEmbedder:
         self.name = name
         self.fingerprint = fingerprint
         self.modalities: frozenset[Modality] = frozenset(marker["modalities"])
-        self.calibration = Calibration.from_dict(marker.get("calibration", {}))
-        self.matryoshka_dims: tuple[int, ...] = tuple(marker.get("matryoshka_dims") or ())
-        self.prefers_text = bool(marker.get("prefers_text", False))
-        self.prefers_passages = bool(marker.get("prefers_passages", False))
+        self.prefers_text = traits["prefers_text"]
+        self.prefers_passages = traits["prefers_passages"]
+        self.matryoshka_dims = traits["matryoshka_dims"]
+        self.calibration = traits["calibration"]
         self._max_length = int(marker["max_length"])
         self._texts = BertTexts(folder)
         self.dim = int(self._texts.words.shape[1])
@@ -191,7 +195,8 @@ def open_question_embedder(
     Returns:
         None for another family, other weights or another precision: only ``load`` will do.
     """
-    from mmrag.embedders.registry import find_folders, read_marker
+    from mmrag.embedders.known import find_known
+    from mmrag.embedders.registry import find_folders, read_marker, traits_of
     from mmrag.modeling.checkpoints import fingerprint as fingerprint_of
     from mmrag.modeling.image_rule import read_image_rule
 
@@ -214,7 +219,8 @@ def open_question_embedder(
     }
     if fingerprint_of(folders, moves) != fingerprint:
         return None
-    return QuestionEmbedder(folders[0], marker, str(name), fingerprint, load)
+    traits = traits_of(folders, marker, find_known(str(name)))
+    return QuestionEmbedder(folders[0], marker, traits, str(name), fingerprint, load)
 
 
 def nano_settings(max_length: int, rule: ImageRule) -> dict[str, Any]:

@@ -168,9 +168,9 @@ def load_embedder(
     if dtype == "auto" and on_cpu and about.get("fast_on_cpu"):
         # No part of the fingerprint: a collection may be asked on another processor.
         use_fast_arithmetic(backbone.model)
-    calibration = known.calibration if known else None
-    if "calibration" in about:
-        calibration = Calibration.from_dict(about["calibration"])
+    traits = traits_of(folders, about, known)
+    if cut:
+        traits["matryoshka_dims"] = cut.trained
     depth = {"layers": layers} if cut else {}
     moves = {"dtype": str(placement.dtype), "quantize": quantize, **backbone.settings(), **depth}
     return LocalEmbedder(
@@ -179,12 +179,9 @@ def load_embedder(
         fingerprint=fingerprint(folders, moves),
         token_budget=token_budget,
         dim=cut.dim if cut else None,
-        prefers_text=bool(about.get("prefers_text", False)),
-        prefers_passages=bool(about.get("prefers_passages", False)),
-        matryoshka_dims=cut.trained if cut else _matryoshka_dims(folders, known),
-        calibration=calibration,
         workers=workers,
         compile=placement.compile,
+        **traits,
     )
 
 
@@ -264,13 +261,34 @@ def _choose(name: str | Path, folders: list[Path], family: str | None) -> str:
     )
 
 
-def _matryoshka_dims(folders: list[Path], known: KnownModel | None) -> tuple[int, ...]:
+class Traits(TypedDict):
+    """What is known of an embedder besides its vectors; see ``LocalEmbedder``."""
+
+    prefers_text: bool
+    prefers_passages: bool
+    matryoshka_dims: tuple[int, ...]
+    calibration: Calibration | None
+
+
+def traits_of(folders: list[Path], about: Mapping[str, Any], known: KnownModel | None) -> Traits:
+    """What a checkpoint says of itself, else the table of known ones.
+
+    about: what ``read_marker`` gives. Raises ConfigError for a calibration that is not valid.
+    """
     from mmrag.modeling.checkpoints import read_json
 
+    calibration = known.calibration if known else None
+    if "calibration" in about:
+        calibration = Calibration.from_dict(about["calibration"])
     # WeMM publishes them in its config.json, under a name of its own.
     published = read_json(folders[0] / "config.json").get("matryoshka_dimensions")
-    own = read_marker(folders).get("matryoshka_dims") or published
-    return tuple(own or (known.matryoshka_dims if known else ()))
+    dims = about.get("matryoshka_dims") or published
+    return Traits(
+        prefers_text=bool(about.get("prefers_text", False)),
+        prefers_passages=bool(about.get("prefers_passages", False)),
+        matryoshka_dims=tuple(dims or (known.matryoshka_dims if known else ())),
+        calibration=calibration,
+    )
 
 
 def _load_sentence_transformers(

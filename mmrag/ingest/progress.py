@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from mmrag.errors import ReadError
 
@@ -80,6 +81,11 @@ class DescriptionReport:
         if used is not None:
             self.input_tokens = (self.input_tokens or 0) + used[0]
             self.output_tokens = (self.output_tokens or 0) + used[1]
+
+
+def error_row(error: ReadError) -> dict[str, Any]:
+    """A failure for JSON."""
+    return {"file": error.file, "page": error.page, "error": str(error.args[0])}
 
 
 @dataclass

@@ -13,7 +13,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from mmrag.errors import ConfigError, ReadError
-from mmrag.ingest.progress import IngestReport, Progress
+from mmrag.ingest.progress import IngestReport, Progress, error_row
 from mmrag.reading.files import is_url
 from mmrag.server.errors import ApiError
 from mmrag.server.library import Library
@@ -123,10 +123,7 @@ def _events(library: Library, request: IndexRequest) -> Generator[Event, None, N
 
 def report_row(report: IngestReport) -> dict[str, Any]:
     """A report as JSON."""
-    errors = [
-        {"file": error.file, "page": error.page, "error": str(error.args[0])}
-        for error in report.errors
-    ]
+    errors = [error_row(error) for error in report.errors]
     return vars(report) | {"errors": errors, "descriptions": None}
 
 

@@ -199,20 +199,30 @@ def check_in_fresh_process(folder: Path, expected: NDArray[np.float32]) -> None:
     Raises:
         ModelError: If it does not load, or a cosine is below 0.9999.
     """
+    vectors = in_fresh_process(_RELOAD, folder)
+    worst = float((vectors * expected).sum(axis=1).min())
+    if not worst >= LEAST_COSINE:  # NaN is not
+        raise ModelError(f"{folder}: reloaded vectors differ (cosine {worst:.6f}).")
+
+
+def in_fresh_process(program: str, folder: Path) -> NDArray[np.float32]:
+    """What a program saves that gets a folder and the path of a NumPy file as its arguments.
+
+    Raises:
+        ModelError: If it fails.
+    """
     result = folder / "probe.npy"
     done = subprocess.run(
-        [sys.executable, "-c", _RELOAD, str(folder), str(result)],
+        [sys.executable, "-c", program, str(folder), str(result)],
         capture_output=True,
         text=True,
         check=False,
     )
     if done.returncode:
         raise ModelError(f"{folder}: does not load in a fresh process: {done.stderr[-800:]}")
-    vectors = np.load(result)
+    saved: NDArray[np.float32] = np.load(result)
     result.unlink()
-    worst = float((vectors * expected).sum(axis=1).min())
-    if not worst >= LEAST_COSINE:  # NaN is not
-        raise ModelError(f"{folder}: reloaded vectors differ (cosine {worst:.6f}).")
+    return saved
 
 
 def model_card(config: TrainConfig, name: str, scores: Sequence[Path]) -> str:

@@ -10,8 +10,6 @@ give the scores of the run.
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +23,7 @@ from mmrag.rerankers.local import LocalScorer
 from mmrag.rerankers.qwen import QwenAsker
 from mmrag.rerankers.registry import kind_of
 from mmrag_recipes.config_reranker import ExportRerankerConfig, TrainRerankerConfig
-from mmrag_recipes.export import DTYPES, fill_trained, probe_contents, read_config
+from mmrag_recipes.export import DTYPES, fill_trained, in_fresh_process, probe_contents, read_config
 from mmrag_recipes.train_reranker import load_asker
 
 # Of a probability; half precision moves it by less.
@@ -77,17 +75,7 @@ def check_scores(folder: Path, expected: NDArray[np.float32]) -> None:
     Raises:
         ModelError: If it does not load, or a score differs by more than 0.01.
     """
-    result = folder / "probe.npy"
-    done = subprocess.run(
-        [sys.executable, "-c", _RELOAD, str(folder), str(result)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode:
-        raise ModelError(f"{folder}: does not load in a fresh process: {done.stderr[-800:]}")
-    scores = np.load(result)
-    result.unlink()
+    scores = in_fresh_process(_RELOAD, folder)
     worst = float(np.abs(scores - expected).max())
     if not worst <= MOST_DIFFERENCE:  # NaN is not
         raise ModelError(f"{folder}: reloaded scores differ by {worst:.4f}.")
