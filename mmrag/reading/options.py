@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from dataclasses import dataclass
 from typing import Literal, TypeAlias, get_args
 
@@ -184,5 +185,5 @@ class Refused(Exception):
     """A request to a worker that cannot be carried out; the message says what to do."""
 
 
-DEADLINE = 1
-"""Exit code of a worker that its watchdog ended (``faulthandler`` fixes it)."""
+DEADLINE = -signal.SIGALRM if hasattr(signal, "SIGALRM") else 1
+"""Exit code of a worker that its watchdog ended: the signal's, or that of ``faulthandler``."""

@@ -2,8 +2,8 @@
 
 Run as ``python -m mmrag.reading.worker``. It takes pickled ``(seconds, bytes of memory, folder,
 operation, arguments)`` from its standard input and answers with pickled results, then ``Done``.
-A watchdog thread of the interpreter's own, which needs no lock that MuPDF may hold, ends the
-process when one step takes too long; the end of the pipe tells the other side.
+A timer of the system, which needs no lock that MuPDF may hold, ends the process when one step
+takes too long; the end of the pipe tells the other side.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import faulthandler
 import os
 import pickle
+import signal
 import sys
 from collections.abc import Iterator
 from importlib import import_module
@@ -95,15 +96,31 @@ def _watched(results: Iterator[Any], seconds: float) -> Iterator[Any]:
     """The results, each with its own deadline."""
     patience = 1.0
     while True:
-        faulthandler.dump_traceback_later(seconds * patience, exit=True)
+        _set_deadline(seconds * patience)
         try:
             result = next(results, None)
         finally:
-            faulthandler.cancel_dump_traceback_later()
+            _cancel_deadline()
         if result is None:
             return
         patience = result.patience if isinstance(result, Step) else 1.0
         yield result
+
+
+def _set_deadline(seconds: float) -> None:
+    """End this process when the seconds are over, whatever it does then."""
+    if hasattr(signal, "setitimer"):
+        signal.setitimer(signal.ITIMER_REAL, seconds)
+    else:
+        # Only where there is no timer: the dump reads frames that run, and may crash on them.
+        faulthandler.dump_traceback_later(seconds, exit=True)
+
+
+def _cancel_deadline() -> None:
+    if hasattr(signal, "setitimer"):
+        signal.setitimer(signal.ITIMER_REAL, 0)
+    else:
+        faulthandler.cancel_dump_traceback_later()
 
 
 def _send(value: Any, answers: BinaryIO) -> None:

@@ -134,3 +134,16 @@ def test_a_text_file_is_read_in_a_worker_with_a_deadline(read, tmp_path) -> None
     path.write_text("All work and no play. " * 400_000)
     (error,) = read(path, page_seconds=0.05).errors
     assert "took too long" in str(error) and error.retry
+
+
+def test_a_deadline_is_told_whatever_the_worker_was_doing(tmp_path) -> None:
+    """Among others while it imports modules, where a dump of its stack crashed it."""
+    pptx = pytest.importorskip("pptx")
+    path = tmp_path / "a.pptx"
+    pptx.Presentation().save(path)
+    options = ReadOptions()
+    for number in range(30):
+        hurried = ReadOptions(page_seconds=0.001 + 0.0001 * number)
+        with pytest.raises(client.WorkerDied) as caught:
+            list(client.ask(hurried, "office", path, tmp_path, options, 1, frozenset()))
+        assert caught.value.late

@@ -163,6 +163,18 @@ def test_what_is_no_video_is_an_error(content, said, tmp_path, read):
     assert said in str(reading.errors[0])
 
 
+def test_a_list_of_other_files_opens_none_of_them(talk, tmp_path, read):
+    """FFmpeg tells a format by content: a list would have it read any file of the machine."""
+    (tmp_path / "private.mp4").write_bytes(talk.read_bytes())
+    path = tmp_path / "list.mp4"
+    path.write_text("ffconcat version 1.0\nfile private.mp4\n")
+    with av.open(str(path)) as detected:
+        assert detected.streams.video
+    reading = read(path)
+    assert reading.pages == []
+    assert "cannot be opened" in str(reading.errors[0])
+
+
 def test_a_video_that_is_cut_off_gives_what_it_has(talk, tmp_path, read):
     path = tmp_path / "cut.mkv"
     with av.open(talk) as source, av.open(path, "w") as container:
