@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from mmrag.errors import ConfigError
@@ -50,16 +51,10 @@ def identity(config: RunConfig, datasets: list[Dataset], base: str) -> dict[str,
     Args:
         base: fingerprint of the checkpoint that the run starts from.
     """
-    values = {
-        key: value
-        for key, value in json.loads(config.model_dump_json()).items()
-        if key not in MAY_CHANGE
-    }
-    # A path or a name in logs may change; what is in the files may not.
-    for entry, dataset in zip(values.pop("data"), datasets, strict=True):
+    values = _deciding(config)
+    # A path may change; what is in the files may not.
+    for entry, dataset in zip(values["data"], datasets, strict=True):
         entry["rows"] = dataset.digest
-        del entry["name"]
-        values.setdefault("data", []).append(entry)
     # By its weights: a folder may be moved, and a name on the hub gets new files.
     values["model"] = base
     if isinstance(config, TrainConfig) and config.compatible:
@@ -67,17 +62,41 @@ def identity(config: RunConfig, datasets: list[Dataset], base: str) -> dict[str,
     return values
 
 
-def check_identity(out: Path, mine: dict[str, Any], stored: dict[str, Any]) -> None:
-    """Raise ConfigError naming each key in which a stored run differs."""
+def _deciding(config: RunConfig) -> dict[str, Any]:
+    """The options that decide what is learned."""
+    values: dict[str, Any] = json.loads(config.model_dump_json(exclude=set(MAY_CHANGE)))
+    for entry in values["data"]:
+        del entry["name"]  # only for logs
+    return values
+
+
+def check_identity(config: RunConfig, mine: dict[str, Any], stored: dict[str, Any]) -> None:
+    """Raise ConfigError naming each key in which a stored run differs.
+
+    Options that came after the run count as their defaults.
+    """
+    stored = _with_defaults(type(config), stored)
     differences = [
         _difference(key, stored.get(key), mine.get(key))
-        for key in sorted(mine.keys() | stored.keys())
+        for key in sorted((mine.keys() | stored.keys()) - MAY_CHANGE)
         if mine.get(key) != stored.get(key)
     ]
     if differences:
         raise ConfigError(
-            f"{out} holds a run with {'; '.join(differences)}. Choose another `out`, or delete it."
+            f"{config.out} holds a run with {'; '.join(differences)}. Choose another `out`, or "
+            "delete it."
         )
+
+
+def _with_defaults(cls: type[RunConfig], stored: dict[str, Any]) -> dict[str, Any]:
+    # A stored identity has the shape of its options, nested tables included, so that reading it
+    # as options fills in what is missing.
+    known = {key: value for key, value in stored.items() if key in cls.model_fields}
+    try:
+        options = cls.model_validate({**known, "out": ""})
+    except ValidationError:
+        return stored  # a value that is no longer allowed differs from the present one
+    return {**stored, **_deciding(options)}
 
 
 def _difference(key: str, before: Any, now: Any) -> str:
@@ -100,11 +119,10 @@ def _difference(key: str, before: Any, now: Any) -> str:
 class Checkpoints:
     """The checkpoints in the folder of a run."""
 
-    def __init__(self, out: Path, about: dict[str, Any], keep: int) -> None:
-        self.out = out
-        self.folder = out / "checkpoints"
+    def __init__(self, config: RunConfig, about: dict[str, Any]) -> None:
+        self.config = config
+        self.folder = Path(config.out) / "checkpoints"
         self.about = about
-        self.keep = keep
 
     def save(self, model: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress) -> None:
         """Write a checkpoint to resume from, and delete those beyond the last ``keep``."""
@@ -117,7 +135,7 @@ class Checkpoints:
         }
         self._write(state, self.folder / f"step-{progress.step:06d}.pt")
         # After the new one is complete, so that there is always one to resume from.
-        for path in self._steps()[: -self.keep]:
+        for path in self._steps()[: -self.config.keep]:
             path.unlink()
 
     def save_best(self, model: nn.Module, step: int, value: float) -> None:
@@ -147,7 +165,7 @@ class Checkpoints:
         # weights_only: a checkpoint from somewhere else must not run code.
         state = torch.load(paths[-1], map_location="cpu", weights_only=True)
         # Before any weight is touched.
-        check_identity(self.out, self.about, json.loads(state["identity"]))
+        check_identity(self.config, self.about, json.loads(state["identity"]))
         _fill(model, state["weights"])
         optimizer.load_state_dict(state["optimizer"])
         progress = Progress(**state["progress"])

@@ -125,10 +125,10 @@ def _fit(
     out = Path(config.out)
     base = fingerprint(find_folders(config.model), task.planner.settings())
     about = identity(config, datasets, base)
-    if is_finished(out, about, config.steps):
+    if is_finished(config, about):
         logger.info("%s: the run is finished; give more `steps` to go on.", out)
         return out / "final"
-    checkpoints = Checkpoints(out, about, config.keep)
+    checkpoints = Checkpoints(config, about)
     progress = checkpoints.resume(task.model, optimizer)
     log = None
     if rank == 0:
@@ -152,14 +152,14 @@ def with_steps(config: RunConfig, datasets: Sequence[Dataset]) -> RunConfig:
     return config.replace(steps=max(1, steps))
 
 
-def is_finished(out: Path, about: dict[str, Any], steps: int) -> bool:
+def is_finished(config: RunConfig, about: dict[str, Any]) -> bool:
     """Whether ``out`` holds the end of this run. Raises ConfigError if it is of another run."""
-    path = out / "final" / "run.json"
+    path = Path(config.out) / "final" / "run.json"
     if not path.is_file():
         return False
     stored = json.loads(path.read_text(encoding="utf-8"))
-    check_identity(out, about, stored["identity"])
-    return bool(stored["steps"] >= steps)
+    check_identity(config, about, stored["identity"])
+    return bool(stored["steps"] >= config.steps)
 
 
 def _report_left_out(out: Path, datasets: Sequence[Dataset]) -> None:
