@@ -13,7 +13,7 @@ import typer
 
 from mmrag.cli.ask import ask
 from mmrag.cli.chat import chat
-from mmrag.cli.console import EXIT_CODES
+from mmrag.cli.console import EXIT_CODES, MARKUP
 from mmrag.cli.convert import convert
 from mmrag.cli.doctor import doctor
 from mmrag.cli.evaluate import evaluate
@@ -54,6 +54,7 @@ app = typer.Typer(
     help="Ask a folder of PDFs and images; every answer cites its pages.",
     epilog=EXIT_CODES,
     no_args_is_help=True,
+    rich_markup_mode=MARKUP,
     # Rich's tracebacks show local variables, which may hold keys.
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},

@@ -120,7 +120,7 @@ class Conversation:
         if not line:
             return
         if command == "/help":
-            out().print(Markdown(HELP))
+            show(Markdown(HELP))
         elif command == "/new":
             self.history.clear()
             self.last = None

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import typer
 from rich.console import Console, RenderableType
@@ -23,6 +22,8 @@ EXIT_CODES = """\
 Exit codes: 0 done; 1 nothing found, or some files could not be read; 2 wrong use;
 3 the collection, the model or the server failed; 130 stopped by Ctrl-C.
 """
+# Typer draws its errors in boxes 80 columns wide, which would cut a path in two in a pipe.
+MARKUP: Literal["rich"] | None = "rich" if sys.stdout.isatty() and sys.stderr.isatty() else None
 _PIPE_WIDTH = 100_000  # a pipe has no width: a program that reads it wants whole lines
 _STEERING = re.compile("[\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff]")
 
@@ -39,7 +40,8 @@ def err() -> Console:
 
 def _console(*, stderr: bool) -> Console:
     console = Console(stderr=stderr, highlight=False)
-    if not console.is_terminal and "COLUMNS" not in os.environ:
+    # Also with COLUMNS in the environment, which some programs set for all they start.
+    if not console.is_terminal:
         console.width = _PIPE_WIDTH
     return console
 

@@ -6,8 +6,10 @@ import os
 from typing import Annotated
 
 import typer
+from rich.text import Text
 
 from mmrag.cli.console import errors, print_json, show
+from mmrag.cli.display import clean
 from mmrag.cli.options import (
     DEFAULT_COLLECTION,
     CollectionOption,
@@ -60,4 +62,4 @@ def convert(
         if as_json:
             print_json({"collection": target, "points": n_points})
         else:
-            show(f"{n_points} points copied to {target}.")
+            show(Text(clean(f"{n_points} points copied to {target}.")))

@@ -279,9 +279,9 @@ def models_view(models: Iterable[KnownModel]) -> RenderableType:
 def plain_table(title: str) -> Table:
     """A table without lines."""
     return Table(
-        title=title,
+        # As wide as it is: rich would fold it to the width of the table.
+        title=Text(clean(title), style="bold", no_wrap=True, overflow="ignore"),
         title_justify="left",
-        title_style="bold",
         header_style="dim",
         # Without lines, so that a table can be copied as text.
         box=None,

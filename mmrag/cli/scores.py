@@ -85,7 +85,7 @@ def _kinds_table(evaluation: Evaluation) -> Table:
 def _matrix_table(
     title: str, columns: Sequence[str], rows: Sequence[tuple[str, list[Score | None]]]
 ) -> Table:
-    shown = plain_table(f"{clean(title)}, by kind of question and of document")
+    shown = plain_table(f"{title}, by kind of question and of document")
     shown.add_column("question")
     for column in columns:
         shown.add_column(clean(column) or "(none)", justify="right", overflow="fold")

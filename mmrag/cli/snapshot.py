@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.text import Text
 
-from mmrag.cli.console import EXIT_CODES, errors, print_json, show
+from mmrag.cli.console import EXIT_CODES, MARKUP, errors, print_json, show
 from mmrag.cli.display import clean, plain_table
 from mmrag.cli.options import DEFAULT_COLLECTION, CollectionOption, DebugOption, JsonOption
 from mmrag.cli.progress import working
@@ -22,6 +22,7 @@ snapshots = typer.Typer(
     name="snapshot",
     help="Keep versions of a collection, and go back to one.",
     epilog=EXIT_CODES,
+    rich_markup_mode=MARKUP,
     no_args_is_help=True,
 )
 
@@ -58,7 +59,7 @@ def list_snapshots(
         if as_json:
             print_json([asdict(each) for each in found])
             return
-        table = plain_table(f"{len(found)} snapshots in {clean(str(versions.folder))}")
+        table = plain_table(f"{len(found)} snapshots in {versions.folder}")
         table.add_column("name", overflow="fold")
         table.add_column("made (UTC)")
         for heading in ("files", "pages", "points"):

@@ -433,10 +433,23 @@ def test_ctrl_c_is_130_and_the_collection_still_works(docs, tmp_path, monkeypatc
     assert "page 1" in run("search", "eye examination", "-c", folder).stdout
 
 
+@pytest.fixture
+def terminal(monkeypatch):
+    """Sets the columns of a terminal that shows no colours."""
+
+    def columns(n):
+        # LINES too: rich takes a dumb terminal without both for one of 80 columns.
+        values = {"FORCE_COLOR": "1", "TERM": "dumb", "COLUMNS": str(n), "LINES": "40"}
+        for name, value in values.items():
+            monkeypatch.setenv(name, value)
+
+    return columns
+
+
 @pytest.mark.parametrize("columns", [50, 80, 140])
-def test_names_of_models_can_be_copied(monkeypatch, columns):
-    monkeypatch.setenv("COLUMNS", str(columns))
-    lines = run("models").stdout.splitlines()
+def test_names_of_models_can_be_copied(terminal, columns):
+    terminal(columns)
+    lines = [line.rstrip() for line in run("models").stdout.splitlines()]
     rows = json.loads(run("models", "--json").stdout)["models"]
     assert {row["name"] for row in rows} <= set(lines)
     assert max(map(len, lines)) <= columns
@@ -461,17 +474,44 @@ def test_piped_output_has_no_control_codes_and_no_padding(folder):
         assert not [line for line in shown.splitlines() if line != line.rstrip()]
 
 
-def test_narrow_terminals_lose_no_words(folder, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "40")
+def test_narrow_terminals_lose_no_words(folder, terminal):
+    terminal(40)
     shown = run("search", "eye examination", "-c", folder, "-k", 1).stdout
     assert max(map(len, shown.splitlines())) <= 40
     assert EYES in " ".join(shown.split())
 
 
-def test_piped_lines_are_not_wrapped(folder, monkeypatch):
-    monkeypatch.delenv("COLUMNS")
+def test_piped_lines_are_not_wrapped(folder):
     assert EYES in run("search", "eye examination", "-c", folder, "-k", 1).stdout
     assert max(map(len, run("list", "-c", folder).stdout.splitlines())) < 300
+
+
+def test_piped_paths_stay_whole(tmp_path, monkeypatch):
+    """Whatever COLUMNS says, and whichever command prints the path."""
+    monkeypatch.setenv("COLUMNS", "40")
+    place = tmp_path / f"[x] {'long ' * 12}folder"
+    place.mkdir()
+    note, broken = place / f"{'a note ' * 10}.md", place / f"{'broken ' * 10}.pdf"
+    note.write_text(EYES)
+    broken.write_bytes(b"%PDF-1.7 nothing")
+    made = place / "c"
+
+    def lines(*words, text=None):
+        result = CliRunner().invoke(app, [*map(str, words), "-c", str(made)], input=text)
+        return [line for line in result.output.splitlines() if str(place) in line]
+
+    assert f" - {broken}: " in lines("index", place)[-1]
+    assert lines("list")[0].startswith(f"{note}  ")
+    assert str(note) in lines("search", "eye examination")[0]
+    assert str(note) in lines("ask", "eye examination")[0]
+    sources, opened = lines("chat", text="eye examination\n/open 1\n")
+    assert str(note) in sources
+    assert str(note) in opened
+    run("snapshot", "create", "-c", made)
+    assert lines("snapshot", "list") == [f"1 snapshots in {made / 'snapshots'}"]
+    assert lines("convert", place / "d") == [f"2 points copied to {place / 'd'}."]
+    assert f"{place / 'none.jsonl'}" in lines("eval", place / "none.jsonl")[0]
+    assert lines("remove", note) == [f"removed {note}"]
 
 
 def test_a_document_cannot_steer_the_terminal():
