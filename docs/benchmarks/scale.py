@@ -1,7 +1,7 @@
 """Search over many nodes in an embedded collection: latency, recall, memory, by setting.
 
     make bench NAMES=scale                              # 100,000 nodes
-    python docs/benchmarks/scale.py --nodes 200000 --json scale.json
+    python docs/benchmarks/scale.py --nodes 200000 --json scale.json --folder built
 
 Nodes have a text of made-up words, an image vector and a text vector, in clusters as those of
 models are. A search ranks both views and BM25, a hundred nodes each, and fuses them by page,
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -135,8 +136,11 @@ def resident_mib() -> float:
     return int(line.split()[1]) / 1024
 
 
-def run(n: int, settings: tuple[str, ...] = SETTINGS) -> dict[str, Any]:
-    """A row for each setting; prints each as it comes."""
+def run(n: int, settings: tuple[str, ...] = SETTINGS, keep: Path | None = None) -> dict[str, Any]:
+    """A row for each setting; prints each as it comes.
+
+    keep: folder for the collections, where those of an earlier run are measured as they are.
+    """
     columns = (
         "write_s",
         "optimize_s",
@@ -153,8 +157,14 @@ def run(n: int, settings: tuple[str, ...] = SETTINGS) -> dict[str, Any]:
     rows: dict[str, Any] = {}
     for setting in settings:
         with tempfile.TemporaryDirectory() as scratch:
-            folder = Path(scratch) / "library"
-            row = fill(folder, n, setting)
+            folder = (keep or Path(scratch)) / f"{n}-{setting}"
+            built = folder.with_suffix(".json")
+            if not built.exists():
+                # What a run that was interrupted has left.
+                shutil.rmtree(folder, ignore_errors=True)
+                folder.parent.mkdir(parents=True, exist_ok=True)
+                built.write_text(json.dumps(fill(folder, n, setting)))
+            row = json.loads(built.read_text())
             done = subprocess.run(
                 [sys.executable, __file__, "--measure", str(folder), "--nodes", str(n)],
                 stdout=subprocess.PIPE,
@@ -173,12 +183,13 @@ def main() -> None:
     parser.add_argument("--nodes", type=int, default=100_000)
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
     parser.add_argument("--json", type=Path, help="write the figures to this file")
+    parser.add_argument("--folder", type=Path, help="keep the collections here, and use them again")
     parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure:
         print(json.dumps(measure(options.measure, options.nodes)))
         return
-    figures = run(options.nodes, tuple(options.settings))
+    figures = run(options.nodes, tuple(options.settings), options.folder)
     if options.json:
         options.json.write_text(json.dumps(figures, indent=1))
 
