@@ -86,7 +86,7 @@ class UniversalEmbedding(MultiModalEmbedding):
     """
 
     family: str | None = Field(None, description="The recipe to follow; by default the model's.")
-    device: str = Field("auto", description="auto, cpu, cuda, cuda:1 or mps.")
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps, or several.")
     dtype: str = Field("auto", description="auto, float32, bfloat16 or float16.")
     revision: str | None = Field(None, description="Branch, tag or commit on the hub.")
     layers: int | None = Field(

@@ -60,6 +60,7 @@ class UniversalIndex:
         location: a folder, the URL of a Qdrant server, or a ``QdrantClient``.
         embed_model: a ``UniversalEmbedding``, an ``Embedder``, or a name for ``load_embedder``;
             default: the one that built the collection, else ``mmrag-nano``.
+        device: for an embedder that is loaded by name, as in ``load_embedder``.
         name: of the collection on a server.
         api_key: of the server.
         images_dir: where page images are kept, if not in the folder.
@@ -91,6 +92,7 @@ class UniversalIndex:
         location: str | Path | QdrantClient = DEFAULT_LOCATION,
         embed_model: UniversalEmbedding | Embedder | str | Path | None = None,
         *,
+        device: str = "auto",
         name: str = "mmrag",
         api_key: str | None = None,
         images_dir: str | Path | None = None,
@@ -107,8 +109,8 @@ class UniversalIndex:
             "api_key": api_key,
             "images_dir": images_dir,
         }
-        self._reading = reading
-        self._embedder = None if embed_model is None else _as_embedder(embed_model)
+        self._reading, self._device = reading, device
+        self._embedder = None if embed_model is None else _as_embedder(embed_model, device)
         # A UniversalEmbedding may have been told to cut its vectors; an Embedder has no such field.
         own_dim = getattr(embed_model, "dim", None)
         is_model = isinstance(embed_model, (str, Path, Embedder))
@@ -146,9 +148,9 @@ class UniversalIndex:
             ModelError: If it names one that is not on this machine.
         """
         if self._embedder is None and self._collection is None:
-            self._embedder = _as_embedder(DEFAULT_EMBEDDER)
+            self._embedder = _as_embedder(DEFAULT_EMBEDDER, self._device)
         elif self._embedder is None and self._collection is not None:
-            embedder = _load_stored(self._collection)
+            embedder = _load_stored(self._collection, self._device)
             stored = self._collection.settings
             refuse_other(stored, _identified(stored, embedder), "The collection")
             self._embedder = embedder
@@ -549,7 +551,7 @@ def _identified(settings: CollectionSettings, embedder: Embedder) -> CollectionS
     return dataclasses.replace(settings, embedder=embedder.name, fingerprint=embedder.fingerprint)
 
 
-def _load_stored(collection: Collection) -> Embedder:
+def _load_stored(collection: Collection, device: str) -> Embedder:
     """The embedder that a collection names, which may have come from somebody else.
 
     It is not loaded from a path that came with the collection, and nothing is downloaded for it.
@@ -559,7 +561,7 @@ def _load_stored(collection: Collection) -> Embedder:
 
     name, fingerprint = collection.settings.embedder, collection.settings.fingerprint
     _check_path(name, collection, "embed_model= or --embedder")
-    load = partial(load_embedder, name, download=False)
+    load = partial(load_embedder, name, device=device, download=False)
     return open_question_embedder(name, fingerprint, load) or load()
 
 
@@ -574,11 +576,13 @@ def _check_path(name: str, collection: Collection, options: str) -> None:
         )
 
 
-def _as_embedder(embed_model: UniversalEmbedding | Embedder | str | Path) -> Embedder:
+def _as_embedder(embed_model: UniversalEmbedding | Embedder | str | Path, device: str) -> Embedder:
     if isinstance(embed_model, (str, Path)):
         from mmrag.embedders import load_embedder
 
-        return load_embedder(embed_model)
+        return load_embedder(embed_model, device=device)
+    if device != "auto":
+        raise ConfigError("device= is for an embedder that is given by name.")
     if isinstance(embed_model, Embedder):
         return embed_model
     # By attribute: any embed model that wraps an Embedder of ours will do.

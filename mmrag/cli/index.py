@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 # A server has opened its collection and loaded its models already.
 _NOT_BY_A_SERVER = (
-    *("embedder", "language", "ocr", "late", "pool_factor", "muvera"),
+    *("embedder", "device", "language", "ocr", "late", "pool_factor", "muvera"),
     *("describe", "base_url", "quantization", "watch"),
 )
 STOPPED = "Stopped. What is finished is kept; run the same command to go on."
@@ -48,6 +48,15 @@ def index(
     ],
     collection: CollectionOption = DEFAULT_COLLECTION,
     embedder: EmbedderOption = None,
+    device: Annotated[
+        str,
+        typer.Option(
+            "--device",
+            metavar="NAME",
+            help="Where the model runs: cpu, cuda, cuda:1, mps; several, as in cuda:0,cuda:1, "
+            "share the work. Default: the first GPU, else the CPU.",
+        ),
+    ] = "auto",
     language: Annotated[
         str | None,
         typer.Option(
@@ -136,6 +145,7 @@ def index(
             with open_library(
                 collection,
                 embedder,
+                device=device,
                 reading=reading,
                 language=language,
                 late=interaction,

@@ -108,6 +108,7 @@ def open_library(
     collection: str,
     embedder: str | None = None,
     *,
+    device: str = "auto",
     reading: ReadOptions | None = None,
     language: str | None = None,
     late: LateInteraction | None = None,
@@ -125,6 +126,7 @@ def open_library(
     with UniversalIndex(
         collection,
         embedder,
+        device=device,
         api_key=key,
         reading=reading,
         language=language,

@@ -121,7 +121,8 @@ def load_embedder(
             LoRA adapter.
         family: the recipe to follow, a key of ``all_families()`` or ``sentence-transformers``; by
             default that of the known checkpoint, or what the folder says of itself.
-        device: ``auto``, ``cpu``, ``cuda``, ``cuda:1``, ``mps``.
+        device: ``auto``, ``cpu``, ``cuda``, ``cuda:1``, ``mps``; several, as in
+            ``cuda:0,cuda:1``, run the model in a process on each, see ``ParallelEmbedder``.
         dtype: ``auto``, ``float32``, ``bfloat16``, ``float16``.
         revision: branch, tag or commit on the hub.
         base: folder or name of the model that an adapter sits on, instead of the one it states.
@@ -146,6 +147,25 @@ def load_embedder(
     >>> embedder.encode(["a page about wind energy"]).shape
     (1, 384)
     """
+    if "," in device:
+        from mmrag.embedders.parallel import ParallelEmbedder
+
+        return ParallelEmbedder(
+            str(name),
+            device.split(","),
+            family=family,
+            dtype=dtype,
+            revision=revision,
+            base=base,
+            download=download,
+            token_budget=token_budget,
+            workers=workers,
+            quantize=quantize,
+            device_map=device_map,
+            compile=compile,
+            layers=layers,
+            **options,
+        )
     from mmrag.embedders.depth import cut_depth
     from mmrag.embedders.local import LocalEmbedder
     from mmrag.modeling.checkpoints import fingerprint

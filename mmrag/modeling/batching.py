@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from typing import Any, Protocol, TypeVar
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from mmrag.errors import ConfigError, ModelError
 from mmrag.modeling.loading import is_out_of_memory
+from mmrag.processes import usable_cores
 
 logger = logging.getLogger(__name__)
 
@@ -102,11 +102,7 @@ def default_workers(asked: int | None) -> int:
         ConfigError: For less than 1.
     """
     if asked is None:
-        usable = (
-            # In a container, or under taskset, fewer cores than os.cpu_count says.
-            len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        )
-        return min(_MOST_WORKERS, usable or 1)
+        return min(_MOST_WORKERS, usable_cores())
     if asked < 1:
         raise ConfigError(f"workers={asked}: give at least 1.")
     return asked

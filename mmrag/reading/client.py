@@ -7,12 +7,11 @@ import contextlib
 import os
 import pickle
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from mmrag.processes import start_module
 from mmrag.reading.options import DEADLINE, Done, ReadOptions
 
 
@@ -44,18 +43,7 @@ class _Worker:
     """One worker process with its pipes."""
 
     def __init__(self) -> None:
-        here = str(Path(__file__).parents[2])
-        # The library may be run from a folder that is not installed, as tests and notebooks do.
-        paths = [here, *(path for path in sys.path if path)]
-        self.process = subprocess.Popen(
-            # -P: a file in the working directory must not shadow a module of the library.
-            [sys.executable, "-P", "-m", "mmrag.reading.worker"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
-            # Ctrl-C is for the program, which ends its workers itself.
-            start_new_session=True,
-        )
+        self.process = start_module("mmrag.reading.worker")
 
     def ask(
         self, options: ReadOptions, operation: str, arguments: tuple[Any, ...]
