@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +37,16 @@ class Progress:
     """How far a run is. step: the next one. best: value of the best evaluation, NaN for none.
 
     evaluations_since: evaluations since the best one. skipped: steps in a row without an update.
+    refreshed: step before which negatives were mined last, 0 for never. negatives: what was mined,
+    per data set the ``values`` and ``ends`` of a ``Ragged`` of keys.
     """
 
     step: int = 0
     best: float = float("nan")
     evaluations_since: int = 0
     skipped: int = 0
+    refreshed: int = 0
+    negatives: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
 
 def identity(config: RunConfig, datasets: list[Dataset], base: str) -> dict[str, Any]:

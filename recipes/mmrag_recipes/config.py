@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -92,6 +92,44 @@ class CompatibleConfig(Options):
     """Share of the loss that compares new vectors with old ones."""
     sides: Literal["queries", "both"] = "queries"
     """queries: new queries against old documents; both: also old queries against new documents."""
+
+
+class MiningRules(Options):
+    """Which candidates become negatives."""
+
+    right: int = Field(4, ge=0)
+    """Negatives per row of the positive's modality."""
+    wrong: int = Field(2, ge=0)
+    """Negatives per row of another modality."""
+    depth: int = Field(100, ge=1)
+    """Candidates looked at per query."""
+    # NV-Retriever's TopK-PercPos (arXiv 2407.15831, section 3).
+    max_ratio: float = 0.95
+    """A right-modality candidate scores at most this share of the positive."""
+    # The first ranks hold many documents that answer the query too and are not labelled as such
+    # (MM-Embed, arXiv 2411.02571).
+    rank_cut: int = Field(0, ge=0)
+    """A right-modality candidate ranks below this many; MM-Embed takes 45 of 50."""
+    # A copy of the answer as a negative would teach that the answer is wrong.
+    duplicate_cosine: float = 0.97
+    """Candidates this close to a positive are taken for copies of it."""
+    sample: Literal["top", "random"] = "top"
+    """``top`` takes the hardest of each pool, ``random`` any of them."""
+    seed: int = 0
+    """Of the random choice."""
+
+    @model_validator(mode="after")
+    def _candidates_remain(self) -> Self:
+        if self.rank_cut >= self.depth:
+            raise ValueError("rank_cut must be below depth, or no right-modality candidate is left")
+        return self
+
+
+class RefreshConfig(MiningRules):
+    """Mining again during a run, with the model as it stands (ANCE, arXiv 2007.00808)."""
+
+    every: int = Field(ge=1)
+    """Steps between two searches; the first comes after this many."""
 
 
 class RunConfig(Options):
@@ -192,6 +230,17 @@ class TrainConfig(RunConfig):
     """Of the softmax over the teacher's scores."""
     compatible: CompatibleConfig | None = None
     """Keep vectors comparable with an old model's; without this table they drift away."""
+    refresh: RefreshConfig | None = None
+    """Replace the negatives by those that the model now confuses; without this table they stay."""
+
+    @model_validator(mode="after")
+    def _refresh_is_used(self) -> Self:
+        if self.refresh and not self.hard_negatives:
+            raise ValueError("refresh mines negatives, and hard_negatives = 0 takes none")
+        if self.refresh and self.distil_weight:
+            # The teacher judged the negatives of the rows, and not those that come later.
+            raise ValueError("distil_weight needs scores, and refreshed negatives have none")
+        return self
 
 
 class WriterConfig(Options):
@@ -279,7 +328,7 @@ class DraftQuestionsConfig(WriterConfig):
     """Of the choice of pages."""
 
 
-class MineConfig(Options):
+class MineConfig(MiningRules):
     """Mine hard negatives with any embedder, over one corpus of all modalities."""
 
     positional: ClassVar[tuple[str, ...]] = ("rows",)
@@ -296,32 +345,6 @@ class MineConfig(Options):
     """Files and folders whose pages are candidates too, whether they have a row or not."""
     reranker: str | None = None
     """Reranker whose scores are written as the teacher's, in place of the embedder's cosines."""
-    right: int = Field(4, ge=0)
-    """Negatives per row of the positive's modality."""
-    wrong: int = Field(2, ge=0)
-    """Negatives per row of another modality."""
-    depth: int = Field(100, ge=1)
-    """Candidates looked at per query."""
-    # NV-Retriever's TopK-PercPos (arXiv 2407.15831, section 3).
-    max_ratio: float = 0.95
-    """A right-modality candidate scores at most this share of the positive."""
-    # The first ranks hold many documents that answer the query too and are not labelled as such
-    # (MM-Embed, arXiv 2411.02571).
-    rank_cut: int = Field(0, ge=0)
-    """A right-modality candidate ranks below this many; MM-Embed takes 45 of 50."""
-    # A copy of the answer as a negative would teach that the answer is wrong.
-    duplicate_cosine: float = 0.97
-    """Candidates this close to a positive are taken for copies of it."""
-    sample: Literal["top", "random"] = "top"
-    """``top`` takes the hardest of each pool, ``random`` any of them."""
-    seed: int = 0
-    """Of the random choice."""
-
-    @model_validator(mode="after")
-    def _candidates_remain(self) -> MineConfig:
-        if self.rank_cut >= self.depth:
-            raise ValueError("rank_cut must be below depth, or no right-modality candidate is left")
-        return self
 
 
 class ExportConfig(Options):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -41,12 +42,14 @@ def track(items: Iterable[T], total: int, label: str) -> Iterator[T]:
     console = Console(stderr=True)
     columns = (TextColumn(label), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     last = time.monotonic()
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+    # Of several processes the first shows its progress: the others go the same way.
+    first = os.environ.get("RANK", "0") == "0"
+    with Progress(*columns, console=console, disable=not (first and console.is_terminal)) as bar:
         task = bar.add_task(label, total=total)
         for done, item in enumerate(items, 1):
             yield item
             bar.advance(task)
             now = time.monotonic()
-            if not console.is_terminal and now - last > _SECONDS_BETWEEN_LINES:
+            if first and not console.is_terminal and now - last > _SECONDS_BETWEEN_LINES:
                 last = now
                 logger.info("%s: %d of %d", label, done, total)

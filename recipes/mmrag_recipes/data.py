@@ -7,6 +7,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,7 +22,15 @@ from mmrag.instructions import resolve
 from mmrag.modeling.batching import Sized
 from mmrag_recipes.config import DataConfig, RunConfig
 from mmrag_recipes.console import track
-from mmrag_recipes.row_file import RowFile, open_rows, save_array, workers, write_whole
+from mmrag_recipes.row_file import (
+    Documents,
+    Ragged,
+    RowFile,
+    open_rows,
+    save_array,
+    workers,
+    write_whole,
+)
 from mmrag_recipes.rows import ImageStore, Item, Row, store_of
 
 LEFT_OUT = -1  # cost of a row that cannot be used
@@ -57,7 +66,8 @@ class Dataset:
     """Rows of one data set.
 
     costs: (n,) tokens of query, positive and negatives; ``LEFT_OUT`` for rows that cannot be
-    used, which ``problems`` names. digest: of rows and images.
+    used, which ``problems`` names. digest: of rows and images. negatives: keys of the documents
+    that were mined during the run, in place of the negatives of the rows.
     """
 
     config: DataConfig
@@ -66,6 +76,22 @@ class Dataset:
     costs: NDArray[np.int32]
     problems: list[Problem]
     digest: str
+    negatives: Ragged | None = None
+
+    def row(self, index: int) -> Row:
+        """A row, with the negatives that it has at present."""
+        row: Row = self.rows[index]
+        if self.negatives is None:
+            return row
+        items = [self.documents[key] for key in self.negatives[index].tolist()]
+        # The scores were those of the old ones.
+        update = {"negatives": items, "negative_scores": [], "positive_scores": []}
+        return row.model_copy(update=update)
+
+    @cached_property
+    def documents(self) -> Documents:
+        """The documents of the rows, by their keys."""
+        return Documents(self.rows)
 
     @property
     def name(self) -> str:

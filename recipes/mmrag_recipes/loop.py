@@ -13,7 +13,7 @@ import math
 import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -34,7 +34,9 @@ from mmrag_recipes.checkpoints import (
 )
 from mmrag_recipes.config import RunConfig
 from mmrag_recipes.data import Dataset, Planner, Problem, load_datasets
+from mmrag_recipes.refresh import Refresh
 from mmrag_recipes.reports import plot_run
+from mmrag_recipes.row_file import Ragged
 from mmrag_recipes.rows import read_rows
 from mmrag_recipes.run_log import Report, RunLog
 from mmrag_recipes.trainable import frozen_towers, learning_rate, make_optimizer, make_trainable
@@ -64,6 +66,11 @@ class Task(Protocol):
     @property
     def planner(self) -> Planner:
         """Counts the tokens of the rows, once, before the first step."""
+        ...
+
+    @property
+    def refresh(self) -> Refresh | None:
+        """Mines the negatives again every so many steps; None where they stay."""
         ...
 
     def steps(
@@ -188,18 +195,45 @@ class Training:
     log: RunLog | None
 
     def go_on(self) -> None:
-        """Run all steps that are left; the coming ones are prepared while one runs."""
+        """Run all steps that are left."""
         config, progress = self.config, self.progress
         sources = [
             Source(d.rows.keys, d.costs, d.config.weight, d.config.in_batch_negatives)
             for d in self.datasets
         ]
-        # Skipping planned batches is cheap: they are indices, nothing has been decoded.
+        # Skipping planned batches is cheap: they are indices, nothing has been decoded. The plan
+        # keeps to the negatives of the files, so that a resumed run need not know older ones.
         planned = itertools.islice(
             plan(sources, config.batch_size, config.seed), progress.step, config.steps
         )
+        refresh = self.task.refresh
+        stop = False
+        while progress.step < config.steps and not stop:
+            count = config.steps
+            if refresh:
+                self._refresh(refresh)
+                count = refresh.every - progress.step % refresh.every
+            # No further: steps are prepared ahead with the negatives of now.
+            stop = self._run(itertools.islice(planned, count))
+
+    def _refresh(self, refresh: Refresh) -> None:
+        """Mine the negatives where it is time, and put the last ones in place."""
+        progress = self.progress
+        if progress.step % refresh.every == 0 and progress.step > progress.refreshed:
+            mined = refresh.mine(self.datasets)
+            progress.negatives = [(torch.tensor(m.values), torch.tensor(m.ends)) for m in mined]
+            progress.refreshed = progress.step
+            # A search may take long: a run that stops soon after need not do it again.
+            self._save()
+        for index, (values, ends) in enumerate(progress.negatives):
+            negatives = Ragged(values.numpy(), ends.numpy())
+            self.datasets[index] = replace(self.datasets[index], negatives=negatives)
+
+    def _run(self, batches: Iterable[Batch]) -> bool:
+        """Run steps, the coming ones prepared meanwhile. Returns whether the run is to stop."""
+        config, progress = self.config, self.progress
         started, n_rows = time.perf_counter(), 0
-        for batch, inputs in self.task.steps(self.datasets, planned):
+        for batch, inputs in self.task.steps(self.datasets, batches):
             step = progress.step
             # Dropout depends on the step and the process alone, so that resuming changes nothing.
             torch.manual_seed(hash((config.seed, step, distributed.rank())))
@@ -217,7 +251,8 @@ class Training:
             if stop or progress.step % config.save_every == 0 or progress.step == config.steps:
                 self._save()
             if stop:
-                return
+                return True
+        return False
 
     def _check_finite(self, loss: float, norm: float) -> None:
         """Count steps that made no update; raise ModelError for too many in a row."""

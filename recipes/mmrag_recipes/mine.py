@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 
 from mmrag.embedders import load_embedder
 from mmrag.rerankers import Scorer, load_scorer
-from mmrag_recipes.config import MineConfig
+from mmrag_recipes.config import MineConfig, MiningRules
 from mmrag_recipes.console import track
 from mmrag_recipes.corpus import read_corpus
 from mmrag_recipes.rows import (
@@ -76,17 +76,37 @@ class MineReport:
 
 
 @dataclass(frozen=True)
-class _Corpus:
-    """Documents with their vectors. places: of each document, by number, the pages it is of.
+class Corpus:
+    """Documents that are searched, each once.
 
-    answers: by the key of a query, the documents that answer it in any row.
+    position: number of a document by its key. places: of each document, by number, the pages it
+    is of. answers: by the key of a query, the documents that answer it in any row.
     """
 
     items: list[Item]
-    vectors: Vectors
     position: dict[int, int]
     places: dict[int, set[str]]
     answers: dict[int, set[int]]
+
+    @classmethod
+    def of(cls, rows: Iterable[Row], extra: Sequence[tuple[Item, str]] = ()) -> Corpus:
+        """Documents of the rows in order of first appearance, then others with their pages."""
+        kept = list(rows)
+        items = {item.key: item for item in corpus_of(kept)}
+        # By content, so that a page of the corpus that a row holds already comes once.
+        items.update((item.key, item) for item, _ in extra)
+        position = {key: index for index, key in enumerate(items)}
+        places: defaultdict[int, set[str]] = defaultdict(set)
+        answers: defaultdict[int, set[int]] = defaultdict(set)
+        for row in kept:
+            own = [position[item.key] for item in row.positives]
+            # Questions are asked twice in some sets, with different answers marked.
+            answers[row.query.key].update(own)
+            for index in own if row.place else ():
+                places[index].add(str(row.place))
+        for item, place in extra:
+            places[position[item.key]].add(place)
+        return cls(list(items.values()), position, places, answers)
 
 
 def mine(
@@ -105,12 +125,24 @@ def mine(
         The rows with ``negatives``, ``negative_scores`` and ``positive_scores`` (cosines of the
         miner), and the report.
     """
-    report = MineReport()
-    corpus = _read_corpus(rows, cache, extra)
+    corpus = Corpus.of(rows, extra)
+    documents = cache.encode(corpus.items)
     queries = cache.encode([row.query for row in rows], [row.instruction for row in rows])
-    found = nearest(queries, corpus.vectors, config.depth)
+    return mine_rows(rows, queries, corpus, documents, config)
+
+
+def mine_rows(
+    rows: Sequence[Row],
+    queries: Vectors,
+    corpus: Corpus,
+    documents: Vectors,
+    config: MiningRules,
+) -> tuple[list[Row], MineReport]:
+    """As ``mine``, with vectors: (len(rows), d) of the queries, (n, d) of the corpus."""
+    report = MineReport()
+    found = nearest(queries, documents, config.depth)
     mined = [
-        _mine_row(row, query, order, scores, corpus, config, report)
+        _mine_row(row, query, order, scores, corpus, documents, config, report)
         for row, query, (order, scores) in track(
             zip(rows, queries, found, strict=True), len(rows), "mining"
         )
@@ -118,39 +150,19 @@ def mine(
     return mined, report
 
 
-def _read_corpus(
-    rows: Sequence[Row], cache: VectorCache, extra: Sequence[tuple[Item, str]]
-) -> _Corpus:
-    items = {item.key: item for item in corpus_of(rows)}
-    # By content, so that a page of the corpus that a row holds already comes once.
-    items.update((item.key, item) for item, _ in extra)
-    position = {key: index for index, key in enumerate(items)}
-    places: defaultdict[int, set[str]] = defaultdict(set)
-    answers: defaultdict[int, set[int]] = defaultdict(set)
-    for row in rows:
-        own = [position[item.key] for item in row.positives]
-        # Questions are asked twice in some sets, with different answers marked.
-        answers[row.query.key].update(own)
-        for index in own if row.place else ():
-            places[index].add(str(row.place))
-    for item, place in extra:
-        places[position[item.key]].add(place)
-    listed = list(items.values())
-    return _Corpus(listed, cache.encode(listed), position, places, answers)
-
-
 def _mine_row(
     row: Row,
     query: Vectors,
     order: NDArray[np.int64],
     scores: Vectors,
-    corpus: _Corpus,
-    config: MineConfig,
+    corpus: Corpus,
+    documents: Vectors,
+    config: MiningRules,
     report: MineReport,
 ) -> Row:
     score_of = dict(zip(order.tolist(), scores.tolist(), strict=True))
     own = [corpus.position[item.key] for item in row.positives]
-    own_scores = (corpus.vectors[own] @ query).tolist()
+    own_scores = (documents[own] @ query).tolist()
     # All positives must stay ahead of a negative, the worst too.
     worst = min(own_scores)
     # A positive that is not among the candidates ranks below all of them.
@@ -159,7 +171,7 @@ def _mine_row(
     most = worst - (1 - config.max_ratio) * abs(worst)
     wrong, right = [], []
     modality = row.positives[0].modality
-    for rank, index in _without_answers(row, order, own, corpus, config, report):
+    for rank, index in _without_answers(row, order, own, corpus, documents, config, report):
         if corpus.items[index].modality != modality:
             # Below the positive, another modality teaches nothing new.
             if rank < rank_of_positive:
@@ -192,13 +204,14 @@ def _without_answers(
     row: Row,
     order: NDArray[np.int64],
     own: Sequence[int],
-    corpus: _Corpus,
-    config: MineConfig,
+    corpus: Corpus,
+    documents: Vectors,
+    config: MiningRules,
     report: MineReport,
 ) -> list[tuple[int, int]]:
     """Rank and index of candidates that are neither a positive, nor like one, nor the query."""
     # (candidates,)
-    nearness = (corpus.vectors[order] @ corpus.vectors[list(own)].T).max(axis=1)
+    nearness = (documents[order] @ documents[list(own)].T).max(axis=1)
     texts = {_plain(item.text) for item in (*row.positives, row.query) if item.text}
     allowed = []
     for rank, index in enumerate(order.tolist()):
@@ -223,7 +236,7 @@ def _plain(text: str | None) -> str:
     return " ".join((text or "").casefold().split())
 
 
-def _choose(pool: list[int], count: int, config: MineConfig, chance: random.Random) -> list[int]:
+def _choose(pool: list[int], count: int, config: MiningRules, chance: random.Random) -> list[int]:
     if config.sample == "random":
         return chance.sample(pool, min(count, len(pool)))
     return pool[:count]

@@ -97,7 +97,7 @@ class PairFeeder:
         mine = own_rows(batch)
         waiting = []
         for index in mine:
-            row: Row = dataset.rows[index]
+            row = dataset.row(index)
             documents = documents_of(row, batch.epoch, self.hard_negatives)
             pairs = [pool.submit(self._prepare, dataset.store, row, item) for item, _ in documents]
             waiting.append((row, pairs))

@@ -28,7 +28,7 @@ from pydantic import ValidationError
 
 from mmrag.errors import ContentError
 from mmrag_recipes.console import track
-from mmrag_recipes.rows import Row, first_problem, images_of
+from mmrag_recipes.rows import Item, Row, first_problem, images_of
 
 logger = logging.getLogger("mmrag_recipes")
 
@@ -127,6 +127,27 @@ class RowFile(Sequence[Row]):
         start = int(self._offsets[index])
         end = self._bytes.find(b"\n", start)
         return Row.model_validate_json(self._bytes[start : end if end >= 0 else None])
+
+
+class Documents:
+    """The documents of a file of rows by their keys, each read from the first row that has it."""
+
+    def __init__(self, rows: RowFile) -> None:
+        self._rows = rows
+        self._sides = rows.keys.positives, rows.keys.negatives
+        every = np.concatenate([side.values for side in self._sides])
+        self._keys, self._first = np.unique(every, return_index=True)
+
+    def __getitem__(self, key: int) -> Item:
+        place = int(self._first[np.searchsorted(self._keys, key)])
+        positives, negatives = self._sides
+        of_positives = place < len(positives.values)
+        side = positives if of_positives else negatives
+        place -= 0 if of_positives else len(positives.values)
+        index = int(np.searchsorted(side.ends, place, side="right"))
+        row: Row = self._rows[index]
+        items = row.positives if of_positives else row.negatives
+        return items[place - (int(side.ends[index - 1]) if index else 0)]
 
 
 def open_rows(path: str | Path) -> RowFile:

@@ -115,7 +115,7 @@ class Feeder:
     def _start(
         self, index: int, dataset: Dataset, epoch: int, pool: ThreadPoolExecutor
     ) -> _Waiting:
-        row: Row = dataset.rows[index]
+        row = dataset.row(index)
 
         def submit(item: Item, task: str | None) -> Future[Any]:
             content = partial(dataset.store.content, item)

@@ -25,6 +25,7 @@ from mmrag_recipes.config import TrainConfig
 from mmrag_recipes.data import Dataset, load_datasets
 from mmrag_recipes.depths import check_pairs
 from mmrag_recipes.loop import fit
+from mmrag_recipes.refresh import Refresh
 from mmrag_recipes.reports import dry_run
 from mmrag_recipes.rows import read_rows, store_of
 from mmrag_recipes.run_log import Report
@@ -71,13 +72,14 @@ class EmbedderTask:
         self.model = backbone.model
         self.planner = backbone
         self.old: Backbone | None = None  # the model that a compatible training compares with
+        self.refresh = Refresh(config, config.refresh, backbone) if config.refresh else None
 
     def steps(
         self, datasets: Sequence[Dataset], batches: Iterable[Batch]
     ) -> Iterator[tuple[Batch, StepInputs]]:
         """See ``Task.steps``."""
         # Here, where training begins: a run that is finished does not need it.
-        self.old = load_old(self.config, self.planner)
+        self.old = self.old or load_old(self.config, self.planner)
         feeder = Feeder(datasets, self.planner, self.config.hard_negatives, old=self.old)
         return feeder.steps(batches)
 

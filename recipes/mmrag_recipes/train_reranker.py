@@ -95,6 +95,7 @@ class RerankerTask:
         self.model: Any = asker.model
         settings = config.model_dump(include={"kind", "limits", "prompt"})
         self.planner = PairPlanner(asker, settings)
+        self.refresh = None  # the candidates are those of the rows
 
     def steps(
         self, datasets: Sequence[Dataset], batches: Iterable[Batch]
