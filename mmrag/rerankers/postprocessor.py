@@ -40,7 +40,7 @@ class RerankerOptions(ScorerOptions, total=False):
     device: str
     dtype: str
     revision: str | None
-    quantize: Literal["8bit", "4bit"] | None
+    quantize: Literal["8bit", "4bit", "4bit-double"] | None
     device_map: Literal["auto"] | None
 
 

@@ -65,6 +65,9 @@ class LoraConfig(Options):
     """Regular expression of the modules that get an adapter."""
     dora: bool = False
     """Learn magnitudes too (arXiv 2402.09353): slower, sometimes better."""
+    # Of training alone: the exported weights are merged into the base as it was published.
+    quantize: Literal["8bit", "4bit", "4bit-double"] | None = None
+    """Hold the weights under the adapters in 8 or 4 bits; 4bit-double is QLoRA's way."""
 
 
 class GroupConfig(Options):

@@ -41,7 +41,8 @@ def load_trained_reranker(run: Path) -> tuple[QwenAsker, TrainRerankerConfig]:
     """Load the model of a finished run, adapters merged; errors as in ``load_trained``."""
     config = read_config(run, TrainRerankerConfig)
     # Merging in half precision would round away what a small adapter learned.
-    asker = load_asker(config.replace(device="cpu", dtype="float32"))
+    lora = config.lora and config.lora.replace(quantize=None)
+    asker = load_asker(config.replace(device="cpu", dtype="float32", lora=lora))
     fill_trained(run, asker, config)
     return asker, config
 

@@ -30,7 +30,7 @@ from mmrag_recipes.reports import dry_run
 from mmrag_recipes.rows import read_rows, store_of
 from mmrag_recipes.run_log import Report
 from mmrag_recipes.steps import Feeder, StepInputs, encode, step_loss
-from mmrag_recipes.trainable import evaluating
+from mmrag_recipes.trainable import evaluating, quantization_of
 
 
 def run(config: TrainConfig) -> None:
@@ -56,7 +56,12 @@ def load_model(config: TrainConfig) -> Backbone:
     # Updates of full fine-tuning are smaller than bfloat16 can add.
     dtype = config.dtype if config.lora else "float32"
     backbone = load_backbone(
-        config.model, family=config.family, device=config.device, dtype=dtype, **config.limits
+        config.model,
+        family=config.family,
+        device=config.device,
+        dtype=dtype,
+        quantize=quantization_of(config),
+        **config.limits,
     )
     for dim in config.matryoshka_dims:
         check_dim(dim, backbone.dim)

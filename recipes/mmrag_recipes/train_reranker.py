@@ -29,7 +29,7 @@ from mmrag_recipes.pair_steps import PairFeeder, PairPlanner, PairStep, encode_p
 from mmrag_recipes.row_file import open_rows
 from mmrag_recipes.rows import read_rows, store_of
 from mmrag_recipes.run_log import Report
-from mmrag_recipes.trainable import evaluating
+from mmrag_recipes.trainable import evaluating, quantization_of
 
 
 def run(config: TrainRerankerConfig) -> None:
@@ -70,6 +70,7 @@ def load_asker(config: TrainRerankerConfig) -> QwenAsker:
         device=config.device,
         # Updates of full fine-tuning are smaller than bfloat16 can add.
         dtype=config.dtype if config.lora else "float32",
+        quantize=quantization_of(config),
         **config.limits,
     )
     asker = scorer.asker if isinstance(scorer, LocalScorer) else None

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from mmrag.errors import ConfigError
+from mmrag.modeling.loading import Quantization
 from mmrag_recipes.config import LoraConfig, RunConfig
 
 # Modules of the families that take pixels alone. What they give depends on no other weights.
@@ -66,13 +67,28 @@ def _freeze(model: nn.Module, prefix: str) -> None:
 
 
 def _add_adapters(model: nn.Module, lora: LoraConfig) -> None:
-    from peft import inject_adapter_in_model
+    from peft import inject_adapter_in_model, prepare_model_for_kbit_training
 
+    if getattr(model, "is_quantized", False):
+        # Norms, embeddings and biases become float32. Checkpointing is turned on later, of the kind
+        # that needs no gradient of the inputs.
+        prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+        packing: Any
+        for packing in model.modules():
+            if hasattr(packing, "support_avx512bf16_for_cpu"):
+                # On some CPUs, bitsandbytes packs weights anew at the first evaluation, and what is
+                # packed gives no gradient afterwards.
+                packing.support_avx512bf16_for_cpu = False
     try:
         # Without peft's wrapper, which would change the names and the forward of the model.
         inject_adapter_in_model(peft_config(lora), model)
     except ValueError as error:
         raise ConfigError(f"lora.targets: {error}") from error
+
+
+def quantization_of(config: RunConfig) -> Quantization | None:
+    """How the weights under the adapters are held in training."""
+    return config.lora.quantize if config.lora else None
 
 
 def peft_config(lora: LoraConfig) -> Any:

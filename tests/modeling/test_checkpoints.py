@@ -228,7 +228,7 @@ def test_a_device_that_is_not_here_is_refused(device):
 def test_quantised_loading_and_several_devices_are_checked(qwen2_vl_folder, monkeypatch):
     from transformers.utils import import_utils
 
-    with pytest.raises(ConfigError, match="8bit, 4bit"):
+    with pytest.raises(ConfigError, match="8bit, 4bit, 4bit-double"):
         load(qwen2_vl_folder, quantize="2bit")
     with pytest.raises(ConfigError, match="leave out device"):
         load(qwen2_vl_folder, device_map="auto")
@@ -236,7 +236,7 @@ def test_quantised_loading_and_several_devices_are_checked(qwen2_vl_folder, monk
         load_embedder(qwen2_vl_folder, family="gme", device_map="cpu")
     monkeypatch.setattr(import_utils, "is_bitsandbytes_available", lambda **_: False)
     monkeypatch.setattr("transformers.utils.is_bitsandbytes_available", lambda **_: False)
-    with pytest.raises(ConfigError, match="pip install bitsandbytes"):
+    with pytest.raises(ConfigError, match=r"pip install 'mmrag\[quantized\]'"):
         load(qwen2_vl_folder, quantize="4bit")
 
 
@@ -250,11 +250,13 @@ def test_device_map_gives_the_same_vectors(qwen2_vl_folder, monkeypatch):
 
 def test_quantised_loading_asks_transformers_for_it(monkeypatch):
     monkeypatch.setattr("transformers.utils.is_bitsandbytes_available", lambda **_: True)
-    for way in ("8bit", "4bit"):
+    for way in ("8bit", "4bit", "4bit-double"):
         placement = place("cpu", "bfloat16", quantize=way)
         options = loading._distribution(placement)
         assert options["quantization_config"].load_in_8bit == (way == "8bit")
-        assert options["quantization_config"].load_in_4bit == (way == "4bit")
+        assert options["quantization_config"].load_in_4bit == (way != "8bit")
+        double = options["quantization_config"].bnb_4bit_use_double_quant
+        assert double == (way == "4bit-double")
         assert options["device_map"] == {"": torch.device("cpu")}
 
 

@@ -246,6 +246,14 @@ def test_a_broken_image_costs_its_negative_or_its_row(model, tmp_path):
     assert [problem.row for problem in step.skipped] == [text.id, "lost"]
 
 
+def test_adapters_on_four_bits_are_merged_into_the_weights_as_published(model, rows, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    lora = LoraConfig(r=2, quantize="4bit-double")
+    train_reranker(config_of(model, tmp_path, rows, steps=2, lora=lora))
+    asker, _ = load_trained_reranker(tmp_path)
+    assert {p.dtype for p in asker.model.parameters()} == {torch.float32}
+
+
 def test_the_planner_can_be_sent_to_processes(model, rows, tmp_path):
     config = config_of(model, tmp_path, rows)
     planner = pickle.loads(pickle.dumps(RerankerTask(config, load_asker(config)).planner))
