@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from llama_index.core.base.llms.types import ImageBlock, LLMMetadata, TextBlock
 from llama_index.core.schema import ImageNode, MetadataMode, Node, NodeWithScore
 
 from mmrag.content import image_size, load_image
@@ -24,6 +25,7 @@ from mmrag.prompting import PIXELS_PER_TOKEN, estimate_tokens, image_bytes, sani
 Box: TypeAlias = tuple[float, float, float, float]
 
 DUPLICATE = 0.9  # Jaccard index of word triples above which two texts are the same page
+_ANSWER_ROOM = 1024  # tokens kept free for the answer where the model sets no maximum
 _ENOUGH_TEXT = 200  # characters; a page with fewer needs its image to be understood
 
 
@@ -255,6 +257,42 @@ def fence(part: Part, boundary: str) -> str:
         written = sanitize(source.description).strip()
         described = [f"description by {by}, not written on the page:", written]
     return "\n".join([head, *where, "text:", text, *described, tail])
+
+
+def room_in_window(model: LLMMetadata, window: int) -> int:
+    """Tokens of a context window of ``window`` that are left beside the model's answer."""
+    # LlamaIndex's OpenAI models report -1 where no maximum is set.
+    answer = max(model.num_output, 0) or _ANSWER_ROOM
+    # A model's maximum may be as large as its whole window.
+    return window - min(answer, window // 4)
+
+
+def source_blocks(packed: Packed, boundary: str) -> list[TextBlock | ImageBlock]:
+    """Each source's text, followed by its image."""
+    blocks: list[TextBlock | ImageBlock] = []
+    for part in packed.parts:
+        if part.image is None:
+            blocks.append(TextBlock(text=fence(part, boundary)))
+            continue
+        shown = f"{fence(part, boundary)}\nImage of source {part.source.n}:"
+        blocks.append(TextBlock(text=shown))
+        blocks.append(ImageBlock(image=part.image, image_mimetype=part.mimetype))
+    return blocks
+
+
+def joined_blocks(blocks: Sequence[TextBlock | ImageBlock]) -> list[TextBlock | ImageBlock]:
+    """Blocks with neighbouring texts as one, a blank line between them.
+
+    LlamaIndex puts the texts of a message without images together with nothing in between.
+    """
+    joined: list[TextBlock | ImageBlock] = []
+    for block in blocks:
+        last = joined[-1] if joined else None
+        if isinstance(block, TextBlock) and isinstance(last, TextBlock):
+            joined[-1] = TextBlock(text=f"{last.text}\n\n{block.text}")
+        else:
+            joined.append(block)
+    return joined
 
 
 def _one_line(text: str) -> str:

@@ -36,7 +36,16 @@ from mmrag.answering.citations import (
     check_answer,
     embedder_similarity,
 )
-from mmrag.answering.context import ImageBudget, Packed, Source, fence, pack, select_sources
+from mmrag.answering.context import (
+    ImageBudget,
+    Packed,
+    Source,
+    joined_blocks,
+    pack,
+    room_in_window,
+    select_sources,
+    source_blocks,
+)
 from mmrag.answering.extractive import FOUND, SURE, extract
 from mmrag.answering.response import (
     NOT_FOUND,
@@ -83,7 +92,6 @@ QUESTION_PROMPT = PromptTemplate(
     "Question: {question}\n\nAnswer it from the sources above, citing them as [n], or reply with "
     "{sentinel}."
 )
-_ANSWER_ROOM = 1024  # tokens kept free for the answer where the model sets no maximum
 
 
 @dataclass(frozen=True)
@@ -320,7 +328,7 @@ class CitedQueryEngine(BaseQueryEngine):
         system = self._prompts["system_prompt"].format(boundary=boundary, sentinel=SENTINEL)
         packed = self._pack(sources, query, system, asked)
         # The question comes last, where models attend best (see `mmrag.answering.context`).
-        blocks = _joined([*_blocks(packed, boundary), *asked])
+        blocks = joined_blocks([*source_blocks(packed, boundary), *asked])
         user = ChatMessage(role=MessageRole.USER, blocks=blocks)
         messages = [ChatMessage(role=MessageRole.SYSTEM, content=system), user]
         notes += packed.notes
@@ -359,10 +367,7 @@ class CitedQueryEngine(BaseQueryEngine):
     ) -> Packed:
         """The sources that fit beside the prompt, the question and the answer."""
         assert self.llm is not None
-        # LlamaIndex's OpenAI models report -1 where no maximum is set.
-        answer = max(self.llm.metadata.num_output, 0) or _ANSWER_ROOM
-        # A model's maximum may be as large as its whole window.
-        room = self.context_window - min(answer, self.context_window // 4)
+        room = room_in_window(self.llm.metadata, self.context_window)
         room -= estimate_tokens(system)
         room -= sum(estimate_tokens(block.text) for block in asked if isinstance(block, TextBlock))
         budget = self.image_budget
@@ -456,34 +461,6 @@ def _note_if_incomplete(task: _Task, reply: ChatResponse) -> None:
     if why is not None and why not in task.notes:
         task.notes.append(why)
         logger.warning("%s", why)
-
-
-def _blocks(packed: Packed, boundary: str) -> list[TextBlock | ImageBlock]:
-    """Each source's text, followed by its image."""
-    blocks: list[TextBlock | ImageBlock] = []
-    for part in packed.parts:
-        if part.image is None:
-            blocks.append(TextBlock(text=fence(part, boundary)))
-            continue
-        shown = f"{fence(part, boundary)}\nImage of source {part.source.n}:"
-        blocks.append(TextBlock(text=shown))
-        blocks.append(ImageBlock(image=part.image, image_mimetype=part.mimetype))
-    return blocks
-
-
-def _joined(blocks: Sequence[TextBlock | ImageBlock]) -> list[TextBlock | ImageBlock]:
-    """Blocks with neighbouring texts as one, a blank line between them.
-
-    LlamaIndex puts the texts of a message without images together with nothing in between.
-    """
-    joined: list[TextBlock | ImageBlock] = []
-    for block in blocks:
-        last = joined[-1] if joined else None
-        if isinstance(block, TextBlock) and isinstance(last, TextBlock):
-            joined[-1] = TextBlock(text=f"{last.text}\n\n{block.text}")
-        else:
-            joined.append(block)
-    return joined
 
 
 def _common(task: _Task) -> dict[str, Any]:

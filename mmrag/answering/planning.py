@@ -67,7 +67,7 @@ Plan a search in a library of documents: pages, figures and images.
 - Do not answer the question.
 
 Reply with JSON and nothing else:
-{{"questions": [{{"question": "...", "modality": "any", "image": false}}], "more": false}}
+{"questions": [{"question": "...", "modality": "any", "image": false}], "more": false}
 
 The question{with_image}: {question}"""
 )
@@ -84,12 +84,12 @@ The question{with_image}: {question}
 Searched for so far:
 {asked}
 
-If the sources answer the whole question, reply {{"enough": true, "questions": []}}. Otherwise \
+If the sources answer the whole question, reply {"enough": true, "questions": []}. Otherwise \
 return at most {most} questions that were not searched for yet and that make sense on their own: \
 use what the sources say to be exact.
 
 Reply with JSON and nothing else:
-{{"enough": false, "questions": [{{"question": "...", "modality": "any", "image": false}}]}}"""
+{"enough": false, "questions": [{"question": "...", "modality": "any", "image": false}]}"""
 )
 _EVIDENCE_TOKENS = 6000  # of what is shown to decide whether it suffices
 

@@ -100,8 +100,8 @@ def evaluate(
         typer.Option(
             "--judge",
             metavar="MODEL[@URL]",
-            help="A chat model that grades the answers, at --base-url or at its own URL (key: "
-            "MMRAG_JUDGE_KEY, else OPENAI_API_KEY).",
+            help="A chat model that grades the answers and says whether what they cite supports "
+            "them, at --base-url or at its own URL (key: MMRAG_JUDGE_KEY, else OPENAI_API_KEY).",
         ),
     ] = None,
     run: Annotated[
@@ -201,10 +201,11 @@ def evaluate(
 def _compare(before: Path, after: Path, json_file: Path | None) -> None:
     """Print what was gained from one file of results to another."""
     from mmrag.evaluation.compare import compare_evaluations
+    from mmrag.evaluation.matrix import compare_matrices
     from mmrag.evaluation.results import Evaluation
 
-    old = Evaluation.load(before)
-    found = compare_evaluations(old, Evaluation.load(after))
+    old, new = Evaluation.load(before), Evaluation.load(after)
+    found = [*compare_evaluations(old, new), *compare_matrices(old, new)]
     rows = [one.to_json() for one in found]
     if is_file(json_file):
         json_file.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")

@@ -96,9 +96,7 @@ def _matrix_table(
 
 
 def _own_gains_table(evaluation: Evaluation, others: Sequence[tuple[System, Difference]]) -> Table:
-    from mmrag.evaluation.compare import main_system
-
-    main = main_system(evaluation)
+    main = evaluation.main_system
     name = "" if main is None else clean(f"{main.model}, {main.name}")
     shown = _named_table(
         f"{evaluation.main_metric} of {name} less that of", ["difference", "95 % interval"]
@@ -149,13 +147,16 @@ def comparison_view(found: Sequence[Difference], cuts: Sequence[int]) -> Rendera
     """What each system and engine gained, real differences marked."""
     rows: list[RenderableType] = []
     names = metric_names(cuts)
+    over_all = [one for one in found if one.kind is None]
     for scope, title in _TITLES.items():
-        of_scope = [one for one in found if one.scope == scope]
+        of_scope = [one for one in over_all if one.scope == scope]
         if of_scope:
             rows += [_gains_table(of_scope, names, title), Text()]
-    answers = [one for one in found if one.scope == "answers"]
+    answers = [one for one in over_all if one.scope == "answers"]
     if answers:
         rows += [_answer_gains(answers), Text()]
+    for table in _matrix_gains([one for one in found if one.kind is not None]):
+        rows += [table, Text()]
     rows.append(
         Text(
             "* real: the 95 % interval of the difference, from a paired bootstrap over documents, "
@@ -191,6 +192,36 @@ def _answer_gains(found: Sequence[Difference]) -> Table:
         cells = (f"{one.before:.3f}", f"{one.after:.3f}", _gain(one), _gain_interval(one))
         shown.add_row(measure, *cells)
     return shown
+
+
+def _matrix_gains(found: Sequence[Difference]) -> list[Table]:
+    """A table for each measure that the matrix of one evaluation shows."""
+    from mmrag.evaluation.matrix import shown_measures
+
+    tables = []
+    columns = list(dict.fromkeys(sorted(one.document_kind or "" for one in found)))
+    for name, scope in dict.fromkeys((one.name, one.scope) for one in found):
+        own = [one for one in found if (one.name, one.scope) == (name, scope)]
+        there = dict.fromkeys(one.metric for one in own)
+        for metric in shown_measures(there) if scope == "answers" else there:
+            cells = {(one.kind, one.document_kind): one for one in own if one.metric == metric}
+            title = f"{clean(name)}: {metric}, by kind of question and of document: after - before"
+            shown = plain_table(title)
+            shown.add_column("question")
+            for column in columns:
+                shown.add_column(clean(column) or "(none)", justify="right", overflow="fold")
+            for kind in dict.fromkeys(kind for kind, _ in cells):
+                of_kind = [cells.get((kind, column)) for column in columns]
+                shown.add_row(clean(kind or "") or "(none)", *map(_gain_cell, of_kind))
+            tables.append(shown)
+    return tables
+
+
+def _gain_cell(one: Difference | None) -> Text:
+    # No question of this kind is about documents of that kind.
+    if one is None:
+        return Text()
+    return Text.assemble(_gain(one), Text(f" {_gain_interval(one)} of {one.n}", style="dim"))
 
 
 def _gain(one: Difference) -> Text:

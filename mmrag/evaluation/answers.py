@@ -25,6 +25,13 @@ ASSIGNMENTS: Mapping[Assignment, float] = {
     "not_support": 0.0,
 }
 
+Support: TypeAlias = Literal["full_support", "partial_support", "no_support"]
+SUPPORTS: Mapping[Support, float] = {
+    "full_support": 1.0,
+    "partial_support": 0.5,
+    "no_support": 0.0,
+}
+
 # A sentence is hardly ever repeated word by word, so that equality would say nothing.
 _SHORT = 12  # words of a right answer that may be compared as they stand
 _ARTICLES = re.compile(r"\b(?:a|an|the)\b")
@@ -39,6 +46,19 @@ class Verdict:
 
 
 @dataclass(frozen=True)
+class Sentence:
+    """A sentence of an answer, and whether the sources that it cites support it.
+
+    text: without its citations. citations: the numbers that it cites, of sources that exist or not.
+    support: what the judge says of it; None if no judge was asked.
+    """
+
+    text: str
+    citations: tuple[int, ...] = ()
+    support: Support | None = None
+
+
+@dataclass(frozen=True)
 class AnswerRecord:
     """What an engine answered to one question.
 
@@ -47,6 +67,7 @@ class AnswerRecord:
     cited: the pages that it cites, or rests on if it cites none.
     verdict: the judge's, if one was asked.
     nuggets: whether the answer states each nugget of the question, if the judge was asked.
+    sentences: of the answer, each with what it cites; none of an answer that was withheld.
 
     Examples:
         >>> asked = Question("How deep is it?", (("well.pdf", 3),), answer="9 m")
@@ -62,12 +83,14 @@ class AnswerRecord:
     seconds: float = 0.0
     verdict: Verdict | None = None
     nuggets: tuple[Assignment, ...] = ()
+    sentences: tuple[Sentence, ...] = ()
 
     def scores(self, question: Question) -> Metrics:
         """Every measure that the question allows; those that it does not are left out.
 
-        Of a question without an answer in the documents: ``abstained``, and
-        ``abstained_or_unsure``, which counts passages that may answer it as no answer. Of others:
+        Of every answer that was judged: those of ``support_scores``. Of a question without an
+        answer in the documents: ``abstained``, and ``abstained_or_unsure``, which counts passages
+        that may answer it as no answer. Of others:
 
         - ``answered``, and ``certain``.
         - ``right_page``, whether a right page is cited; ``citation_recall``, the share of right
@@ -80,10 +103,15 @@ class AnswerRecord:
         - ``judged``, the judge's grade as 1, 0.5 or 0; 0 without an answer.
         - those of ``nugget_scores``, where the judge was asked for nuggets.
         """
+        # Whether cited pages support an answer does not depend on the right answer.
+        supported = support_scores(self.sentences)
         if not question.answerable:
             # Both are given: to refuse outright is better than to quote what may not fit.
             unsure = not self.found or not self.certain
-            return {"abstained": float(not self.found), "abstained_or_unsure": float(unsure)}
+            return {
+                "abstained": float(not self.found),
+                "abstained_or_unsure": float(unsure),
+            } | supported
         found = {"answered": float(self.found), "certain": float(self.found and self.certain)}
         if question.relevant:
             found |= self._citations(question)
@@ -93,7 +121,7 @@ class AnswerRecord:
             found["judged"] = GRADES[self.verdict.grade]
         if self.nuggets:
             found |= nugget_scores(question.nuggets, self.nuggets)
-        return found
+        return found | supported
 
     def _citations(self, question: Question) -> Metrics:
         # An answer that was withheld cites nothing, whatever pages lay nearest.
@@ -133,6 +161,10 @@ class AnswerRecord:
             "cited": tuple(as_page(page) for page in values["cited"]),
             "verdict": Verdict(**verdict) if verdict else None,
             "nuggets": tuple(values.get("nuggets", ())),
+            "sentences": tuple(
+                Sentence(**(row | {"citations": tuple(row["citations"])}))
+                for row in values.get("sentences", ())
+            ),
         }
         return cls(**(dict(values) | parts))
 
@@ -163,6 +195,31 @@ def nugget_scores(nuggets: Sequence[Nugget], assigned: Sequence[Assignment]) -> 
         for suffix, values in (("", partial), ("_strict", strict))
         for name, of in weights.items()
         if sum(of)
+    }
+
+
+def support_scores(sentences: Sequence[Sentence]) -> Metrics:
+    """How far the sources that an answer cites support it, sentence by sentence.
+
+    Full support counts 1, partial support 0.5, no support 0; a sentence that cites nothing is not
+    supported. ``support_precision``: the mean over the sentences that cite, 0 if none does;
+    ``support_recall``: over all sentences. Nothing if a sentence was not judged, or there is none.
+    Source: the weighted precision and recall of the support evaluation of the TREC 2024 RAG track
+    (arXiv 2504.15205), whose baseline system is Ragnarök (arXiv 2406.16828).
+
+    >>> support_scores([Sentence("a", (1,), "full_support"), Sentence("b", (), "no_support")])
+    {'support_precision': 1.0, 'support_recall': 0.5}
+    """
+    values = [SUPPORTS[each.support] for each in sentences if each.support is not None]
+    # The mean of the sentences that were judged would be that of another answer.
+    if not values or len(values) < len(sentences):
+        return {}
+    n_citing = sum(bool(each.citations) for each in sentences)
+    # Sentences that cite nothing add nothing to the sum, which so serves both.
+    total = sum(value for value, each in zip(values, sentences, strict=True) if each.citations)
+    return {
+        "support_precision": total / n_citing if n_citing else 0.0,
+        "support_recall": total / len(sentences),
     }
 
 

@@ -37,6 +37,8 @@ class Difference:
     low: float
     high: float
     n: int
+    kind: str | None = None
+    document_kind: str | None = None
 
     @property
     def gain(self) -> float:
@@ -65,6 +67,37 @@ def compare_evaluations(before: Evaluation, after: Evaluation) -> list[Differenc
     Raises:
         ContentError: If the evaluations have no question, or nothing that was asked, in common.
     """
+    found = [one for pair in paired(before, after) for one in pair.differences()]
+    if not found:
+        raise ContentError("The two results have no system and no engine in common.")
+    return found
+
+
+@dataclass(frozen=True)
+class Pair:
+    """What a system or an engine got in two evaluations, question by question.
+
+    before: the system or the name of the engine in the first one. rows: both values of each metric
+    for each question, before and after.
+    """
+
+    before: System | str
+    rows: Sequence[tuple[Metrics, Metrics]]
+    questions: Sequence[Question]
+
+    def differences(self) -> list[Difference]:
+        """What each metric gained."""
+        if isinstance(self.before, System):
+            return differences(self.before.name, self.before.scope, self.rows, self.questions)
+        return differences(self.before, "answers", self.rows, self.questions)
+
+
+def paired(before: Evaluation, after: Evaluation) -> list[Pair]:
+    """Every system and engine that both evaluations have, over the questions that both have.
+
+    Raises:
+        ContentError: If they have no question in common.
+    """
     # By text and right pages too: the same id in an edited file is another question.
     theirs = {(q.id, q.text, tuple(q.relevant)): q for q in after.questions}
     both = [q for q in before.questions if (q.id, q.text, tuple(q.relevant)) in theirs]
@@ -72,26 +105,16 @@ def compare_evaluations(before: Evaluation, after: Evaluation) -> list[Differenc
         raise ContentError("The two results have no question in common.")
     # Questions without a right page say nothing of retrieval, but something of answers.
     asked = [question for question in both if question.relevant]
-    found: list[Difference] = []
-    for old, new in _pairs(before, after):
-        rows = [(before.metrics(old, q), after.metrics(new, q)) for q in asked]
-        found += differences(old.name, old.scope, rows, asked)
-    engines = dict(_same(list(before.answers), list(after.answers)))
-    for old_name, new_name in engines.items():
+    found = [
+        Pair(old, [(before.metrics(old, q), after.metrics(new, q)) for q in asked], asked)
+        for old, new in _pairs(before, after)
+    ]
+    for old_name, new_name in _same(list(before.answers), list(after.answers)):
         one, two = before.answers[old_name], after.answers[new_name]
         answered = [q for q in both if q.id in one and q.id in two]
         rows = [(one[q.id].scores(q), two[q.id].scores(q)) for q in answered]
-        found += differences(old_name, "answers", rows, answered)
-    if not found:
-        raise ContentError("The two results have no system and no engine in common.")
+        found.append(Pair(old_name, rows, answered))
     return found
-
-
-def main_system(evaluation: Evaluation) -> System | None:
-    """The system that an evaluation is about: the first fusion, else the first that was asked."""
-    systems = evaluation.systems() or evaluation.systems("document")
-    fusions = [system for system in systems if system.ranking == "fusion"]
-    return next(iter([*fusions, *systems]), None)
 
 
 def finding_systems(evaluation: Evaluation, scope: Scope = "corpus") -> list[System]:
@@ -102,7 +125,7 @@ def finding_systems(evaluation: Evaluation, scope: Scope = "corpus") -> list[Sys
 
 def gains(evaluation: Evaluation) -> list[tuple[System, Difference]]:
     """What the main system gains over each other one of its scope, in the main metric."""
-    main = main_system(evaluation)
+    main = evaluation.main_system
     if main is None:
         return []
     asked = evaluation.asked()

@@ -3,30 +3,37 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import fields, replace
 from functools import partial
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import Any
 
 from llama_index.core.base.base_query_engine import BaseQueryEngine
 from llama_index.core.llms import LLM
+from llama_index.core.prompts import PromptTemplate
+from llama_index.core.schema import NodeWithScore, TextNode
 
+from mmrag.answering.citations import parse_marks
+from mmrag.answering.context import Source
 from mmrag.answering.planning import PlanningQueryEngine
 from mmrag.answering.response import CitedResponse
 from mmrag.errors import ConfigError, EndpointError, MMRagError
-from mmrag.evaluation.answers import AnswerRecord, Assignment, Verdict
+from mmrag.evaluation.answers import AnswerRecord, Assignment, Sentence, Support, Verdict
 from mmrag.evaluation.asking import collection_state, question_state
 from mmrag.evaluation.judge import (
     JUDGE_PROMPT,
     NUGGET_PROMPT,
+    SUPPORT_PROMPT,
     assign_nuggets,
     judge_answer,
+    judge_support,
 )
 from mmrag.evaluation.kept import Kept, fingerprint
 from mmrag.evaluation.questions import Question
 
 _PATIENCE = 3  # questions in a row that may fail at a server before the run is ended
+_SHOWN = ("page_name", "section", "caption")  # metadata that stand above the text of a source
 # Values that are the same in every process; objects have an address in their repr.
 _PLAIN = (str, int, float, bool, type(None))
 
@@ -43,8 +50,8 @@ def answer_all(
     """What an engine of ours answers, by id of the question.
 
     Args:
-        judge: grades answers to questions that have a right one, and says which nuggets they
-            state.
+        judge: grades answers to questions that have a right one, says which nuggets they state,
+            and whether each sentence is supported by the sources that it cites.
         kept: what earlier runs were answered; changed in place.
         notes: gets a line for each question that failed, which then has no record, and for each
             answer that was not judged.
@@ -57,7 +64,9 @@ def answer_all(
     kept = Kept() if kept is None else kept
     notes = [] if notes is None else notes
     # Once: it asks the collection for all of its files.
-    base = fingerprint(engine_state(engine))
+    base = fingerprint(engine_state(engine), [each.name for each in fields(AnswerRecord)])
+    # The judge sees what the model that answered saw.
+    images = _sends_images(engine)
     records: dict[str, AnswerRecord] = {}
     failed = 0
 
@@ -73,25 +82,25 @@ def answer_all(
         done(count)
         key = fingerprint(base, *question_state(question))
         try:
-            record = AnswerRecord.from_json(kept.get_or(key, partial(_answer, engine, question)))
+            answer = kept.get_or(key, partial(_answer, engine, question))
         except MMRagError as error:
             note(f"question {question.id} was not answered", error)
             continue
-        records[question.id] = record
+        records[question.id] = AnswerRecord.from_json(answer["record"])
         try:
             if judge is not None:
-                verdict = _judged(judge, question, record, kept)
-                nuggets = _assigned(judge, question, record, kept)
-                records[question.id] = replace(record, verdict=verdict, nuggets=nuggets)
+                for said in _judgements(judge, question, answer, images, kept):
+                    # One by one, so that what was said before a reply that fails is not lost.
+                    records[question.id] = replace(records[question.id], **said)
             failed = 0
         except EndpointError as error:
-            note(f"the answer to question {question.id} was not judged", error)
+            note(f"the answer to question {question.id} was not judged in full", error)
     done(len(questions))
     return records
 
 
 def _answer(engine: BaseQueryEngine, question: Question) -> dict[str, Any]:
-    """The record of an answer, as JSON values."""
+    """The record of an answer and the sources that its sentences cite, as JSON values."""
     started = time.monotonic()
     response = engine.query(question.query())
     if not isinstance(response, CitedResponse):
@@ -100,13 +109,65 @@ def _answer(engine: BaseQueryEngine, question: Question) -> dict[str, Any]:
             "PlanningQueryEngine that does not stream."
         )
     cited = [(PurePath(source.file).name, source.page or 1) for source in response.cited]
-    return AnswerRecord(
+    record = AnswerRecord(
         str(response),
         response.found,
         response.certain,
         tuple(dict.fromkeys(cited)),
         round(time.monotonic() - started, 3),
-    ).to_json()
+        sentences=_sentences(engine, response),
+    )
+    wanted = {n for sentence in record.sentences for n in sentence.citations}
+    sources = [_source_row(source) for source in response.sources if source.n in wanted]
+    return {"record": record.to_json(), "sources": sources}
+
+
+def _sentences(engine: BaseQueryEngine, response: CitedResponse) -> tuple[Sentence, ...]:
+    """The sentences that a reader sees, with the citations that are left in them."""
+    if not response.found:
+        return ()
+    removes = getattr(_inner(engine), "unsupported", None) == "remove"
+    shown = set(parse_marks(str(response)))
+    return tuple(
+        Sentence(claim.text, tuple(n for n in (*claim.citations, *claim.dangling) if n in shown))
+        for claim in response.claims
+        # Marks on their own claim nothing.
+        if claim.text and not (removes and claim.supported is False)
+    )
+
+
+def _source_row(source: Source) -> dict[str, Any]:
+    """What of a source a judge is shown."""
+    metadata = source.node.node.metadata
+    return {
+        "n": source.n,
+        "file": source.file,
+        "page": source.page,
+        "text": source.text,
+        "image": str(source.image) if source.image else None,
+        "description": source.description,
+        "described_by": source.described_by,
+        "metadata": {name: metadata[name] for name in _SHOWN if name in metadata},
+    }
+
+
+def _as_source(row: Mapping[str, Any]) -> Source:
+    """The source of ``_source_row``."""
+    values = dict(row)
+    node = NodeWithScore(node=TextNode(text=row["text"], metadata=values.pop("metadata")))
+    image = Path(row["image"]) if row["image"] else None
+    return Source(**(values | {"node": node, "image": image}))
+
+
+def _judgements(
+    judge: LLM, question: Question, answer: Mapping[str, Any], images: bool, kept: Kept
+) -> Iterator[dict[str, Any]]:
+    """What the judge says of an answer, as fields of its record."""
+    record = AnswerRecord.from_json(answer["record"])
+    sources = {row["n"]: _as_source(row) for row in answer["sources"]}
+    yield {"verdict": _judged(judge, question, record, kept)}
+    yield {"nuggets": _assigned(judge, question, record, kept)}
+    yield {"sentences": _supported(judge, question, record, sources, images, kept)}
 
 
 def _judged(judge: LLM, question: Question, record: AnswerRecord, kept: Kept) -> Verdict | None:
@@ -116,8 +177,7 @@ def _judged(judge: LLM, question: Question, record: AnswerRecord, kept: Kept) ->
     # The judge is not paid for what is known.
     if not record.found:
         return Verdict("wrong", "There is no answer.")
-    # The prompt too: an edited one grades otherwise.
-    model = [type(judge).__name__, judge.metadata.model_name, JUDGE_PROMPT.template]
+    model = _judge_state(judge, JUDGE_PROMPT)
     key = fingerprint("judge", model, question.text, question.answer, record.text)
     return Verdict(**kept.get_or(key, lambda: vars(judge_answer(judge, question, record))))
 
@@ -131,7 +191,7 @@ def _assigned(
     if not record.found:
         return tuple("not_support" for _ in question.nuggets)
     facts = [each.text for each in question.nuggets]
-    model = [type(judge).__name__, judge.metadata.model_name, NUGGET_PROMPT.template]
+    model = _judge_state(judge, NUGGET_PROMPT)
     key = fingerprint("nuggets", model, question.text, facts, record.text)
     assigned: list[Assignment] = kept.get_or(
         key, lambda: [*assign_nuggets(judge, question, record)]
@@ -139,10 +199,50 @@ def _assigned(
     return tuple(assigned)
 
 
+def _supported(
+    judge: LLM,
+    question: Question,
+    record: AnswerRecord,
+    sources: Mapping[int, Source],
+    images: bool,
+    kept: Kept,
+) -> tuple[Sentence, ...]:
+    """The sentences of an answer with what the judge says of their support."""
+    model = _judge_state(judge, SUPPORT_PROMPT)
+    found = []
+    for sentence in record.sentences:
+        cited = [sources[n] for n in sentence.citations if n in sources]
+        # Without a source there is nothing to ask.
+        support: Support = "no_support"
+        if cited:
+            rows = [_source_row(source) for source in cited]
+            key = fingerprint("support", model, question.text, sentence.text, rows, images)
+            ask = partial(judge_support, judge, question, sentence.text, cited, images=images)
+            support = kept.get_or(key, ask)
+        found.append(replace(sentence, support=support))
+    return tuple(found)
+
+
+def _judge_state(judge: LLM, prompt: PromptTemplate) -> list[str]:
+    """What of a judge moves what it says; the prompt too, since an edited one grades otherwise."""
+    return [type(judge).__name__, judge.metadata.model_name, prompt.template]
+
+
+def _inner(engine: BaseQueryEngine) -> BaseQueryEngine:
+    """The engine that answers; a planning engine searches by it."""
+    return engine.engine if isinstance(engine, PlanningQueryEngine) else engine
+
+
+def _sends_images(engine: BaseQueryEngine) -> bool:
+    """Whether the engine's model is shown images; passages are quoted from texts alone."""
+    inner = _inner(engine)
+    return getattr(inner, "llm", None) is not None and bool(getattr(inner, "images", False))
+
+
 def engine_state(engine: BaseQueryEngine) -> dict[str, Any]:
     """All settings that move an engine's answers, and those of what it is made of."""
-    # A planning engine searches by another one, whose settings move its answers too.
-    inner = engine.engine if isinstance(engine, PlanningQueryEngine) else engine
+    # The settings of both move the answers of a planning engine.
+    inner = _inner(engine)
     retriever = getattr(inner, "retriever", None)
     llm: LLM | None = getattr(inner, "llm", None)
     collection = getattr(retriever, "collection", None)

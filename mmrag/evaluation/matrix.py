@@ -2,54 +2,52 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection
+from dataclasses import replace
 from typing import Any
 
-from mmrag.evaluation.compare import main_system
+from mmrag.evaluation.compare import Difference, paired
 from mmrag.evaluation.results import Evaluation, Score
 
 # The measure that says most of an answer first; a matrix shows the first that there is.
 _LEADING = ("nuggets_vital_strict", "judged", "contains", "right_page")
 
 
-@dataclass(frozen=True)
-class MatrixCell:
-    """The questions of one kind about one kind of documents.
+def compare_matrices(before: Evaluation, after: Evaluation) -> list[Difference]:
+    """What each cell of the matrix gained, by the same bootstrap as ``compare_evaluations``.
 
-    n: their number. retrieval: the main metric of the main ranking; None where no question has a
-    right page. answers: by engine, every measure of its answers.
+    The main metric of the main ranking, and every measure of answers; nothing without several
+    kinds of documents. The kinds are those of ``before``.
+
+    Raises:
+        ContentError: If the evaluations have no question in common.
     """
-
-    kind: str
-    document_kind: str
-    n: int
-    retrieval: Score | None
-    answers: Mapping[str, Mapping[str, Score]]
-
-
-def matrix(evaluation: Evaluation) -> list[MatrixCell]:
-    """A cell for each pair of kinds that has questions; none without several kinds of documents."""
-    groups: dict[tuple[str, str], list[Any]] = {}
-    for question in evaluation.questions:
-        groups.setdefault((question.kind, question.document_kind), []).append(question)
-    if len({of for _, of in groups}) < 2:
+    if len(document_kinds(before)) < 2:
         return []
-    main = main_system(evaluation)
-    cells = []
-    for (kind, document_kind), questions in sorted(groups.items()):
-        # An evaluation of its own, so that all scores are computed in one place.
-        part = replace(evaluation, questions=questions)
-        scores = part.scores(main) if main is not None else {}
-        answers = {engine: part.answer_scores(engine) for engine in evaluation.answers}
-        retrieval = scores.get(evaluation.main_metric)
-        cells.append(MatrixCell(kind, document_kind, len(questions), retrieval, answers))
-    return cells
+    found = []
+    for pair in paired(before, after):
+        answers = isinstance(pair.before, str)
+        if not answers and pair.before != before.main_system:
+            continue
+        cells = sorted({(q.kind, q.document_kind) for q in pair.questions})
+        for kind, document_kind in cells:
+            at = [
+                i
+                for i, q in enumerate(pair.questions)
+                if (q.kind, q.document_kind) == (kind, document_kind)
+            ]
+            rows, questions = [pair.rows[i] for i in at], [pair.questions[i] for i in at]
+            found += [
+                replace(one, kind=kind, document_kind=document_kind)
+                for one in replace(pair, rows=rows, questions=questions).differences()
+                # All metrics of a ranking would say in each cell what the main one says.
+                if answers or one.metric == before.main_metric
+            ]
+    return found
 
 
-def shown_measures(cells: Sequence[MatrixCell], engine: str) -> list[str]:
+def shown_measures(there: Collection[str]) -> list[str]:
     """The measures of answers that have a table: the one that says most, and abstention."""
-    there = {name for cell in cells for name in cell.answers[engine]}
     # Questions without an answer have no other measure.
     return [name for name in _LEADING if name in there][:1] + ["abstained"] * ("abstained" in there)
 
@@ -59,7 +57,7 @@ def matrix_tables(evaluation: Evaluation) -> list[tuple[str, list[tuple[str, lis
 
     The columns are ``document_kinds``.
     """
-    cells = matrix(evaluation)
+    cells = evaluation.matrix()
     if not cells:
         return []
     of = {(cell.kind, cell.document_kind): cell for cell in cells}
@@ -74,7 +72,7 @@ def matrix_tables(evaluation: Evaluation) -> list[tuple[str, list[tuple[str, lis
 
     tables = [(evaluation.main_metric, rows(lambda cell: cell.retrieval))]
     for engine in evaluation.answers:
-        for name in shown_measures(cells, engine):
+        for name in shown_measures({name for cell in cells for name in cell.answers[engine]}):
             by_engine = rows(lambda cell, e=engine, m=name: cell.answers[e].get(m))
             tables.append((f"{engine}: {name}", by_engine))
     return tables

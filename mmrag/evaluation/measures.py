@@ -20,6 +20,8 @@ MEASURES: Mapping[str, str] = {
     "nuggets_vital_strict": "vital nuggets stated in full",
     "nuggets_weighted": "nuggets stated, others than vital half",
     "nuggets_weighted_strict": "nuggets stated in full, others than vital half",
+    "support_precision": "support precision, of sentences that cite",
+    "support_recall": "support recall, of all sentences",
     "abstained": "abstained, of those without an answer",
     "abstained_or_unsure": "abstained or unsure, of the same",
 }

@@ -11,7 +11,7 @@ from typing import Any
 
 import jinja2
 
-from mmrag.evaluation.compare import finding_systems, gains, main_system
+from mmrag.evaluation.compare import finding_systems, gains
 from mmrag.evaluation.evidence import ShownPage, show_page
 from mmrag.evaluation.matrix import document_kinds, matrix_tables
 from mmrag.evaluation.measures import MEASURES, metric_names
@@ -120,7 +120,7 @@ def _first(evaluation: Evaluation, system: System, question: Question) -> int | 
 
 def _lead(evaluation: Evaluation) -> dict[str, Any] | None:
     """What the main system does, in numbers, and where its first pages go wrong."""
-    system = main_system(evaluation)
+    system = evaluation.main_system
     if system is None:
         return None
     asked = evaluation.asked()
@@ -166,7 +166,7 @@ def _gains(evaluation: Evaluation) -> dict[str, Any] | None:
         return None
     ends = [abs(end) for _, one in rows for end in (one.low, one.high, one.gain) if end == end]
     limit = math.ceil(10 * max(*ends, 0.1)) / 10  # of the plot, in tenths
-    return {"system": main_system(evaluation), "rows": rows, "limit": limit}
+    return {"system": evaluation.main_system, "rows": rows, "limit": limit}
 
 
 def _answers(evaluation: Evaluation) -> dict[str, Any] | None:
@@ -193,7 +193,7 @@ def _worst(
     evaluation: Evaluation, libraries: Mapping[str, UniversalIndex], count: int
 ) -> list[_Worst]:
     """The questions at which the main system is worst, and all others with it."""
-    main = main_system(evaluation)
+    main = evaluation.main_system
     if main is None:
         return []
     systems = [one for one in evaluation.systems(main.scope) if one.model == main.model]

@@ -78,8 +78,44 @@ class Score:
         """The interval for tables; empty if it is not known."""
         return "" if math.isnan(self.low) else f"[{self.low:.3f}, {self.high:.3f}]"
 
+    def rounded(self) -> list[float | None]:
+        """Mean, low and high for JSON, which has no NaN: None."""
+        values = (self.mean, self.low, self.high)
+        return [None if math.isnan(value) else round(value, 6) for value in values]
+
     def __str__(self) -> str:
         return f"{self.mean:.3f} {self.interval}".rstrip()
+
+
+@dataclass(frozen=True)
+class MatrixCell:
+    """The questions of one kind about one kind of documents.
+
+    n: their number. retrieval: the main metric of the main ranking; None where no question has a
+    right page. answers: by engine, every measure of its answers.
+    """
+
+    kind: str
+    document_kind: str
+    n: int
+    retrieval: Score | None
+    answers: Mapping[str, Mapping[str, Score]]
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON values: of each measure mean, low, high and the number of questions."""
+        retrieval = (
+            None if self.retrieval is None else [*self.retrieval.rounded(), self.retrieval.n]
+        )
+        return {
+            "kind": self.kind,
+            "document_kind": self.document_kind,
+            "n": self.n,
+            "retrieval": retrieval,
+            "answers": {
+                engine: {name: [*score.rounded(), score.n] for name, score in of.items()}
+                for engine, of in self.answers.items()
+            },
+        }
 
 
 @dataclass
@@ -139,6 +175,13 @@ class Evaluation:
                 shown.append(system)
         return shown
 
+    @property
+    def main_system(self) -> System | None:
+        """The system that this is about: the first fusion, else the first that was asked."""
+        systems = self.systems() or self.systems("document")
+        fusions = [system for system in systems if system.ranking == "fusion"]
+        return next(iter([*fusions, *systems]), None)
+
     def asked(self, kind: str | None = None) -> list[Question]:
         """The questions that count for retrieval, of one kind or of all."""
         return [q for q in self.questions if q.relevant and kind in (None, q.kind)]
@@ -186,6 +229,26 @@ class Evaluation:
             found |= with_intervals({name: np.array([*of_questions.values()])}, owners)
         return found
 
+    def matrix(self) -> list[MatrixCell]:
+        """A cell for each pair of kinds that has questions; none without two kinds of documents.
+
+        Source: OmniEval (arXiv 2412.13018).
+        """
+        groups: dict[tuple[str, str], list[Question]] = {}
+        for question in self.questions:
+            groups.setdefault((question.kind, question.document_kind), []).append(question)
+        if len({of for _, of in groups}) < 2:
+            return []
+        main, cells = self.main_system, []
+        for (kind, document_kind), questions in sorted(groups.items()):
+            # An evaluation of its own, so that all scores are computed in one place.
+            part = dataclasses.replace(self, questions=questions)
+            scores = part.scores(main) if main is not None else {}
+            answers = {engine: part.answer_scores(engine) for engine in self.answers}
+            retrieval = scores.get(self.main_metric)
+            cells.append(MatrixCell(kind, document_kind, len(questions), retrieval, answers))
+        return cells
+
     def to_json(self) -> dict[str, Any]:
         """All of it as JSON values, with the means for readers; ``from_json`` reads it back."""
         return {
@@ -196,10 +259,11 @@ class Evaluation:
             "questions": [_question_row(question) for question in self.questions],
             "systems": [self._system_row(system) for system in self.found],
             "answers": [self._engine_row(engine) for engine in self.answers],
+            "matrix": [cell.to_json() for cell in self.matrix()],
         }
 
     def _system_row(self, system: System) -> dict[str, Any]:
-        means = {name: _rounded(score) for name, score in self.scores(system).items()}
+        means = {name: score.rounded() for name, score in self.scores(system).items()}
         found = {
             id_: {page_id(page): rank for page, rank in ranks.items()}
             for id_, ranks in self.found[system].items()
@@ -207,7 +271,7 @@ class Evaluation:
         return {**dataclasses.asdict(system), "metrics": means, "found": found}
 
     def _engine_row(self, engine: str) -> dict[str, Any]:
-        means = {name: _rounded(score) for name, score in self.answer_scores(engine).items()}
+        means = {name: score.rounded() for name, score in self.answer_scores(engine).items()}
         records = {id_: record.to_json() for id_, record in self.answers[engine].items()}
         return {"engine": engine, "metrics": means, "records": records}
 
@@ -278,11 +342,6 @@ def with_intervals(
         name: Score(float(mean), float(least), float(most), len(table))
         for name, mean, least, most in zip(values, table.mean(axis=0), low, high, strict=True)
     }
-
-
-def _rounded(score: Score) -> list[float | None]:
-    values = (score.mean, score.low, score.high)
-    return [None if math.isnan(value) else round(value, 6) for value in values]  # JSON has no NaN
 
 
 def _question_row(question: Question) -> dict[str, Any]:

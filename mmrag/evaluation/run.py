@@ -16,7 +16,7 @@ from mmrag import __version__
 from mmrag.errors import ContentError
 from mmrag.evaluation.asking import AskOptions, Options, ask_library
 from mmrag.evaluation.engines import answer_all
-from mmrag.evaluation.judge import JUDGE_PROMPT, NUGGET_PROMPT
+from mmrag.evaluation.judge import JUDGE_PROMPT, NUGGET_PROMPT, SUPPORT_PROMPT
 from mmrag.evaluation.kept import Kept
 from mmrag.evaluation.questions import Question, numbered
 from mmrag.evaluation.results import Evaluation
@@ -52,8 +52,9 @@ def evaluate(
         questions: see ``read_questions``.
         engines: engines that answer the questions as well, by the name of their results:
             CitedQueryEngine or PlanningQueryEngine, not streaming.
-        judge: a language model that grades the answers and says which nuggets they state; its
-            prompts are ``JUDGE_PROMPT`` and ``NUGGET_PROMPT`` of ``mmrag.evaluation.judge``.
+        judge: a language model that grades the answers, says which nuggets they state, and
+            whether what each sentence cites supports it; its prompts are ``JUDGE_PROMPT``,
+            ``NUGGET_PROMPT`` and ``SUPPORT_PROMPT`` of ``mmrag.evaluation.judge``.
         keep: a file to keep what was found in, by a fingerprint of all that moves it: files,
             model, options, question. A run that is stopped goes on from it.
         progress: called with each Step.
@@ -113,7 +114,11 @@ def evaluate(
     if judge is not None:
         model = judge.metadata.model_name
         # Grades of two judges, or prompts, cannot be compared.
-        prompts = {"prompt": JUDGE_PROMPT.template, "nugget_prompt": NUGGET_PROMPT.template}
+        prompts = {
+            "prompt": JUDGE_PROMPT.template,
+            "nugget_prompt": NUGGET_PROMPT.template,
+            "support_prompt": SUPPORT_PROMPT.template,
+        }
         evaluation.info["judge"] = {"model": model, **prompts}
     evaluation.info["mmrag"] = __version__
     evaluation.info["seconds"] = round(time.monotonic() - started, 1)

@@ -12,7 +12,7 @@ from llama_index.core.llms import MockLLM
 
 from mmrag.errors import ConfigError, EndpointError
 from mmrag.evaluation.answers import AnswerRecord, Verdict, has_numbers, normalised
-from mmrag.evaluation.judge import JUDGE_PROMPT
+from mmrag.evaluation.judge import JUDGE_PROMPT, NUGGET_PROMPT, SUPPORT_PROMPT
 from mmrag.evaluation.questions import Question
 from mmrag.evaluation.results import Evaluation
 from mmrag.evaluation.run import evaluate
@@ -143,30 +143,43 @@ def graded(server, answer, index, **options):
 
 
 def test_a_judge_grades_what_has_a_right_answer(index, chat):
-    reply = '{"reason": "It names krill.", "grade": "incomplete"}'
+    reply = '{"reason": "It names krill.", "grade": "incomplete", "support": "full_support"}'
     found = graded(chat, f"Let me see. ```json\n{reply}\n```", index)
     first, second = found.answers["quotes"].values()
     assert first.verdict == Verdict("incomplete", "It names krill.")
     assert second.verdict is None
     assert found.answer_scores("quotes")["judged"].mean == 0.5
-    (request,) = chat.requests
-    prompt = request["messages"][0]["content"]
+    prompt, support = (request["messages"][0]["content"] for request in chat.requests)
     assert "What do blue whales eat?" in prompt
     assert "Reference answer: krill" in prompt
+    # LlamaIndex's templates take single braces: doubled ones would be sent as they are.
+    assert '{"reason": "one short sentence", "grade"' in prompt
+    assert "{{" not in prompt + support
     assert found.info["judge"]["model"] == "judge"
     assert "Grade by content alone" in found.info["judge"]["prompt"]
+    assert "Blue whales swim through all oceans and eat krill." in support
+    assert "whether sources support a sentence" in found.info["judge"]["support_prompt"]
 
 
 def test_a_judge_without_a_grade_is_noted_and_asked_again(index, chat, tmp_path):
     keep = tmp_path / "kept.jsonl"
     found = graded(chat, "I like it.", index, keep=keep)
     (note,) = found.notes
-    assert note.startswith("the answer to question q1 was not judged: judge: the judge's reply has")
+    assert note.startswith(
+        "the answer to question q1 was not judged in full: judge: the judge's reply has"
+    )
     assert found.answers["quotes"]["q1"].verdict is None
+    # A grade that came is not lost with the support that did not.
     found = graded(chat, '{"grade": "correct"}', index, keep=keep)
     assert found.answer_scores("quotes")["judged"].mean == 1.0
+    assert "support_recall" not in found.answer_scores("quotes")
+    assert "no grade of support" in found.notes[0]
+    found = graded(chat, '{"support": "Partial_Support"}', index, keep=keep)
+    assert found.answer_scores("quotes")["judged"].mean == 1.0
+    assert found.answer_scores("quotes")["support_recall"].mean == 0.5
+    assert not found.notes
     graded(chat, "not asked any more", index, keep=keep)
-    assert len(chat.requests) == 2
+    assert len(chat.requests) == 4
 
 
 def test_a_run_of_answers_goes_on(index, tmp_path, monkeypatch):
@@ -208,7 +221,7 @@ def test_records_are_plain_json():
     assert AnswerRecord.from_json(json.loads(json.dumps(record.to_json()))) == record
 
 
-def test_the_docs_show_the_prompt_of_the_judge():
+@pytest.mark.parametrize("prompt", [JUDGE_PROMPT, NUGGET_PROMPT, SUPPORT_PROMPT])
+def test_the_docs_show_the_prompts_of_the_judge(prompt):
     docs = (Path(__file__).parents[2] / "docs" / "evaluation.md").read_text()
-    prompt = JUDGE_PROMPT.template.replace("{{", "{").replace("}}", "}")
-    assert " ".join(prompt.split()) in " ".join(docs.split())
+    assert " ".join(prompt.template.split()) in " ".join(docs.split())

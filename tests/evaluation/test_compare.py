@@ -8,7 +8,7 @@ import pytest
 
 from mmrag.errors import ContentError
 from mmrag.evaluation.answers import AnswerRecord
-from mmrag.evaluation.compare import compare_evaluations, gains, main_system
+from mmrag.evaluation.compare import compare_evaluations, gains
 from mmrag.evaluation.questions import Question
 from mmrag.evaluation.results import Evaluation, System
 
@@ -111,7 +111,7 @@ def test_the_fusion_is_compared_with_each_ranking_that_finds_anything():
     fusion, nothing = replace(TEXT, ranking="fusion"), replace(TEXT, ranking="image")
     found.found[nothing] = {q.id: {} for q in found.questions}
     found.found[fusion] = {q.id: {q.pages[0]: 1} for q in found.questions}
-    assert main_system(found) == fusion
+    assert found.main_system == fusion
     ((system, one),) = gains(found)
     assert (system, one.metric) == (TEXT, "ndcg@10")
     assert one.gain == pytest.approx(1 - 1 / np.log2(3))

@@ -1,23 +1,28 @@
 """Drafts, the matrix of kinds, and nuggets: counted as one would by hand."""
 
+import copy
+import dataclasses
 import json
 import logging
 
 import numpy as np
 import pytest
 from chat_server import ChatServer
+from typer.testing import CliRunner
 
+from mmrag.cli.app import app
 from mmrag.errors import ContentError, EndpointError
 from mmrag.evaluation.answers import AnswerRecord, nugget_scores
 from mmrag.evaluation.engines import answer_all
 from mmrag.evaluation.judge import assign_nuggets
-from mmrag.evaluation.matrix import document_kinds, matrix, matrix_tables
+from mmrag.evaluation.matrix import compare_matrices, document_kinds, matrix_tables
 from mmrag.evaluation.questions import Nugget, Question, read_questions
 from mmrag.evaluation.report import write_report
 from mmrag.evaluation.results import Evaluation, System
 from mmrag.llms.endpoint import open_llm
 
 FUSION = System("m", "fusion")
+WIDE = {"COLUMNS": "200"}
 
 
 @pytest.fixture
@@ -95,7 +100,7 @@ def test_the_judge_is_asked_ten_nuggets_at_a_time(judge):
 def test_answers_are_given_labels_and_kept(judge, library, monkeypatch):
     from mmrag.evaluation.kept import Kept
 
-    judge.answer = 'Sure: {"labels": ["Support", "partial_support"]}'
+    judge.answer = 'Sure: {"labels": ["Support", "partial_support"], "support": "full_support"}'
     asked = [
         Question(
             "apple report a", (("a.pdf", 1),), id="q1", nuggets=(Nugget("x"), Nugget("y", False))
@@ -106,7 +111,8 @@ def test_answers_are_given_labels_and_kept(judge, library, monkeypatch):
     records = answer_all(engine, asked, judge=judge.llm, kept=kept)
     if records["q1"].found:
         assert records["q1"].nuggets == ("support", "partial_support")
-        assert len(judge.requests) == 1
+        # Once for the nuggets, and once for each sentence that cites.
+        assert len(judge.requests) == 1 + len(records["q1"].sentences)
     else:
         assert records["q1"].nuggets == ("not_support", "not_support")
     n = len(judge.requests)
@@ -134,7 +140,7 @@ def evaluation():
 
 
 def test_each_cell_has_its_questions_alone(evaluation):
-    cells = {(cell.kind, cell.document_kind): cell for cell in matrix(evaluation)}
+    cells = {(cell.kind, cell.document_kind): cell for cell in evaluation.matrix()}
     assert {key: cell.n for key, cell in cells.items()} == {
         ("extraction", "manual"): 2,
         ("extraction", "report"): 1,
@@ -159,6 +165,46 @@ def test_tables_and_report_show_every_cell(evaluation, tmp_path):
     assert "By kind of question and of document" in (tmp_path / "r.html").read_text()
 
 
+def test_the_matrix_is_in_the_json(evaluation, tmp_path):
+    cells = {(row["kind"], row["document_kind"]): row for row in evaluation.to_json()["matrix"]}
+    assert list(cells) == [(cell.kind, cell.document_kind) for cell in evaluation.matrix()]
+    cell = cells["extraction", "manual"]
+    assert cell["n"] == 2
+    mean, low, high, n = cell["retrieval"]
+    assert (mean, low, high, n) == (0.815465, 0.63093, 1.0, 2)
+    assert cell["answers"]["e"]["contains"] == [0.5, 0.0, 1.0, 2]
+    # One document has no interval, and NaN is no JSON.
+    assert cells["extraction", "report"]["retrieval"] == [1.0, None, None, 1]
+    evaluation.save(tmp_path / "r.json")
+    read = json.loads((tmp_path / "r.json").read_text())
+    again = Evaluation.from_json(read)
+    assert again.to_json()["matrix"] == evaluation.to_json()["matrix"] == read["matrix"]
+
+
+def test_cells_are_compared(evaluation, tmp_path):
+    better = copy.deepcopy(evaluation)
+    better.found[FUSION]["q2"] = {("q2.pdf", 1): 1}
+    better.answers["e"]["q2"] = AnswerRecord("9")
+    found = compare_matrices(evaluation, better)
+    by_cell = {(one.scope, one.metric, one.kind, one.document_kind): one for one in found}
+    gained = by_cell["corpus", "ndcg@10", "extraction", "manual"]
+    assert gained.gain == pytest.approx((1 - 1 / np.log2(3)) / 2)
+    assert (gained.low, gained.n) == (0.0, 2)
+    assert by_cell["answers", "contains", "extraction", "manual"].gain == 0.5
+    assert by_cell["corpus", "ndcg@10", "summary", "manual"].gain == 0.0
+    assert {one.metric for one in found if one.scope == "corpus"} == {"ndcg@10"}
+    names = [tmp_path / "a.json", tmp_path / "b.json"]
+    evaluation.save(names[0])
+    better.save(names[1])
+    shown = CliRunner().invoke(app, ["eval", "--compare", *map(str, names)], env=WIDE)
+    assert shown.exit_code == 0, shown.output
+    assert "e: contains, by kind of question and of document" in shown.output
+    assert "+0.500  [+0.000, +1.000] of 2" in shown.output
+    # Two kinds of documents make a matrix, one does not.
+    evaluation.questions = evaluation.questions[:2]
+    assert compare_matrices(evaluation, better) == []
+
+
 def test_abstention_has_a_table_of_its_own(evaluation):
     none = Question("?", kind="unanswerable", answerable=False, id="q6", document_kind="manual")
     evaluation.questions = [*evaluation.questions, none]
@@ -167,9 +213,15 @@ def test_abstention_has_a_table_of_its_own(evaluation):
     assert tables["e: abstained"][-1][0] == "unanswerable"
     assert tables["e: abstained"][-1][1][0].mean == 1.0
     assert tables["ndcg@10"][-1][1][0] is None
+    # Beside others, it counts for answers and not for retrieval.
+    none = dataclasses.replace(none, kind="summary", id="q7")
+    evaluation.questions = [*evaluation.questions, none]
+    evaluation.answers["e"]["q7"] = AnswerRecord("No.", found=False)
+    row = next(row for row in evaluation.to_json()["matrix"] if row["kind"] == "summary")
+    assert (row["n"], row["retrieval"][3], row["answers"]["e"]["abstained"][3]) == (3, 2, 1)
 
 
 def test_one_kind_of_document_makes_no_matrix(evaluation):
     evaluation.questions = evaluation.questions[:2]
-    assert matrix(evaluation) == []
+    assert evaluation.matrix() == []
     assert matrix_tables(evaluation) == []

@@ -10,7 +10,6 @@ import pytest
 from fakes import FakeEmbedder
 from PIL import Image
 
-from mmrag.evaluation.compare import main_system
 from mmrag.evaluation.evidence import show_page
 from mmrag.evaluation.questions import Question
 from mmrag.evaluation.report import write_report
@@ -75,7 +74,7 @@ def test_the_worst_questions_come_first_with_their_pages(index, tmp_path):
         Question(f"boilers cost {n},577", (("boilers.pdf", n),), id=f"q{n}") for n in (1, 2)
     ]
     found = evaluate(index, questions)
-    main = main_system(found)
+    main = found.main_system
     found.found[main]["q2"] = {}
     found.rankings[main]["q2"] = [(("dentists.pdf", 1), 1.0), (("boilers.pdf", 3), 0.5)]
     for system in found.systems():
@@ -118,4 +117,4 @@ def test_answers_alone_and_nothing_at_all_have_a_report(index, tmp_path):
     write_report(found, tmp_path / "r.html")
     assert "abstained, of those without an answer" in (tmp_path / "r.html").read_text()
     write_report(Evaluation([]), tmp_path / "r.html")
-    assert main_system(Evaluation([], {System("m", "text"): {}})) == System("m", "text")
+    assert Evaluation([], {System("m", "text"): {}}).main_system == System("m", "text")

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 
 from mmrag.evaluation.bootstrap import interval
-from mmrag.evaluation.compare import main_system
 from mmrag.evaluation.needle.corpora import Layer
 from mmrag.evaluation.questions import Question
 from mmrag.evaluation.results import Evaluation, Score, System
@@ -98,7 +97,7 @@ class NeedleResult:
     def main(self) -> System:
         """The last reranker over the fusion if there is one, else the fusion."""
         reranked = [one for one in self.evaluation.systems() if one.reranker]
-        found = reranked[-1] if reranked else main_system(self.evaluation)
+        found = reranked[-1] if reranked else self.evaluation.main_system
         assert found is not None
         return found
 
