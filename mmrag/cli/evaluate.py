@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 
 def evaluate(
+    context: typer.Context,
     questions: Annotated[
         Path | None,
         typer.Argument(
@@ -159,6 +160,7 @@ def evaluate(
             _compare(*compare, json_file)
             return
         _check(folder, collection, embedder, judge, answers)
+        need_use_of_llm(context, rerank, answers)
         with working(log=True) as step, work_folder(json_file) as work, ExitStack() as stack:
             step("Loading")
             from mmrag.evaluation.run import evaluate as measure
@@ -166,15 +168,15 @@ def evaluate(
             # Read before anything is indexed: a mistake in the file is known at once.
             asked = _asked(_need(questions), qrels)
             cuts = tuple(sorted(set(cut or (1, 5, 10))))
+            model = model_in_use(llm, base_url, context_window, rerank, answers)
             # The deepest cut: fewer pages would leave its metrics short.
-            chain = rerankers(rerank, None, cuts[-1], images=True)
+            chain = rerankers(rerank, model, cuts[-1], images=not no_images)
             if folder is not None:
                 libraries = _indexed(folder, embedder or ["mmrag-nano"], work, stack, step)
             else:
                 libraries = _opened(collection, embedder, not run, stack, step)
             engines: dict[str, BaseQueryEngine] = {}
             if answers:
-                model = chat_model(llm, base_url, context_window)
                 engines = engines_over(libraries, model, images=not no_images)
             evaluation = measure(
                 libraries,
@@ -242,6 +244,27 @@ def _check(
         raise typer.BadParameter("Several --embedder need a folder of files to index.")
     if judge and not answers:
         raise typer.BadParameter("--judge needs --answers.")
+
+
+def need_use_of_llm(context: typer.Context, rerank: list[str] | None, answers: bool) -> None:
+    """Refuse an ``--llm`` that was typed and would not be asked."""
+    source = context.get_parameter_source("llm")
+    # In the environment it is for other commands too.
+    typed = source is not None and source.name == "COMMANDLINE"
+    if typed and not answers and "llm" not in (rerank or ()):
+        raise typer.BadParameter("--llm needs --answers, or --rerank llm.")
+
+
+def model_in_use(
+    llm: str | None,
+    base_url: str | None,
+    window: int | None,
+    rerank: list[str] | None,
+    answers: bool,
+) -> EndpointLLM | LocalLLM | None:
+    """The model of ``--llm``, if it is to answer or to rerank."""
+    wanted = answers or "llm" in (rerank or ())
+    return chat_model(llm, base_url, window) if wanted else None
 
 
 def engines_over(

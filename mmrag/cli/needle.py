@@ -9,8 +9,16 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from mmrag.cli.console import errors, print_json, show
-from mmrag.cli.evaluate import engines_over, is_file, judge_model, stopped, work_folder
-from mmrag.cli.llm import BaseURLOption, LLMOption, NoImagesOption, WindowOption, chat_model
+from mmrag.cli.evaluate import (
+    engines_over,
+    is_file,
+    judge_model,
+    model_in_use,
+    need_use_of_llm,
+    stopped,
+    work_folder,
+)
+from mmrag.cli.llm import BaseURLOption, LLMOption, NoImagesOption, WindowOption
 from mmrag.cli.options import (
     DebugOption,
     ResultsOption,
@@ -24,6 +32,7 @@ if TYPE_CHECKING:
 
 
 def needle(
+    context: typer.Context,
     folder: Annotated[
         Path | None,
         typer.Argument(
@@ -99,6 +108,7 @@ def needle(
     with errors(debug, stopped=stopped(json_file)):
         if judge and not answers:
             raise typer.BadParameter("--judge needs --answers.")
+        need_use_of_llm(context, rerank, answers)
         with working(log=True) as step, work_folder(json_file) as work:
             step(f"Loading {embedder}")
             from mmrag.embedders import load_embedder
@@ -110,8 +120,8 @@ def needle(
             given = {"sizes": size, "depths": depth, "kinds": kind, "layers": layer, "cuts": cut}
             several: dict[str, Any] = {name: tuple(of) for name, of in given.items() if of}
             options = NeedleOptions(each=each, grid=grid, seed=seed, **several)
-            chain = rerankers(rerank, None, max(options.cuts), images=True)
-            model = chat_model(llm, base_url, context_window) if answers else None
+            model = model_in_use(llm, base_url, context_window, rerank, answers)
+            chain = rerankers(rerank, model, max(options.cuts), images=not no_images)
             name = Path(embedder).name
             result = find_needles(
                 load_embedder(embedder),

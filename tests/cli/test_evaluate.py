@@ -110,6 +110,20 @@ def test_wrong_use_is_explained(pdfs, questions, tmp_path):
     several = run(questions, "-c", tmp_path / "c", "-e", "a", "-e", "b")
     assert several.exit_code == 2
     assert "need a folder" in several.stderr
+    idle = run(questions, pdfs, "--llm", "m")
+    assert idle.exit_code == 2
+    assert "--llm needs --answers" in idle.stderr
+
+
+def test_the_model_that_answers_can_rerank(pdfs, questions):
+    server = ChatServer('{"grade": 8}', models=[{"id": "vl"}])
+    try:
+        model = ("--llm", "vl", "--base-url", server.url, "--no-images")
+        shown = run(questions, pdfs, "-k", 1, "--rerank", "llm", *model)
+    finally:
+        server.close()
+    assert shown.exit_code == 0, shown.output
+    assert "fusion, reranked by llm" in shown.stdout
 
 
 def test_answers_are_measured_and_judged(pdfs, questions, tmp_path):
@@ -117,7 +131,9 @@ def test_answers_are_measured_and_judged(pdfs, questions, tmp_path):
     rows = [{**row, "answer": row["question"].split()[-2]} for row in rows]
     rows.append({"question": "How tall is the lighthouse of Genoa?", "answerable": False})
     questions.write_text("\n".join(json.dumps(row) for row in rows))
-    server = ChatServer('{"grade": "correct", "reason": "yes"}', models=[{"id": "judge"}])
+    # One reply for both questions that the judge is asked.
+    reply = '{"grade": "correct", "reason": "yes", "support": "partial_support"}'
+    server = ChatServer(reply, models=[{"id": "judge"}])
     try:
         judge = f"judge@{server.url}"
         shown = run(questions, pdfs, "--answers", "--judge", judge, "--json", tmp_path / "f.json")
@@ -125,6 +141,9 @@ def test_answers_are_measured_and_judged(pdfs, questions, tmp_path):
         server.close()
     assert shown.exit_code == 0, shown.output
     assert re.search(r"abstained, of those without an answer +1\.000 of 1", shown.stdout)
+    assert re.search(
+        r"support recall, of all sentences +0\.500 \[0\.500, 0\.500\] of 6", shown.stdout
+    )
     assert "judged by judge" in shown.stdout
     found = Evaluation.load(tmp_path / "f.json")
     assert found.answer_scores("mmrag-nano, quotes")["judged"].n == 6
