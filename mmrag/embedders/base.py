@@ -59,7 +59,7 @@ class Embedder(Protocol):
     modalities: what it can embed.
     fingerprint: changes when the weights or any setting that moves vectors change.
 
-    An embedder may have a ``calibration`` besides; ``calibration_of`` reads it.
+    An embedder may have ``OPTIONAL_TRAITS`` besides; ``calibration_of`` reads one of them.
 
     >>> from mmrag import load_embedder
     >>> embedder = load_embedder("mmrag-nano", device="cpu")
@@ -101,6 +101,15 @@ class Embedder(Protocol):
             ConfigError: For a ``dim`` the model does not have.
         """
         ...
+
+
+OPTIONAL_TRAITS = ("prefers_text", "prefers_passages", "matryoshka_dims", "calibration")
+"""Attributes that an embedder may have besides those of ``Embedder``; see ``LocalEmbedder``."""
+
+
+def optional_traits(embedder: Embedder) -> dict[str, Any]:
+    """Those of ``OPTIONAL_TRAITS`` that an embedder has, for one that wraps it."""
+    return {name: getattr(embedder, name) for name in OPTIONAL_TRAITS if hasattr(embedder, name)}
 
 
 def calibration_of(embedder: Embedder) -> Calibration:

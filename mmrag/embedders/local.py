@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import logging
-import threading
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -25,6 +23,7 @@ from mmrag.modeling.batching import (
     run_halving,
 )
 from mmrag.modeling.compiling import HotBlocks
+from mmrag.modeling.lanes import Lanes
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +34,8 @@ class LocalEmbedder:
     ``token_budget`` bounds a batch: its number of items times its longest sequence, in tokens,
     visual ones included; None is 1,024 on the CPU and 32,768 elsewhere. ``workers`` threads
     prepare ahead of the model; None is one for each core, at most 16. ``compile`` as in
-    ``load_embedder``. Safe to call from several threads: the model runs one batch at a time.
+    ``load_embedder``. Safe to call from several threads: the model runs one batch at a time, and
+    beside it one short batch, such as a query, which does not wait while others index.
 
     ``prefers_text`` says that text serves this model better than an image of it: ingestion then
     gives a node that has text no ``image`` view. ``prefers_passages`` says that it was trained on
@@ -77,15 +77,7 @@ class LocalEmbedder:
         self.budget = default_budget(backbone.model, token_budget)
         self.workers = default_workers(workers)
         self.blocks = HotBlocks(backbone.model, compile)
-        self._lock = threading.Lock()
-
-    def __getstate__(self) -> dict[str, Any]:
-        # A lock cannot be pickled; Ray and multiprocessing send embedders to other processes.
-        return {key: value for key, value in self.__dict__.items() if key != "_lock"}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._lock = threading.Lock()
+        self._lanes = Lanes(backbone.model, stateful=getattr(backbone, "stateful", False))
 
     def encode(
         self,
@@ -130,6 +122,10 @@ class LocalEmbedder:
             return self.backbone.plan(item, item.instruction)
 
     def _forward(self, inputs: Sequence[Inputs]) -> NDArray[np.float32]:
-        with self._lock, torch.inference_mode():
-            vectors = self.blocks.run(self.backbone.forward, inputs)
-            return vectors[:, : self.dim].float().cpu().numpy()
+        def run() -> NDArray[np.float32]:
+            with torch.inference_mode():
+                vectors = self.blocks.run(self.backbone.forward, inputs)
+                return vectors[:, : self.dim].float().cpu().numpy()
+
+        tokens = len(inputs) * max(item.n_tokens for item in inputs)
+        return self._lanes.run(run, tokens)

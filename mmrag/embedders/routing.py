@@ -19,7 +19,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmrag.content import Content, ContentLike
-from mmrag.embedders.base import Embedder, as_items, calibration_of, check_dim, truncate_normalise
+from mmrag.embedders.base import (
+    Embedder,
+    as_items,
+    check_dim,
+    optional_traits,
+    truncate_normalise,
+)
 from mmrag.errors import ConfigError, ModelError
 
 ROUTE = "route.json"
@@ -81,10 +87,8 @@ class RoutedEmbedder:
         self.modalities = base.modalities.intersection(*able)
         self.fingerprint = self._fingerprint()
         # What ingestion asks of an embedder is asked of documents, which are the base's.
-        self.prefers_text = bool(getattr(base, "prefers_text", False))
-        self.prefers_passages = bool(getattr(base, "prefers_passages", False))
-        self.matryoshka_dims: tuple[int, ...] = getattr(base, "matryoshka_dims", ())
-        self.calibration = calibration_of(base)
+        self.matryoshka_dims: tuple[int, ...] = ()
+        vars(self).update(optional_traits(base))
 
     def _fingerprint(self) -> str:
         digest = hashlib.sha256(self.base.fingerprint.encode())

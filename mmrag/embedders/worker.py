@@ -12,15 +12,12 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from mmrag.embedders.base import Embedder
+from mmrag.embedders.base import Embedder, optional_traits
 from mmrag.embedders.registry import load_embedder
 from mmrag.errors import MMRagError, ModelError
 
-TRAITS = (
-    *("name", "family", "dim", "modalities", "fingerprint"),
-    *("prefers_text", "prefers_passages", "matryoshka_dims", "calibration"),
-)
-"""Attributes that embedders have; the last four, some of them."""
+TRAITS = ("name", "family", "dim", "modalities", "fingerprint")
+"""Attributes that every embedder has."""
 
 
 def main() -> None:
@@ -33,7 +30,7 @@ def main() -> None:
     def load(name: str, options: dict[str, Any]) -> dict[str, Any]:
         nonlocal embedder
         embedder = load_embedder(name, **options)
-        return {name: getattr(embedder, name) for name in TRAITS if hasattr(embedder, name)}
+        return {name: getattr(embedder, name) for name in TRAITS} | optional_traits(embedder)
 
     def encode(*arguments: Any) -> Any:
         assert embedder is not None

@@ -48,6 +48,8 @@ class Backbone(Protocol):
 
     Where vectors are pooled states of a decoder and nothing follows, a Backbone may have
     ``decoder`` besides, a module with ``layers`` and ``norm``; ``mmrag.modeling.depth`` reads it.
+    One whose model keeps something from batch to batch says ``stateful = True``; no two of its
+    batches then run at once.
 
     >>> from mmrag.embedders import load_backbone
     >>> backbone = load_backbone("mmrag-nano", device="cpu")

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmrag.content import Content, ContentLike, Modality, as_content
-from mmrag.embedders.base import Embedder, check_dim, truncate_normalise
+from mmrag.embedders.base import Embedder, check_dim, optional_traits, truncate_normalise
 from mmrag.errors import MMRagError
 
 SMALL = 8
@@ -61,7 +61,8 @@ class BatchingEmbedder:
         self.dim = embedder.dim
         self.modalities: frozenset[Modality] = embedder.modalities
         self.fingerprint = embedder.fingerprint
-        self.prefers_text = bool(getattr(embedder, "prefers_text", False))
+        self.matryoshka_dims: tuple[int, ...] = ()
+        vars(self).update(optional_traits(embedder))
         threading.Thread(target=self._run, name="mmrag-batch", daemon=True).start()
 
     def __reduce__(self) -> tuple[type[BatchingEmbedder], tuple[Embedder, float, int]]:
@@ -79,7 +80,7 @@ class BatchingEmbedder:
         # Waiting would delay a full batch, and searches would wait for all of it.
         if not 0 < len(contents) <= SMALL:
             return self._embedder.encode(contents, instruction, dim, progress)
-        kept = check_dim(dim, self.dim)
+        kept = check_dim(dim, self.dim, self.matryoshka_dims)
         call = _Call([as_content(each) for each in contents])
         if instruction is not None:
             # Calls with different instructions share a batch, so each content carries its own.

@@ -5,6 +5,7 @@ import pytest
 from fakes import FakeEmbedder
 
 from mmrag.content import Content
+from mmrag.embedders.base import OPTIONAL_TRAITS, Calibration
 from mmrag.errors import ConfigError, ContentError
 from mmrag.server.batching import SMALL, BatchingEmbedder
 from mmrag.testing import check_embedder
@@ -113,3 +114,20 @@ def test_closing_answers_what_was_asked(batched):
 def test_it_keeps_the_contract_of_an_embedder(batched, gme):
     embedder = batched(gme)
     check_embedder(embedder)
+
+
+def test_it_keeps_what_was_measured_for_the_model(batched):
+    """Or the server would index and rank otherwise than the command line."""
+    inner = FakeEmbedder()
+    traits = {
+        "prefers_text": True,
+        "prefers_passages": True,
+        "matryoshka_dims": (4,),
+        "calibration": Calibration(support_cosine=0.8),
+    }
+    assert set(traits) == set(OPTIONAL_TRAITS)
+    vars(inner).update(traits)
+    embedder = batched(inner)
+    assert {name: getattr(embedder, name) for name in traits} == traits
+    with pytest.raises(ConfigError, match="trained for"):
+        embedder.encode(["text"], dim=5)

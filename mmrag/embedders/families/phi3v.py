@@ -141,6 +141,8 @@ class Phi3VBackbone:
 
     family = "vlm2vec_phi3v"
     modalities: frozenset[Modality] = ALL_MODALITIES
+    # transformers keeps the rotary factors of the last batch, long or short, in the module.
+    stateful = True
 
     def __init__(
         self,

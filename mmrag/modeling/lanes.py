@@ -1,0 +1,73 @@
+"""Short batches beside large ones, on one model."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+from mmrag.modeling.compiling import LENGTHS
+from mmrag.modeling.loading import is_out_of_memory
+
+# What is recorded as a CUDA graph must never run beside itself, so all of it is short.
+SHORT = LENGTHS[-1]
+"""Most tokens of a padded batch that runs beside others: a few queries, or a small image."""
+
+R = TypeVar("R")
+
+
+class Lanes:
+    """Runs one large batch at a time, and beside it one short batch at a time.
+
+    A query then does not wait for a batch of pages, which takes a second on a card. On CUDA, short
+    batches have a stream of high priority. One that finds no memory beside a large batch runs
+    after it.
+
+    Args:
+        stateful: the model keeps something from batch to batch: all of them run one by one.
+    """
+
+    def __init__(self, model: nn.Module, stateful: bool = False) -> None:
+        self._device = next(model.parameters()).device
+        self._stateful = stateful
+        self._large, self._short = threading.Lock(), threading.Lock()
+        self._stream: torch.cuda.Stream | None = None
+
+    def __getstate__(self) -> dict[str, object]:
+        # Locks and streams belong to a process; Ray and multiprocessing send models to others.
+        return {"_device": self._device, "_stateful": self._stateful}
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        self.__dict__.update(state)
+        self._large, self._short = threading.Lock(), threading.Lock()
+        self._stream = None
+
+    def run(self, forward: Callable[[], R], tokens: int) -> R:
+        """The result of ``forward``, a batch of so many tokens with padding.
+
+        It must leave nothing on the device, so that no other stream has to wait for it.
+        """
+        if self._stateful or tokens > SHORT:
+            with self._large:
+                return forward()
+        try:
+            with self._short, self._beside():
+                return forward()
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+        # Outside of the handler: the traceback would keep the failed tensors alive.
+        with self._large, self._short:
+            return forward()
+
+    def _beside(self) -> AbstractContextManager[object]:
+        if self._device.type != "cuda":
+            return nullcontext()
+        if self._stream is None:
+            # In one stream, the kernels of a query would stand behind those of the batch.
+            self._stream = torch.cuda.Stream(self._device, priority=-1)  # type: ignore[no-untyped-call]
+        return torch.cuda.stream(self._stream)
