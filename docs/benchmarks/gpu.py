@@ -13,7 +13,10 @@ from __future__ import annotations
 import argparse
 import gc
 import tempfile
+import threading
+import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -43,6 +46,7 @@ OUT = Path("build/benchmarks")
 DEFAULT = "encode(pages), default threads"
 COMPILED = "encode(pages), blocks compiled"
 PLAIN = "plain transformers loop, batches of 8"
+ONE_QUERY = "one query, median"
 THEIRS = "sentence-transformers, texts, batches of 32"
 RERANKER = "Qwen3-VL-Reranker-2B"  # also the name of its folder, which says how it is scored
 
@@ -315,7 +319,9 @@ def texts(bench: Bench) -> None:
     default, embedder.workers = embedder.workers, 16
     line("encode(texts), 16 threads", embedder.encode)
     embedder.workers = default
-    table.line("one query, median", "ms", 2, lambda: query_ms(bench))
+    table.line(ONE_QUERY, "ms", 2, lambda: query_ms(bench))
+    busy = f"{ONE_QUERY}, while pages are encoded"
+    table.line(busy, "ms", 6, lambda: query_beside_ms(bench), against=ONE_QUERY)
     if theirs is not None:
         some = bench.texts[:8]
         cosines = (embedder.encode(some) * theirs.encode(some, prompt=GME_DEFAULT)).sum(1)
@@ -326,8 +332,30 @@ def query_ms(bench: Bench) -> float:
     """Median milliseconds of a question of twelve words, another one each time."""
     questions = [" ".join(text.split()[:12]) for text in bench.texts[:48]]
     ask = partial(bench.embedder.encode, instruction="page_for_question")
-    seconds = [timed(lambda question=question: ask([question])) for question in questions]
+    seconds = []
+    for question in questions:
+        # Vectors come back on the CPU; waiting for the whole card would wait for pages as well.
+        started = time.perf_counter()
+        ask([question])
+        seconds.append(time.perf_counter() - started)
     return float(np.median(seconds[8:]) * 1e3)
+
+
+def query_beside_ms(bench: Bench) -> float:
+    """The same while another thread encodes pages."""
+    stop = threading.Event()
+
+    def encode() -> None:
+        while not stop.is_set():
+            bench.embedder.encode(bench.pages[:48])
+
+    with ThreadPoolExecutor(1) as pool:
+        encoding = pool.submit(encode)
+        try:
+            return query_ms(bench)
+        finally:
+            stop.set()
+            encoding.result()
 
 
 def indexing(bench: Bench) -> None:
