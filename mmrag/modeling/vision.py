@@ -54,11 +54,20 @@ def run_tower(visual: Any, images: Sequence[Tensor], rule: ImageRule) -> Any:
     """What a tower makes of images, in order.
 
     Args:
+        visual: the tower. One with ``kept_features`` may have its features from there: training
+            keeps those of a frozen tower.
         images: (height, width, 3) each, uint8, on the CPU.
 
     Returns:
         The tower's output; ``pooler_output`` holds the visual tokens, (tokens, dim).
     """
+    if (kept := getattr(visual, "kept_features", None)) is not None:
+        return kept.forward(images, rule)
+    return tower_output(visual, images, rule)
+
+
+def tower_output(visual: Any, images: Sequence[Tensor], rule: ImageRule) -> Any:
+    """As ``run_tower``, computed in any case."""
     weight = visual.patch_embed.proj.weight
     device = weight.device
     grids = [(i.shape[0] // rule.patch, i.shape[1] // rule.patch) for i in images]

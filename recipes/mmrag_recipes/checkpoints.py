@@ -28,7 +28,7 @@ logger = logging.getLogger("mmrag_recipes")
 MAY_CHANGE = frozenset(
     {"out", "dry_run", "device", "chunk", "gradient_checkpointing", "steps", "epochs"}
     | {"evaluate", "evaluate_every", "best_metric", "patience", "max_skipped_steps"}
-    | {"save_every", "keep", "log_every", "report"}
+    | {"save_every", "keep", "log_every", "report", "features"}
 )
 
 

@@ -97,6 +97,16 @@ class CompatibleConfig(Options):
     """queries: new queries against old documents; both: also old queries against new documents."""
 
 
+class FeaturesConfig(Options):
+    """What a frozen vision tower gives for each image, kept on disk over passes and runs."""
+
+    folder: str
+    """Where; runs from the same checkpoint may share it."""
+    # Images come in turn, pass by pass: replacing what is there by what comes would find nothing.
+    gib: float = Field(20.0, gt=0)
+    """Most that they take on disk, in GiB; images beyond that are computed every time."""
+
+
 class MiningRules(Options):
     """Which candidates become negatives."""
 
@@ -161,6 +171,8 @@ class RunConfig(Options):
     """Adapters; without this table all weights train."""
     freeze: tuple[str, ...] = ()
     """Prefixes of weights that stay as they are, such as ``visual``."""
+    features: FeaturesConfig | None = None
+    """Keep what a frozen vision tower gives on disk; without this table each step computes it."""
     lr: float = Field(1e-4, gt=0)
     """Peak learning rate of AdamW."""
     groups: tuple[GroupConfig, ...] = ()

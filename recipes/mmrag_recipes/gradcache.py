@@ -14,10 +14,17 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+
+class HasForward(Protocol):
+    """A module, or what stands for one."""
+
+    forward: Callable[..., Any]
+
 
 Encode = Callable[[Sequence[Any]], Tensor]
 Loss = Callable[[Tensor], Tensor]
@@ -28,7 +35,7 @@ def step(
     inputs: Sequence[Any],
     loss: Loss,
     chunk: int | None = None,
-    frozen: Sequence[nn.Module] = (),
+    frozen: Sequence[HasForward] = (),
 ) -> Tensor:
     """Add the gradient of ``loss(encode(inputs))`` to the weights.
 
@@ -89,7 +96,7 @@ class _Outputs:
 
 
 @contextmanager
-def _run_once(module: nn.Module) -> Iterator[_Outputs]:
+def _run_once(module: HasForward) -> Iterator[_Outputs]:
     """Let a module run in the first pass and hand out its outputs in the second."""
     own = vars(module).get("forward")
     outputs = _Outputs(module.forward)

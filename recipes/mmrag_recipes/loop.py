@@ -34,12 +34,13 @@ from mmrag_recipes.checkpoints import (
 )
 from mmrag_recipes.config import RunConfig
 from mmrag_recipes.data import Dataset, Planner, Problem, load_datasets
+from mmrag_recipes.features import keep_features, unchanging
 from mmrag_recipes.refresh import Refresh
 from mmrag_recipes.reports import plot_run
 from mmrag_recipes.row_file import Ragged
 from mmrag_recipes.rows import read_rows
 from mmrag_recipes.run_log import Report, RunLog
-from mmrag_recipes.trainable import frozen_towers, learning_rate, make_optimizer, make_trainable
+from mmrag_recipes.trainable import learning_rate, make_optimizer, make_trainable
 
 logger = logging.getLogger("mmrag_recipes")
 
@@ -123,6 +124,8 @@ def _fit(
     random.seed(config.seed)
     task = load()
     make_trainable(task, config)
+    if config.features:
+        keep_features(task.model, config, config.features)
     optimizer = make_optimizer(task.model, config)
     if rank == 0:
         load_datasets(config, task.planner)  # indexes the rows, while the other processes wait
@@ -317,7 +320,7 @@ def train_step(
         step.inputs,
         lambda outputs: task.loss(outputs, step),
         config.chunk,
-        frozen_towers(task.model),
+        unchanging(task.model),
     )
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     distributed.average_gradients(parameters)
