@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import math
 import re
+import textwrap
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import groupby
 
 import regex
 
@@ -73,7 +75,9 @@ _ABBREVIATIONS = frozenset(
 _SENTENCE_END = re.compile(
     r"[.!?][\"'\u201d\u2019)\]]*(?:\s*\[\d[\d,\s\u2013-]*\])*(?=\s)|[。！？]+"
 )
-_LIST_ITEM = re.compile(r"\s*(?:[\u2022\u25cf\u25e6\u2023\u2043\u00b7*\u2013-]\s|\(?\d{1,2}[.)]\s)")
+_ITEM_OR_ROW = re.compile(
+    r"\s*(?:[\u2022\u25cf\u25e6\u2023\u2043\u00b7*\u2013-]\s|\(?\d{1,2}[.)]\s|\|)"
+)
 _WRAPPED_LINE = 50  # characters; a shorter line without an end mark is a heading or a table cell
 _SHORT = 16  # bytes of UTF-8; a shorter piece says nothing on its own
 _LONGEST = 400  # characters of one sentence; text without end marks is cut here
@@ -141,46 +145,44 @@ def stem(word: str) -> str:
 def sentences(text: str) -> list[str]:
     """Sentences, headings, list items and table rows of a page's text, in order.
 
-    Hard line breaks inside a sentence are undone; white space is single. Pieces under 16
-    bytes join the next one, and none is longer than 400.
+    A blank line ends a sentence; other line breaks inside one are undone; white space is single.
+    Pieces under 16 bytes join the next one of their paragraph, and none is much longer than 400
+    characters.
     """
     found: list[str] = []
-    for block in _blocks(text):
-        for piece in _split_block(block):
-            while len(piece) > _LONGEST:  # at a space; text without spaces is cut anywhere
-                space = piece.rfind(" ", 0, _LONGEST)
-                at = space if space > 0 else _LONGEST
-                found.append(piece[:at])
-                piece = piece[at:].strip()
-            found.append(piece)
-    joined: list[str] = []
+    for is_written, lines in groupby(text.splitlines(), key=lambda line: bool(line.strip())):
+        if is_written:
+            found += _paragraph_sentences(lines)
+    return found
+
+
+def _paragraph_sentences(lines: Iterable[str]) -> Iterator[str]:
     carry = ""
-    for piece in found:
-        piece = f"{carry} {piece}".strip()
-        carry = ""
-        # In bytes: a few ideographs say as much as a dozen letters.
-        if len(piece.encode()) < _SHORT:
-            carry = piece
-        else:
-            joined.append(piece)
-    return [*joined, carry] if carry else joined
+    for sentence in (each for block in _blocks(lines) for each in _split_block(block)):
+        # At spaces; text without spaces is cut anywhere.
+        for part in textwrap.wrap(sentence, _LONGEST, break_on_hyphens=False):
+            piece = f"{carry} {part}".strip()
+            # In bytes: a few ideographs say as much as a dozen letters.
+            carry = piece if len(piece.encode()) < _SHORT else ""
+            if not carry:
+                yield piece
+    if carry:
+        yield carry
 
 
-def _blocks(text: str) -> list[str]:
-    """Paragraphs: lines joined unless the break means something."""
+def _blocks(lines: Iterable[str]) -> list[str]:
+    """The lines of a paragraph, joined unless the break means something."""
     blocks: list[str] = []
     previous = ""
-    for line in text.splitlines():
+    for line in lines:
         clean = " ".join(line.split())
-        if not clean:
-            previous = ""
-            continue
         runs_on = len(previous) >= _WRAPPED_LINE or clean[:1].islower()
-        if previous and runs_on and not _LIST_ITEM.match(line):
+        if previous and runs_on and not _ITEM_OR_ROW.match(line):
             blocks[-1] += f" {clean}"
         else:
             blocks.append(clean)
-        previous = clean
+        # Nothing runs on from the row of a Markdown table, however long.
+        previous = "" if clean.startswith("|") else clean
     return blocks
 
 

@@ -25,7 +25,10 @@ _MARKS = str.maketrans({"\u2212": "-", "\u2013": "-", "\u066b": ".", "\u066c": "
 _FIXED_SPACE = re.compile(r"(?<=\d)[\u00a0\u2007\u2009\u202f](?=\d{3}(?!\d))")
 _FOREIGN_DIGIT = re.compile(r"(?![0-9])\d")
 
-_NUMERAL = re.compile(r"\d{1,3}(?: \d{3})+(?![\d'])(?:[.,]\d{1,2}(?!\d))?|\d+(?:[.,']\d+)*")
+# The power of a unit begins no group: "80 m2 150 euros" of a table has no 2150.
+_NUMERAL = re.compile(
+    r"(?<!m)(?<!ft)(?<!in)\d{1,3}(?: \d{3})+(?![\d'])(?:[.,]\d{1,2}(?!\d))?|\d+(?:[.,']\d+)*"
+)
 _UNIT_POWER = re.compile(r"(?<![^\W\d_])[cdkm]?m$|(?<![^\W\d_])(?:ft|in|sq)$", re.IGNORECASE)
 _SIGN = re.compile(r"(?:^|[\s(\[{:=<>/~])-$|\bminus\s$", re.IGNORECASE)
 _BELOW_ZERO = re.compile(

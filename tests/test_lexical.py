@@ -54,7 +54,8 @@ def test_line_breaks_inside_a_sentence_are_undone():
     assert sentences(text) == [
         "Eye exams The plan covers one eye examination a year for each member.",
         "Dr. Smith, e.g., charges 3.5 percent.",
-        "Is that all? \u2022 Glasses are extra, at a fixed price",
+        "Is that all?",
+        "\u2022 Glasses are extra, at a fixed price",
         "\u2022 Lenses are not covered at all here",
     ]
 
@@ -68,6 +69,24 @@ def test_a_number_ends_a_sentence_but_not_a_list_mark():
         "Adults pay for crowns.",
         "1. First comes the check.",
     ]
+
+
+def test_a_blank_line_ends_a_sentence():
+    text = "Fees\n\nMembers pay in\nJanuary, all at once.\n \n"
+    text += "A long line that is wrapped, yet not ended by a mark\n\nand goes on below"
+    assert sentences(text) == [
+        "Fees",
+        "Members pay in January, all at once.",
+        "A long line that is wrapped, yet not ended by a mark",
+        "and goes on below",
+    ]
+
+
+def test_rows_of_a_markdown_table_are_sentences():
+    row = "| A plot with a shed and a tap of its own at the southern gate | 75 euros |"
+    assert sentences(f"{row}\n{row}\nas of May, by decision of all members") == [
+        row, row, "as of May, by decision of all members"
+    ]  # fmt: skip
 
 
 def test_sentences_of_chinese_text():

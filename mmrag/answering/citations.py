@@ -1,7 +1,7 @@
 """Citations: find each ``[n]``, check it against its source, and locate the words that carry it.
 
 A claim is a sentence of the answer. It is supported by a source if one passage of the source
-(a sentence, or two neighbours) has most of its weighted content words, or means the same to the
+(a sentence, two neighbours, or a row of a table) has most of its weighted content words, or means the same to the
 embedder, and every number of the claim stands on the page. Passages of several sources cited for
 it may support it together. That is a check of evidence, not of truth: a negated sentence passes it.
 """
@@ -15,13 +15,13 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mmrag.answering.context import Source
-from mmrag.answering.passages import strip_bullet
+from mmrag.answering.passages import strip_bullet, table_rows
 from mmrag.embedders.base import Embedder
 from mmrag.errors import MMRagError
 from mmrag.lexical import Idf, sentences, stays_open, terms
@@ -33,8 +33,6 @@ logger = logging.getLogger(__name__)
 
 Similarity: TypeAlias = Callable[[Sequence[str], Sequence[str]], NDArray[np.float32]]
 """Cosines, shape (len(first), len(second))."""
-Evidence: TypeAlias = tuple[float, str]
-"""Support in [0, 1] and the words of a passage."""
 Choice: TypeAlias = Literal["flag", "remove"]
 
 SUPPORT = 0.4
@@ -58,6 +56,18 @@ _END = re.compile(
     rf"(?:\s{{0,3}}(?:{CITATION.pattern})(?!\()){{0,20}}",
     re.IGNORECASE,
 )
+
+
+class Evidence(NamedTuple):
+    """A passage beside a claim.
+
+    support: in [0, 1]. quote: as it stands on the page. words: what it is compared by; those of a
+        row of a table have the heads of its columns.
+    """
+
+    support: float
+    quote: str
+    words: Sequence[str]
 
 
 @dataclass(frozen=True)
@@ -185,13 +195,14 @@ def check_answer(
     known = {source.n: source for source in sources}
     claims: list[Claim] = []
     shown: list[str] = []
-    quotes: dict[int, Evidence] = {}
+    best: dict[int, Evidence] = {}
+    nothing = Evidence(SUPPORT, "", ())
     for line, piece in _pieces(text):
         claim, evidence = _check_claim(piece, known, similarity, support_cosine)
-        for n, (score, quote) in evidence.items():
+        for n, found in evidence.items():
             # A source has one quote: the passage of the claim that it supports best.
-            if n in claim.citations and score >= max(SUPPORT, quotes.get(n, (0.0, ""))[0]):
-                quotes[n] = (score, quote)
+            if n in claim.citations and found.support >= best.get(n, nothing).support:
+                best[n] = found
         if claim.text or claim.citations or claim.dangling:
             claims.append(claim)
         # None (could not be checked) stays: only what was found wrong is removed.
@@ -200,7 +211,7 @@ def check_answer(
         shown.append(line + _rewrite(piece, known, dangling))
     cited = {n for claim in claims for n in claim.citations}
     marked = [replace(source, cited=source.n in cited) for source in sources]
-    located = [locate(each, quotes[each.n][1]) if each.n in quotes else each for each in marked]
+    located = [locate(each, best[each.n].quote) if each.n in best else each for each in marked]
     return CheckedAnswer("".join(shown).strip(), tuple(claims), tuple(located))
 
 
@@ -231,9 +242,10 @@ def best_passage(
     similarity: Similarity | None = None,
     support_cosine: float = SUPPORT_COSINE,
 ) -> Evidence | None:
-    """Support in [0, 1] and words of the passage of a source that best supports a claim.
+    """The passage of a source that best supports a claim; None if the source has no text.
 
-    None if the source has no text.
+    One that has all numbers of the claim is preferred: in a table, most of the other words stand
+    in the heads, which are of all rows.
     """
     passages, words, idf = _passages(source.text)
     if not passages:
@@ -246,18 +258,30 @@ def best_passage(
         alike = similarity([claim], [passages[i] for i in near])[0]
         # A cosine below the limit says little about support, so it never raises a word score.
         shared[near] = np.where(alike >= support_cosine, alike, shared[near])
-    # Of equals, the shorter passage is the better quote.
-    best = max(range(len(passages)), key=lambda i: (round(float(shared[i]), 3), -len(passages[i])))
-    return min(1.0, float(shared[best])), passages[best]
+    numbers = set(wanted) - set(_words(claim))
+
+    def worth(i: int) -> tuple[bool, float, int]:
+        exact = bool(shared[i] >= SUPPORT) and numbers <= set(words[i])
+        # Of equals, the shorter passage is the better quote.
+        return exact, round(float(shared[i]), 3), -len(passages[i])
+
+    best = max(range(len(passages)), key=worth)
+    return Evidence(min(1.0, float(shared[best])), passages[best], words[best])
 
 
 @lru_cache(maxsize=32)
 def _passages(text: str) -> tuple[list[str], list[list[str]], Idf]:
-    """Sentences and pairs of neighbours, their words, and the weights of these by sentence."""
+    """What can be quoted, its words, and the weights of these by sentence.
+
+    Sentences, pairs of neighbours, and rows of tables, which count with the heads of their columns.
+    """
     single = sentences(text)
     # Pairs, because a claim often joins a sentence and the one that says what "it" is.
     passages = single + [f"{a} {b}" for a, b in pairwise(single)]
     words = [_having(passage) for passage in passages]
+    for row in table_rows(text):
+        passages.append(row.quote)
+        words.append(_having(f"{row.heads} {row.quote}"))
     # In a single sentence every word would count as common; an empty one beside it prevents that.
     counted = words[: len(single)] if len(single) > 1 else [*words, []]
     return passages, words, Idf(counted)
@@ -332,7 +356,7 @@ def _check_claim(
     supported = _supported(text, sources, score, bool(citations))
     if supported and citations:
         # Only among supported claims: where nothing supports it, every source would be idle.
-        claim = replace(claim, idle=tuple(n for n in evidence if evidence[n][0] < _IDLE))
+        claim = replace(claim, idle=tuple(n for n in evidence if evidence[n].support < _IDLE))
     return replace(claim, supported=supported), evidence
 
 
@@ -350,7 +374,7 @@ def _evidence(
             evidence[source.n] = passage
     if cited and len(evidence) > 1:
         return _together(text, sources, evidence)
-    return max((score for score, _ in evidence.values()), default=0.0), evidence
+    return max((score for score, *_ in evidence.values()), default=0.0), evidence
 
 
 def _supported(text: str, sources: Sequence[Source], score: float, cited: bool) -> bool | None:
@@ -377,13 +401,13 @@ def _together(
     # A sentence that joins what two pages say is not to be found on either.
     idf = Idf([words for source in cited for words in _passages(source.text)[1]])
     pages = "\n".join(source.text for source in cited)
-    wanted, quoted = _wanted(text, pages), {n: _having(q) for n, (_, q) in evidence.items()}
+    wanted = _wanted(text, pages)
     each = {
-        n: (max(score, idf.coverage(wanted, quoted[n])), quote)
-        for n, (score, quote) in evidence.items()
+        n: found._replace(support=max(found.support, idf.coverage(wanted, found.words)))
+        for n, found in evidence.items()
     }
-    shared = idf.coverage(wanted, [word for words in quoted.values() for word in words])
-    return max(shared, *(score for score, _ in each.values())), each
+    shared = idf.coverage(wanted, [word for found in each.values() for word in found.words])
+    return max(shared, *(found.support for found in each.values())), each
 
 
 def _rewrite(piece: str, known: Iterable[int], dangling: Choice) -> str:

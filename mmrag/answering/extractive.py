@@ -159,6 +159,6 @@ def _answer(chosen: Sequence[_Candidate], sources: Sequence[Source]) -> CheckedA
         # A document's own [3] must not be taken for one of ours.
         text = sanitize(candidate.passage.text)
         # A row of a table is put together from heads and cells: it is no literal quote.
-        quoted = text if candidate.passage.row else f"\u201c{text}\u201d"
+        quoted = text if candidate.passage.heads else f"\u201c{text}\u201d"
         lines.append(f"{quoted} [{candidate.source.n}]")
     return CheckedAnswer("\n".join(lines), claims, marked)

@@ -25,6 +25,7 @@ _CAPTION = re.compile(
 )
 _STARTS_TEXT = (_LIST_ITEM.match, _CAPTION.match)
 _CELL_START = re.compile(r"[-+(]?[€$£¥]?\d")
+_RULE = re.compile(r"[\s|:-]+")  # below the head of a Markdown table
 _HEADING_WORDS = 10
 _HEADING_LENGTH = 60  # characters; a longer line without an end mark is a wrapped sentence
 _ROW_WORDS = 25
@@ -36,14 +37,13 @@ class Passage:
     """A piece of a page.
 
     text: as it is shown. quote: its words as they stand on the page.
-    row: whether it is a row of a table, with the heads of its columns.
-    words: what it is judged by.
+    words: what it is judged by. heads: of the columns, where it is a row of a table.
     """
 
     text: str
     quote: str
     words: tuple[str, ...]
-    row: bool = False
+    heads: str = ""
 
 
 def strip_bullet(text: str) -> str:
@@ -71,6 +71,11 @@ def passages(text: str, running: frozenset[str] = frozenset()) -> list[Passage]:
     return found or [
         _passage(piece) for piece in sentences(text) if not _QUESTION_END.search(piece)
     ]
+
+
+def table_rows(text: str) -> list[Passage]:
+    """The rows of the tables of a page whose columns have heads, in order."""
+    return _tables(text.splitlines())[0]
 
 
 def _bare(line: str) -> str:
@@ -134,21 +139,35 @@ def _tables(lines: Sequence[str]) -> tuple[list[Passage], list[str]]:
         if run - place < 2:
             place += 1
             continue
-        head = lines[filled[place - 1]].strip() if place else ""
-        # One word heads no columns, and a sentence above a table only introduces it.
-        if not 1 < len(head.split()) <= _ROW_WORDS or _SENTENCE_END.search(head):
-            head = ""
-        for i in filled[place:run]:
-            rows += [_row(head, lines[i])] if head else []
+        # The head of a Markdown table has bars, as its rows do.
+        above = place if lines[filled[place]].lstrip().startswith("|") else place - 1
+        heads = _heads(lines[filled[above]]) if above >= 0 else []
+        for i in filled[above + 1 : run]:
+            rows += [_row(heads, lines[i])] if heads and not _RULE.fullmatch(lines[i]) else []
             rest[i] = ""
-        if head:
-            rest[filled[place - 1]] = ""
+        if heads:
+            rest[filled[above]] = ""
         place = run
     return rows, rest
 
 
+def _heads(line: str) -> list[str]:
+    """The heads of columns in the line above a table; empty if it is something else."""
+    if line.lstrip().startswith("|"):
+        return _cells(line)
+    # One word heads no columns, and a sentence above a table only introduces it.
+    if not 1 < len(line.split()) <= _ROW_WORDS or _SENTENCE_END.search(line):
+        return []
+    return re.split(r"\s+(?=[A-Z])", line.strip())
+
+
 def _cells(line: str) -> list[str]:
-    """The head of a row and its cells, each of which begins with a number; empty if it is none."""
+    """The head of a row and its cells; empty if it is none.
+
+    Cells stand between bars, as in Markdown, or each begins with a number.
+    """
+    if (barred := line.strip()).startswith("|"):
+        return [cell.strip() for cell in barred.strip("|").split("|")]
     words = line.split()
     if not 2 <= len(words) <= _ROW_WORDS or _SENTENCE_END.search(line) or _LIST_ITEM.match(line):
         return []
@@ -165,19 +184,19 @@ def _cells(line: str) -> list[str]:
     return [" ".join(words[start:end]) for start, end in bounds]
 
 
-def _row(head: str, line: str) -> Passage:
+def _row(heads: Sequence[str], line: str) -> Passage:
     """A row with the heads of its columns.
 
-    Where each head begins with a capital and there is one for each cell, they are put together:
+    Where there is a head for each cell, they are put together:
     ``Full plot: Full fee 150 euros, Reduced fee 75 euros``. Otherwise heads and row follow one
     another.
     """
     cells = _cells(line)
-    heads = re.split(r"\s+(?=[A-Z])", head)
-    quote = " ".join(line.split())
+    head, quote = " ".join(" ".join(heads).split()), " ".join(line.split())
     if len(heads) == len(cells):
-        pairs = [f"{name} {cell}" for name, cell in zip(heads[1:], cells[1:], strict=True)]
+        named = zip(heads[1:], cells[1:], strict=True)
+        pairs = [f"{name} {cell}" for name, cell in named if cell]
         text = f"{cells[0]}: {', '.join(pairs)}"
     else:
-        text = f"{' '.join(head.split())}: {quote}"
-    return Passage(text, quote, tuple(terms(f"{head} {line}")), row=True)
+        text = f"{head}: {quote}"
+    return Passage(text, quote, tuple(terms(f"{head} {line}")), head)

@@ -55,7 +55,7 @@ def show_page(collection: Collection, page: Page, wanted: str) -> ShownPage:
     text = node_text(whole)
     source = Source(1, file, number, NodeWithScore(node=whole), text)
     nearest = best_passage(wanted, source)
-    quote = nearest[1] if nearest and nearest[0] > 0 else ""
+    quote = nearest.quote if nearest and nearest.support > 0 else ""
     data, marked = _marked(source.path, number, quote, image)
     return ShownPage(page, label, _data_url(data), quote, marked)
 

@@ -187,9 +187,51 @@ def test_similarity_is_the_embedders_cosine():
 
 
 def test_two_neighbours_support_a_claim_that_needs_both():
-    score, quote = best_passage("eye examination and lenses for 150 dollars", SOURCES[0])
+    score, quote, _ = best_passage("eye examination and lenses for 150 dollars", SOURCES[0])
     assert quote == EYES
     assert score > 0.6
+
+
+FEES = """Students pay the reduced fee for a plot.
+
+Plot Size Full fee Reduced fee Deposit
+
+Small bed 12 m2 36 euros 18 euros 40 euros
+
+Half plot 40 m2 84 euros 42 euros 40 euros
+
+Full plot 80 m2 150 euros 75 euros 40 euros"""
+BARRED = """| Plot | Size | Full fee | Reduced fee of students |
+| --- | --- | --- | --- |
+| Small bed | 12 m2 | 36 euros | 18 euros |
+| Full plot | 80 m2 | 150 euros | 75 euros |"""
+
+
+@pytest.mark.parametrize("text", [FEES, BARRED])
+@pytest.mark.parametrize(
+    ("claim", "number"),
+    [
+        ("The reduced fee for a full plot is 75 euros [1].", "75 euros"),
+        ("A small bed has a reduced fee of 18 euros [1].", "18 euros"),
+        ("The full fee for the plot of 80 m2 is 150 euros [1].", "75 euros"),
+    ],
+)
+def test_of_a_table_the_row_with_the_numbers_is_quoted(text, claim, number):
+    checked = check_answer(claim, [source(1, text)])
+    (row,) = [line for line in text.splitlines() if number in line]
+    assert checked.sources[0].quote == row
+    assert checked.claims[0].supported
+
+
+def test_a_passage_without_the_numbers_is_no_evidence_beside_one_that_has_them():
+    text = (
+        "The reduced yearly fee for a full plot was raised by the members in spring.\n\n"
+        "Since then a full plot costs 75 euros."
+    )
+    (found,) = check_answer(
+        "The reduced yearly fee for a full plot is 75 euros [1].", [source(1, text)]
+    ).sources
+    assert "75 euros" in found.quote
 
 
 def test_a_file_that_has_gone_costs_the_box_not_the_quote(monkeypatch, caplog):

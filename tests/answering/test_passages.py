@@ -65,9 +65,18 @@ def test_ticks_and_labels_of_a_chart_are_not_quoted():
 
 def test_a_row_is_quoted_with_its_heads_and_found_by_its_own_words():
     row = next(each for each in passages(FEES) if each.text.startswith("Full plot"))
-    assert row.row
+    assert row.heads
     assert row.quote == "Full plot 80 m2 150 euros 75 euros 40 euros"
     assert {"reduced", "fee", "full", "plot"} <= set(row.words)
+
+
+def test_rows_of_a_markdown_table():
+    text = (
+        "| Plot | Fee | Note |\n|---|---|---|\n| Half | 84 euros |  |\n| Full | 150 euros | paid |"
+    )
+    half, full = passages(text)
+    assert (half.text, half.quote) == ("Half: Fee 84 euros", "| Half | 84 euros | |")
+    assert full.text == "Full: Fee 150 euros, Note paid"
 
 
 def test_rows_without_heads_are_left_out():

@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -78,6 +79,33 @@ def test_nothing_is_lost_when_it_is_stopped_over_an_upload(tmp_path, sign):
         assert indexed(url, "long.txt")
         hits = httpx.post(f"{url}/api/search", json={"query": "passage 19"}).json()["hits"]
         assert hits
+        stop(process)
+
+
+@pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGKILL])
+def test_half_an_upload_leaves_nothing_and_can_be_sent_again(tmp_path, sign):
+    form = httpx.Request(
+        "POST",
+        "http://server/api/files",
+        files={"file": ("a.txt", b"The pump was oiled. " * 5_000)},
+    )
+    body = form.read()
+    with serving(tmp_path / "c") as (process, url):
+        host, port = url.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port))) as connection:
+            head = f"POST /api/files HTTP/1.1\r\nHost: {host}:{port}\r\n"
+            head += f"Content-Type: {form.headers['content-type']}\r\n"
+            head += f"Content-Length: {len(body)}\r\n\r\n"
+            connection.sendall(head.encode() + body[: len(body) // 2])
+            assert httpx.get(f"{url}/ready").status_code == 200  # it goes on beside the upload
+            assert stop(process, sign) == -sign
+    with serving(tmp_path / "c") as (process, url):
+        assert httpx.get(f"{url}/api/files").json()["files"] == []
+        assert not [path for path in tmp_path.rglob("*") if ".incoming" in path.name]
+        form.headers["host"] = url.removeprefix("http://")
+        form.url = httpx.URL(f"{url}/api/files")
+        assert httpx.Client().send(form).status_code == 202
+        assert indexed(url, "a.txt")
         stop(process)
 
 
