@@ -1,9 +1,10 @@
 """Citations: find each ``[n]``, check it against its source, and locate the words that carry it.
 
 A claim is a sentence of the answer. It is supported by a source if one passage of the source
-(a sentence, two neighbours, or a row of a table) has most of its weighted content words, or means the same to the
-embedder, and every number of the claim stands on the page. Passages of several sources cited for
-it may support it together. That is a check of evidence, not of truth: a negated sentence passes it.
+(a sentence, two neighbours, or a row of a table) has most of its weighted content words, or means
+the same to the embedder, and every number of the claim stands on the page. Passages of several
+sources cited for it may support it together. That is a check of evidence, not of truth: a negated
+sentence passes it.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ worth nothing: the collection alone says what is indexed.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -19,9 +20,8 @@ from typing import BinaryIO
 
 from mmrag.errors import ReadError
 from mmrag.reading.files import write
-from mmrag.store.images import COPY, copy_of
+from mmrag.store.images import COPY, NOTES, copy_of
 
-_NOTES = "sources"
 _LEFT_OVER = 86_400  # seconds: older parts are of a run that was killed
 _LONGEST = 1_800  # seconds that one file may take
 
@@ -58,7 +58,7 @@ class Copies:
 
     def __init__(self, images_dir: Path, max_bytes: int) -> None:
         self._images = images_dir
-        self._notes = images_dir / _NOTES
+        self._notes = images_dir / NOTES
         self._max_bytes = max_bytes
 
     def clean(self) -> None:
@@ -67,8 +67,10 @@ class Copies:
             if self._read(note) is None:
                 note.unlink(missing_ok=True)
         for part in self._notes.glob(".*.tmp"):
-            if part.stat().st_mtime < time.time() - _LEFT_OVER:
-                part.unlink(missing_ok=True)
+            # Another process may have just completed it.
+            with contextlib.suppress(FileNotFoundError):
+                if part.stat().st_mtime < time.time() - _LEFT_OVER:
+                    part.unlink()
 
     def find(self, name: str) -> tuple[Copy, dict[str, str]] | None:
         """The copy of what a URL named last, and its version; None if there is none."""
@@ -90,7 +92,7 @@ class Copies:
             path = self._images / sha256[:16] / f"{COPY}{download.suffix}"
             path.parent.mkdir(exist_ok=True)
             # Two types of one content would leave it open which of them is read.
-            if (other := copy_of(self._images, sha256)) is not None:
+            if (other := copy_of(self._images, sha256)) not in (None, path):
                 other.unlink(missing_ok=True)
             Path(part).replace(path)
         finally:

@@ -16,10 +16,20 @@ from mmrag.errors import ConfigError, ReadError
 from mmrag.ingest.plan import note_passed_over
 from mmrag.ingest.progress import IngestReport
 from mmrag.ingest.run import ingest
-from mmrag.reading import ReadOptions, find_files
+from mmrag.ingest.sources import clean_url, list_folders
+from mmrag.reading import ReadOptions, find_files, is_url
 from mmrag.store.collection import Collection
 
 FILES_PER_TASK = 8
+
+
+@dataclasses.dataclass
+class Work:
+    """What workers are to index. files: paths and URLs. passed_over: files of other types."""
+
+    files: list[str]
+    errors: list[ReadError]
+    passed_over: list[str]
 
 
 class _Worker:
@@ -54,7 +64,8 @@ def ingest_with_ray(
     """Index files with Ray workers, on this machine or on the cluster that Ray is connected to.
 
     Args:
-        paths: files and folders that every machine sees under the same path.
+        paths: files and folders that every machine sees under the same path, and URLs, which the
+            workers fetch. A folder that a URL with a password names is the share of one worker.
         open_collection: opens the collection in a worker: one on a server, for the embedded
             engine locks its folder; with ``images_dir`` on storage that all machines share.
         load: loads the embedder in a worker, for instance
@@ -71,9 +82,8 @@ def ingest_with_ray(
         import ray
     except ImportError as error:
         raise ConfigError("Ray is not installed: pip install 'mmrag[ray]'.") from error
-    # Here, once: workers that looked for themselves would see a folder that changes meanwhile.
-    files, errors, passed_over = find_files(paths)
-    data = ray.data.from_items([{"file": str(path)} for path in files])
+    found = find_work(paths)
+    data = ray.data.from_items([{"file": file} for file in found.files])
     reports = data.map_batches(
         _Worker,
         fn_constructor_args=(open_collection, load, options),
@@ -81,9 +91,26 @@ def ingest_with_ray(
         concurrency=workers,
         num_gpus=gpus_per_worker or None,
     ).take_all()
-    report = _together([row["report"] for row in reports], errors)
-    note_passed_over([path.as_posix() for path in passed_over], report)
+    report = _together([row["report"] for row in reports], found.errors)
+    note_passed_over(found.passed_over, report)
     return report
+
+
+def find_work(paths: Sequence[str | Path]) -> Work:
+    """The files below folders, of this file system and of others, and the URLs of web servers."""
+    # Here, once: workers that looked for themselves would see a folder that changes meanwhile.
+    files, errors, passed_over = find_files([path for path in paths if not is_url(path)])
+    work = Work([str(path) for path in files], errors, [path.as_posix() for path in passed_over])
+    for url in (str(path) for path in paths if is_url(path)):
+        try:
+            # The names in a listing have no passwords, and a worker needs them.
+            listings = list_folders([url]) if clean_url(url) == url else []
+        except ReadError as error:
+            work.errors.append(error)
+            continue
+        work.files += [name for listing in listings for name in listing.files] or [url]
+        work.passed_over += [name for listing in listings for name in listing.passed_over]
+    return work
 
 
 def _together(reports: Sequence[IngestReport], errors: Sequence[ReadError]) -> IngestReport:

@@ -1,4 +1,4 @@
-"""Copy points and images: to or from a server, cut to fewer dimensions, or quantized otherwise.
+"""Copy points, images and what URLs named: to a server or from one, cut, or quantized otherwise.
 
 Nothing is read or embedded again.
 """
@@ -20,7 +20,7 @@ from mmrag.embedders.base import truncate_normalise
 from mmrag.errors import ConfigError
 from mmrag.reading import words_path
 from mmrag.store.engine import AnyOf, Engine, Filter, Point, in_batches
-from mmrag.store.images import ImageFolder, with_image_paths
+from mmrag.store.images import NOTES, ImageFolder, copy_of, with_image_paths
 from mmrag.store.making import SETTINGS_ID
 from mmrag.store.settings import VIEWS, CollectionSettings
 
@@ -87,6 +87,8 @@ class Copying:
                 n_copied, done = n_copied + len(missing), done + len(batch)
                 if progress is not None:
                     progress(done, total)
+        for note in (self.source_images.path / NOTES).glob("*.json"):
+            _copy_file(note, self.target_images.path / NOTES / note.name)
         self.target.flush()
         return n_copied
 
@@ -97,6 +99,9 @@ class Copying:
             for name, vector in point.vectors.items()
         }
         if point.payload.get("kind") == "file":
+            kept = copy_of(self.source_images.path, str(point.payload.get("sha256")))
+            if kept is not None:
+                _copy_file(kept, self.target_images.path / kept.parent.name / kept.name)
             return Point(point.id, point.payload, vectors)
         node = metadata_dict_to_node(point.payload)
         moved = with_image_paths(node, lambda stored: self._moved(stored, node.node_id))
@@ -112,9 +117,17 @@ class Copying:
             return None
         copy = self.target_images.path / path.parent.name / path.name
         if path.is_file() and not copy.is_file():
-            copy.parent.mkdir(exist_ok=True)
             # The image last: where it is there, its boxes are too.
-            for old, new in ((words_path(path), words_path(copy)), (path, copy)):
-                if old.is_file():
-                    shutil.copyfile(old, new)
+            _copy_file(words_path(path), words_path(copy))
+            _copy_file(path, copy)
         return self.target_images.stored(copy, node_id)
+
+
+def _copy_file(path: Path, to: Path) -> None:
+    """Copy a file that may be missing; it appears when it is complete."""
+    if not path.is_file() or to.is_file():
+        return
+    to.parent.mkdir(exist_ok=True)
+    part = to.with_name(f".{to.name}.tmp")
+    shutil.copyfile(path, part)
+    part.replace(to)

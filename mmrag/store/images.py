@@ -28,6 +28,8 @@ log = logging.getLogger(__name__)
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
+NOTES = "sources"
+"""Folder of notes that say which content a URL had."""
 COPY = "original"
 """Name without suffix of the copy of a file that came from a URL."""
 

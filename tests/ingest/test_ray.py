@@ -3,14 +3,16 @@
 import copy
 import os
 import pickle
+import zipfile
 from pathlib import Path
 
+import fsspec
 import pymupdf
 import pytest
 
 from mmrag.errors import ReadError
 from mmrag.ingest.progress import IngestReport
-from mmrag.ingest.ray import _together
+from mmrag.ingest.ray import _together, find_work
 from mmrag.ingest.run import reading_settings
 from mmrag.reading import ReadOptions
 from mmrag.store.collection import Collection, CollectionSettings
@@ -50,20 +52,39 @@ def test_ray_workers_index_every_file_once(tmp_path):
         return Collection.open(tmp_path / f"library-{os.getpid()}", settings=settings)
 
     paths = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
+    archive = tmp_path / "more.zip"
+    with zipfile.ZipFile(archive, "w") as more:
+        more.writestr("deep/20.txt", "A note that lies in an archive.")
+        more.writestr("photo.raw", "?")
     environment = {"env_vars": {"PYTHONPATH": os.pathsep.join(paths)}}
     ray.init(num_cpus=2, include_dashboard=False, runtime_env=environment, log_to_driver=False)
     try:
-        report = ingest_with_ray([papers], open_collection, FakeEmbedder, workers=2)
+        report = ingest_with_ray(
+            [papers, f"zip://::{archive}"], open_collection, FakeEmbedder, workers=2
+        )
     finally:
         ray.shutdown()
-    assert len(report.indexed) == 20
-    assert report.pages == 20
+    assert len(report.indexed) == 21
+    assert report.pages == 21
+    assert "1 .raw" in "".join(report.notes)
     assert [Path(error.file).name for error in report.errors] == ["broken.pdf"]
     stored = []
     for folder in tmp_path.glob("library-*"):
         with Collection.open(folder) as collection:
             stored += [Path(entry.file).name for entry in collection.files()]
-    assert sorted(stored) == [f"{number:02}.pdf" for number in range(20)]
+    names = [*(f"{number:02}.pdf" for number in range(20)), f"20.txt::{archive}"]
+    assert sorted(stored) == sorted(Path(name).name for name in names)
+
+
+def test_the_work_is_found_once_and_urls_go_to_the_workers(tmp_path):
+    (tmp_path / "a.txt").write_text("The pump was oiled.")
+    for name in ("b.txt", "deep/c.txt"):
+        fsspec.filesystem("memory").pipe(f"/papers/{name}", b"The pump was oiled again.")
+    web, secret = "https://example.org/a.pdf", "sftp://ann:pw@host/papers"
+    work = find_work([tmp_path, web, "memory://papers", secret, "memory://none"])
+    stored = ["memory://papers/b.txt", "memory://papers/deep/c.txt"]
+    assert work.files == [str(tmp_path / "a.txt"), web, *stored, secret]
+    assert [error.file for error in work.errors] == ["memory://none"]
 
 
 def test_files_that_are_not_there_are_failed():

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import pymupdf
 import pytest
@@ -74,6 +75,24 @@ def test_what_has_not_changed_is_neither_sent_nor_read_again(index, server):
     again = dict(server.asked[2:])
     assert again["/a.pdf"]["If-Modified-Since"] == PDF["Last-Modified"]
     assert again["/b.txt"]["If-None-Match"] == '"1"'
+
+
+def test_a_converted_collection_takes_the_copies_along(index, server, tmp_path):
+    server.pages = {"/a.pdf": (pdf(), PDF), "/b.txt": (b"the words of b", TEXT)}
+    urls = [f"{server.url}{path}" for path in server.pages]
+    index.add(urls)
+    index.convert(tmp_path / "new")
+    index.close()
+    shutil.rmtree(tmp_path / "library")
+    with UniversalIndex(tmp_path / "new", index.embedder) as new:
+        [hit] = new.as_retriever(where=Where(files=(urls[0],))).retrieve("pump cellar")
+        metadata = hit.node.metadata
+        assert locate_quote(metadata["file_path"], 1, LINE, sha256=metadata["sha256"])
+        # Each is asked for its version: the server does not send it again.
+        assert new.add(urls).unchanged == urls
+        again = dict(server.asked[2:])
+        assert again["/a.pdf"]["If-Modified-Since"] == PDF["Last-Modified"]
+        assert again["/b.txt"]["If-None-Match"] == '"1"'
 
 
 def test_a_changed_file_replaces_its_earlier_version(index, server):
