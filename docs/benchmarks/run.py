@@ -20,7 +20,9 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import os
 import resource
+import socket
 import statistics
 import tempfile
 import time
@@ -236,65 +238,99 @@ def frozen(folder: Path) -> None:
         print(f"| {name} | {value:.2f} | {value / whole:.2f} |")
 
 
-def _first_step(rows: str, answer: multiprocessing.Queue[list[float]]) -> None:
-    """Seconds from the rows to the inputs of the first step, and memory for them, in MiB."""
-    import psutil
+def _first_step(
+    rows: str, rank: int, size: int, port: int, answer: multiprocessing.Queue[list[float]]
+) -> None:
+    """Seconds from the rows to the inputs of the first step, and peak memory, as ``train`` has it.
 
+    Memory in MiB: of this process, of which before the rows, and of the largest that it started.
+    """
+    from mmrag_recipes import distributed
     from mmrag_recipes.batches import Source, plan
     from mmrag_recipes.config import TrainConfig
     from mmrag_recipes.data import load_datasets
     from mmrag_recipes.steps import Feeder
     from mmrag_recipes.train import load_model
 
-    config = TrainConfig(model="mmrag-nano", out="unused", data=(rows,), hard_negatives=1)
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_RANK": str(rank)}
+    distributed.start()
+    config = TrainConfig(
+        model="mmrag-nano", out="unused", data=(rows,), hard_negatives=1, device="cpu"
+    )
     backbone = load_model(config)
-    process = psutil.Process()
-    before, started = process.memory_info().rss, time.perf_counter()
+
+    def peak(who: int = resource.RUSAGE_SELF) -> float:
+        return resource.getrusage(who).ru_maxrss / 2**10
+
+    before, started = peak(), time.perf_counter()
+    if rank == 0:
+        load_datasets(config, backbone)
+    distributed.wait()
     datasets = load_datasets(config, backbone)
-    loaded = time.perf_counter()
+    opened = time.perf_counter() - started
     batches = plan([Source(d.rows.keys, d.costs) for d in datasets], config.batch_size, 0)
     next(Feeder(datasets, backbone, config.hard_negatives).steps(batches))
-    after = process.memory_info().rss
-    answer.put([loaded - started, time.perf_counter() - loaded, (after - before) / 2**20])
+    stepped = time.perf_counter() - started - opened
+    seconds = time.process_time() + sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
+    answer.put([rank, opened, stepped, seconds, peak(), before, peak(resource.RUSAGE_CHILDREN)])
+    distributed.stop()
 
 
 def rows(folder: Path) -> None:
-    """Time to the first step and memory of one process, for rows of text and with images."""
+    """Time to the first step and memory of each process, for rows of text and with images."""
     from mmrag_recipes.rows import ImageStore, Item, Row, write_rows
 
     chance = np.random.default_rng(4)
     words = ["the", "page", "that", "answers", "a", "question", "about", "pumps", "heat", "1990"]
-    texts = [" ".join(chance.choice(words, 40)) for _ in range(2000)]
+    texts = [" ".join(chance.choice(words, int(n))) for n in chance.integers(20, 80, 2000)]
     store = ImageStore(folder / "images")
-    images = [
-        store.add(Image.fromarray(chance.integers(0, 255, (120, 90, 3), dtype=np.uint8)))
-        for _ in range(5000)
-    ]
+    pixels = chance.integers(0, 255, (60, 56, 3), dtype=np.uint8)
 
-    def row(number: int, image: str | None) -> Row:
+    def image(number: int) -> str:
+        pixels[0, 0] = np.frombuffer(number.to_bytes(3, "big"), np.uint8)  # each one another
+        return store.add(Image.fromarray(pixels))
+
+    def row(number: int, pictured: bool) -> Row:
         return Row(
             id=str(number),
             instruction="page_for_question",
             query=Item(text=f"{number} {texts[number % 1999][:60]}"),
-            positives=[Item(text=f"{number} {texts[number % 2000]}", image=image)],
+            positives=[
+                Item(
+                    text=f"{number} {texts[number % 2000]}",
+                    image=image(number) if pictured else None,
+                )
+            ],
             negatives=[Item(text=f"{number} not {texts[number % 1997]}")],
         )
 
-    print("| rows | start | seconds to open | to the first step | MiB |\n|---|---|---|---|---|")
+    columns = ("rows", "start", "process", "s to open", "s to the first step", "CPU s")
+    print("| " + " | ".join((*columns, "peak MiB", "before the rows", "workers")) + " |")
+    print("|---" * 9 + "|")
     context = multiprocessing.get_context("spawn")
-    sizes = (("text", 100_000), ("with images", 50_000), ("text", 1_000_000))
-    for number, (name, count) in enumerate(sizes):
-        pictured = name != "text"
-        path = folder / f"rows-{number}.jsonl"
-        write_rows(path, (row(n, images[n % 5000] if pictured else None) for n in range(count)))
-        for start in ("first", "second"):
+    for name, count in (("text", 1_000_000), ("with images", 50_000)):
+        path = folder / f"rows-{count}.jsonl"
+        write_rows(path, (row(n, name != "text") for n in range(count)))
+        for start, size in (("first, 2 processes", 2), ("second, 1 process", 1)):
+            with socket.socket() as free:
+                free.bind(("127.0.0.1", 0))
+                port = free.getsockname()[1]
             answer = context.Queue()
-            process = context.Process(target=_first_step, args=(str(path), answer))
-            process.start()
-            opened, stepped, memory = answer.get()
-            process.join()
-            cells = f"{opened:.0f} | {stepped:.1f} | {memory:.0f}"
-            print(f"| {count:,} {name} | {start} | {cells} |", flush=True)
+            shared = (size, port, answer)
+            processes = [
+                context.Process(target=_first_step, args=(str(path), rank, *shared))
+                for rank in range(size)
+            ]
+            for process in processes:
+                process.start()
+            found = sorted(answer.get() for _ in processes)
+            for process in processes:
+                process.join()
+            for rank, opened, stepped, *others in found:
+                cells = [f"{count:,} {name}", start, f"{rank:.0f}", f"{opened:.1f}"]
+                cells += [f"{stepped:.1f}", *(f"{value:.0f}" for value in others)]
+                print("| " + " | ".join(cells) + " |", flush=True)
 
 
 def rerank(folder: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -32,6 +32,7 @@ from mmrag_recipes.row_file import (
     write_whole,
 )
 from mmrag_recipes.rows import ImageStore, Item, Row, store_of
+from mmrag_recipes.text_tokens import TextTokens
 
 LEFT_OUT = -1  # cost of a row that cannot be used
 
@@ -193,26 +194,38 @@ def _set_up(rows: Path, index: Path, images: Path, planner: Planner, hard_negati
 def _costs_between(start: int, stop: int) -> tuple[NDArray[np.int32], list[Problem]]:
     """Costs of some rows, and the rows that cannot be used."""
     rows: RowFile = _task["rows"]
+    store: ImageStore = _task["store"]
+    planner: Planner = _task["planner"]
+    # Made anew for these rows, so that costs do not depend on which process counts them.
+    of_text = TextTokens(lambda text, task: planner.plan(Content(text), task).n_tokens)
+
+    def tokens(item: Item, task: str | None) -> int:
+        if item.text is not None and item.image is None:
+            return of_text(item.text, task)
+        return planner.plan(store.content(item), task).n_tokens
+
     costs, problems = [], []
     for row in rows[start:stop]:
         try:
-            costs.append(_cost(row, _task["store"], _task["planner"], _task["hard_negatives"]))
+            costs.append(_cost(row, store, tokens, _task["hard_negatives"]))
         except ContentError as error:
             costs.append(LEFT_OUT)
             problems.append(Problem(row.id, str(error)))
     return np.array(costs, dtype=np.int32), problems
 
 
-def _cost(row: Row, store: ImageStore, planner: Planner, hard_negatives: int) -> int:
+def _cost(
+    row: Row, store: ImageStore, tokens: Callable[[Item, str | None], int], hard_negatives: int
+) -> int:
     """Tokens of query, first positive and negatives; a negative without its image costs none."""
-    total = planner.plan(store.content(row.query), resolve(row.instruction)).n_tokens
+    total = tokens(row.query, resolve(row.instruction))
     for positive in row.positives[1:]:
         store.content(positive)  # its image must be there too
     # The first stands for all: they are of one kind.
-    total += planner.plan(store.content(row.positives[0]), None).n_tokens
+    total += tokens(row.positives[0], None)
     for item in row.negatives[:hard_negatives]:
         try:
-            total += planner.plan(store.content(item), None).n_tokens
+            total += tokens(item, None)
         except ContentError:
             continue  # said when its turn comes
     return total

@@ -5,6 +5,7 @@ import pytest
 
 from mmrag.embedders import load_embedder
 from mmrag.errors import ConfigError
+from mmrag_recipes import vectors
 from mmrag_recipes.__main__ import main
 from mmrag_recipes.evaluate import evaluate_rows, rank
 from mmrag_recipes.rows import read_rows, store_of
@@ -13,6 +14,14 @@ from mmrag_recipes.rows import read_rows, store_of
 def test_equal_scores_keep_their_order():
     documents = np.array([[1, 0], [1, 0], [0, 1]], dtype=np.float32)
     assert rank(np.array([[1, 0]], dtype=np.float32), documents, 3).tolist() == [[0, 1, 2]]
+
+
+def test_a_ranking_in_blocks_is_that_of_all_at_once(tiny_model, mixed_rows, monkeypatch):
+    embedder = load_embedder(tiny_model, family="gme", device="cpu")
+    rows, store = read_rows(mixed_rows), store_of(mixed_rows)
+    whole = evaluate_rows(embedder, rows, store)
+    monkeypatch.setattr(vectors, "_SCORES_AT_ONCE", 100)
+    assert evaluate_rows(embedder, rows, store) == whole
 
 
 def test_rows_are_scored_per_pair_and_whatever_the_batches(tiny_model, mixed_rows):

@@ -227,6 +227,25 @@ def test_a_reranker_scores_as_the_teacher(store):
     assert (failed.positive_scores, failed.negative_scores) == ([], [])
 
 
+def test_the_command_writes_the_scores_of_a_reranker(tmp_path, monkeypatch):
+    class Lengths:
+        name = "lengths"
+
+        def judge(self, pairs, instruction=None):
+            return [len(document.text) / 10 for _, document in pairs]
+
+    texts = ("whales swim", "camels walk far")
+    rows = [Row(id=t, query=Item(text=f"about {t}"), positives=[Item(text=t)]) for t in texts]
+    write_rows(tmp_path / "rows.jsonl", rows)
+    monkeypatch.setattr(mine_module, "load_embedder", lambda name, family: FakeEmbedder())
+    monkeypatch.setattr(mine_module, "load_scorer", lambda name: Lengths())
+    words = ["mine", str(tmp_path / "rows.jsonl"), "--out", str(tmp_path / "mined.jsonl")]
+    main([*words, "--reranker", "lengths", "--max-ratio", "5"])
+    whales, camels = read_rows(tmp_path / "mined.jsonl")
+    assert (whales.positive_scores, whales.negative_scores) == ([1.1], [1.5])
+    assert (camels.positive_scores, camels.negative_scores) == ([1.5], [1.1])
+
+
 def test_the_command_searches_a_folder_and_keeps_its_vectors(tmp_path, monkeypatch, capsys):
     (tmp_path / "papers").mkdir()
     for name in ("whales", "tigers", "camels"):
