@@ -17,6 +17,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from mmrag.errors import ConfigError
+from mmrag_recipes import distributed
 from mmrag_recipes.compatible import old_fingerprint
 from mmrag_recipes.config import RunConfig, TrainConfig
 from mmrag_recipes.data import Dataset
@@ -26,7 +27,7 @@ logger = logging.getLogger("mmrag_recipes")
 # Options that may differ between the parts of a run: they say how it runs and what it writes,
 # how long, and what it keeps. All others decide what is learned.
 MAY_CHANGE = frozenset(
-    {"out", "dry_run", "device", "chunk", "gradient_checkpointing", "steps", "epochs"}
+    {"out", "dry_run", "device", "chunk", "gradient_checkpointing", "shard", "steps", "epochs"}
     | {"evaluate", "evaluate_every", "best_metric", "patience", "max_skipped_steps"}
     | {"save_every", "keep", "log_every", "report", "features"}
 )
@@ -133,13 +134,13 @@ class Checkpoints:
         state = {
             "progress": asdict(progress),
             "weights": trained_state(model),
-            "optimizer": optimizer.state_dict(),
+            "optimizer": _optimizer_state(optimizer),
             # As text, since weights_only loads tensors and plain containers alone.
             "identity": json.dumps(self.about),
         }
         self._write(state, self.folder / f"step-{progress.step:06d}.pt")
         # After the new one is complete, so that there is always one to resume from.
-        for path in self._steps()[: -self.config.keep]:
+        for path in self._steps()[: -self.config.keep] if distributed.rank() == 0 else ():
             path.unlink()
 
     def save_best(self, model: nn.Module, step: int, value: float) -> None:
@@ -167,10 +168,15 @@ class Checkpoints:
         if not paths:
             return Progress()
         # weights_only: a checkpoint from somewhere else must not run code.
-        state = torch.load(paths[-1], map_location="cpu", weights_only=True)
+        # mmap: with shards, the processes of a machine share one copy and read their parts.
+        state = torch.load(paths[-1], map_location="cpu", weights_only=True, mmap=self.config.shard)
         # Before any weight is touched.
         check_identity(self.config, self.about, json.loads(state["identity"]))
         _fill(model, state["weights"])
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        for index, moments in state["optimizer"]["state"].items():
+            for name, value in moments.items():
+                moments[name] = distributed.share_of(value, parameters[index])
         optimizer.load_state_dict(state["optimizer"])
         progress = Progress(**state["progress"])
         logger.info("resuming at step %d", progress.step)
@@ -180,6 +186,8 @@ class Checkpoints:
         return sorted(self.folder.glob("step-*.pt"))
 
     def _write(self, state: dict[str, Any], path: Path) -> None:
+        if distributed.rank():
+            return
         self.folder.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(path.name + ".part")
         # Whole or not at all: a kill while writing leaves the last one intact.
@@ -188,12 +196,32 @@ class Checkpoints:
 
 
 def trained_state(model: nn.Module) -> dict[str, Tensor]:
-    """Weights that train, by name; the others are those of the starting checkpoint."""
-    return {name: p.detach().cpu() for name, p in model.named_parameters() if p.requires_grad}
+    """Weights that train, by name; the others are those of the starting checkpoint.
+
+    All processes call it, and the first gets them.
+    """
+    named = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    return _to_first(named)
+
+
+def _optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    state = optimizer.state_dict()
+    return {**state, "state": {i: _to_first(moments) for i, moments in state["state"].items()}}
+
+
+def _to_first(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Whole tensors on the CPU of the first process, one at a time; nothing in the others."""
+    gathered = {}
+    for name, value in tensors.items():
+        one = distributed.whole(value)
+        if distributed.rank() == 0:
+            gathered[name] = one.cpu()
+    return gathered
 
 
 def _fill(model: nn.Module, weights: dict[str, Tensor]) -> None:
     parameters = dict(model.named_parameters())
     for name, value in weights.items():
         # In place: the optimizer holds these very tensors.
-        parameters[name].data.copy_(value)
+        parameter = parameters[name].detach()
+        parameter.copy_(distributed.share_of(value, parameter))

@@ -195,6 +195,8 @@ class RunConfig(Options):
     """Type of the weights under the adapters; full fine-tuning keeps float32 weights."""
     gradient_checkpointing: bool = False
     """Trade time for memory: activations are computed again."""
+    shard: bool = False
+    """Split weights, gradients and optimizer over the processes (FSDP2), without adapters."""
     evaluate: str = ""
     """Rows to evaluate on during training, metrics per modality pair; empty for none."""
     evaluate_every: int = Field(200, ge=1)
@@ -216,6 +218,16 @@ class RunConfig(Options):
     # for.
     report: tuple[Literal["tensorboard", "wandb"], ...] = ("tensorboard",)
     """Where values go beside ``log.jsonl``."""
+
+    @model_validator(mode="after")
+    def _shards_all_weights(self) -> RunConfig:
+        # Each process can hold adapters and a base that does not train, quantised if need be.
+        if self.shard and self.lora:
+            raise ValueError("shard is for training all weights: leave it or the table lora out")
+        # A process that finds features runs no tower, and another may wait for its blocks.
+        if self.shard and self.features:
+            raise ValueError("shard and the table features do not go together: leave one out")
+        return self
 
 
 class TrainConfig(RunConfig):

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 _PATIENCE = timedelta(hours=2)
 # A copy of 128 MB: large enough for full bandwidth, small beside the gradients.
@@ -125,6 +126,19 @@ def wait() -> None:
 def mean(value: Tensor) -> float:
     """Mean of a scalar over all processes."""
     return float(total(value.float()) / size())
+
+
+def whole(value: Tensor) -> Tensor:
+    """A tensor gathered from its shards; others as they are. All processes call it."""
+    gathered: Tensor = value.full_tensor() if isinstance(value, DTensor) else value
+    return gathered
+
+
+def share_of(value: Tensor, place: Tensor) -> Tensor:
+    """What this process keeps of a whole tensor that belongs where ``place`` is; no messages."""
+    if not isinstance(place, DTensor) or value.shape != place.shape:
+        return value
+    return distribute_tensor(value, place.device_mesh, place.placements, src_data_rank=None)
 
 
 def average_gradients(parameters: Iterable[nn.Parameter]) -> None:

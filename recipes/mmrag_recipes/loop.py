@@ -12,17 +12,18 @@ import logging
 import math
 import random
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from mmrag.embedders.registry import find_folders
 from mmrag.errors import ConfigError, ModelError
 from mmrag.modeling.checkpoints import fingerprint
+from mmrag.modeling.loading import place
 from mmrag_recipes import distributed, gradcache
 from mmrag_recipes.batches import Batch, Source, plan
 from mmrag_recipes.checkpoints import (
@@ -33,64 +34,18 @@ from mmrag_recipes.checkpoints import (
     trained_state,
 )
 from mmrag_recipes.config import RunConfig
-from mmrag_recipes.data import Dataset, Planner, Problem, load_datasets
+from mmrag_recipes.data import Dataset, load_datasets
 from mmrag_recipes.features import keep_features, unchanging
 from mmrag_recipes.refresh import Refresh
 from mmrag_recipes.reports import plot_run
 from mmrag_recipes.row_file import Ragged
 from mmrag_recipes.rows import read_rows
 from mmrag_recipes.run_log import Report, RunLog
+from mmrag_recipes.sharding import ShardedTask
+from mmrag_recipes.tasks import Step, Task
 from mmrag_recipes.trainable import learning_rate, make_optimizer, make_trainable
 
 logger = logging.getLogger("mmrag_recipes")
-
-
-class Step(Protocol):
-    """One process's share of a step: prepared inputs, and what had to be left out."""
-
-    @property
-    def inputs(self) -> Sequence[Any]:
-        """Inputs of ``Task.encode``."""
-        ...
-
-    @property
-    def skipped(self) -> Sequence[Problem]:
-        """Rows and documents whose images could not be decoded."""
-        ...
-
-
-class Task(Protocol):
-    """What is trained, on what, and by which loss."""
-
-    model: nn.Module
-
-    @property
-    def planner(self) -> Planner:
-        """Counts the tokens of the rows, once, before the first step."""
-        ...
-
-    @property
-    def refresh(self) -> Refresh | None:
-        """Mines the negatives again every so many steps; None where they stay."""
-        ...
-
-    def steps(
-        self, datasets: Sequence[Dataset], batches: Iterable[Batch]
-    ) -> Iterator[tuple[Batch, Any]]:
-        """Batches with their ``Step``, prepared ahead."""
-        ...
-
-    def encode(self, inputs: Sequence[Any]) -> Tensor:
-        """What the model gives for each input alone, (len(inputs), width), with a graph."""
-        ...
-
-    def loss(self, outputs: Tensor, step: Any) -> Tensor:
-        """Loss of what ``encode`` gave for all inputs of a step."""
-        ...
-
-    def evaluate(self) -> dict[str, dict[str, float]]:
-        """Metrics of the model as it stands, on the rows of ``evaluate``."""
-        ...
 
 
 def fit(config: RunConfig, hooks: Sequence[Report], load: Callable[[], Task]) -> Path:
@@ -117,6 +72,11 @@ def _fit(
 ) -> Path:
     if config.batch_size % size:
         raise ConfigError(f"batch_size={config.batch_size} does not divide by {size} processes.")
+    if config.shard and size == 1:
+        raise ConfigError(
+            "shard splits the weights over processes, and there is one: start several with "
+            "torchrun --nproc_per_node 8 -m mmrag_recipes, or leave it out."
+        )
     if config.evaluate:
         read_rows(config.evaluate)  # a bad file is told now, not at the first evaluation
     # Adapters begin at random weights: the same in every process and every run.
@@ -126,6 +86,8 @@ def _fit(
     make_trainable(task, config)
     if config.features:
         keep_features(task.model, config, config.features)
+    if config.shard:
+        task = ShardedTask(task, place(config.device).device)
     optimizer = make_optimizer(task.model, config)
     if rank == 0:
         load_datasets(config, task.planner)  # indexes the rows, while the other processes wait
@@ -148,8 +110,7 @@ def _fit(
         log = RunLog(out, progress.step, config, hooks)
     training = Training(config, task, optimizer, datasets, checkpoints, progress, log)
     training.go_on()
-    if rank == 0:
-        _finish(training, out, about)
+    _finish(training, out, about)
     return out / "final"
 
 
@@ -223,11 +184,12 @@ class Training:
         """Mine the negatives where it is time, and put the last ones in place."""
         progress = self.progress
         if progress.step % refresh.every == 0 and progress.step > progress.refreshed:
-            mined = refresh.mine(self.datasets)
+            with self.task.alone():
+                mined = refresh.mine(self.datasets)
             progress.negatives = [(torch.tensor(m.values), torch.tensor(m.ends)) for m in mined]
             progress.refreshed = progress.step
             # A search may take long: a run that stops soon after need not do it again.
-            self._save()
+            self.checkpoints.save(self.task.model, self.optimizer, progress)
         for index, (values, ends) in enumerate(progress.negatives):
             negatives = Ragged(values.numpy(), ends.numpy())
             self.datasets[index] = replace(self.datasets[index], negatives=negatives)
@@ -252,7 +214,7 @@ class Training:
             progress.step += 1
             stop = self._evaluate()
             if stop or progress.step % config.save_every == 0 or progress.step == config.steps:
-                self._save()
+                self.checkpoints.save(self.task.model, self.optimizer, progress)
             if stop:
                 return True
         return False
@@ -277,8 +239,9 @@ class Training:
         if not config.evaluate or progress.step % config.evaluate_every:
             return False
         value = 0.0
+        with self.task.alone():
+            results = self.task.evaluate() if self.log else {}
         if self.log:
-            results = self.task.evaluate()
             self.log.metrics(progress.step - 1, results)
             value = metric_of(results, config.best_metric)
         device = next(self.task.model.parameters()).device
@@ -287,18 +250,13 @@ class Training:
         progress.evaluations_since += 1
         if not value <= progress.best:  # also where there is no best yet
             progress.best, progress.evaluations_since = value, 0
-            if self.log:
-                self.checkpoints.save_best(self.task.model, progress.step, value)
+            self.checkpoints.save_best(self.task.model, progress.step, value)
         if config.patience and progress.evaluations_since >= config.patience:
             logger.info(
                 "%s has not improved in %d evaluations", config.best_metric, config.patience
             )
             return True
         return False
-
-    def _save(self) -> None:
-        if self.log:
-            self.checkpoints.save(self.task.model, self.optimizer, self.progress)
 
 
 def train_step(
@@ -323,9 +281,10 @@ def train_step(
         unchanging(task.model),
     )
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    distributed.average_gradients(parameters)
+    if not config.shard:  # gradients of shards are averages already
+        distributed.average_gradients(parameters)
     # After averaging: clipped before, each process would scale its part differently.
-    norm = float(nn.utils.clip_grad_norm_(parameters, config.clip))
+    norm = float(distributed.whole(nn.utils.clip_grad_norm_(parameters, config.clip)))
     mean = distributed.mean(loss)
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(number, config) * group["scale"]
@@ -350,13 +309,16 @@ def _finish(training: Training, out: Path, about: dict[str, Any]) -> None:
     from safetensors.torch import save_file
 
     model = training.task.model
+    distributed.wait()  # until the first process has written the best weights
     best = training.checkpoints.load_best(model) if training.config.evaluate else None
     if best is not None:
         logger.info("the final weights are those after step %d, the best evaluation", best)
-    final = out / "final"
-    final.mkdir(exist_ok=True)
     # safetensors refuses views.
     weights = {name: value.contiguous() for name, value in trained_state(model).items()}
+    if distributed.rank():
+        return
+    final = out / "final"
+    final.mkdir(exist_ok=True)
     save_file(weights, final / "trained.safetensors")
     training.config.save(final / "config.json")
     state = {"steps": training.config.steps, "identity": about, "best_step": best}

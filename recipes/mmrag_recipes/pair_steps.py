@@ -39,6 +39,11 @@ class PairInput:
         """Length of the sequence, visual tokens included."""
         return self.item.n_tokens
 
+    @property
+    def images(self) -> tuple[Tensor, ...]:
+        """Of both sides."""
+        return self.item.images
+
 
 @dataclass(frozen=True)
 class PairStep:
@@ -105,9 +110,7 @@ class PairFeeder:
 
     def _prepare(self, store: ImageStore, row: Row, item: Item) -> PairInput:
         query = store.content(row.query)
-        plan = self.asker.plan((query, store.content(item)), resolve(row.instruction))
-        # Nothing is shared: keys and values of a shared start would have no graph.
-        return PairInput(self.asker.prepare(plan, Group([0])), query)
+        return pair_of(self.asker, query, store.content(item), resolve(row.instruction))
 
     def collect(self, batch: Batch, waiting: Waiting) -> PairStep:
         """Pairs of a step, less what cannot be decoded: a row, or one negative of it."""
@@ -126,6 +129,15 @@ class PairFeeder:
             step.inputs.extend(pairs)
             step.counts.append(len(pairs))
         return step
+
+
+def pair_of(
+    asker: QwenAsker, query: Content, document: Content, instruction: str | None
+) -> PairInput:
+    """One pair, prepared. Raises ContentError if it cannot be used."""
+    plan = asker.plan((query, document), instruction)
+    # Nothing is shared: keys and values of a shared start would have no graph.
+    return PairInput(asker.prepare(plan, Group([0])), query)
 
 
 def encode_pairs(asker: QwenAsker, inputs: Sequence[PairInput]) -> Tensor:

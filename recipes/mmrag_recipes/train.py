@@ -11,6 +11,7 @@ Run the same command again to resume. What makes up a step is in ``mmrag_recipes
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from mmrag.embedders import load_backbone
 from mmrag.embedders.base import check_dim
-from mmrag.modeling.backbone import Backbone
+from mmrag.modeling.backbone import Backbone, inputs_of
 from mmrag_recipes.batches import Batch
 from mmrag_recipes.compatible import load_old, old_vectors
 from mmrag_recipes.config import TrainConfig
@@ -29,6 +30,7 @@ from mmrag_recipes.refresh import Refresh
 from mmrag_recipes.reports import dry_run
 from mmrag_recipes.rows import read_rows, store_of
 from mmrag_recipes.run_log import Report
+from mmrag_recipes.sharding import FILLERS
 from mmrag_recipes.steps import Feeder, StepInputs, encode, step_loss
 from mmrag_recipes.trainable import evaluating, quantization_of
 
@@ -58,7 +60,8 @@ def load_model(config: TrainConfig) -> Backbone:
     backbone = load_backbone(
         config.model,
         family=config.family,
-        device=config.device,
+        # Shards go to the devices one by one, none of which may hold all weights.
+        device="cpu" if config.shard else config.device,
         dtype=dtype,
         quantize=quantization_of(config),
         **config.limits,
@@ -96,6 +99,14 @@ class EmbedderTask:
         """See ``mmrag_recipes.steps.step_loss``."""
         before = old_vectors(self.old, step, self.config.chunk)
         return step_loss(outputs, step, self.config, before)
+
+    def filler(self, pictured: bool) -> Any:
+        """See ``Task.filler``."""
+        return inputs_of(self.planner, FILLERS[pictured], None)
+
+    def alone(self) -> AbstractContextManager[None]:
+        """See ``Task.alone``."""
+        return nullcontext()
 
     def evaluate(self) -> dict[str, dict[str, float]]:
         """Retrieval metrics per modality pair."""

@@ -10,6 +10,7 @@ scores are those of inference; loop, checkpoints and guards are those of ``train
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,18 @@ from mmrag_recipes.config_reranker import TrainRerankerConfig
 from mmrag_recipes.data import Dataset
 from mmrag_recipes.evaluate_reranker import evaluate_scorer
 from mmrag_recipes.loop import fit
-from mmrag_recipes.pair_steps import PairFeeder, PairPlanner, PairStep, encode_pairs, pair_loss
+from mmrag_recipes.pair_steps import (
+    PairFeeder,
+    PairPlanner,
+    PairStep,
+    encode_pairs,
+    pair_loss,
+    pair_of,
+)
 from mmrag_recipes.row_file import open_rows
 from mmrag_recipes.rows import read_rows, store_of
 from mmrag_recipes.run_log import Report
+from mmrag_recipes.sharding import FILLERS
 from mmrag_recipes.trainable import evaluating, quantization_of
 
 
@@ -67,7 +76,8 @@ def load_asker(config: TrainRerankerConfig) -> QwenAsker:
         config.model,
         kind=config.kind,
         prompt=prompt_of(config),
-        device=config.device,
+        # Shards go to the devices one by one, none of which may hold all weights.
+        device="cpu" if config.shard else config.device,
         # Updates of full fine-tuning are smaller than bfloat16 can add.
         dtype=config.dtype if config.lora else "float32",
         quantize=quantization_of(config),
@@ -111,6 +121,14 @@ class RerankerTask:
     def loss(self, outputs: Tensor, step: PairStep) -> Tensor:
         """See ``mmrag_recipes.pair_steps.pair_loss``."""
         return pair_loss(outputs, step.counts, self.config.loss, self.config.temperature)
+
+    def filler(self, pictured: bool) -> Any:
+        """See ``Task.filler``."""
+        return pair_of(self.asker, FILLERS[False], FILLERS[pictured], None)
+
+    def alone(self) -> AbstractContextManager[None]:
+        """See ``Task.alone``."""
+        return nullcontext()
 
     def evaluate(self) -> dict[str, dict[str, float]]:
         """Metrics of each row's candidates in the order of the scores."""

@@ -56,7 +56,7 @@ KEEPS = {  # to the last bit
 KEEPS_ABOUT = {"chunk": 3, "gradient_checkpointing": True}  # sums in another order
 LORA_MOVES = {"r": 4, "alpha": 3, "dropout": 0.5, "targets": ".*k_proj", "dora": True}
 ALONE = {"model", "out", "data", "dry_run", "epochs", "lora", "freeze", "device", "dtype"}
-ALONE |= {"evaluate", "binary_queries", "refresh", "features"}
+ALONE |= {"evaluate", "shard", "binary_queries", "refresh", "features"}
 
 
 def test_every_option_has_a_test():
