@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -29,6 +30,7 @@ from mmrag.cli.options import (
 )
 from mmrag.cli.progress import working
 from mmrag.cli.serving import server_of
+from mmrag.cli.streaming import LinkedMarkdown, Tail
 from mmrag.errors import EndpointError, MMRagError, ReadError
 
 if TYPE_CHECKING:
@@ -179,15 +181,22 @@ def _show_stream(stream: CitedStreamingResponse, first: str) -> str:
         text = first + "".join(stream.response_gen)
         show(Text(display.clean(text)))
         return text
-    linker = Linker({source.n: _file_url(source) for source in stream.sources})
+    links = {source.n: _file_url(source) for source in stream.sources}
+    linker, files = Linker(links), set(links.values())
     text = linker.add(display.clean(first))
-    with Live(Markdown(text), console=console, vertical_overflow="visible") as live:
+    begun = Tail(LinkedMarkdown(text, files))
+    with Live(begun, console=console, vertical_overflow="visible") as live:
         for token in stream.response_gen:
             text += linker.add(display.clean(token))
-            live.update(Markdown(text))
+            live.update(Tail(LinkedMarkdown(text, files)))
         text += linker.end()
-        live.update(Markdown(text))
+        live.update(LinkedMarkdown(text, files))
     return text
+
+
+def _has_windows(environ: Mapping[str, str]) -> bool:
+    """Whether a viewer can open a window; over SSH its launcher would only print errors."""
+    return sys.platform != "linux" or "DISPLAY" in environ or "WAYLAND_DISPLAY" in environ
 
 
 def _file_url(source: Source) -> str:
@@ -220,7 +229,7 @@ def show_page(path: Path, environ: Mapping[str, str]) -> None:
     is_image = path.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tiff")
     if how is not None and is_image and console.is_terminal:
         console.file.write(image_codes(load_image(path), how, min(_COLUMNS, console.width)))
-    elif console.is_terminal:
+    elif console.is_terminal and _has_windows(environ):
         # Only on a terminal: in a pipe nobody would see the window.
         typer.launch(str(path))
     show(Text(str(path), style=f"link {path.absolute().as_uri()}"))

@@ -54,8 +54,10 @@ def list_snapshots(
 ) -> None:
     """List the snapshots of a collection, oldest first."""
     with errors(debug):
-        versions = _of(collection)
-        found = versions.list()
+        with working() as step:
+            step(f"Opening {collection}")
+            versions = _of(collection)
+            found = versions.list()
         if as_json:
             print_json([asdict(each) for each in found])
             return

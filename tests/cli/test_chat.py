@@ -7,6 +7,9 @@ import pytest
 from chat_server import ChatServer
 from fakes import FakeEmbedder
 from PIL import Image
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
 from typer.testing import CliRunner
 
 import mmrag.cli.chat as chat_module
@@ -14,6 +17,7 @@ import mmrag.embedders
 from mmrag.cli.app import app
 from mmrag.cli.chat import show_page
 from mmrag.cli.inline import image_codes, protocol
+from mmrag.cli.streaming import LinkedMarkdown, Tail
 from mmrag.index import UniversalIndex
 
 EYES = "The gold plan covers one eye examination a year for every member of the family."
@@ -133,6 +137,45 @@ def test_what_a_terminal_cannot_show_is_opened_elsewhere(monkeypatch, tmp_path, 
     monkeypatch.setattr(chat_module.typer, "launch", launched.append)
     (tmp_path / "a.txt").write_text("text")
     monkeypatch.setenv("FORCE_COLOR", "1")
-    show_page(tmp_path / "a.txt", {"TERM": "xterm-kitty"})
+    monkeypatch.setattr(chat_module.sys, "platform", "linux")
+    show_page(tmp_path / "a.txt", {"TERM": "xterm-kitty", "DISPLAY": ":0"})
     assert launched == [str(tmp_path / "a.txt")]
     assert "file://" in capsys.readouterr().out
+    # Over SSH there is no window to open: the link has to do.
+    show_page(tmp_path / "a.txt", {"TERM": "xterm-kitty"})
+    assert len(launched) == 1
+    assert "file://" in capsys.readouterr().out
+
+
+def test_marks_in_a_terminal_are_links_to_the_files_cited_and_to_no_others():
+    text = "It rained [[1]](file:///a%20b.pdf#page=3), see [this](file:///etc/passwd)."
+    console = Console(file=io.StringIO(), force_terminal=True, width=200)
+    console.print(LinkedMarkdown(text, {"file:///a%20b.pdf#page=3"}))
+    shown = console.file.getvalue()
+    assert re.search(r"\x1b]8;[^;]*;file:///a%20b\.pdf#page=3\x1b\\", shown)
+    assert not re.search(r"\x1b]8;[^;]*;file:///etc", shown)
+
+
+def test_an_answer_longer_than_the_screen_is_shown_once():
+    words = [f"line{n}\n\n" for n in range(40)]
+    stream = io.StringIO()
+    console = Console(file=stream, force_terminal=True, width=80, height=10, color_system=None)
+    with Live(Tail(Text("")), console=console, vertical_overflow="visible") as live:
+        for n in range(len(words)):
+            live.update(Tail(LinkedMarkdown("".join(words[: n + 1]), ())), refresh=True)
+        live.update(LinkedMarkdown("".join(words), ()))
+    # What a terminal of ten lines would show, and keep above the screen.
+    lines, cursor = [""], 0
+    for code in re.findall(r"\x1b\[(?:\d+A|2K|\?\d+[hl])|\r?\n|\r|[^\x1b\r\n]+", stream.getvalue()):
+        if code.endswith("A"):
+            cursor -= 1
+            assert cursor > len(lines) - 11, "the cursor cannot leave the screen"
+        elif code.endswith("2K"):
+            lines[cursor] = ""
+        elif code.endswith("\n"):
+            cursor += 1
+            lines += [""] * (cursor == len(lines))
+        elif code[0] not in "\x1b\r":
+            lines[cursor] = code
+    shown = [line.strip() for line in lines if line.strip()]
+    assert shown == [word.strip() for word in words]
