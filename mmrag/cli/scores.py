@@ -15,6 +15,7 @@ from mmrag.evaluation.measures import MEASURES, metric_names
 
 if TYPE_CHECKING:
     from mmrag.evaluation.compare import Difference
+    from mmrag.evaluation.matrix import MatrixTable
     from mmrag.evaluation.needle.scores import NeedleResult
     from mmrag.evaluation.results import Evaluation, Scope, Score, System
 
@@ -24,7 +25,7 @@ _TITLES = {"corpus": "All documents", "document": "Inside the document"}
 def evaluation_view(evaluation: Evaluation) -> RenderableType:
     """A table for each scope, one by kind of question, and what went wrong."""
     from mmrag.evaluation.compare import gains
-    from mmrag.evaluation.matrix import document_kinds, matrix_tables
+    from mmrag.evaluation.matrix import matrix_tables
 
     asked = evaluation.asked()
     documents = len({question.document for question in asked})
@@ -35,8 +36,8 @@ def evaluation_view(evaluation: Evaluation) -> RenderableType:
             rows += [Text(), _scope_table(evaluation, scope)]
     if evaluation.kinds() and evaluation.systems():
         rows += [Text(), _kinds_table(evaluation)]
-    for title, of_kinds in matrix_tables(evaluation):
-        rows += [Text(), _matrix_table(title, document_kinds(evaluation), of_kinds)]
+    for table in matrix_tables(evaluation):
+        rows += [Text(), _matrix_view(table)]
     if others := gains(evaluation):
         rows += [Text(), _own_gains_table(evaluation, others)]
     if evaluation.answers:
@@ -82,14 +83,12 @@ def _kinds_table(evaluation: Evaluation) -> Table:
     return shown
 
 
-def _matrix_table(
-    title: str, columns: Sequence[str], rows: Sequence[tuple[str, list[Score | None]]]
-) -> Table:
-    shown = plain_table(f"{title}, by kind of question and of document")
+def _matrix_view(table: MatrixTable) -> Table:
+    shown = plain_table(f"{clean(table.title)}, by kind of question and of document")
     shown.add_column("question")
-    for column in columns:
+    for column in table.columns:
         shown.add_column(clean(column) or "(none)", justify="right", overflow="fold")
-    for kind, scores in rows:
+    for kind, scores in table.rows:
         cells = ["" if score is None else f"{score} of {score.n}" for score in scores]
         shown.add_row(clean(kind) or "(none)", *cells)
     return shown
@@ -153,8 +152,8 @@ def comparison_view(found: Sequence[Difference], cuts: Sequence[int]) -> Rendera
         if of_scope:
             rows += [_gains_table(of_scope, names, title), Text()]
     answers = [one for one in over_all if one.scope == "answers"]
-    if answers:
-        rows += [_answer_gains(answers), Text()]
+    for engine in dict.fromkeys(one.name for one in answers):
+        rows += [_answer_gains([one for one in answers if one.name == engine]), Text()]
     for table in _matrix_gains([one for one in found if one.kind is not None]):
         rows += [table, Text()]
     rows.append(
@@ -169,26 +168,35 @@ def comparison_view(found: Sequence[Difference], cuts: Sequence[int]) -> Rendera
 
 def _gains_table(found: Sequence[Difference], metrics: Sequence[str], title: str) -> Table:
     shown = plain_table(f"{title}, {found[0].n} questions: after - before")
+    shown.add_column("model", overflow="fold")
     shown.add_column("ranking", overflow="fold")
     # Files with different cuts have some metrics in common, and only these were compared.
     names = [name for name in metrics if any(one.metric == name for one in found)]
     for name in [*names, "95 % interval"]:
         shown.add_column(name, justify="right")
-    for system in dict.fromkeys(one.name for one in found):
-        by_metric = {one.metric: one for one in found if one.name == system}
+    last_model = None
+    for model, system in dict.fromkeys((one.model, one.name) for one in found):
+        by_metric = {one.metric: one for one in found if (one.model, one.name) == (model, system)}
         # The deepest nDCG, as in the table of one evaluation.
         last = by_metric[names[-1]]
         cells = [_gain(by_metric[name]) for name in names]
-        shown.add_row(Text(clean(system)), *cells, Text(_gain_interval(last), style="dim"))
+        interval = Text(_gain_interval(last), style="dim")
+        # The model is named once, on the first of its rows.
+        head = Text("" if model == last_model else clean(model or ""), style="bold")
+        shown.add_row(head, Text(clean(system)), *cells, interval)
+        last_model = model
     return shown
 
 
 def _answer_gains(found: Sequence[Difference]) -> Table:
-    shown = plain_table("Answers: after - before")
+    shown = plain_table(f"Answers of {clean(found[0].name)}: after - before")
     for head in ("measure", "before", "after", "difference", "95 % interval"):
         shown.add_column(head, justify="left" if head == "measure" else "right")
-    for one in found:
-        measure = MEASURES.get(one.metric, one.metric)
+    # In the order of MEASURES, and not of what the first question allows.
+    by_metric = {one.metric: one for one in found}
+    for name, measure in MEASURES.items():
+        if (one := by_metric.get(name)) is None:
+            continue
         cells = (f"{one.before:.3f}", f"{one.after:.3f}", _gain(one), _gain_interval(one))
         shown.add_row(measure, *cells)
     return shown
@@ -199,14 +207,15 @@ def _matrix_gains(found: Sequence[Difference]) -> list[Table]:
     from mmrag.evaluation.matrix import shown_measures
 
     tables = []
-    columns = list(dict.fromkeys(sorted(one.document_kind or "" for one in found)))
     for name, scope in dict.fromkeys((one.name, one.scope) for one in found):
         own = [one for one in found if (one.name, one.scope) == (name, scope)]
         there = dict.fromkeys(one.metric for one in own)
         for metric in shown_measures(there) if scope == "answers" else there:
             cells = {(one.kind, one.document_kind): one for one in own if one.metric == metric}
-            title = f"{clean(name)}: {metric}, by kind of question and of document: after - before"
-            shown = plain_table(title)
+            columns = sorted({column or "" for _, column in cells})
+            # Metrics of rankings are called what they are.
+            title = f"{clean(name)}: {MEASURES.get(metric, metric)}, by kind of question and of"
+            shown = plain_table(f"{title} document: after - before")
             shown.add_column("question")
             for column in columns:
                 shown.add_column(clean(column) or "(none)", justify="right", overflow="fold")
@@ -221,7 +230,9 @@ def _gain_cell(one: Difference | None) -> Text:
     # No question of this kind is about documents of that kind.
     if one is None:
         return Text()
-    return Text.assemble(_gain(one), Text(f" {_gain_interval(one)} of {one.n}", style="dim"))
+    # Without an interval there is no space for one.
+    more = " ".join(part for part in (_gain_interval(one), f"of {one.n}") if part)
+    return Text.assemble(_gain(one), Text(f" {more}", style="dim"))
 
 
 def _gain(one: Difference) -> Text:

@@ -37,6 +37,7 @@ class Difference:
     low: float
     high: float
     n: int
+    model: str | None = None
     kind: str | None = None
     document_kind: str | None = None
 
@@ -87,9 +88,11 @@ class Pair:
 
     def differences(self) -> list[Difference]:
         """What each metric gained."""
-        if isinstance(self.before, System):
-            return differences(self.before.name, self.before.scope, self.rows, self.questions)
-        return differences(self.before, "answers", self.rows, self.questions)
+        if isinstance(self.before, str):
+            return differences(self.before, "answers", self.rows, self.questions)
+        found = differences(self.before.name, self.before.scope, self.rows, self.questions)
+        # Systems of several models have the same names.
+        return [replace(one, model=self.before.model) for one in found]
 
 
 def paired(before: Evaluation, after: Evaluation) -> list[Pair]:

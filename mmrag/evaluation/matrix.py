@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from dataclasses import replace
-from typing import Any
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
 
 from mmrag.evaluation.compare import Difference, paired
-from mmrag.evaluation.results import Evaluation, Score
+from mmrag.evaluation.measures import MEASURES
+from mmrag.evaluation.results import Evaluation, MatrixCell, Score
 
 # The measure that says most of an answer first; a matrix shows the first that there is.
 _LEADING = ("nuggets_vital_strict", "judged", "contains", "right_page")
@@ -22,7 +22,7 @@ def compare_matrices(before: Evaluation, after: Evaluation) -> list[Difference]:
     Raises:
         ContentError: If the evaluations have no question in common.
     """
-    if len(document_kinds(before)) < 2:
+    if len({question.document_kind for question in before.questions}) < 2:
         return []
     found = []
     for pair in paired(before, after):
@@ -52,32 +52,37 @@ def shown_measures(there: Collection[str]) -> list[str]:
     return [name for name in _LEADING if name in there][:1] + ["abstained"] * ("abstained" in there)
 
 
-def matrix_tables(evaluation: Evaluation) -> list[tuple[str, list[tuple[str, list[Score | None]]]]]:
-    """Tables for people: a title, and rows by kind of question with a score for each column.
+@dataclass(frozen=True)
+class MatrixTable:
+    """One measure for people: rows are kinds of questions, columns kinds of documents.
 
-    The columns are ``document_kinds``.
+    Kinds without any score are left out; a cell without questions is None.
     """
+
+    title: str
+    columns: list[str]
+    rows: list[tuple[str, list[Score | None]]]
+
+
+def matrix_tables(evaluation: Evaluation) -> list[MatrixTable]:
+    """The main metric, and for each engine the measures of ``shown_measures``."""
     cells = evaluation.matrix()
-    if not cells:
-        return []
-    of = {(cell.kind, cell.document_kind): cell for cell in cells}
-    columns = document_kinds(evaluation)
-    kinds = list(dict.fromkeys(cell.kind for cell in cells))
-
-    def rows(score: Any) -> list[tuple[str, list[Score | None]]]:
-        return [
-            (kind, [score(of[kind, c]) if (kind, c) in of else None for c in columns])
-            for kind in kinds
-        ]
-
-    tables = [(evaluation.main_metric, rows(lambda cell: cell.retrieval))]
+    tables = [_table(evaluation.main_metric, {_key(cell): cell.retrieval for cell in cells})]
     for engine in evaluation.answers:
         for name in shown_measures({name for cell in cells for name in cell.answers[engine]}):
-            by_engine = rows(lambda cell, e=engine, m=name: cell.answers[e].get(m))
-            tables.append((f"{engine}: {name}", by_engine))
-    return tables
+            scores = {_key(cell): cell.answers[engine].get(name) for cell in cells}
+            tables.append(_table(f"{engine}: {MEASURES[name]}", scores))
+    # Without a question that has a right page, retrieval has no score.
+    return [each for each in tables if each.rows]
 
 
-def document_kinds(evaluation: Evaluation) -> list[str]:
-    """The kinds of documents that questions are about, in the order of columns."""
-    return sorted({question.document_kind for question in evaluation.questions})
+def _key(cell: MatrixCell) -> tuple[str, str]:
+    return cell.kind, cell.document_kind
+
+
+def _table(title: str, scores: Mapping[tuple[str, str], Score | None]) -> MatrixTable:
+    there = [key for key, score in scores.items() if score is not None]
+    columns = sorted({column for _, column in there})
+    kinds = dict.fromkeys(kind for kind, _ in there)
+    rows = [(kind, [scores.get((kind, column)) for column in columns]) for kind in kinds]
+    return MatrixTable(title, columns, rows)

@@ -13,7 +13,7 @@ import jinja2
 
 from mmrag.evaluation.compare import finding_systems, gains
 from mmrag.evaluation.evidence import ShownPage, show_page
-from mmrag.evaluation.matrix import document_kinds, matrix_tables
+from mmrag.evaluation.matrix import matrix_tables
 from mmrag.evaluation.measures import MEASURES, metric_names
 from mmrag.evaluation.questions import Page, Question
 from mmrag.evaluation.results import Evaluation, Scope, System
@@ -54,7 +54,6 @@ def write_report(
             kinds=_groups(evaluation, "kind"),
             documents=_groups(evaluation, "document"),
             matrices=matrix_tables(evaluation),
-            document_kinds=document_kinds(evaluation),
             gains=_gains(evaluation),
             answers=_answers(evaluation),
             worst=_worst(evaluation, libraries or {}, worst),

@@ -263,17 +263,22 @@ class Evaluation:
         }
 
     def _system_row(self, system: System) -> dict[str, Any]:
-        means = {name: score.rounded() for name, score in self.scores(system).items()}
+        means = _means(self.scores(system))
         found = {
             id_: {page_id(page): rank for page, rank in ranks.items()}
             for id_, ranks in self.found[system].items()
         }
-        return {**dataclasses.asdict(system), "metrics": means, "found": found}
+        kinds = {kind: _means(self.scores(system, kind)) for kind in self.kinds()}
+        return {**dataclasses.asdict(system), "metrics": means, "kinds": kinds, "found": found}
 
     def _engine_row(self, engine: str) -> dict[str, Any]:
-        means = {name: score.rounded() for name, score in self.answer_scores(engine).items()}
+        means = _means(self.answer_scores(engine))
         records = {id_: record.to_json() for id_, record in self.answers[engine].items()}
-        return {"engine": engine, "metrics": means, "records": records}
+        names = sorted({question.kind for question in self.questions})
+        kinds = {kind: _means(self.answer_scores(engine, kind)) for kind in names}
+        # A single kind would repeat the means of all.
+        kinds = kinds if len(kinds) > 1 else {}
+        return {"engine": engine, "metrics": means, "kinds": kinds, "records": records}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Evaluation:
@@ -342,6 +347,11 @@ def with_intervals(
         name: Score(float(mean), float(least), float(most), len(table))
         for name, mean, least, most in zip(values, table.mean(axis=0), low, high, strict=True)
     }
+
+
+def _means(scores: Mapping[str, Score]) -> dict[str, list[float | None]]:
+    """Mean, low and high of each metric, for JSON."""
+    return {name: score.rounded() for name, score in scores.items()}
 
 
 def _question_row(question: Question) -> dict[str, Any]:

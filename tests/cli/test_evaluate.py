@@ -11,7 +11,9 @@ from typer.testing import CliRunner
 
 import mmrag.embedders
 from mmrag.cli.app import app
-from mmrag.evaluation.results import Evaluation
+from mmrag.evaluation.answers import AnswerRecord
+from mmrag.evaluation.questions import Question
+from mmrag.evaluation.results import Evaluation, System
 
 ANIMALS = ("tigers live in forests", "whales swim in oceans", "camels cross deserts")
 
@@ -172,3 +174,28 @@ def test_two_results_are_compared(pdfs, questions, tmp_path):
     assert (row["before"], row["after"], row["is_real"]) == (1.0, 0.0, True)
     assert run("--compare", one, tmp_path / "none.json").exit_code == 2
     assert "file of questions" in run().stderr
+
+
+def test_several_models_and_engines_are_compared_each_on_its_own(tmp_path):
+    asked = [Question("?", ((f"{n}.pdf", 1),), id=f"q{n}") for n in range(4)]
+
+    def saved(name, ranks, found):
+        systems = {
+            System(model, "text"): {q.id: {q.pages[0]: rank} for q in asked}
+            for model, rank in zip(("first", "second"), ranks, strict=True)
+        }
+        answers = {
+            engine: {q.id: AnswerRecord("x", found=each, cited=q.pages) for q in asked}
+            for engine, each in zip(("one", "two"), found, strict=True)
+        }
+        Evaluation(asked, systems, answers).save(tmp_path / name)
+        return tmp_path / name
+
+    before = saved("a.json", (1, 2), (True, False))
+    shown = run("--compare", before, saved("b.json", (2, 1), (True, True)))
+    assert shown.exit_code == 0, shown.output
+    assert re.search(r"first +text +-1\.000\*", shown.stdout)
+    assert re.search(r"second +text +\+1\.000\*", shown.stdout)
+    first, second = shown.stdout.split("Answers of ")[1:]
+    assert re.match(r"one: after - before\n.*\nanswered\S* .* \+0\.000 ", first)
+    assert re.match(r"two: after - before\n.*\nanswered\S* .* \+1\.000\*", second)

@@ -15,7 +15,7 @@ from mmrag.errors import ContentError, EndpointError
 from mmrag.evaluation.answers import AnswerRecord, nugget_scores
 from mmrag.evaluation.engines import answer_all
 from mmrag.evaluation.judge import assign_nuggets
-from mmrag.evaluation.matrix import compare_matrices, document_kinds, matrix_tables
+from mmrag.evaluation.matrix import compare_matrices, matrix_tables
 from mmrag.evaluation.questions import Nugget, Question, read_questions
 from mmrag.evaluation.report import write_report
 from mmrag.evaluation.results import Evaluation, System
@@ -155,14 +155,16 @@ def test_each_cell_has_its_questions_alone(evaluation):
 
 
 def test_tables_and_report_show_every_cell(evaluation, tmp_path):
-    assert document_kinds(evaluation) == ["manual", "report"]
-    (_, retrieval), (title, answers) = matrix_tables(evaluation)
-    assert title == "e: contains"
-    assert [kind for kind, _ in retrieval] == ["extraction", "summary"]
-    assert retrieval[1][1][1] is None
-    assert answers[0][1][0].mean == 0.5
+    retrieval, answers = matrix_tables(evaluation)
+    assert retrieval.columns == ["manual", "report"]
+    assert [kind for kind, _ in retrieval.rows] == ["extraction", "summary"]
+    assert retrieval.rows[1][1][1] is None
+    assert answers.title == "e: contains the right answer"
+    assert answers.rows[0][1][0].mean == 0.5
     write_report(evaluation, tmp_path / "r.html")
-    assert "By kind of question and of document" in (tmp_path / "r.html").read_text()
+    html = (tmp_path / "r.html").read_text()
+    assert "By kind of question and of document" in html
+    assert "e: contains the right answer" in html
 
 
 def test_the_matrix_is_in_the_json(evaluation, tmp_path):
@@ -198,8 +200,11 @@ def test_cells_are_compared(evaluation, tmp_path):
     better.save(names[1])
     shown = CliRunner().invoke(app, ["eval", "--compare", *map(str, names)], env=WIDE)
     assert shown.exit_code == 0, shown.output
-    assert "e: contains, by kind of question and of document" in shown.output
+    assert "e: contains the right answer, by kind of question and of document" in shown.output
     assert "+0.500  [+0.000, +1.000] of 2" in shown.output
+    # The kinds of each system and engine are there as well.
+    row = json.loads(names[0].read_text())["systems"][0]
+    assert row["kinds"]["summary"]["hit@1"][0] == 0.5
     # Two kinds of documents make a matrix, one does not.
     evaluation.questions = evaluation.questions[:2]
     assert compare_matrices(evaluation, better) == []
@@ -209,10 +214,14 @@ def test_abstention_has_a_table_of_its_own(evaluation):
     none = Question("?", kind="unanswerable", answerable=False, id="q6", document_kind="manual")
     evaluation.questions = [*evaluation.questions, none]
     evaluation.answers["e"]["q6"] = AnswerRecord("No.", found=False)
-    tables = dict(matrix_tables(evaluation))
-    assert tables["e: abstained"][-1][0] == "unanswerable"
-    assert tables["e: abstained"][-1][1][0].mean == 1.0
-    assert tables["ndcg@10"][-1][1][0] is None
+    tables = {table.title: table for table in matrix_tables(evaluation)}
+    abstained = tables["e: abstained, of those without an answer"]
+    # Kinds that have no such question are left out, and so is this one of the others.
+    assert abstained.columns == ["manual"]
+    assert [(kind, [s.mean for s in scores]) for kind, scores in abstained.rows] == [
+        ("unanswerable", [1.0])
+    ]
+    assert [kind for kind, _ in tables["ndcg@10"].rows] == ["extraction", "summary"]
     # Beside others, it counts for answers and not for retrieval.
     none = dataclasses.replace(none, kind="summary", id="q7")
     evaluation.questions = [*evaluation.questions, none]
