@@ -330,8 +330,14 @@ class Evaluation:
     def load(cls, path: str | Path) -> Evaluation:
         """Read what ``save`` wrote. Raises ContentError for another file."""
         try:
-            return cls.from_json(json.loads(Path(path).read_text(encoding="utf-8")))
-        except (OSError, ValueError, ContentError) as error:
+            values = json.loads(Path(path).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ContentError(
+                f"{path} cannot be read ({error}); give a file that mmrag eval --json wrote."
+            ) from error
+        try:
+            return cls.from_json(values)
+        except ContentError as error:
             raise ContentError(f"{path}: {error}") from error
 
 

@@ -173,6 +173,8 @@ def test_two_results_are_compared(pdfs, questions, tmp_path):
     )
     assert (row["before"], row["after"], row["is_real"]) == (1.0, 0.0, True)
     assert run("--compare", one, tmp_path / "none.json").exit_code == 2
+    other = run("--compare", one, questions)
+    assert "give a file that mmrag eval --json wrote" in other.stderr
     assert "file of questions" in run().stderr
 
 
