@@ -28,7 +28,6 @@ from mmrag.store.checksums import as_stored, checksum
 from mmrag.store.engine import (
     CHECKSUM_FIELD,
     FACET_LIMIT,
-    OVERSAMPLING,
     SCROLL_PAGE,
     TERMS_FIELD,
     TOKENS,
@@ -61,11 +60,6 @@ _QUANTIZATION = {
     "int8": edge.ScalarQuantizationConfig(edge.ScalarType.Int8, memory=edge.Memory.Pinned),
     "binary": edge.BinaryQuantizationConfig(memory=edge.Memory.Pinned),
 }
-# Without quantization these change nothing.
-_RESCORED = edge.SearchParams(
-    quantization=edge.QuantizationSearchParams(rescore=True, oversampling=OVERSAMPLING)
-)
-
 BUILD_ANEW = "If it cannot be repaired, delete its folder and index the files again."
 """What is left to do where files are damaged beyond repair."""
 LOCK = ".lock"
@@ -91,7 +85,7 @@ class EdgeEngine(Engine):
     def __init__(
         self, folder: Path, schema: Schema | None = None, first: Callable[[], None] | None = None
     ) -> None:
-        self._folder = folder
+        self._folder, self.oversampling = folder, 1.0
         # To notice a fork: the engine's threads do not come along.
         self._process = os.getpid()
         self._unflushed = 0
@@ -426,12 +420,14 @@ class EdgeEngine(Engine):
 
     def _query(self, query: Any, limit: int, condition: Any, payload: Fields) -> list[Scored]:
         everything = edge.PayloadSelector.Exclude([TERMS_FIELD, CHECKSUM_FIELD])
+        # Without quantization this changes nothing.
+        rescored = edge.QuantizationSearchParams(rescore=True, oversampling=self.oversampling)
         request = edge.QueryRequest(
             limit=limit,
             query=query,
             filter=condition,
             with_payload=everything if payload is True else False,
-            params=_RESCORED,
+            params=edge.SearchParams(quantization=rescored),
         )
         # Before the search: a write in between leaves these behind.
         fields = None if isinstance(payload, bool) else self._kept(tuple(payload))

@@ -18,11 +18,11 @@ CHECKSUM_FIELD = "checksum"
 Quantization: TypeAlias = Literal["none", "int8", "binary"]
 Fields: TypeAlias = bool | Sequence[str]
 """What is read of a payload: all but the terms, nothing, or the fields with these names."""
-OVERSAMPLING = 4.0
+OVERSAMPLING: Mapping[Quantization, float] = {"none": 1.0, "int8": 2.0, "binary": 4.0}
 """How many times the limit a search over quantized vectors scores again with whole vectors.
 
-At 2, binary codes lost a tenth of the ten nearest; with int8 nothing is gained beyond 2, and
-little time is lost (``python docs/benchmarks/run.py scale``).
+At 2, binary codes lost a tenth of the ten nearest; with int8 nothing is gained beyond 2, and a
+search takes twice as long at 4 (``python docs/benchmarks/run.py scale``).
 """
 LANGUAGE_FIELD = "terms_language"
 TOKENS = "tokens"
@@ -149,7 +149,11 @@ class Engine(Protocol):
 
     Every method raises CollectionError if the store refuses, and EndpointError if a server
     cannot be reached.
+
+    oversampling: the value of ``OVERSAMPLING`` for what it stores; a collection sets it.
     """
+
+    oversampling: float
 
     def upsert(self, points: Sequence[Point]) -> None:
         """Write points; visible to searches when this returns."""

@@ -21,7 +21,6 @@ from mmrag.errors import CollectionError, EndpointError
 from mmrag.retries import RETRIED_STATUS, BusyError, Deadline, with_retries
 from mmrag.store.engine import (
     FACET_LIMIT,
-    OVERSAMPLING,
     SCROLL_PAGE,
     TERMS_FIELD,
     TOKENS,
@@ -51,11 +50,6 @@ _QUANTIZATION: dict[str, Any] = {
     ),
     "binary": models.BinaryQuantization(binary=models.BinaryQuantizationConfig(always_ram=True)),
 }
-# Without quantization these change nothing.
-_RESCORED = models.SearchParams(
-    quantization=models.QuantizationSearchParams(rescore=True, oversampling=OVERSAMPLING)
-)
-
 Result = TypeVar("Result")
 
 
@@ -78,6 +72,7 @@ class ServerEngine(Engine):
         self._name = name
         self._owned = owned
         self._pause = pause
+        self.oversampling = 1.0
         # Local mode lacks payload indexes, facets of them, and other tokenizers.
         self._local = isinstance(client._client, QdrantLocal)
 
@@ -301,6 +296,9 @@ class ServerEngine(Engine):
     ) -> list[Scored]:
         everything = models.PayloadSelectorExclude(exclude=[TERMS_FIELD])
         selected = payload if isinstance(payload, bool) else list(payload)
+        # Without quantization this changes nothing.
+        rescored = models.QuantizationSearchParams(rescore=True, oversampling=self.oversampling)
+        params = models.SearchParams(quantization=rescored)
         found = self._call(
             lambda: self._client.query_points(
                 self._name,
@@ -308,7 +306,7 @@ class ServerEngine(Engine):
                 using=using,
                 limit=limit,
                 query_filter=condition,
-                search_params=None if self._local else _RESCORED,
+                search_params=None if self._local else params,
                 with_payload=everything if payload is True else selected,
             )
         )

@@ -15,6 +15,7 @@ from mmrag.index import UniversalIndex
 from mmrag.nodes import node_image
 from mmrag.reading import words_path
 from mmrag.store.collection import Collection, CollectionSettings
+from mmrag.store.optimizing import WORTH_BYTES
 
 
 @pytest.fixture
@@ -127,7 +128,9 @@ def test_quantized_vectors_find_what_exact_search_finds(tmp_path, quantization):
     """Codes are searched, and the vectors themselves decide: scores are exact."""
     rng = np.random.default_rng(0)
     # In clusters, as vectors of models are: the nearest of vectors without any are all as far.
-    rows = rng.standard_normal((300, 256)).repeat(10, axis=0)
+    # Enough that codes are made: until then, the engine searches the vectors themselves.
+    rows = rng.standard_normal((1000, 256)).repeat(11, axis=0)
+    assert rows[:, 0].size * 256 * 4 > WORTH_BYTES
     rows = (rows + 0.7 * rng.standard_normal(rows.shape)).astype(np.float32)
     rows /= np.linalg.norm(rows, axis=1, keepdims=True)
     settings = CollectionSettings("m", "1", 256, ("text",), quantization=quantization)
@@ -135,7 +138,7 @@ def test_quantized_vectors_find_what_exact_search_finds(tmp_path, quantization):
         nodes = [TextNode(text=f"node {n}") for n in range(len(rows))]
         collection.write(nodes, [{"text": row} for row in rows])
         collection.optimize()
-        asked = rows[::150] + 0.03 * rng.standard_normal((20, 256)).astype(np.float32)
+        asked = rows[::550] + 0.03 * rng.standard_normal((20, 256)).astype(np.float32)
         asked /= np.linalg.norm(asked, axis=1, keepdims=True)
         n_found = 0
         for vector in asked:
