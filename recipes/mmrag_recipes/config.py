@@ -154,6 +154,8 @@ class RunConfig(Options):
     """Folder of the run: options, logs, checkpoints, plot, and the final weights."""
     data: tuple[DataConfig, ...] = Field(min_length=1)
     """The mix: files of rows, or tables of options; each batch comes from one data set."""
+    dry_run: bool = False
+    """Show what would be trained on, and train nothing."""
     limits: dict[str, Any] = Field(default_factory=dict)
     """Limits of the family, such as {max_length = 1800, max_image_tokens = 1024}."""
     steps: int = Field(1000, ge=1)
@@ -233,8 +235,6 @@ class RunConfig(Options):
 class TrainConfig(RunConfig):
     """Fine-tune an embedder: contrastive, with hard negatives, GradCache, LoRA and exact resume."""
 
-    dry_run: bool = False
-    """Show what would be trained on, and train nothing."""
     family: str | None = None
     """Recipe of the model where it cannot be told from the checkpoint."""
     # Low, since cosines of one model lie close together: at 1 the softmax would be nearly flat.

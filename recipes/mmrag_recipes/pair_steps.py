@@ -132,9 +132,9 @@ class PairFeeder:
 
 
 def pair_of(
-    asker: QwenAsker, query: Content, document: Content, instruction: str | None
+    asker: QwenAsker, query: Content, document: Content | None, instruction: str | None
 ) -> PairInput:
-    """One pair, prepared. Raises ContentError if it cannot be used."""
+    """One pair, or one side alone, prepared. Raises ContentError if it cannot be used."""
     plan = asker.plan((query, document), instruction)
     # Nothing is shared: keys and values of a shared start would have no graph.
     return PairInput(asker.prepare(plan, Group([0])), query)

@@ -3,36 +3,52 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from mmrag.content import image_size
+from mmrag.content import Content, image_size
 from mmrag.instructions import resolve
-from mmrag.modeling.backbone import Backbone, inputs_of
-from mmrag_recipes.config import TrainConfig
+from mmrag.modeling.batching import Sized
+from mmrag_recipes.config import RunConfig
 from mmrag_recipes.data import Dataset
+from mmrag_recipes.memory import memory_of, sizes_of
 from mmrag_recipes.run_log import read_log
 
 logger = logging.getLogger("mmrag_recipes")
+
+Prepare = Callable[[Content, str | None], Sized]
+"""Makes the inputs of one item with the instruction of its query."""
 
 _BAR = 40
 _GIB = 2**30
 _SAMPLE = 1000  # rows that are read to see which modality pairs there are
 
 
-def dry_run(config: TrainConfig, backbone: Backbone, datasets: Sequence[Dataset]) -> str:
-    """Describe a training without running it: examples, token histogram, memory estimate."""
-    parts = [_describe(dataset, backbone) for dataset in datasets]
+def dry_run(
+    config: RunConfig,
+    model: Any,
+    datasets: Sequence[Dataset],
+    prepare: Prepare,
+    pairs: bool = False,
+) -> str:
+    """Describe a training without running it: examples, token histogram, memory estimate.
+
+    Args:
+        model: what trains, as it was loaded.
+        prepare: makes the inputs of one item, as a step does.
+        pairs: whether an input is a query with a document, as of rerankers.
+    """
+    parts = [_describe(dataset, prepare) for dataset in datasets]
     costs = [cost for dataset in datasets for cost in dataset.costs.tolist() if cost >= 0]
     parts.append("tokens per row (query and documents)\n" + histogram(costs))
-    parts.append(memory_estimate(config, backbone, costs))
+    parts.append(memory_estimate(config, model, costs, pairs))
     return "\n\n".join(parts)
 
 
-def _describe(dataset: Dataset, backbone: Backbone) -> str:
+def _describe(dataset: Dataset, prepare: Prepare) -> str:
     first = int((dataset.costs >= 0).argmax())
     row = dataset.rows[first]
     negatives = np.diff(dataset.rows.keys.negatives.ends, prepend=0)
@@ -47,7 +63,7 @@ def _describe(dataset: Dataset, backbone: Backbone) -> str:
     sides += [("negative", item, None) for item in row.negatives[:1]]
     for side, item, instruction in sides:
         # Really prepared, so that a broken image or prompt shows before a training is paid for.
-        inputs: Any = inputs_of(backbone, dataset.store.content(item), resolve(instruction))
+        inputs = prepare(dataset.store.content(item), resolve(instruction))
         shown = repr(
             item.text if item.text is None or len(item.text) < 90 else item.text[:87] + "..."
         )
@@ -77,44 +93,28 @@ def histogram(values: Sequence[int], bins: int = 8) -> str:
     return "\n".join(lines)
 
 
-def memory_estimate(config: TrainConfig, backbone: Backbone, costs: Sequence[int]) -> str:
-    """Rough memory of weights, optimizer and activations; an order of magnitude, not a promise.
-
-    Activations: about 34 bytes per token, layer and hidden unit in half precision (Korthikanti
-    et al., arXiv 2205.05198, section 4, without attention scores), twice that in float32, and
-    one hidden state per layer with checkpointing.
-    """
-    model: Any = backbone.model
-    parameters = list(model.parameters())
-    held = sum(p.numel() * p.element_size() for p in parameters)
-    # Gradient and two moments in float32 for each weight that trains.
-    if config.lora:
-        text = model.config.get_text_config()
-        # Seven projections of two matrices each; the sides of the MLP are wider than hidden_size,
-        # hence the last 2.
-        per_layer = 2 * config.lora.r * 7 * text.hidden_size * 2
-        trained = per_layer * text.num_hidden_layers
-    else:
-        trained = sum(p.numel() for p in parameters)
-    rows = config.batch_size
+def memory_estimate(
+    config: RunConfig, model: Any, costs: Sequence[int], pairs: bool = False
+) -> str:
+    """Memory on each card by ``mmrag_recipes.memory``, for rows of these costs in tokens."""
     # A batch is padded to its longest row: nine tenths of them fit this.
     per_row = sorted(costs)[int(0.9 * (len(costs) - 1))]
-    items = rows * (2 + config.hard_negatives)
-    tokens = float(per_row * rows)
-    if config.chunk:
-        tokens *= min(1.0, config.chunk / items)
-    text = model.config.get_text_config()
-    unit = 68.0 if parameters[0].element_size() == 4 else 34.0
-    if config.gradient_checkpointing:
-        # One hidden state (2 bytes) is left of the 34.
-        unit /= 17
-    activations = tokens * text.num_hidden_layers * text.hidden_size * unit
-    total = held + trained * 12 + activations
-    return (
-        "memory estimate (order of magnitude)\n"
-        f"  weights {held / _GIB:.2f} GiB, gradients and optimizer {trained * 12 / _GIB:.2f} GiB, "
-        f"activations {activations / _GIB:.2f} GiB: {total / _GIB:.2f} GiB"
-    )
+    sides = 2 + config.hard_negatives
+    inputs = config.batch_size * (sides - 1 if pairs else sides)
+    at_once = min(config.chunk or inputs, inputs)
+    tokens = at_once * (2 if pairs else 1) * per_row / sides
+    sizes = sizes_of(model, config)
+    # Quantised weights are bytes; what else there is, such as norms, has the type of the weights.
+    width = next(p.element_size() for p in model.parameters() if p.is_floating_point())
+    lines = ["memory estimate (order of magnitude)"]
+    for cards in (2, 4, 8) if config.shard else (1,):
+        # GradCache bounds what is in memory on each card; without it, cards share the batch.
+        own = tokens if config.chunk else tokens / cards
+        parts = memory_of(sizes, config, own, width, cards)
+        shown = ", ".join(f"{name} {size / _GIB:.2f} GiB" for name, size in parts.items())
+        where = f"each of {cards} cards: " if config.shard else ""
+        lines.append(f"  {where}{shown}: {sum(parts.values()) / _GIB:.2f} GiB")
+    return "\n".join(lines)
 
 
 def plot_run(out: Path) -> Path | None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,8 @@ def run(config: TrainConfig) -> None:
     """Command: train, or show what would be trained on."""
     if config.dry_run:
         backbone = load_model(config)
-        print(dry_run(config, backbone, load_datasets(config, backbone)))
+        datasets = load_datasets(config, backbone)
+        print(dry_run(config, backbone.model, datasets, partial(inputs_of, backbone)))
     else:
         print(f"trained weights: {train(config)}")
 

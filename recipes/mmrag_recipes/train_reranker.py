@@ -16,6 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
+from mmrag.content import Content
 from mmrag.embedders.registry import find_folders
 from mmrag.errors import ConfigError, ContentError
 from mmrag.rerankers import RerankPrompt, load_scorer
@@ -23,17 +24,19 @@ from mmrag.rerankers.local import LocalScorer
 from mmrag.rerankers.qwen import QwenAsker
 from mmrag_recipes.batches import Batch
 from mmrag_recipes.config_reranker import TrainRerankerConfig
-from mmrag_recipes.data import Dataset
+from mmrag_recipes.data import Dataset, load_datasets
 from mmrag_recipes.evaluate_reranker import evaluate_scorer
 from mmrag_recipes.loop import fit
 from mmrag_recipes.pair_steps import (
     PairFeeder,
+    PairInput,
     PairPlanner,
     PairStep,
     encode_pairs,
     pair_loss,
     pair_of,
 )
+from mmrag_recipes.reports import dry_run
 from mmrag_recipes.row_file import open_rows
 from mmrag_recipes.rows import read_rows, store_of
 from mmrag_recipes.run_log import Report
@@ -42,8 +45,19 @@ from mmrag_recipes.trainable import evaluating, quantization_of
 
 
 def run(config: TrainRerankerConfig) -> None:
-    """Command: train a reranker."""
-    print(f"trained weights: {train_reranker(config)}")
+    """Command: train a reranker, or show what would be trained on."""
+    if not config.dry_run:
+        print(f"trained weights: {train_reranker(config)}")
+        return
+    config = with_negatives(config)
+    task = RerankerTask(config, load_asker(config))
+    datasets = load_datasets(config, task.planner)
+
+    def prepare(content: Content, instruction: str | None) -> PairInput:
+        # Each side alone, as the costs are counted.
+        return pair_of(task.asker, content, None, instruction)
+
+    print(dry_run(config, task.model, datasets, prepare, pairs=True))
 
 
 def train_reranker(config: TrainRerankerConfig, hooks: Sequence[Report] = ()) -> Path:
@@ -55,13 +69,18 @@ def train_reranker(config: TrainRerankerConfig, hooks: Sequence[Report] = ()) ->
     Raises:
         ContentError: For rows of which none has a negative.
     """
-    # Each row is judged alone, so that nothing is known of two rows in one step.
+    config = with_negatives(config)
+    return fit(config, hooks, lambda: RerankerTask(config, load_asker(config)))
+
+
+def with_negatives(config: TrainRerankerConfig) -> TrainRerankerConfig:
+    """The options with rows that are judged alone. Raises ContentError without any negative."""
+    # Nothing is known of two rows in one step.
     data = tuple(one.replace(in_batch_negatives=False) for one in config.data)
     for one in data:
         if not len(open_rows(one.rows).keys.negatives.values):
             raise ContentError(f"{one.rows}: no row has a negative to tell from; run mine first.")
-    config = config.replace(data=data)
-    return fit(config, hooks, lambda: RerankerTask(config, load_asker(config)))
+    return config.replace(data=data)
 
 
 def load_asker(config: TrainRerankerConfig) -> QwenAsker:

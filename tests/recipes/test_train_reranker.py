@@ -254,6 +254,21 @@ def test_adapters_on_four_bits_are_merged_into_the_weights_as_published(model, r
     assert {p.dtype for p in asker.model.parameters()} == {torch.float32}
 
 
+def test_the_dry_run_shows_sides_and_memory_and_writes_nothing(model, rows, tmp_path, capsys):
+    config_of(model, tmp_path / "out", rows, lora=LoraConfig(r=2)).save(tmp_path / "c.json")
+    main(["train_reranker", "--config", str(tmp_path / "c.json"), "--dry-run"])
+    shown = capsys.readouterr().out
+    assert "8 rows" in shown
+    assert "tokens per row" in shown
+    assert "GiB" in shown
+    query = next(line for line in shown.splitlines() if "query:" in line)
+    asker = load_asker(config_of(model, tmp_path / "out", rows))
+    row = read_rows(rows)[0]
+    expected = asker.plan((Content(row.query.text), None), row.instruction).n_tokens
+    assert query.endswith(f", {expected} tokens")
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_planner_can_be_sent_to_processes(model, rows, tmp_path):
     config = config_of(model, tmp_path, rows)
     planner = pickle.loads(pickle.dumps(RerankerTask(config, load_asker(config)).planner))
