@@ -150,7 +150,9 @@ def note_passed_over(names: Sequence[str], report: IngestReport) -> None:
     """Say which files of other types the folders hold, by count and suffix."""
     report.passed_over += names
     if names:
-        suffixes = Counter(PurePath(name).suffix.lower() or "no suffix" for name in names)
+        # The path of an archive stands behind the "::", and has a suffix of its own.
+        paths = (PurePath(name.partition("::")[0] if is_url(name) else name) for name in names)
+        suffixes = Counter(path.suffix.lower() or "no suffix" for path in paths)
         counts = ", ".join(f"{count} {suffix}" for suffix, count in suffixes.most_common())
         noun = "file" if len(names) == 1 else "files"
         note = f"{len(names)} {noun} of other types passed over: {counts}"

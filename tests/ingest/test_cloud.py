@@ -100,7 +100,9 @@ def test_files_in_an_archive(index, tmp_path):
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("in/a.txt", "the words of a")
         archive.writestr("b.txt", "the words of b")
+        archive.writestr("photo.raw", "?")
     report = index.add(f"zip://::{path}")
+    assert report.notes == ["1 file of other types passed over: 1 .raw"]
     assert report.indexed == [f"zip://b.txt::{path}", f"zip://in/a.txt::{path}"]
     assert index.add(f"zip://in::{path}").unchanged == [f"zip://in/a.txt::{path}"]
     with zipfile.ZipFile(path, "w") as archive:
