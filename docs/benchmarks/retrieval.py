@@ -23,10 +23,13 @@ import qdrant_edge as edge
 from mmrag import UniversalIndex, read_questions
 from mmrag.evaluation.asking import page_of, pages_of
 from mmrag.evaluation.trec import write_run
-from mmrag.retrieval.fusion import BM25, DEFAULT_WEIGHTS, fuse
+from mmrag.retrieval.fusion import BM25, fuse
 from mmrag.retrieval.retriever import UniversalRetriever
 from mmrag.store.edge import DIALECT
 from mmrag.store.engine import Scored
+
+WEIGHTS = {"image": 1.0, "text": 1.0, "fused": 1.0, BM25: 3.0}
+"""Of the fusion of version 0.1."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -48,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 old = old_bm25(retriever, question.text)
                 rankings = retriever.rankings(question.text)
                 views = {v: rankings[v] for v in retriever.collection.settings.views}
-                fused = fuse(views | {BM25: old}, DEFAULT_WEIGHTS, by="ranks")
+                fused = fuse(views | {BM25: old}, WEIGHTS, by="ranks")
                 runs["bm25"][question.id] = pages_of(old)
                 runs["fusion"][question.id] = [
                     (page_of(entry.best.payload), entry.score) for entry in fused

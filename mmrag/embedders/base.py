@@ -24,6 +24,8 @@ class Calibration:
     None, or a ranking that is not listed, means: not measured; the reader's own default holds.
 
     fusion_weights: weight of each ranking in fusion: ``image``, ``text``, ``fused``, ``bm25``.
+    zero_cosine: for each view, the cosine of a question and a page that have nothing in common.
+        Fusion counts from it; the cosines of a view without one are scaled over its first hits.
     support_cosine: least cosine of a claim and a sentence of its source that supports it.
 
     >>> Calibration(fusion_weights={"bm25": 3.0}).support_cosine is None
@@ -31,6 +33,7 @@ class Calibration:
     """
 
     fusion_weights: Mapping[str, float] = field(default_factory=dict)
+    zero_cosine: Mapping[str, float] = field(default_factory=dict)
     support_cosine: float | None = None
 
     @classmethod
@@ -42,9 +45,12 @@ class Calibration:
         """
         if unknown := sorted(set(values) - set(cls.__dataclass_fields__)):
             raise ConfigError(f"calibration: {', '.join(unknown)} unknown in mmrag.json.")
-        weights = values.get("fusion_weights") or {}
-        numbers = [*weights.values(), values.get("support_cosine")]
-        if not all(number is None or isinstance(number, (int, float)) for number in numbers):
+        by_ranking = [values.get(key) or {} for key in ("fusion_weights", "zero_cosine")]
+        if not all(isinstance(each, Mapping) for each in by_ranking):
+            raise ConfigError("calibration in mmrag.json: numbers by the name of the ranking.")
+        numbers = [number for each in by_ranking for number in each.values()]
+        numbers += [values["support_cosine"]] if values.get("support_cosine") is not None else []
+        if not all(isinstance(number, (int, float)) for number in numbers):
             raise ConfigError("calibration in mmrag.json must hold numbers.")
         return cls(**values)
 

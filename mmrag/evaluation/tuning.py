@@ -23,7 +23,8 @@ _DEPTH = 10  # of nDCG
 class Tuning:
     """What fitting gave.
 
-    weights: fitted to all questions; they add up to 1.
+    weights: fitted to all questions; they add up to what they did before, so that a page that a
+        question names keeps its share.
     before, after: mean nDCG@10 with the present weights, and with weights that were fitted to
         the questions about all other documents.
     low, high: 95 % interval of the gain, from a bootstrap over documents.
@@ -71,7 +72,7 @@ def tune(retriever: UniversalRetriever, questions: Sequence[Question]) -> Tuning
         best = quality[~of_it].mean(axis=0).argmax()
         left_out[of_it] = quality[of_it, best]
     (low,), (high,) = interval((left_out - quality[:, 0])[:, None], documents.tolist())
-    weights = tried[quality.mean(axis=0).argmax()]
+    weights = tried[quality.mean(axis=0).argmax()] * present.sum()
     return Tuning(
         weights={name: round(float(each), 4) for name, each in zip(used, weights, strict=True)},
         n_questions=len(questions),
@@ -102,7 +103,8 @@ def _quality(
     """nDCG@10 of a question with each of the weights tried: (len(tried),)."""
     rankings = retriever.rankings(question.query())
     # Fused once with equal weights: the credits then give every other weighting by a product.
-    entries = fuse(rankings, dict.fromkeys(rankings, 1.0), by=retriever.fuse_by)
+    equal = dict.fromkeys(rankings, 1.0)
+    entries = fuse(rankings, equal, by=retriever.fuse_by, zeros=retriever.zeros)
     if not entries:
         return np.zeros(len(tried))
     credits = np.array([[entry.credits.get(name, 0.0) for name in names] for entry in entries])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias, get_args
@@ -14,19 +15,24 @@ REFERENCE = "reference"
 """The ranking of the nodes that a question names: see ``mmrag.retrieval.references``."""
 
 DEFAULT_WEIGHTS: Mapping[str, float] = {
-    "image": 1.0,
+    "image": 3.0,
     "text": 1.0,
-    "fused": 1.0,
+    "fused": 3.0,
     MUVERA: 1.0,
     BM25: 3.0,
     REFERENCE: 4.0,
-    TOKENS: 5.0,
+    TOKENS: 7.0,
 }
-"""Weight of each ranking for an embedder of which nothing is known. The views come from one model
-and err together; BM25 errs elsewhere; measured in ``docs/benchmarks.md``. A page that the question
-names outright counts as much as one that is first in words and text. Tokens, where they are kept,
-count as much as image, text and words together, for they are compared one by one; no measurement
-stands behind that number."""
+"""Weight of each ranking for an embedder of which nothing is known. One that reads images is taken
+for a large model: its images count as much as the words, since on pages of charts and tables such
+models find more than BM25 does (ViDoRe, arXiv 2407.01449). Text alone may be a small encoder's,
+which err more than BM25: see ``docs/benchmarks.md``. A page that the question names outright
+counts as much as one that is first in words and text. Tokens, where they are kept, count as much as
+image, text and words together, for they are compared one by one. Only the weight of text beside
+the words is measured: ``mmrag_recipes calibrate`` measures the others for a model."""
+
+ZEROS: Mapping[str, float] = {BM25: 0.0, REFERENCE: 0.0}
+"""The score that says nothing, of each ranking that has one: no word in common."""
 
 PAGE_FIELDS = ("sha256", "page", "kind", "file", "box", "node_id")
 """The fields of a payload that rankings carry: all that is asked of nodes that are not shown."""
@@ -38,7 +44,7 @@ RRF_K = 5
 ten places then count almost alike. For the handful of pages that an answer takes, the first
 places have to tell."""
 
-_SCALE_OVER = 100  # hits of a ranking that its scores are scaled over
+_SCALE_OVER = 100  # hits that the scores of a ranking are scaled over
 
 Rankings: TypeAlias = Mapping[str, Sequence[Scored]]
 
@@ -102,6 +108,7 @@ def fuse(
     weights: Mapping[str, float] = DEFAULT_WEIGHTS,
     *,
     by: FuseBy = "scores",
+    zeros: Mapping[str, float] = ZEROS,
     key: Callable[[Scored], Hashable] = page_key,
     k: int = RRF_K,
 ) -> list[Fused]:
@@ -113,6 +120,7 @@ def fuse(
     Args:
         by: ``"scores"`` adds scores that are scaled to [0, 1] (see ``scaled``); ``"ranks"`` is
             reciprocal rank fusion (Cormack, Clarke and Buettcher, SIGIR 2009).
+        zeros: the score of each ranking that counts as nothing; see ``scaled``.
         k: of reciprocal rank fusion.
 
     Raises:
@@ -130,7 +138,9 @@ def fuse(
     votes: dict[str, float] = {}
     for name, hits in rankings.items():
         share = weights[name] / total if total else 0.0
-        values = scaled(name, hits) if by == "scores" else _reciprocal(len(hits), k)
+        values = (
+            scaled(hits, zeros.get(name, math.inf)) if by == "scores" else _reciprocal(len(hits), k)
+        )
         place = 0
         for hit, value in zip(hits, values, strict=True):
             page = key(hit)
@@ -154,16 +164,18 @@ def fuse(
     return sorted(entries.values(), key=lambda entry: (-entry.score, str(entry.key)))
 
 
-def scaled(name: str, hits: Sequence[Scored]) -> list[float]:
-    """The scores of a ranking, scaled so that the best is 1.
+def scaled(hits: Sequence[Scored], zero: float = math.inf) -> list[float]:
+    """The scores of a ranking, scaled so that the best is 1, and ``zero`` or the 100th hit is 0.
 
-    BM25 has a zero of its own, no word in common, and so have references. Cosines have none, and
-    each model spreads them otherwise: their zero is the hundredth hit, or the last.
+    The lower of the two, so that the first hundred keep their order. A zero that does not depend
+    on the hits keeps small differences small where all pages are alike (Bruch, Gai and Ingber,
+    arXiv 2210.11934, section 4). Where none is known, the hundredth hit takes its place, or the
+    last: each model spreads its cosines otherwise.
     """
     if not hits:
         return []
     high = hits[0].score
-    low = 0.0 if name in (BM25, REFERENCE) else hits[:_SCALE_OVER][-1].score
+    low = min(zero, hits[:_SCALE_OVER][-1].score)
     # One hit, or all alike: nothing tells them apart.
     if high <= low:
         return [1.0] * len(hits)

@@ -22,7 +22,7 @@ from llama_index.core.vector_stores.types import MetadataFilters
 from numpy.typing import NDArray
 
 from mmrag.content import Content, ImageSource, Modality
-from mmrag.embedders.base import Embedder
+from mmrag.embedders.base import Embedder, calibration_of
 from mmrag.embedders.late import LateInteraction
 from mmrag.embedding import embedding_events
 from mmrag.errors import ConfigError
@@ -33,8 +33,10 @@ from mmrag.retrieval.fusion import (
     DEFAULT_WEIGHTS,
     PAGE_FIELDS,
     REFERENCE,
+    ZEROS,
     FuseBy,
     Fused,
+    Rankings,
     fuse,
     page_key,
 )
@@ -132,6 +134,8 @@ class UniversalRetriever(BaseRetriever):
         self.similarity_top_k = similarity_top_k
         self.where = as_where(where, filters)
         self.weights = _weights(weights, collection, embedder)
+        # Not of a collection: what a cosine says is a property of the model.
+        self.zeros = {**ZEROS, **calibration_of(embedder).zero_cosine}
         self.instruction = instruction
         self.collapse = collapse
         self.depth = depth
@@ -213,7 +217,6 @@ class UniversalRetriever(BaseRetriever):
         return where or self.where
 
     def _retrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
-        key = page_key if self.collapse else (lambda hit: hit.id)
         # A query may say for itself how many it wants.
         of_query = query_bundle.top_k if isinstance(query_bundle, MultimodalQuery) else None
         top_k = of_query or self.similarity_top_k
@@ -223,13 +226,13 @@ class UniversalRetriever(BaseRetriever):
         for pattern in self.collection.unmatched(self._where(query_bundle)):
             log.warning("No indexed file matches %s", pattern)
         rankings = self.rankings(query_bundle, limit=limit)
-        fused = fuse(rankings, self.weights, by=self.fuse_by, key=key)
+        fused = self._fuse(rankings)
         figures = only_figures(self._where(query_bundle))
         if figures is not None and wants_figures(query_bundle.query_str):
             # What was asked for comes first, and pages after it.
             wanted = dataclasses.replace(_as_query(query_bundle), where=figures)
             rankings = self.rankings(wanted, limit=limit)
-            first = fuse(rankings, self.weights, by=self.fuse_by, key=key)
+            first = self._fuse(rankings)
             keys = {entry.key for entry in first}
             fused = [*first, *(entry for entry in fused if entry.key not in keys)]
         entries = fused[:top_k]
@@ -237,6 +240,10 @@ class UniversalRetriever(BaseRetriever):
         read = [hit.id for each in entries for hit in (each.shown, each.description) if hit]
         payloads = self.collection.payloads(read)
         return [self._result(entry, payloads) for entry in entries if entry.shown.id in payloads]
+
+    def _fuse(self, rankings: Rankings) -> list[Fused]:
+        key = page_key if self.collapse else (lambda hit: hit.id)
+        return fuse(rankings, self.weights, by=self.fuse_by, zeros=self.zeros, key=key)
 
     async def _aretrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
         # LlamaIndex's default would block the event loop.
@@ -324,8 +331,7 @@ def _weights(
 ) -> dict[str, float]:
     """The weights in force; those given come first. Raises ConfigError."""
     check_weights(given or {})
-    # An embedder from elsewhere need not have a calibration.
-    measured = getattr(getattr(embedder, "calibration", None), "fusion_weights", {})
+    measured = calibration_of(embedder).fusion_weights
     # From the general to the particular: the later one wins.
     weights = {**DEFAULT_WEIGHTS, **measured, **collection.weights, **(given or {})}
     # Tokens only reorder what other rankings have found.

@@ -483,7 +483,7 @@ class EvaluateAnswersConfig(Options):
 
 
 class CalibrateConfig(Options):
-    """Measure the cosine at which a passage supports a claim, for one embedder."""
+    """Measure the zero, the weights and the cosine of support of one embedder."""
 
     positional: ClassVar[tuple[str, ...]] = ("questions",)
 
@@ -497,3 +497,5 @@ class CalibrateConfig(Options):
     # a look.
     wrong_share: float = Field(0.05, gt=0, lt=1)
     """Share of wrong citations that may pass."""
+    write: bool = False
+    """Write what was measured into the checkpoint's mmrag.json."""

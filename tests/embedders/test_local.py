@@ -226,14 +226,24 @@ def test_calibration_comes_from_the_marker_or_the_table(qwen2_vl_folder, tmp_pat
     assert load_embedder(folder, family="gme", device="cpu").calibration is None
     marker = {
         "family": "gme",
-        "calibration": {"support_cosine": 0.3, "fusion_weights": {"bm25": 2}},
+        "calibration": {
+            "support_cosine": 0.3,
+            "fusion_weights": {"bm25": 2},
+            "zero_cosine": {"text": 0.1},
+        },
     }
     (folder / "mmrag.json").write_text(json.dumps(marker))
     own = load_embedder(folder, device="cpu").calibration
-    assert own == Calibration({"bm25": 2}, support_cosine=0.3)
-    (folder / "mmrag.json").write_text('{"family": "gme", "calibration": {"fond": 1}}')
-    with pytest.raises(ConfigError, match="fond"):
-        load_embedder(folder, device="cpu")
+    assert own == Calibration({"bm25": 2}, {"text": 0.1}, 0.3)
+    for bad, says in (
+        ('{"fond": 1}', "fond"),
+        ('{"zero_cosine": 0.2}', "name of the ranking"),
+        ('{"zero_cosine": {"text": "low"}}', "numbers"),
+        ('{"support_cosine": "high"}', "numbers"),
+    ):
+        (folder / "mmrag.json").write_text(f'{{"family": "gme", "calibration": {bad}}}')
+        with pytest.raises(ConfigError, match=says):
+            load_embedder(folder, device="cpu")
 
 
 def test_workers_can_be_set(qwen2_vl_folder):

@@ -2,7 +2,6 @@ import asyncio
 import dataclasses
 import threading
 import time
-from types import SimpleNamespace
 
 import pytest
 from fakes import FakeEmbedder, make_image, make_node
@@ -21,10 +20,11 @@ from llama_index.core.vector_stores.types import (
 )
 from PIL import Image
 
+from mmrag.embedders import Calibration
 from mmrag.errors import ConfigError
 from mmrag.queries import Where
 from mmrag.rerankers.postprocessor import MLLMReranker
-from mmrag.retrieval.fusion import DEFAULT_WEIGHTS, PAGE_FIELDS, fuse, page_key, scaled
+from mmrag.retrieval.fusion import DEFAULT_WEIGHTS, PAGE_FIELDS, ZEROS, fuse, page_key, scaled
 from mmrag.retrieval.retriever import UniversalRetriever
 from mmrag.store.collection import Collection, CollectionSettings
 from mmrag.store.engine import Scored
@@ -113,9 +113,11 @@ def test_weights_come_from_the_user_the_collection_and_the_embedder(tmp_path, em
     with Collection.open(tmp_path / "c", settings=settings) as library:
         assert UniversalRetriever(library, embedder).weights == DEFAULT_WEIGHTS
         measured = FakeEmbedder(dim=64)
-        measured.calibration = SimpleNamespace(fusion_weights={"bm25": 7.0, "text": 2.0})
-        found = UniversalRetriever(library, measured).weights
-        assert (found["bm25"], found["text"], found["image"]) == (7, 2, 1)
+        measured.calibration = Calibration({"bm25": 7.0, "text": 2.0}, {"text": 0.2})
+        retriever = UniversalRetriever(library, measured)
+        found = retriever.weights
+        assert (found["bm25"], found["text"], found["image"]) == (7, 2, 3)
+        assert retriever.zeros == {"bm25": 0, "reference": 0, "text": 0.2}
         library.save_weights({"bm25": 5.0})
         assert UniversalRetriever(library, measured).weights["bm25"] == 5
         assert UniversalRetriever(library, measured).weights["text"] == 2
@@ -355,12 +357,25 @@ def test_fusion_adds_scaled_scores():
 
 def test_scores_are_scaled_over_the_first_hundred():
     hits = [scored(str(n), 1 - n / 200) for n in range(150)]
-    values = scaled("text", hits)
+    values = scaled(hits)
     assert values[0] == 1
     assert values[49] == pytest.approx(1 - 49 / 99)
     assert values[99:] == [0] * 51
-    assert scaled("text", hits[:1] * 2) == [1, 1]
-    assert scaled("text", []) == []
+    assert scaled(hits[:1] * 2) == [1, 1]
+    assert scaled([]) == []
+
+
+def test_scores_count_from_a_zero_that_is_known():
+    """Where all pages are alike, none of them gets much more than another."""
+    hits = [scored(str(n), 0.8 - n / 1000) for n in range(3)]
+    assert scaled(hits, 0.3) == pytest.approx([1, 0.499 / 0.5, 0.498 / 0.5])
+    # Nothing is cut off within the first hundred, so that they keep their order.
+    assert scaled(hits, 0.799) == pytest.approx([1, 0.5, 0])
+    assert scaled(hits, 0.9) == pytest.approx([1, 0.5, 0])
+    rankings = {"text": hits, "bm25": [scored("1", 9.0), scored("0", 8.0)]}
+    even = {"text": 1.0, "bm25": 1.0}
+    assert fuse(rankings, even)[0].key == "0"
+    assert fuse(rankings, even, zeros={**ZEROS, "text": 0.0})[0].key == "1"
 
 
 def test_fusion_by_anything_else_is_refused():

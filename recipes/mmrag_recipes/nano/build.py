@@ -51,7 +51,12 @@ _SETTINGS = {
     "fast_on_cpu": True,  # bfloat16 or int8, at a cosine to float32 of 0.997 and more
     "prefers_passages": True,  # the encoder was trained on 128 tokens
     "license": "Apache-2.0",
-    "calibration": {"support_cosine": 0.8},  # by mmrag_recipes calibrate, on the handbook
+    # The cosines by mmrag_recipes calibrate, on the handbook; for the weights see docs/nano.md.
+    "calibration": {
+        "zero_cosine": {"text": 0.3},
+        "fusion_weights": {"image": 0.3, "text": 1, "bm25": 2, "reference": 3},
+        "support_cosine": 0.8,
+    },
 }
 
 
