@@ -139,7 +139,8 @@ def _problem(cls: type[Options], error: dict[str, Any]) -> str:
     if error["type"] == "missing":
         return f"missing key {name!r}"
     message = error["msg"].removeprefix("Value error, ")
-    return f"{name}: {message} (got {error['input']!r})"
+    # Of options that contradict each other: the message names them, and the input is all options.
+    return f"{name}: {message} (got {error['input']!r})" if name else message
 
 
 def _flags(model: type[Options], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
