@@ -147,7 +147,9 @@ def keep_features(model: nn.Module, config: RunConfig, kept: FeaturesConfig) -> 
     folder = Path(kept.folder)
     taken = sum(path.stat().st_size for path in folder.glob("*/*") if path.is_file())
     room = (kept.gib * _GIB - taken) / distributed.local_size()
-    base = fingerprint(find_folders(config.model), {})
+    # A quantised tower gives something else.
+    settings = {"quantize": config.lora.quantize if config.lora else None}
+    base = fingerprint(find_folders(config.model), settings)
     setattr(visual, "kept_features", KeptFeatures(visual, folder, base, room))  # noqa: B010
 
 

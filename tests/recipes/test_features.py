@@ -168,6 +168,16 @@ def test_other_pixels_weights_or_types_have_files_of_their_own(nano, prepared, t
         assert sum(computed) == n_images
 
 
+def test_a_quantised_tower_has_files_of_its_own(prepared, tmp_path):
+    store, model = FeaturesConfig(folder=str(tmp_path / "kept")), prepared.backbone.model
+    bases = set()
+    for quantize in (None, "4bit", "8bit"):
+        lora = LoraConfig(quantize=quantize)
+        keep_features(model, prepared.config.replace(lora=lora, freeze=()), store)
+        bases.add(model.visual.kept_features.base)
+    assert len(bases) == 3
+
+
 def test_what_cannot_be_kept_is_refused(tmp_path, mixed_rows, tiny_model):
     kept = FeaturesConfig(folder=str(tmp_path / "kept"))
     config = config_of(tiny_model, tmp_path / "out", mixed_rows, features=kept)
