@@ -54,6 +54,15 @@ class Calibration:
             raise ConfigError("calibration in mmrag.json must hold numbers.")
         return cls(**values)
 
+    def over(self, other: Calibration) -> Calibration:
+        """These settings, and those of ``other`` where there is none of these."""
+        support = self.support_cosine
+        return Calibration(
+            {**other.fusion_weights, **self.fusion_weights},
+            {**other.zero_cosine, **self.zero_cosine},
+            other.support_cosine if support is None else support,
+        )
+
 
 @runtime_checkable
 class Embedder(Protocol):

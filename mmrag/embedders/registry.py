@@ -302,7 +302,8 @@ def traits_of(folders: list[Path], about: Mapping[str, Any], known: KnownModel |
 
     calibration = known.calibration if known else None
     if "calibration" in about:
-        calibration = Calibration.from_dict(about["calibration"])
+        own = Calibration.from_dict(about["calibration"])
+        calibration = own.over(calibration) if calibration else own
     # WeMM publishes them in its config.json, under a name of its own.
     published = read_json(folders[0] / "config.json").get("matryoshka_dimensions")
     dims = about.get("matryoshka_dims") or published

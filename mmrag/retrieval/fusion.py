@@ -15,21 +15,19 @@ REFERENCE = "reference"
 """The ranking of the nodes that a question names: see ``mmrag.retrieval.references``."""
 
 DEFAULT_WEIGHTS: Mapping[str, float] = {
-    "image": 3.0,
+    "image": 1.0,
     "text": 1.0,
-    "fused": 3.0,
+    "fused": 1.0,
     MUVERA: 1.0,
     BM25: 3.0,
     REFERENCE: 4.0,
-    TOKENS: 7.0,
+    TOKENS: 5.0,
 }
-"""Weight of each ranking for an embedder of which nothing is known. One that reads images is taken
-for a large model: its images count as much as the words, since on pages of charts and tables such
-models find more than BM25 does (ViDoRe, arXiv 2407.01449). Text alone may be a small encoder's,
-which err more than BM25: see ``docs/benchmarks.md``. A page that the question names outright
-counts as much as one that is first in words and text. Tokens, where they are kept, count as much as
-image, text and words together, for they are compared one by one. Only the weight of text beside
-the words is measured: ``mmrag_recipes calibrate`` measures the others for a model."""
+"""Weight of each ranking for an embedder of which nothing is known. The views come from one model
+and err together; BM25 errs elsewhere; measured in ``docs/benchmarks.md``. The table of known
+checkpoints has others for large models. A page that the question names outright counts as much as
+one that is first in words and text. Tokens, where they are kept, count as much as image, text and
+words together, for they are compared one by one; no measurement stands behind that number."""
 
 ZEROS: Mapping[str, float] = {BM25: 0.0, REFERENCE: 0.0}
 """The score that says nothing, of each ranking that has one: no word in common."""

@@ -235,6 +235,12 @@ def test_calibration_comes_from_the_marker_or_the_table(qwen2_vl_folder, tmp_pat
     (folder / "mmrag.json").write_text(json.dumps(marker))
     own = load_embedder(folder, device="cpu").calibration
     assert own == Calibration({"bm25": 2}, {"text": 0.1}, 0.3)
+    # Of a known checkpoint, what its own folder does not say stands in the table.
+    known = shutil.copytree(folder, tmp_path / "gme-Qwen2-VL-2B-Instruct")
+    found = load_embedder(known, device="cpu").calibration
+    assert found == Calibration(
+        {"image": 3, "fused": 3, "tokens": 7, "bm25": 2}, {"text": 0.1}, 0.3
+    )
     for bad, says in (
         ('{"fond": 1}', "fond"),
         ('{"zero_cosine": 0.2}', "name of the ranking"),

@@ -3,7 +3,7 @@
 import os
 import pickle
 import signal
-import time
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -90,17 +90,27 @@ def test_an_error_names_the_item_of_the_call(two, contents, tmp_path):
     assert two.encode(contents[:2]).shape == (2, two.dim)
 
 
-def test_a_process_that_is_killed_is_told_and_started_anew(one, two, contents):
+def test_a_process_that_is_killed_is_told_and_started_anew(one, two, contents, monkeypatch):
     other, killed = pids(two)
     os.kill(killed, signal.SIGSTOP)
-    with ThreadPoolExecutor(1) as pool:
+    asked = threading.Event()
+    exchange = parallel._Worker._exchange
+
+    def tell(worker, *request):
+        if worker is two._workers[1]:
+            asked.set()
+        return exchange(worker, *request)
+
+    with monkeypatch.context() as patch, ThreadPoolExecutor(1) as pool:
+        patch.setattr(parallel._Worker, "_exchange", tell)
         running = pool.submit(two.encode, contents)
-        time.sleep(0.1)
+        assert asked.wait(30)
         os.kill(killed, signal.SIGKILL)
         with pytest.raises(ModelError, match=r"process on cpu ended \(exit code -9\)"):
             running.result()
     np.testing.assert_allclose(two.encode(contents), one.encode(contents), atol=1e-5)
-    assert pids(two)[0] == other and pids(two)[1] != killed
+    assert pids(two)[0] == other
+    assert pids(two)[1] != killed
 
 
 def test_after_ctrl_c_no_call_gets_the_answer_to_another(one, two, contents, monkeypatch):

@@ -116,7 +116,7 @@ def test_weights_come_from_the_user_the_collection_and_the_embedder(tmp_path, em
         measured.calibration = Calibration({"bm25": 7.0, "text": 2.0}, {"text": 0.2})
         retriever = UniversalRetriever(library, measured)
         found = retriever.weights
-        assert (found["bm25"], found["text"], found["image"]) == (7, 2, 3)
+        assert (found["bm25"], found["text"], found["image"]) == (7, 2, 1)
         assert retriever.zeros == {"bm25": 0, "reference": 0, "text": 0.2}
         library.save_weights({"bm25": 5.0})
         assert UniversalRetriever(library, measured).weights["bm25"] == 5
