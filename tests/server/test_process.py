@@ -1,5 +1,6 @@
 """The server as a process: its start, its end, and what a stop in the middle leaves."""
 
+import asyncio
 import os
 import re
 import signal
@@ -15,6 +16,7 @@ import pytest
 from typer.testing import CliRunner
 
 from mmrag.cli.app import app
+from mmrag.server.run import _listen
 
 HERE = Path(__file__).parent
 
@@ -123,3 +125,24 @@ def test_a_missing_extra_is_named(command, monkeypatch):
     result = CliRunner().invoke(app, [command])
     assert result.exit_code == 2
     assert f"pip install 'mmrag[{command}]'" in result.stderr
+
+
+def test_a_reply_is_sent_without_waiting_for_acknowledgement():
+    """With Nagle's algorithm every request took 40 ms more."""
+
+    async def accepted() -> int:
+        listening = _listen("127.0.0.1", 0)
+        found = asyncio.get_running_loop().create_future()
+
+        async def serve(reader, writer):
+            of_client = writer.get_extra_info("socket")
+            found.set_result(of_client.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+            writer.close()
+
+        async with await asyncio.start_server(serve, sock=listening):
+            _, writer = await asyncio.open_connection(*listening.getsockname())
+            option = await found
+            writer.close()
+        return option
+
+    assert asyncio.run(accepted())
