@@ -72,8 +72,8 @@ def serve(
 def _listen(host: str, port: int) -> socket.socket:
     """A socket bound before anything else, so that its port is known."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    # With its protocol named, or asyncio leaves Nagle's algorithm on: headers and body of a reply are
-    # two packets, and the second would wait 40 ms for the other side to acknowledge the first.
+    # With its protocol named, or asyncio leaves Nagle's algorithm on: headers and body of a reply
+    # are two packets, and the second would wait 40 ms for the other side to acknowledge the first.
     listening = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
