@@ -364,7 +364,8 @@ def save_marked_page(
 
     Args:
         path: the original PDF, opened only where ``page_image`` has no words beside it.
-        page_image, sha256: see ``locate_quote``.
+        page_image: see ``locate_quote``.
+        sha256: see ``locate_quote``.
 
     Raises:
         ReadError: If the page cannot be read, or the file is another.
