@@ -5,8 +5,11 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import IO
+
+_MOST_THREADS = 16  # decoded images take memory
 
 
 def start_module(module: str, stderr: int | IO[bytes] | None = None) -> subprocess.Popen[bytes]:
@@ -24,6 +27,21 @@ def start_module(module: str, stderr: int | IO[bytes] | None = None) -> subproce
         # Ctrl-C is for the program, which ends its processes itself.
         start_new_session=True,
     )
+
+
+def end_process(process: subprocess.Popen[bytes]) -> None:
+    """Kill a process of ``start_module``, and close its pipes."""
+    process.kill()
+    process.wait()
+    for pipe in (process.stdin, process.stdout):
+        if pipe is not None:
+            with suppress(BrokenPipeError):  # what was not sent is not missed
+                pipe.close()
+
+
+def preparing_threads(n_processes: int = 1) -> int:
+    """Threads that prepare inputs in each of several processes: a core each, at most 16."""
+    return min(_MOST_THREADS, max(1, usable_cores() // n_processes))
 
 
 def usable_cores() -> int:

@@ -23,6 +23,7 @@ from mmrag.cli.options import (
 from mmrag.cli.progress import Step, indexing, working
 from mmrag.cli.reranking import RerankOption, rerankers
 from mmrag.cli.scores import comparison_view, evaluation_view
+from mmrag.cli.serving import typed
 
 if TYPE_CHECKING:
     from llama_index.core.base.base_query_engine import BaseQueryEngine
@@ -248,10 +249,8 @@ def _check(
 
 def need_use_of_llm(context: typer.Context, rerank: list[str] | None, answers: bool) -> None:
     """Refuse an ``--llm`` that was typed and would not be asked."""
-    source = context.get_parameter_source("llm")
     # In the environment it is for other commands too.
-    typed = source is not None and source.name == "COMMANDLINE"
-    if typed and not answers and "llm" not in (rerank or ()):
+    if typed(context, "llm") and not answers and "llm" not in (rerank or ()):
         raise typer.BadParameter("--llm needs --answers, or --rerank llm.")
 
 

@@ -12,6 +12,13 @@ if TYPE_CHECKING:
     from mmrag.server.client import ServerClient
 
 
+def typed(context: typer.Context, *parameters: str) -> list[str]:
+    """Those of a command's parameters that were typed, and not taken from the environment."""
+    # By source and not by value: a default that was typed is wanted too.
+    sources = {name: context.get_parameter_source(name) for name in parameters}
+    return [name for name, source in sources.items() if source and source.name == "COMMANDLINE"]
+
+
 def server_of(
     collection: str, context: typer.Context | None = None, *options: str
 ) -> ServerClient | None:
@@ -29,11 +36,8 @@ def server_of(
     server = find_server(collection)
     if server is None:
         return None
-    # By source and not by value: a default that was typed is wanted too.
-    sources = {option: context and context.get_parameter_source(option) for option in options}
-    typed = [name for name, source in sources.items() if source and source.name == "COMMANDLINE"]
-    if typed:
-        names = ", ".join(f"--{name.replace('_', '-')}" for name in typed)
+    if context is not None and (given := typed(context, *options)):
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in given)
         raise ConfigError(
             f"The server at {server.address.url} holds {collection} and does not take {names}. "
             "Leave that out, or stop the server and run the same command again."

@@ -19,6 +19,7 @@ from mmrag.modeling.batching import (
     default_workers,
     iter_batches,
     open_pool,
+    padded_tokens,
     prepared,
     run_halving,
 )
@@ -77,7 +78,8 @@ class LocalEmbedder:
         self.budget = default_budget(backbone.model, token_budget)
         self.workers = default_workers(workers)
         self.blocks = HotBlocks(backbone.model, compile)
-        self._lanes = Lanes(backbone.model, stateful=getattr(backbone, "stateful", False))
+        device = next(backbone.model.parameters()).device
+        self._lanes = Lanes(device, getattr(backbone, "stateful", False))
 
     def encode(
         self,
@@ -127,5 +129,4 @@ class LocalEmbedder:
                 vectors = self.blocks.run(self.backbone.forward, inputs)
                 return vectors[:, : self.dim].float().cpu().numpy()
 
-        tokens = len(inputs) * max(item.n_tokens for item in inputs)
-        return self._lanes.run(run, tokens)
+        return self._lanes.run(run, padded_tokens(inputs))

@@ -10,6 +10,7 @@ import weakref
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
+from functools import partial
 from queue import LifoQueue
 from typing import Any
 
@@ -20,7 +21,7 @@ from mmrag.content import Content, ContentLike, Modality
 from mmrag.embedders.base import Calibration, as_items, check_dim
 from mmrag.embedders.progress import progress_bar
 from mmrag.errors import ConfigError, ContentError, ModelError
-from mmrag.processes import start_module, usable_cores
+from mmrag.processes import end_process, preparing_threads, start_module
 
 # Enough that batches stay full, and few enough that images of many are not in memory at once.
 _MOST_ITEMS = 256
@@ -68,7 +69,7 @@ class ParallelEmbedder:
         if options.get("device_map") is not None:
             raise ConfigError("device_map spreads one model over all devices: name no devices.")
         if options.get("workers") is None:
-            options["workers"] = min(16, max(1, usable_cores() // len(devices)))
+            options["workers"] = preparing_threads(len(devices))
         self._settings = (name, tuple(devices), options)
         self._workers = [
             # The warnings of one of them are enough.
@@ -97,7 +98,7 @@ class ParallelEmbedder:
     def __reduce__(self) -> tuple[Any, ...]:
         # Processes cannot be pickled; the other side starts its own.
         name, devices, options = self._settings
-        return _made, (name, devices, options)
+        return partial(ParallelEmbedder, **options), (name, devices)
 
     def encode(
         self,
@@ -217,18 +218,9 @@ class _Worker:
         process, self._process = self._process, None
         if process is None or self._owner != os.getpid():
             return
-        process.kill()
-        process.wait()
-        for pipe in (process.stdin, process.stdout):
-            if pipe is not None:
-                with suppress(OSError):  # what was not sent is not missed
-                    pipe.close()
+        end_process(process)
 
 
 def _close_all(workers: Sequence[_Worker]) -> None:
     for worker in workers:
         worker.close()
-
-
-def _made(name: str, devices: Sequence[str], options: dict[str, Any]) -> ParallelEmbedder:
-    return ParallelEmbedder(name, devices, **options)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeVar
 
 from llama_index.core.base.llms.types import ChatMessage, ImageBlock, MessageRole, TextBlock
 from llama_index.core.llms import LLM
@@ -33,6 +34,8 @@ from mmrag.llms.replies import json_objects
 from mmrag.prompting import estimate_tokens, new_boundary
 
 logger = logging.getLogger(__name__)
+
+L = TypeVar("L", bound=str)
 
 JUDGE_PROMPT = PromptTemplate(
     """\
@@ -130,11 +133,8 @@ def judge_answer(llm: LLM, question: Question, answer: AnswerRecord) -> Verdict:
     reply = _asked(llm, [TextBlock(text=prompt)])
     # Models write around their JSON, whatever they are told.
     for value in json_objects(reply):
-        grade = str(value.get("grade", "")).lower()
-        # A loop, so that the grade has its literal type.
-        for known in GRADES:
-            if grade == known:
-                return Verdict(known, str(value.get("reason", "")))
+        if grade := _label(value, "grade", GRADES):
+            return Verdict(grade, str(value.get("reason", "")))
     raise _useless(llm, "no grade", reply)
 
 
@@ -180,11 +180,14 @@ def judge_support(
     blocks = joined_blocks([*source_blocks(packed, boundary), TextBlock(text=prompt)])
     reply = _asked(llm, blocks)
     for value in json_objects(reply):
-        given = str(value.get("support", "")).lower()
-        for known in SUPPORTS:
-            if given == known:
-                return known
+        if support := _label(value, "support", SUPPORTS):
+            return support
     raise _useless(llm, "no grade of support", reply)
+
+
+def _label(value: Mapping[str, Any], key: str, known: Iterable[L]) -> L | None:
+    given = str(value.get(key, "")).lower()
+    return next((label for label in known if label == given), None)
 
 
 def _labels(llm: LLM, reply: str, count: int) -> list[Assignment]:

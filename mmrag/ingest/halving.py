@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-from mmrag.content import Content
 from mmrag.errors import ContentError
 
+C = TypeVar("C")
 T = TypeVar("T")
 
 
 def each_or_error(
-    encode: Callable[[Sequence[Content]], Sequence[T]], contents: Sequence[Content]
+    encode: Callable[[Sequence[C]], Sequence[T]], contents: Sequence[C]
 ) -> list[T | ContentError]:
     """What ``encode`` makes of each content; a bad one is found by halving the batch."""
     if not contents:

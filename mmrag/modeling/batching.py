@@ -14,14 +14,13 @@ from torch import Tensor
 
 from mmrag.errors import ConfigError, ModelError
 from mmrag.modeling.loading import is_out_of_memory
-from mmrag.processes import usable_cores
+from mmrag.processes import preparing_threads
 
 logger = logging.getLogger(__name__)
 
 # A CPU gains nothing from larger batches, which cost cache and padding; a GPU is idle with less.
 CPU_TOKEN_BUDGET = 1024
 GPU_TOKEN_BUDGET = 32768
-_MOST_WORKERS = 16
 # Few, for decoded images take memory.
 _BATCHES_AHEAD = 2
 _FIRST_PATIENCE = 4  # batches that must fit before a lowered budget is raised again
@@ -102,7 +101,7 @@ def default_workers(asked: int | None) -> int:
         ConfigError: For less than 1.
     """
     if asked is None:
-        return min(_MOST_WORKERS, usable_cores())
+        return preparing_threads()
     if asked < 1:
         raise ConfigError(f"workers={asked}: give at least 1.")
     return asked
@@ -168,6 +167,11 @@ def prepared(
                 future.cancel()
 
 
+def padded_tokens(batch: Sequence[Sized]) -> int:
+    """Tokens of a batch whose items are padded to the longest."""
+    return len(batch) * max(item.n_tokens for item in batch)
+
+
 def run_halving(
     forward: Callable[[Sequence[S]], NDArray[np.float32]],
     inputs: Sequence[S],
@@ -179,7 +183,7 @@ def run_halving(
     Raises:
         ModelError: If a single item does not fit, at the second try with memory freed.
     """
-    tokens = len(inputs) * max(item.n_tokens for item in inputs)
+    tokens = padded_tokens(inputs)
     # What was prepared before the budget fell is too large now.
     if len(inputs) == 1 or tokens <= budget.limit:
         for last_try in (False, True) if len(inputs) == 1 else (False,):

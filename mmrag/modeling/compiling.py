@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils._triton import has_triton
 
 from mmrag.errors import ConfigError
-from mmrag.modeling.batching import Sized
+from mmrag.modeling.batching import Sized, padded_tokens
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +63,7 @@ class HotBlocks:
         """Result of ``forward`` on a batch, by compiled blocks where they help."""
         if not self._active:
             return forward(batch)
-        tokens = len(batch) * max(item.n_tokens for item in batch)
+        tokens = padded_tokens(batch)
         if len(batch) == 1 or tokens < LARGE:
             if not self._compiled:
                 return forward(batch)

@@ -8,7 +8,6 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import TypeVar
 
 import torch
-from torch import nn
 
 from mmrag.modeling.compiling import LENGTHS
 from mmrag.modeling.loading import is_out_of_memory
@@ -28,23 +27,19 @@ class Lanes:
     after it.
 
     Args:
+        device: that the model is on.
         stateful: the model keeps something from batch to batch: all of them run one by one.
     """
 
-    def __init__(self, model: nn.Module, stateful: bool = False) -> None:
-        self._device = next(model.parameters()).device
+    def __init__(self, device: torch.device, stateful: bool = False) -> None:
+        self._device = device
         self._stateful = stateful
         self._large, self._short = threading.Lock(), threading.Lock()
         self._stream: torch.cuda.Stream | None = None
 
-    def __getstate__(self) -> dict[str, object]:
+    def __reduce__(self) -> tuple[type[Lanes], tuple[torch.device, bool]]:
         # Locks and streams belong to a process; Ray and multiprocessing send models to others.
-        return {"_device": self._device, "_stateful": self._stateful}
-
-    def __setstate__(self, state: dict[str, object]) -> None:
-        self.__dict__.update(state)
-        self._large, self._short = threading.Lock(), threading.Lock()
-        self._stream = None
+        return Lanes, (self._device, self._stateful)
 
     def run(self, forward: Callable[[], R], tokens: int) -> R:
         """The result of ``forward``, a batch of so many tokens with padding.

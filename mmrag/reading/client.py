@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import contextlib
 import os
 import pickle
 import signal
@@ -11,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from mmrag.processes import start_module
+from mmrag.processes import end_process, start_module
 from mmrag.reading.options import DEADLINE, Done, ReadOptions
 
 
@@ -69,12 +68,7 @@ class _Worker:
             raise RequestFailed(answer.error, retry=answer.retry)
 
     def close(self) -> None:
-        self.process.kill()
-        self.process.wait()
-        for pipe in (self.process.stdin, self.process.stdout):
-            if pipe is not None:
-                with contextlib.suppress(BrokenPipeError):  # what was not sent is not missed
-                    pipe.close()
+        end_process(self.process)
 
 
 _idle: list[_Worker] = []

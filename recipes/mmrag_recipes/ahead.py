@@ -10,10 +10,10 @@ from typing import Any, Protocol, TypeVar
 
 from torch import Tensor
 
+from mmrag.processes import usable_cores
 from mmrag_recipes import distributed
 from mmrag_recipes.batches import Batch, shard
 from mmrag_recipes.data import Dataset
-from mmrag_recipes.row_file import n_cores
 
 MOST_BYTES = 2 * 2**30
 """Bytes of inputs that wait, beside those of the step that runs."""
@@ -50,7 +50,7 @@ def prepare_ahead(
     ahead: deque[tuple[Batch, W, int]] = deque()
     bytes_per_token = 0.0  # the most of any step so far
     # The processes of one machine share its cores.
-    threads = max(1, n_cores() // distributed.local_size())
+    threads = max(1, usable_cores() // distributed.local_size())
     with ThreadPoolExecutor(threads, thread_name_prefix="prepare") as pool:
 
         def submit() -> None:

@@ -22,6 +22,7 @@ from mmrag.content import ContentLike
 from mmrag.embedders.local import LocalEmbedder
 from mmrag.embedders.registry import find_folders
 from mmrag.errors import ContentError
+from mmrag.ingest.halving import each_or_error
 from mmrag.modeling.backbone import Backbone, inputs_of
 from mmrag.modeling.checkpoints import fingerprint
 from mmrag_recipes import distributed
@@ -49,13 +50,15 @@ class _Tolerant(LocalEmbedder):
         dim: int | None = None,
         progress: bool = False,
     ) -> NDArray[np.float32]:
-        try:
-            return super().encode(contents, instruction, dim, progress)
-        except ContentError as error:
-            if len(contents) > 1:
-                return np.concatenate([self.encode([one], instruction, dim) for one in contents])
-            logger.warning("left out of the search for negatives: %s", error)
-            return np.full((1, self.dim), np.nan, dtype=np.float32)
+        embed = super().encode
+        vectors = np.full((len(contents), dim or self.dim), np.nan, dtype=np.float32)
+        found = each_or_error(lambda some: [*embed(some, instruction, dim, progress)], contents)
+        for place, one in enumerate(found):
+            if isinstance(one, ContentError):
+                logger.warning("left out of the search for negatives: %s", one)
+            else:
+                vectors[place] = one
+        return vectors
 
 
 class Refresh:

@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from mmrag.errors import ContentError
+from mmrag.processes import usable_cores
 from mmrag_recipes.console import track
 from mmrag_recipes.rows import Item, Row, first_problem, images_of
 
@@ -305,17 +306,12 @@ def workers(
     n_tasks: int, setup: Callable[..., None] | None = None, *arguments: Any
 ) -> Iterator[Executor]:
     """Processes on all cores for many tasks, none for few; ``setup`` runs once in each."""
-    if n_tasks <= _FEW_TASKS or n_cores() == 1:
+    if n_tasks <= _FEW_TASKS or usable_cores() == 1:
         if setup:
             setup(*arguments)
         yield _Here()
         return
     # Not forked: this process may run threads, and hold a GPU.
     context = get_context("spawn")
-    with ProcessPoolExecutor(n_cores(), context, setup, arguments) as pool:
+    with ProcessPoolExecutor(usable_cores(), context, setup, arguments) as pool:
         yield pool
-
-
-def n_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -16,7 +16,7 @@ WAIT = 10  # seconds, which no run of these takes
 
 @pytest.fixture
 def lanes():
-    return Lanes(torch.nn.Linear(1, 1))
+    return Lanes(torch.device("cpu"))
 
 
 @pytest.fixture
@@ -60,7 +60,7 @@ def test_batches_of_one_size_run_one_by_one(lanes, pool, tokens):
 
 
 def test_a_model_that_keeps_something_runs_one_batch_at_a_time(pool):
-    lanes = Lanes(torch.nn.Linear(1, 1), stateful=True)
+    lanes = Lanes(torch.device("cpu"), stateful=True)
     large, query = Held(), Held()
     pool.submit(lanes.run, large, SHORT + 1)
     assert large.runs.wait(WAIT)

@@ -83,7 +83,7 @@ def test_several_processes_give_what_one_gives(tiny_model, mixed_rows, tmp_path,
         path.unlink()
     monkeypatch.setattr(row_file, "_RANGE", 500)
     monkeypatch.setattr(data, "_ROWS_PER_TASK", 3)
-    monkeypatch.setattr(row_file, "n_cores", lambda: 2)
+    monkeypatch.setattr(row_file, "usable_cores", lambda: 2)
     together = load_datasets(config, backbone)[0]
     assert (together.rows._offsets == offsets).all()
     assert (together.costs == costs).all()
