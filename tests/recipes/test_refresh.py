@@ -1,8 +1,5 @@
 """Negatives mined during a run: by the present weights, the same after a kill, on two processes."""
 
-import os
-import socket
-import subprocess
 import sys
 from pathlib import Path
 
@@ -11,6 +8,7 @@ import torch
 from made_rows import make_rows
 from tiny_nano import save_nano
 from training import config_of, same, weights_of
+from two_processes import run_on_two
 
 from mmrag.embedders import load_backbone
 from mmrag.embedders.families.nano import NanoBackbone
@@ -25,7 +23,6 @@ from mmrag_recipes.rows import Item, read_rows, store_of, write_rows
 from mmrag_recipes.train import train
 from mmrag_recipes.trainable import make_trainable
 
-REPOSITORY = Path(__file__).parents[2]
 # The scores of a tiny model lie close together: by the shipped rules nothing would be left.
 RULES = RefreshConfig(every=3, right=3, wrong=0, max_ratio=99.0, duplicate_cosine=2.0)
 
@@ -157,25 +154,8 @@ def test_a_run_that_was_killed_takes_the_same_negatives(base, steps, tmp_path, w
 def test_two_processes_mine_a_share_each(base, tmp_path):
     config = base.replace(out=str(tmp_path / "out"), steps=4)
     (tmp_path / "config.json").write_text(config.model_dump_json(exclude_none=True))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    shared = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    shared["PYTHONPATH"] = f"{REPOSITORY}{os.pathsep}{REPOSITORY / 'recipes'}"
     command = [sys.executable, "-m", "mmrag_recipes", "train", "--config"]
-    ranks = [
-        subprocess.Popen(
-            [*command, str(tmp_path / "config.json")],
-            env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    for process in ranks:
-        _, errors = process.communicate(timeout=300)
-        assert process.returncode == 0, errors[-2000:]
+    run_on_two([*command, str(tmp_path / "config.json")], 300)
     assert mined_at(config.out, 3) == expected_at(config, 3)
 
 

@@ -1,9 +1,6 @@
 """Training with split weights gives what training without does."""
 
-import os
 import shutil
-import socket
-import subprocess
 import sys
 from pathlib import Path
 
@@ -14,6 +11,7 @@ from pydantic import ValidationError
 from tiny import save_qwen2_vl
 from tiny_qwen3 import add_words
 from training import config_of, log_of, same, weights_of
+from two_processes import free_ports, run_on_two
 
 from mmrag.errors import ConfigError
 from mmrag_recipes.config import FeaturesConfig, GroupConfig, LoraConfig, RefreshConfig
@@ -22,40 +20,12 @@ from mmrag_recipes.rows import read_rows, write_rows
 from mmrag_recipes.train import train
 from mmrag_recipes.train_reranker import train_reranker
 
-REPOSITORY = Path(__file__).parents[2]
-
-
-def free_ports(count):
-    sockets = [socket.socket() for _ in range(count)]
-    for one in sockets:
-        one.bind(("127.0.0.1", 0))
-    ports = [str(one.getsockname()[1]) for one in sockets]
-    for one in sockets:
-        one.close()
-    return " ".join(ports)
-
 
 def on_two_processes(*arguments):
-    shared = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
-    shared |= {"MASTER_PORTS": free_ports(len(arguments)), "LOCAL_WORLD_SIZE": "2"}
-    shared["PYTHONPATH"] = f"{REPOSITORY}{os.pathsep}{REPOSITORY / 'recipes'}"
     worker = Path(__file__).parent / "whole_runs.py"
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, str(worker), *arguments],
-            env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        for process in ranks:
-            _, errors = process.communicate(timeout=300)
-            assert process.returncode == 0, errors[-3000:]
-    finally:
-        for process in ranks:
-            process.kill()  # one that waits for the other would stay
+    ports = " ".join(free_ports(len(arguments)))
+    command = [sys.executable, str(worker), *arguments]
+    run_on_two(command, 300, MASTER_PORTS=ports, LOCAL_WORLD_SIZE="2")
 
 
 @pytest.fixture(scope="module")

@@ -1,9 +1,6 @@
 """T3 to T10: scale over processes, one reduction, resume, clean batches, faults."""
 
 import json
-import os
-import socket
-import subprocess
 import sys
 from pathlib import Path
 
@@ -14,6 +11,7 @@ from made_rows import make_rows
 from one_step import one_step, prepare_step
 from tiny_nano import save_nano
 from training import config_of, log_of
+from two_processes import run_on_two
 
 from mmrag.embedders import load_backbone
 from mmrag.errors import ConfigError, ContentError
@@ -29,8 +27,6 @@ from mmrag_recipes.rows import Item, Row, read_rows, write_rows
 from mmrag_recipes.steps import Feeder
 from mmrag_recipes.train import train
 from mmrag_recipes.trainable import learning_rate, make_trainable
-
-REPOSITORY = Path(__file__).parents[2]
 
 
 def test_training_lowers_the_loss_and_writes_what_a_person_needs(tiny_model, text_rows, tmp_path):
@@ -126,23 +122,7 @@ def on_two_processes(tiny_model, mixed_rows, text_rows, tmp_path_factory) -> tup
     for name, config in configs.items():
         (folder / f"{name}.json").write_text(config.model_dump_json(exclude_none=True))
     worker = Path(__file__).parent / "one_step.py"
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    shared = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    shared["PYTHONPATH"] = f"{REPOSITORY}{os.pathsep}{REPOSITORY / 'recipes'}"
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, str(worker), str(folder)],
-            env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    for process in ranks:
-        _, errors = process.communicate(timeout=600)
-        assert process.returncode == 0, errors[-2000:]
+    run_on_two([sys.executable, str(worker), str(folder)], 600)
     return configs, torch.load(folder / "results.pt", weights_only=True)
 
 
