@@ -8,7 +8,7 @@ torch has attention of variable lengths; and the arithmetic is written in fewer 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from itertools import accumulate, pairwise
 from typing import Any
@@ -42,12 +42,36 @@ def speed_up(visual: Any) -> None:
     Weights keep their names and shapes, so that checkpoints are saved as they were. Other
     attention than SDPA stays as it is: flash attention takes images of any length at once.
     """
-    visual.patch_embed.forward = MatmulPatchEmbed(visual.patch_embed)
+    _replace_forward(visual.patch_embed, embed_patches)
     for block in visual.blocks:
         if visual.config._attn_implementation == "sdpa":
-            block.attn.forward = GroupedAttention(block.attn)
+            _replace_forward(block.attn, attend_grouped)
         if isinstance(getattr(block.mlp, "act", None), QuickGELUActivation):
-            block.mlp.forward = QuickGeluMlp(block.mlp)
+            _replace_forward(block.mlp, quick_gelu_mlp)
+
+
+def _replace_forward(module: nn.Module, forward: Callable[..., Tensor]) -> None:
+    # By its class: a forward of each module's own would have each block compiled anew, and after
+    # eight of them the compiler gives up.
+    module.__class__ = _with_forward(type(module), forward)
+
+
+_classes: dict[tuple[type, Callable[..., Tensor]], type[nn.Module]] = {}
+
+
+def _with_forward(base: type[nn.Module], forward: Callable[..., Tensor]) -> type[nn.Module]:
+    """The one subclass with this forward, whose modules can be pickled."""
+
+    def reduce(module: nn.Module) -> tuple[Any, ...]:
+        return _blank, (base, forward), module.__dict__
+
+    members = {"forward": forward, "__reduce__": reduce}
+    return _classes.setdefault((base, forward), type(base.__name__, (base,), members))
+
+
+def _blank(base: type[nn.Module], forward: Callable[..., Tensor]) -> nn.Module:
+    made = _with_forward(base, forward)
+    return made.__new__(made)
 
 
 def run_tower(visual: Any, images: Sequence[Tensor], rule: ImageRule) -> Any:
@@ -76,7 +100,7 @@ def tower_output(visual: Any, images: Sequence[Tensor], rule: ImageRule) -> Any:
     tables = [_tables(*grid, rule.merge, side) for grid in grids]
     sizes = {name: send(torch.cat([table[name] for table in tables]), device) for name in tables[0]}
     thw = torch.tensor([(1, *grid) for grid in grids])
-    grouped = isinstance(visual.blocks[0].attn.forward, GroupedAttention)
+    grouped = type(visual.blocks[0].attn).forward is attend_grouped
     # Our attention wants lengths on the CPU, flash attention on the device.
     where = torch.device("cpu") if grouped else device
     sizes["cu_seqlens"] = get_vision_cu_seqlens(thw).to(where)
@@ -121,63 +145,48 @@ def device_patches(images: Sequence[Tensor], rule: ImageRule, device: torch.devi
     return torch.cat(parts)
 
 
-class MatmulPatchEmbed:
-    """A picklable forward for a patch embedding, as a matrix product.
+def embed_patches(patch_embed: Any, patches: Tensor) -> Tensor:
+    """Patches (n, 3 * temporal * patch * patch) to (n, dim), by a matrix product.
 
-    Its convolution never overlaps, so each output is one dot product; the convolution kernel
-    is 10 to 20 times slower in some torch releases (pytorch issue 166122).
+    The convolution of a patch embedding never overlaps, so each output is one dot product; the
+    convolution kernel is 10 to 20 times slower in some torch releases (pytorch issue 166122).
     """
-
-    def __init__(self, patch_embed: nn.Module) -> None:
-        self.patch_embed: Any = patch_embed
-
-    def __call__(self, patches: Tensor) -> Tensor:
-        """Patches (n, 3 * temporal * patch * patch) to (n, dim)."""
-        projection = self.patch_embed.proj
-        weight = projection.weight.flatten(1)  # (embed, 3 * temporal * patch * patch)
-        return F.linear(patches.to(weight.dtype).view(-1, weight.shape[1]), weight, projection.bias)
+    projection = patch_embed.proj
+    weight = projection.weight.flatten(1)  # (dim, 3 * temporal * patch * patch)
+    return F.linear(patches.to(weight.dtype).view(-1, weight.shape[1]), weight, projection.bias)
 
 
-class QuickGeluMlp:
-    """A picklable forward for an MLP with quick-GELU, in two kernels less.
+def quick_gelu_mlp(mlp: Any, x: Tensor) -> Tensor:
+    """An MLP with quick-GELU, (n, dim) to (n, dim), in two kernels less.
 
     ``x * sigmoid(a * x)`` is ``silu(a * x) / a``, and both factors go into the matrix products.
     """
-
-    def __init__(self, mlp: nn.Module) -> None:
-        self.mlp: Any = mlp
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """(n, dim) to (n, dim)."""
-        first, second = self.mlp.fc1, self.mlp.fc2
-        if type(first) is not nn.Linear or type(second) is not nn.Linear:  # adapters, quantised
-            return torch.as_tensor(second(self.mlp.act(first(x))))
-        inner = torch.addmm(first.bias * _QUICK, x, first.weight.T, alpha=_QUICK)
-        inner = F.silu(inner, inplace=not inner.requires_grad)
-        return torch.addmm(second.bias, inner, second.weight.T, alpha=1 / _QUICK)
+    first, second = mlp.fc1, mlp.fc2
+    if type(first) is not nn.Linear or type(second) is not nn.Linear:  # adapters, quantised
+        return torch.as_tensor(second(mlp.act(first(x))))
+    inner = torch.addmm(first.bias * _QUICK, x, first.weight.T, alpha=_QUICK)
+    inner = F.silu(inner, inplace=not inner.requires_grad)
+    return torch.addmm(second.bias, inner, second.weight.T, alpha=1 / _QUICK)
 
 
-class GroupedAttention:
-    """A picklable forward for a tower's attention: segments of one length in one call."""
+def attend_grouped(
+    attention: Any,
+    hidden_states: Tensor,
+    cu_seqlens: Tensor,
+    position_embeddings: tuple[Tensor, Tensor],
+    **kwargs: Any,
+) -> Tensor:
+    """A tower's attention, (patches, dim) in and out, segments of one length in one call.
 
-    def __init__(self, attention: nn.Module) -> None:
-        self.attention: Any = attention
-
-    def __call__(
-        self,
-        hidden_states: Tensor,
-        cu_seqlens: Tensor,
-        position_embeddings: tuple[Tensor, Tensor],
-        **kwargs: Any,
-    ) -> Tensor:
-        """As the class it replaces: (patches, dim) in and out; ``cu_seqlens`` on the CPU."""
-        attention = self.attention
-        qkv = attention.qkv(hidden_states).view(len(hidden_states), 3, attention.num_heads, -1)
-        query, key = turned(qkv[:, :2], *position_embeddings).unbind(1)
-        value = qkv[:, 2]  # (patches, heads, head_dim)
-        attend = _attend_compiled if torch.compiler.is_compiling() else attend_segments
-        attended = attend(query, key, value, cu_seqlens, attention.scaling)
-        return torch.as_tensor(attention.proj(attended.flatten(1)))
+    Args:
+        cu_seqlens: where segments end, on the CPU.
+    """
+    qkv = attention.qkv(hidden_states).view(len(hidden_states), 3, attention.num_heads, -1)
+    query, key = turned(qkv[:, :2], *position_embeddings).unbind(1)
+    value = qkv[:, 2]  # (patches, heads, head_dim)
+    attend = _attend_compiled if torch.compiler.is_compiling() else attend_segments
+    attended = attend(query, key, value, cu_seqlens, attention.scaling)
+    return torch.as_tensor(attention.proj(attended.flatten(1)))
 
 
 def attend_segments(

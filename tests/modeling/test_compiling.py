@@ -40,8 +40,10 @@ def eager_compiler(monkeypatch):
     torch._dynamo.reset()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family",
+    ["gme", *(pytest.param(name, marks=pytest.mark.slow) for name in ("moca", "qwen3_vl"))],
+)
 def test_compiled_blocks_give_the_same_vectors_and_are_compiled_once_a_kind(
     family, tmp_path, eager_compiler
 ):
@@ -53,8 +55,9 @@ def test_compiled_blocks_give_the_same_vectors_and_are_compiled_once_a_kind(
         np.testing.assert_allclose(
             compiled.encode(contents), plain.encode(contents), atol=2e-5, rtol=0
         )
-    # One a kind of block, and of some a second one for batches without padding.
-    assert 2 <= counters["stats"]["unique_graphs"] <= 6
+    # One a kind of block, not one a block: after eight the compiler gives up. The first layers of
+    # Qwen3-VL's decoder get features of the tower as well.
+    assert counters["stats"]["unique_graphs"] == (3 if family == "qwen3_vl" else 2)
     assert not counters["graph_break"]
 
 
