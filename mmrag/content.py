@@ -188,7 +188,7 @@ def image_size(
         _check_pixels(image.size, name, limits)
         width, height = image.size
         # PngImageFile.getexif would decode the whole image to look behind its pixels.
-        orientation = _orientation(Image.Image.getexif(image))
+        orientation = orientation_of(Image.Image.getexif(image))
     # Pillow states the size of a TIFF as it will be once turned.
     turned = orientation in _ON_THEIR_SIDE and image.format != "TIFF"
     return (height, width) if turned else (width, height)
@@ -387,14 +387,15 @@ def _check_scans(image: Image.Image, name: str, limits: ImageLimits) -> None:
         )
 
 
-def _orientation(exif: Image.Exif) -> int:
+def orientation_of(exif: Image.Exif) -> int:
+    """How an image is to be turned, as EXIF counts it; 1 is upright."""
     value = exif.get(ExifTags.Base.Orientation, 1)
     return value if isinstance(value, int) else 1
 
 
 def _upright(image: Image.Image, own: bool) -> Image.Image:
     """The image turned as its EXIF data say. own: whether it may be changed."""
-    if _orientation(image.getexif()) == 1:
+    if orientation_of(image.getexif()) == 1:
         return image
     # Pillow would write the EXIF data anew, and fail over damaged ones that it has just read.
     upright = image if own else image.copy()

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from mmrag.content import FORMATS, ImageLimits, load_image
+from mmrag.content import FORMATS, ImageLimits, load_image, orientation_of
 from mmrag.errors import ContentError, is_environment_error
 from mmrag.reading import layout, ocr
 from mmrag.reading.files import write
@@ -62,9 +62,8 @@ def read_frames(
                 yield _problem(number, error)
                 return  # where the next frame is stands in this one
             if (number, "image") not in skipped:
-                yield from _read_frame(
-                    image, number, folder / f"p{number:04d}{suffix}", options, skipped
-                )
+                out = folder / f"p{number:04d}{suffix}"
+                yield from _read_frame(path, image, number, out, options, skipped)
             number += 1
 
 
@@ -82,17 +81,21 @@ def _opened(path: Path) -> Image.Image:
 
 
 def _read_frame(
-    image: Image.Image, number: int, out: Path, options: ReadOptions, skipped: Skipped
+    path: Path,
+    image: Image.Image,
+    number: int,
+    out: Path,
+    options: ReadOptions,
+    skipped: Skipped,
 ) -> Iterator[PageRecord | Problem | Step]:
     try:
-        if not out.exists():
-            _save_frame(image, out, options)
+        decoded = None if out.exists() else _save_frame(path, image, out, options)
     except _BROKEN as error:
         if isinstance(error, OSError) and is_environment_error(error):
             raise
         yield _problem(number, error)
         return
-    tokens = yield from recognised(out, number, options, skipped)
+    tokens = yield from recognised(out, number, options, skipped, decoded)
     layer: TextLayer = "ocr" if tokens else "none"
     yield PageRecord(
         page=number,
@@ -104,15 +107,21 @@ def _read_frame(
 
 
 def recognised(
-    image: Path, number: int, options: ReadOptions, skipped: Skipped
+    image: Path,
+    number: int,
+    options: ReadOptions,
+    skipped: Skipped,
+    decoded: Image.Image | None = None,
 ) -> Generator[Step | Problem, None, list[Token] | None]:
     """The words in an image file, which are saved beside it; None if it was not looked at.
 
-    number: of the frame that it is.
+    number: of the frame that it is. decoded: the same in RGB, if that is at hand.
     """
-    with Image.open(image) as opened:
-        if len(opened.convert("RGB").getcolors(maxcolors=1) or ()) == 1:
-            return []  # of one colour only
+    if decoded is None:
+        with Image.open(image) as opened:
+            decoded = opened.convert("RGB")
+    if len(decoded.getcolors(maxcolors=1) or ()) == 1:
+        return []  # of one colour only
     if options.ocr == "off" or (number, "recognition") in skipped:
         return None
     yield Step(number, "recognition")
@@ -126,11 +135,26 @@ def recognised(
     return tokens
 
 
-def _save_frame(image: Image.Image, out: Path, options: ReadOptions) -> None:
+def _save_frame(path: Path, image: Image.Image, out: Path, options: ReadOptions) -> Image.Image:
     if image.format == "JPEG":  # decoded at a half, a quarter or an eighth, if that will do
         scale = _shrink(image.size, options)
         image.draft("RGB", (math.ceil(image.width * scale), math.ceil(image.height * scale)))
-    write(out, encoded(load_image(image, limits=_LIMITS), out, options))
+    loaded = load_image(image, limits=_LIMITS)  # decodes it all, so that damage shows
+    # A PNG would take longer to encode than all else, and a JPEG would lose quality.
+    write(out, path.read_bytes() if _is_ready(image, options) else encoded(loaded, out, options))
+    return loaded
+
+
+def _is_ready(image: Image.Image, options: ReadOptions) -> bool:
+    """Whether the file of a decoded image is what is to be stored."""
+    return (
+        image.format in ("PNG", "JPEG")
+        and image.mode == "RGB"
+        and not image.has_transparency_data
+        and getattr(image, "n_frames", 1) == 1
+        and orientation_of(image.getexif()) == 1
+        and _shrink(image.size, options) == 1
+    )
 
 
 def _problem(number: int, error: BaseException) -> Problem:

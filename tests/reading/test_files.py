@@ -106,6 +106,27 @@ def test_images_are_turned_upright_and_kept_within_the_limit(read, tmp_path) -> 
         assert image.size == (100, 200)
 
 
+@pytest.mark.parametrize("suffix", ["png", "jpg"])
+def test_an_image_that_is_ready_is_stored_as_it_is(suffix, read, tmp_path) -> None:
+    path = tmp_path / f"a.{suffix}"
+    exif = Image.Exif()
+    exif[0x0112] = 3  # upside down, which changes no size
+    noise = Image.effect_noise((90, 60), 50).convert("RGB")
+    changes = ({"exif": exif}, {"save_all": True, "append_images": [noise.copy()]})
+    noise.save(path, quality=60)
+    (node,) = read(path).nodes
+    assert Path(node.image_resource.path).read_bytes() == path.read_bytes()
+    for options in changes if suffix == "png" else changes[:1]:
+        noise.save(path, **options)
+        (node,) = read(path).nodes
+        assert Path(node.image_resource.path).read_bytes() != path.read_bytes()
+    transparent = noise.convert("RGBA" if suffix == "png" else "L")
+    transparent.save(path)
+    (node,) = read(path).nodes
+    with Image.open(node.image_resource.path) as image:
+        assert image.mode == "RGB"
+
+
 def test_broken_images_are_reported(read, tmp_path) -> None:
     whole = tmp_path / "whole.png"
     Image.effect_noise((90, 90), 50).save(whole)
