@@ -3,7 +3,8 @@
 Vectors of the whole batch are computed without a graph, the loss gives the gradient of each
 vector, and each chunk is then run again with a graph to carry its vectors' gradients to the
 weights. The random state of each chunk is kept and set again, so that dropout falls the same
-way both times and the result is that of the whole batch at once.
+way both times and the result is that of the whole batch at once. The last chunk keeps its graph
+from the first time, so it runs once.
 
 A module that does not train, such as a frozen vision tower, gives the same both times: it runs
 once, and the second pass takes what it gave.
@@ -60,21 +61,24 @@ def step(
     with ExitStack() as stack:
         kept = [stack.enter_context(_run_once(module)) for module in frozen]
         with torch.no_grad():
-            for part in chunks:
+            for part in chunks[:-1]:
                 states.append(_random_state())
                 parts.append(encode(part))
+        last = encode(chunks[-1])
         # A leaf of its own: the backward of the loss ends here.
-        vectors = torch.cat(parts).detach().requires_grad_()
+        vectors = torch.cat([*parts, last]).detach().requires_grad_()
         value = loss(vectors)
         value.backward()  # type: ignore[no-untyped-call]
         assert vectors.grad is not None
-        gradients = torch.split(vectors.grad, [len(part) for part in chunks])
+        *gradients, own = torch.split(vectors.grad, [len(part) for part in chunks])
+        # Chain rule: a chunk's vectors carry the loss's gradient to the weights. The last goes
+        # first, so that there is never the graph of two.
+        torch.autograd.backward(last, own.to(last.dtype))
         for outputs in kept:
             outputs.replaying = True
-        for part, state, gradient in zip(chunks, states, gradients, strict=True):
+        for part, state, gradient in zip(chunks[:-1], states, gradients, strict=True):
             with _replay(state):
                 again = encode(part)
-            # Chain rule: the chunk's vectors carry the loss's gradient to the weights.
             torch.autograd.backward(again, gradient.to(again.dtype))
     return value.detach()
 

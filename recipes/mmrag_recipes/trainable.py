@@ -49,6 +49,9 @@ def make_trainable(trained: HasModel, config: RunConfig) -> list[nn.Parameter]:
         # The reentrant kind gives no gradient where no input requires one, as with frozen
         # embeddings.
         (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
+        # transformers lets inputs require a gradient for the sake of the other kind. A frozen tower
+        # would then keep a graph of all that it computes.
+        model.disable_input_require_grads()
     for tower in frozen_towers(model):
         # No graph is kept of what is frozen, so that there is nothing to compute again.
         for module in tower.modules():
@@ -68,6 +71,7 @@ def _freeze(model: nn.Module, prefix: str) -> None:
 
 def _add_adapters(model: nn.Module, lora: LoraConfig) -> None:
     from peft import inject_adapter_in_model, prepare_model_for_kbit_training
+    from peft.tuners.tuners_utils import BaseTunerLayer
 
     if getattr(model, "is_quantized", False):
         # Norms, embeddings and biases become float32. Checkpointing is turned on later, of the kind
@@ -84,6 +88,11 @@ def _add_adapters(model: nn.Module, lora: LoraConfig) -> None:
         inject_adapter_in_model(peft_config(lora), model)
     except ValueError as error:
         raise ConfigError(f"lora.targets: {error}") from error
+    if next(model.parameters()).is_cuda:
+        # Training casts automatically there. peft would make float32 of all that goes into an
+        # adapter, only for it to become bfloat16 again.
+        for adapter in (each for each in model.modules() if isinstance(each, BaseTunerLayer)):
+            adapter.cast_input_dtype_enabled = False
 
 
 def quantization_of(config: RunConfig) -> Quantization | None:

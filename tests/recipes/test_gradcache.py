@@ -3,6 +3,7 @@
 import pytest
 import torch
 from one_step import prepare_step
+from PIL import Image
 
 from mmrag.content import Content
 from mmrag.embedders import load_backbone
@@ -97,8 +98,8 @@ def test_dropout_falls_the_same_way_in_both_passes(tiny_model, mixed_rows):
 
     torch.manual_seed(11)
     gradcache.step(encode, step.inputs, lambda v: (v * v.detach().roll(1, 0)).sum(), chunk=5)
-    half = len(seen) // 2
-    for first, second in zip(seen[:half], seen[half:], strict=True):
+    n_again = len(seen) // 2  # the last chunk runs once
+    for first, second in zip(seen[:n_again], seen[n_again + 1 :], strict=True):
         torch.testing.assert_close(first, second)
     torch.manual_seed(12)
     assert not torch.allclose(encode(step.inputs[:5]), seen[0], atol=1e-4)  # dropout is active
@@ -134,7 +135,7 @@ def test_a_frozen_tower_sees_each_image_once(tiny_model, mixed_rows):
     gradients_of(0, ())
     whole = sum(patches)
     twice = gradients_of(3, ())
-    assert sum(patches) == 2 * whole
+    assert sum(patches) > 1.5 * whole
     once = gradients_of(3, towers)
     assert sum(patches) == whole
     assert once.keys() == twice.keys()
@@ -144,6 +145,7 @@ def test_a_frozen_tower_sees_each_image_once(tiny_model, mixed_rows):
 
 def test_only_what_trains_is_computed_again_for_memory(tiny_model, mixed_rows):
     config = config_of(tiny_model, mixed_rows, freeze=("visual",), gradient_checkpointing=True)
+    config = config.replace(lora=LoraConfig(r=2))
     backbone = load_backbone(config.model, family="gme", device="cpu")
     make_trainable(backbone, config)
     on = {
@@ -154,6 +156,12 @@ def test_only_what_trains_is_computed_again_for_memory(tiny_model, mixed_rows):
     assert "language_model.layers.0" in on
     assert not any(name.startswith("visual") for name in on)
     assert not backbone.model.visual.training
+    # No graph either, of which the activations of every layer would be kept.
+    features = []
+    backbone.model.visual.register_forward_hook(lambda *call: features.append(call[-1]))
+    page = Content(image=Image.new("RGB", (60, 80), "red"))
+    assert backbone.forward([inputs_of(backbone, page, None)]).requires_grad
+    assert not features[0].pooler_output.requires_grad
 
 
 @pytest.mark.gpu
