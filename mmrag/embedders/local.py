@@ -33,7 +33,7 @@ class LocalEmbedder:
     """An Embedder that runs a Backbone in this process.
 
     ``token_budget`` bounds a batch: its number of items times its longest sequence, in tokens,
-    visual ones included; None is 1,024 on the CPU and 32,768 elsewhere. ``workers`` threads
+    visual ones included; None is 1,024 on the CPU and 16,384 elsewhere. ``workers`` threads
     prepare ahead of the model; None is one for each core, at most 16. ``compile`` as in
     ``load_embedder``. Safe to call from several threads: the model runs one batch at a time, and
     beside it one short batch, such as a query, which does not wait while others index.

@@ -18,9 +18,10 @@ from mmrag.processes import preparing_threads
 
 logger = logging.getLogger(__name__)
 
-# A CPU gains nothing from larger batches, which cost cache and padding; a GPU is idle with less.
+# A CPU gains nothing from larger batches, which cost cache and padding. On an H200, 8 pages at a
+# time are as fast as 24, and the first batch is prepared sooner.
 CPU_TOKEN_BUDGET = 1024
-GPU_TOKEN_BUDGET = 32768
+GPU_TOKEN_BUDGET = 16384
 # Few, for decoded images take memory.
 _BATCHES_AHEAD = 2
 _FIRST_PATIENCE = 4  # batches that must fit before a lowered budget is raised again

@@ -26,7 +26,7 @@ LARGE = 4096
 """Tokens of a padded batch from which on compiled blocks run; smaller ones run as they are."""
 HOT = 500_000
 """Tokens in large batches after which compiling pays: it takes about as long as they do."""
-LENGTHS = (32, 64, 128, 256, 512)
+LENGTHS = (32, 64, 128, 256, 384, 512, 768, 1024)
 """Lengths of runs that are recorded, in tokens; what is shorter is padded to the next."""
 _BACKEND = "inductor"
 

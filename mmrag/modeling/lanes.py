@@ -12,8 +12,9 @@ import torch
 from mmrag.modeling.compiling import LENGTHS
 from mmrag.modeling.loading import is_out_of_memory
 
-# What is recorded as a CUDA graph must never run beside itself, so all of it is short.
-SHORT = LENGTHS[-1]
+# What is recorded as a CUDA graph must never run beside itself: texts of one recorded length are
+# all short, or none is.
+SHORT = next(length for length in LENGTHS if length >= 512)
 """Most tokens of a padded batch that runs beside others: a few queries, or a small image."""
 
 R = TypeVar("R")

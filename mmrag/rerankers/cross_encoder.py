@@ -60,7 +60,7 @@ class CrossEncoderScorer:
     gets none. A page without text has no score: it keeps its place, and its error says why.
 
     ``token_budget`` bounds a batch: its number of pairs times its longest, in estimated tokens;
-    None is 1,024 on the CPU and 32,768 elsewhere.
+    None is 1,024 on the CPU and 16,384 elsewhere.
 
     Raises:
         ConfigError: For a model with more than one label.

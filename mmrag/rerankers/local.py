@@ -75,7 +75,7 @@ class LocalScorer:
     """A Scorer that runs an Asker in this process.
 
     ``token_budget`` bounds a batch: its number of pairs times its longest sequence, in tokens,
-    visual ones included; None is 1,024 on the CPU and 32,768 elsewhere. ``workers`` threads
+    visual ones included; None is 1,024 on the CPU and 16,384 elsewhere. ``workers`` threads
     prepare ahead of the model; None is one for each core, at most 16. Safe to call from several
     threads: the model runs one batch at a time.
 
