@@ -20,6 +20,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from mmrag.modeling.batching import iter_batches
+
 
 class HasForward(Protocol):
     """A module, or what stands for one."""
@@ -37,6 +39,7 @@ def step(
     loss: Loss,
     chunk: int | None = None,
     frozen: Sequence[HasForward] = (),
+    costs: Sequence[int] | None = None,
 ) -> Tensor:
     """Add the gradient of ``loss(encode(inputs))`` to the weights.
 
@@ -45,6 +48,8 @@ def step(
         inputs: all inputs of the step.
         loss: of all (n, d) vectors at once.
         chunk: inputs run at a time with a graph; None or 0 runs all at once, without a cache.
+        costs: tokens of each input. A chunk then has as many tokens, padded, as ``chunk`` of the
+            longest have, so that short questions run more at a time.
         frozen: modules without a weight that trains, whose inputs depend on none either. Their
             outputs are kept from the first pass to the second, so they take memory for all
             inputs of the step.
@@ -56,7 +61,9 @@ def step(
         value = loss(encode(inputs))
         value.backward()  # type: ignore[no-untyped-call]
         return value.detach()
-    chunks = [inputs[start : start + chunk] for start in range(0, len(inputs), chunk)]
+    places = _places_of_chunks(len(inputs), chunk, costs)
+    chunks = [[inputs[place] for place in some] for some in places]
+    order = torch.tensor([place for some in places for place in some])
     states, parts = [], []
     with ExitStack() as stack:
         kept = [stack.enter_context(_run_once(module)) for module in frozen]
@@ -66,11 +73,11 @@ def step(
                 parts.append(encode(part))
         last = encode(chunks[-1])
         # A leaf of its own: the backward of the loss ends here.
-        vectors = torch.cat([*parts, last]).detach().requires_grad_()
+        vectors = torch.cat([*parts, last]).detach()[order.argsort()].requires_grad_()
         value = loss(vectors)
         value.backward()  # type: ignore[no-untyped-call]
         assert vectors.grad is not None
-        *gradients, own = torch.split(vectors.grad, [len(part) for part in chunks])
+        *gradients, own = torch.split(vectors.grad[order], [len(part) for part in chunks])
         # Chain rule: a chunk's vectors carry the loss's gradient to the weights. The last goes
         # first, so that there is never the graph of two.
         torch.autograd.backward(last, own.to(last.dtype))
@@ -81,6 +88,14 @@ def step(
                 again = encode(part)
             torch.autograd.backward(again, gradient.to(again.dtype))
     return value.detach()
+
+
+def _places_of_chunks(n: int, chunk: int, costs: Sequence[int] | None) -> list[list[int]]:
+    """Places of the inputs of each chunk; the longest last, which is the chunk that runs once."""
+    if costs is None:
+        return [list(range(start, min(start + chunk, n))) for start in range(0, n, chunk)]
+    most = chunk * max(costs)
+    return list(iter_batches(costs, lambda: most))[::-1]
 
 
 class _Outputs:

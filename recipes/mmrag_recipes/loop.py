@@ -273,12 +273,15 @@ def train_step(
     """
     # None tells a weight that no input used from one whose gradient is zero.
     optimizer.zero_grad(set_to_none=True)
+    # Shards are gathered by all processes together: they need equally many chunks.
+    costs = None if config.shard else [one.n_tokens for one in step.inputs]
     loss = gradcache.step(
         task.encode,
         step.inputs,
         lambda outputs: task.loss(outputs, step),
         config.chunk,
         unchanging(task.model),
+        costs,
     )
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     if not config.shard:  # gradients of shards are averages already

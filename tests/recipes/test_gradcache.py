@@ -28,7 +28,9 @@ def config_of(model, rows, **changes) -> TrainConfig:
     return config.replace(**changes)
 
 
-def gradients(config: TrainConfig, chunk: int, seed: int = 5) -> tuple[float, dict]:
+def gradients(
+    config: TrainConfig, chunk: int, seed: int = 5, costs: bool = False
+) -> tuple[float, dict]:
     """Loss and gradient of every weight for one fixed step, from a fresh model."""
     torch.manual_seed(seed)
     backbone = load_backbone(config.model, family="gme", device="cpu")
@@ -44,6 +46,7 @@ def gradients(config: TrainConfig, chunk: int, seed: int = 5) -> tuple[float, di
         step.inputs,
         lambda vectors: step_loss(vectors, step, config),
         chunk,
+        costs=[one.n_tokens for one in step.inputs] if costs else None,
     )
     named = backbone.model.named_parameters()
     return float(loss), {n: p.grad.clone() for n, p in named if p.grad is not None}
@@ -69,13 +72,27 @@ def test_cached_gradients_equal_those_of_the_whole_batch(tiny_model, mixed_rows,
     config = config_of(tiny_model, mixed_rows, **VARIANTS[variant])
     loss, whole = gradients(config, chunk=0)
     assert max(g.abs().max() for g in whole.values()) > 1e-3
-    for chunk in (1, 3, 10_000):
-        again, cached = gradients(config, chunk)
+    for chunk, costs in ((1, False), (3, False), (3, True), (10_000, True)):
+        again, cached = gradients(config, chunk, costs=costs)
         assert again == pytest.approx(loss, rel=1e-5)
         assert cached.keys() == whole.keys()
         for name, gradient in whole.items():
             scale = gradient.abs().max().clamp(min=1e-6)
             assert (cached[name] - gradient).abs().max() / scale < 2e-3, name
+
+
+def test_a_chunk_is_bounded_by_the_tokens_of_the_longest():
+    weight = torch.ones(1, requires_grad=True)
+    costs, seen = [5, 100, 5, 5, 90, 5, 5, 100], []
+
+    def encode(inputs):
+        seen.append(inputs)
+        return torch.tensor(inputs, dtype=torch.float32).unsqueeze(1) * weight
+
+    gradcache.step(encode, range(8), lambda v: (v.squeeze(1) ** 2).sum(), 2, costs=costs)
+    # At most 200 padded tokens each; the longest run once.
+    assert seen == [[2, 3, 5, 6], [4, 0], [1, 7], [2, 3, 5, 6], [4, 0]]
+    assert weight.grad.item() == 2 * sum(n**2 for n in range(8))
 
 
 def test_dropout_falls_the_same_way_in_both_passes(tiny_model, mixed_rows):
