@@ -11,7 +11,7 @@ from mmrag_recipes.rows import ImageStore, Item, Row, write_rows
 def make_rows(folder: Path, count: int, negatives: int = 1, kind: str = "mixed") -> Path:
     """Rows text->text, text->image, text->fused and fused->text in turn, with negatives."""
     store = ImageStore(folder / "images")
-    chance = np.random.default_rng(len(str(folder)) + count)
+    chance = np.random.default_rng(count)
 
     def image() -> str:
         height, width = 28 * chance.integers(2, 5), 28 * chance.integers(2, 5)
