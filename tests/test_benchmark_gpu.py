@@ -49,3 +49,18 @@ def test_what_does_not_fit_into_the_time_is_skipped_and_said(tmp_path):
     found, printed = run_gpu(tmp_path, 2.5)
     assert found["lines"]
     assert "training: skipped: needs about" in printed
+
+
+def test_the_table_in_the_documentation_is_that_of_the_saved_run(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    from gpu_table import Line
+
+    found = json.loads((BENCHMARKS / "h200.json").read_text())
+    page = (ROOT / "docs/benchmarks.md").read_text()
+    shown = [
+        line for line in page.splitlines() if line in {str(Line(**one)) for one in found["lines"]}
+    ]
+    assert shown == [str(Line(**line)) for line in found["lines"]]
+    for group in found["profile"]["plain"]["groups"]:
+        shares = [found["profile"][kind]["groups"][group] for kind in ("plain", "compiled")]
+        assert f"| {group} | {shares[0]:.3f} | {shares[1]:.3f} |" in page

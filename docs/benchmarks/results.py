@@ -33,8 +33,7 @@ SETS = {
     "sample documents of Microsoft's Azure search demo (MIT). 50 questions about text, 10 about "
     "charts. The questions are about three documents, so the intervals say little.",
     "filings": "**Company filings**: 20 filings, 2,624 pages in one collection, mostly dense "
-    "tables; the open set of FinanceBench (CC BY-NC, evaluation only). MiniLM was not run here: it "
-    "is the text encoder of mmrag-nano, and indexing takes longer in its float32.",
+    "tables; the open set of FinanceBench (CC BY-NC, evaluation only).",
 }
 SCOPES = {"corpus": "All documents", "document": "Inside the document"}
 
