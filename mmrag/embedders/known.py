@@ -14,6 +14,13 @@ SENTENCE_TRANSFORMERS = "sentence-transformers"
 # size find more than BM25 does (ViDoRe, arXiv 2407.01449). Not measured one by one.
 _LARGE = Calibration(fusion_weights={"image": 3.0, "fused": 3.0, "tokens": 7.0})
 
+# Measured of mmrag-nano, whose text encoder this is.
+_MINILM = Calibration(
+    support_cosine=0.8,
+    fusion_weights={"text": 1.0, "bm25": 2.0, "reference": 3.0},
+    zero_cosine={"text": 0.3},
+)
+
 
 @dataclass(frozen=True, slots=True)
 class KnownModel:
@@ -62,6 +69,16 @@ KNOWN: tuple[KnownModel, ...] = (
         note=_NANO_NOTE,
         # Its folder has what was measured.
         calibration=Calibration(),
+    ),
+    KnownModel(
+        "sentence-transformers/all-MiniLM-L6-v2",
+        SENTENCE_TRANSFORMERS,
+        384,
+        _APACHE,
+        256,
+        0,
+        modalities=("text",),
+        calibration=_MINILM,
     ),
     KnownModel("Alibaba-NLP/gme-Qwen2-VL-2B-Instruct", "gme", 1536, _APACHE, 32768, 1280),
     KnownModel("Alibaba-NLP/gme-Qwen2-VL-7B-Instruct", "gme", 3584, _APACHE, 32768, 1280),

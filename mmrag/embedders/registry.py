@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
 from mmrag.embedders.base import Calibration, Embedder
-from mmrag.embedders.known import KNOWN, KnownModel, find_known
+from mmrag.embedders.known import KNOWN, SENTENCE_TRANSFORMERS, KnownModel, find_known
 from mmrag.errors import ConfigError, ModelError
 
 if TYPE_CHECKING:
@@ -61,9 +61,6 @@ FAMILIES: dict[str, str] = {
     "moca": f"{_HERE}.moca:load_moca",
     "nano": f"{_HERE}.nano:load_nano",
 }
-
-# Not a Backbone but an Embedder of its own, for any other model.
-SENTENCE_TRANSFORMERS = "sentence-transformers"
 
 
 class FamilyOptions(TypedDict, total=False):
@@ -323,7 +320,12 @@ def _load_sentence_transformers(
     if len(folders) > 1:
         raise ConfigError(f"family={SENTENCE_TRANSFORMERS!r} takes no adapters: merge it first.")
     _check_options(load, SENTENCE_TRANSFORMERS, options)
-    return load(folders[0], placement, str(name), **options)
+    embedder = load(folders[0], placement, str(name), **options)
+    traits = traits_of(folders, read_marker(folders), find_known(str(name)))
+    embedder.calibration = traits["calibration"]
+    embedder.prefers_text = traits["prefers_text"]
+    embedder.prefers_passages = traits["prefers_passages"]
+    return embedder
 
 
 def _load(

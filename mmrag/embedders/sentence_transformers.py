@@ -53,6 +53,7 @@ class SentenceTransformersEmbedder:
     """
 
     calibration: Calibration | None = None
+    prefers_text = prefers_passages = False
     family = SENTENCE_TRANSFORMERS
 
     def __init__(

@@ -99,6 +99,16 @@ def clip(clip_folder):
     return load_embedder(clip_folder, family="sentence-transformers", device="cpu", batch_size=3)
 
 
+def test_what_is_known_of_a_model_holds_for_its_folder(bert_folder, tmp_path):
+    folder = shutil.copytree(bert_folder, tmp_path / "all-MiniLM-L6-v2")
+    assert load_embedder(folder, device="cpu").calibration.zero_cosine == {"text": 0.3}
+    marker = {"prefers_passages": True, "calibration": {"zero_cosine": {"text": 0.2}}}
+    (folder / "mmrag.json").write_text(json.dumps(marker))
+    own = load_embedder(folder, device="cpu")
+    assert own.calibration.zero_cosine == {"text": 0.2} and own.prefers_passages
+    assert own.calibration.fusion_weights["bm25"] == 2
+
+
 def test_contract_of_a_text_model(bert):
     assert isinstance(bert, Embedder)
     assert bert.modalities == {"text"}
