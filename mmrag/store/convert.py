@@ -1,6 +1,6 @@
-"""Copy points, images and what URLs named: to a server or from one, cut, or quantized otherwise.
+"""Copy a collection: to a server or from one, with vectors cut, or quantized otherwise.
 
-Nothing is read or embedded again.
+Points, images, copies of what URLs named, and uploads. Nothing is read or embedded again.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import dataclasses
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,13 @@ from mmrag.reading import words_path
 from mmrag.store.engine import AnyOf, Engine, Filter, Point, in_batches
 from mmrag.store.images import NOTES, ImageFolder, copy_of, with_image_paths
 from mmrag.store.making import SETTINGS_ID
+from mmrag.store.restoring import UPLOADS, beside_images
 from mmrag.store.settings import VIEWS, CollectionSettings
+from mmrag.store.trees import mirror
 
 _BATCH_POINTS = 64
-# The fields of a payload in which the path of an image may stand.
-_WITH_PATHS = ("_node_content", "page_image")
+# The fields of a payload in which the path of a file or an image stands.
+_WITH_PATHS = ("_node_content", "page_image", "file")
 
 # Vectors (n, d) to (n, d of the target), each of L2 norm 1.
 Change = Callable[[NDArray[np.float32]], NDArray[np.float32]]
@@ -58,7 +61,7 @@ def check_target(source: CollectionSettings, target: CollectionSettings, mapped:
 
 @dataclass(frozen=True)
 class Copying:
-    """Copies the points of one engine to another, with their images.
+    """Copies the points of one engine to another, with their images and uploads.
 
     change: of the vectors of each view.
     """
@@ -74,6 +77,8 @@ class Copying:
 
         progress: called with the number of points that are done, and of all.
         """
+        # Before the points, which say where they are.
+        mirror(*self._uploads, remove=False)
         n_copied, done, total = 0, 0, self.source.count(Filter())
         files = AnyOf("kind", ("file",))
         # Files last: one that is known in the target has all of its nodes there, also after a kill.
@@ -102,13 +107,28 @@ class Copying:
             kept = copy_of(self.source_images.path, str(point.payload.get("sha256")))
             if kept is not None:
                 _copy_file(kept, self.target_images.path / kept.parent.name / kept.name)
-            return Point(point.id, point.payload, vectors)
+            file = self._file(point.payload["file"])
+            return Point(point.id, point.payload | {"file": file}, vectors)
         node = metadata_dict_to_node(point.payload)
+        if "file" in node.metadata:
+            node.metadata["file"] = self._file(node.metadata["file"])
         moved = with_image_paths(node, lambda stored: self._moved(stored, node.node_id))
         changed = node_to_metadata_dict(moved)
         # The rest may differ from what the node's metadata say, as for nodes that were inserted.
         payload: dict[str, Any] = {key: changed[key] for key in _WITH_PATHS if key in changed}
         return Point(point.id, point.payload | payload, vectors)
+
+    @cached_property
+    def _uploads(self) -> tuple[Path, Path]:
+        """Where uploads were, and where they are from now on."""
+        images = (self.source_images, self.target_images)
+        old, new = (beside_images(each.path, UPLOADS).resolve() for each in images)
+        return old, new
+
+    def _file(self, file: str) -> str:
+        """The path of a file from now on: that of its copy, if it was uploaded."""
+        old, new = self._uploads
+        return str(new / Path(file).name) if Path(file).parent.resolve() == old else file
 
     def _moved(self, stored: Path, node_id: str) -> Path | None:
         """Copy an image, and the boxes of its words; returns how the copy's path is stored."""

@@ -43,6 +43,26 @@ def send(client, name, data, **options):
     return client.post("/api/files", files={"file": (name, data)}, **options)
 
 
+def test_a_converted_collection_serves_and_deletes_what_was_uploaded(make_client, built, tmp_path):
+    first = make_client()
+    path = write_pdf(tmp_path / "pump.pdf", "The pump was oiled in spring.")
+    send(first, "pump.pdf", path.read_bytes())
+    wait(first)
+    first.libraries.get("plans").index.convert(tmp_path / "moved")
+    first.libraries.close()
+    shutil.rmtree(built / "plans" / "uploads")
+    client = make_client(locations=[f"plans={tmp_path / 'moved'}", str(built / "boilers")])
+    wait(client)
+    rows = {row["name"]: row for row in client.get("/api/files").json()["files"]}
+    assert rows["pump.pdf"]["uploaded"] and not rows["plans.pdf"]["uploaded"]
+    address = f"/api/files/{rows['pump.pdf']['id']}"
+    assert client.get(f"{address}/pages/1/image?mark=72,72,200,90").status_code == 200
+    assert client.delete(address).status_code == 200
+    assert not any((tmp_path / "moved" / "uploads").iterdir())
+    client.libraries.close()
+    shutil.rmtree(tmp_path / "moved")
+
+
 def test_an_uploaded_file_is_indexed_found_and_removed(client, built):
     reply = send(client, "notes.md", b"# Pumps\n\nThe pump was oiled in spring.\n")
     assert reply.status_code == 202

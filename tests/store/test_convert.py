@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from mmrag.errors import CollectionError, ConfigError
 from mmrag.index import UniversalIndex
 from mmrag.nodes import node_image
+from mmrag.queries import Where
 from mmrag.reading import words_path
 from mmrag.store.collection import Collection, CollectionSettings
 from mmrag.store.optimizing import WORTH_BYTES
@@ -70,6 +71,33 @@ def test_to_a_server_and_back(library, tmp_path):
     assert on_server.convert(tmp_path / "back") == n_points
     with UniversalIndex(tmp_path / "back", FakeEmbedder()) as back:
         assert found(back) == expected
+
+
+@pytest.mark.parametrize("images", [None, "images-elsewhere"])
+def test_uploads_go_along(library, tmp_path, images):
+    """The first folder can be deleted: files that a server took are in the new one."""
+    uploads = tmp_path / "library" / "uploads"
+    uploads.mkdir()
+    upload = uploads / "manual.txt"
+    upload.write_text("the pump is oiled in spring")
+    (uploads / ".incoming-1").mkdir()
+    library.add(upload)
+    images_dir = None if images is None else tmp_path / images
+    library.convert(tmp_path / "new", images_dir=images_dir)
+    library.close()
+    shutil.rmtree(tmp_path / "library")
+    expected = tmp_path / ("new/uploads" if images is None else "images-elsewhere-uploads")
+    with UniversalIndex(tmp_path / "new", FakeEmbedder(), images_dir=images_dir) as new:
+        (moved,) = (entry for entry in new.files() if entry.path.name == "manual.txt")
+        assert moved.path == expected / "manual.txt"
+        assert moved.path.read_text() == "the pump is oiled in spring"
+        assert [each.name for each in expected.iterdir()] == ["manual.txt"]
+        (hit,) = new.as_retriever(where=Where(files=(str(moved.path),))).retrieve("pump")
+        assert hit.node.metadata["file_path"] == moved.path.as_posix()
+        assert new.add(expected).unchanged == [str(moved.path)]
+        assert not new.collection.examine().altered
+        # Files from elsewhere stay where they are.
+        assert {entry.path.parent for entry in new.files()} >= {tmp_path / "papers"}
 
 
 def test_vectors_are_cut_and_scaled(library, tmp_path):
