@@ -37,6 +37,8 @@ PAGE_FIELDS = ("sha256", "page", "kind", "file", "box", "node_id")
 
 FuseBy: TypeAlias = Literal["scores", "ranks"]
 
+_FAINT = 0.01  # of its weight has a ranking that says nothing, for there may be no other
+
 RRF_K = 5
 """How slowly the credit of a rank falls off. The paper's 60 suits lists of a thousand: the first
 ten places then count almost alike. For the handful of pages that an answer takes, the first
@@ -118,7 +120,8 @@ def fuse(
     Args:
         by: ``"scores"`` adds scores that are scaled to [0, 1] (see ``scaled``); ``"ranks"`` is
             reciprocal rank fusion (Cormack, Clarke and Buettcher, SIGIR 2009).
-        zeros: the score of each ranking that counts as nothing; see ``scaled``.
+        zeros: the score of each ranking that counts as nothing; see ``scaled``. A ranking whose
+            best is no more breaks ties of the others, as texts do where a picture is asked for.
         k: of reciprocal rank fusion.
 
     Raises:
@@ -131,11 +134,11 @@ def fuse(
     """
     if by not in get_args(FuseBy):
         raise ConfigError(f"by={by!r}: use one of {', '.join(get_args(FuseBy))}.")
-    total = sum(weights[name] for name in rankings)
+    shares = _shares(rankings, weights, zeros if by == "scores" else {})
     entries: dict[Hashable, Fused] = {}
     votes: dict[str, float] = {}
     for name, hits in rankings.items():
-        share = weights[name] / total if total else 0.0
+        share = shares[name]
         values = (
             scaled(hits, zeros.get(name, math.inf)) if by == "scores" else _reciprocal(len(hits), k)
         )
@@ -160,6 +163,18 @@ def fuse(
         entry.nodes.sort(key=lambda hit: (-votes[hit.id], hit.id))
     # By key, so that a query gives the same order in every run.
     return sorted(entries.values(), key=lambda entry: (-entry.score, str(entry.key)))
+
+
+def _shares(
+    rankings: Rankings, weights: Mapping[str, float], zeros: Mapping[str, float]
+) -> dict[str, float]:
+    """The share of each ranking in the sum of them."""
+    counted = {}
+    for name, hits in rankings.items():
+        says_nothing = bool(hits) and hits[0].score <= zeros.get(name, -math.inf)
+        counted[name] = weights[name] * (_FAINT if says_nothing else 1.0)
+    total = sum(counted.values())
+    return {name: weight / total if total else 0.0 for name, weight in counted.items()}
 
 
 def scaled(hits: Sequence[Scored], zero: float = math.inf) -> list[float]:

@@ -365,6 +365,22 @@ def test_scores_are_scaled_over_the_first_hundred():
     assert scaled([]) == []
 
 
+def test_a_ranking_below_its_zero_breaks_ties_alone():
+    """A picture as the question: its cosines with texts are low, and their order is chance."""
+    rankings = {
+        "image": [Scored("a", 0.9, {}), Scored("b", 0.9, {}), Scored("c", 0.2, {})],
+        "text": [Scored("x", 0.2, {}), Scored("b", 0.15, {}), Scored("c", 0.1, {})],
+    }
+    weights = {"image": 0.3, "text": 1.0}
+    found = fuse(rankings, weights, zeros={"text": 0.3})
+    assert [each.key for each in found] == ["b", "a", "x", "c"]
+    assert sum(each.credits["image"] for each in found if "image" in each.credits) > 1.9
+    # With nothing else its order is all there is, and where it says something it counts.
+    alone = fuse({"text": rankings["text"]}, weights, zeros={"text": 0.3})
+    assert [each.key for each in alone] == ["x", "b", "c"]
+    assert fuse(rankings, weights, zeros={"text": 0.1})[0].key == "x"
+
+
 def test_scores_count_from_a_zero_that_is_known():
     """Where all pages are alike, none of them gets much more than another."""
     hits = [scored(str(n), 0.8 - n / 1000) for n in range(3)]
