@@ -179,3 +179,11 @@ def test_nothing_is_wider_than_the_window(page, width):
     for view in ("ask", "search", "files"):
         page.click(f"nav a[data-view={view}]")
         assert page.evaluate("document.documentElement.scrollWidth") <= width
+
+
+def test_the_words_of_a_search_fit_a_phone(page):
+    page.set_viewport_size({"width": 360, "height": 640})
+    page.click("nav a[data-view=search]")
+    field = page.wait_for_selector("#words")
+    page.fill("#words", field.get_attribute("placeholder"))
+    assert field.evaluate("(field) => field.scrollWidth <= field.clientWidth")

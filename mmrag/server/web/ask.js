@@ -147,7 +147,11 @@ function citation(n, sources) {
   return el("button", { type: "button", class: "cite", "aria-label": label, title: placeOf(source), onclick: () => openSource(source) }, String(n));
 }
 
-export const placeOf = ({ name, page_name: place }) => (place ? `${name}, ${place}` : name);
+const placeOf = ({ name, page_name: place }) => (place ? `${name}, ${place}` : name);
+
+/** The same as nodes: a line breaks before `page 2`, not within it. */
+export const placeNodes = ({ name, page_name: place }) =>
+  place ? [`${name}, `, el("span", { class: "page" }, place)] : [name];
 
 function footOf({ found, sources, problems }) {
   const cited = sources.filter((source) => source.cited);
@@ -170,6 +174,6 @@ function card(source) {
   return el("li", {}, el("button", { type: "button", class: "card", onclick: () => openSource(source) },
     small ? el("img", { src: small, alt: "", loading: "lazy" }) : null,
     el("span", { class: "words" },
-      el("span", { class: "place" }, el("span", { class: "n" }, String(source.n)), placeOf(source)),
+      el("span", { class: "place" }, el("span", { class: "n" }, String(source.n)), placeNodes(source)),
       source.quote ? el("q", {}, source.quote) : null)));
 }

@@ -1,7 +1,7 @@
 /** Pages found by words or by an image, as thumbnails with what matches. */
 
 import { postJson } from "/static/api.js";
-import { placeOf } from "/static/ask.js";
+import { placeNodes } from "/static/ask.js";
 import { attachment } from "/static/attach.js";
 import { byId, count, el, onDrop } from "/static/dom.js";
 import { onCollection, state } from "/static/state.js";
@@ -51,7 +51,7 @@ function shown(hit, words) {
     : el("span", { class: "sheet", "aria-hidden": "true" }, hit.text.slice(0, 400));
   return el("li", {}, el("button", { type: "button", class: "hit", onclick: () => openSource(hit) },
     el("span", { class: "thumb" }, picture),
-    el("span", { class: "place" }, placeOf(hit)),
+    el("span", { class: "place" }, placeNodes(hit)),
     el("span", { class: "snippet quiet" }, marked(snippet(hit.kind === "description" ? "" : hit.text, words), words)),
     // What a model wrote of an image does not stand on the page.
     hit.description ? el("span", { class: "snippet quiet" }, `Description by ${hit.described_by}: `,
