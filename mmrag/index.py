@@ -20,6 +20,7 @@ from mmrag.ingest.late import as_late, late_settings, load_late
 from mmrag.ingest.metadata import FileMetadata
 from mmrag.ingest.progress import IngestReport, Progress, shown_progress
 from mmrag.ingest.run import ingest, prune_folders, reading_settings
+from mmrag.ingest.unloaded import Unloaded
 from mmrag.queries import Where
 from mmrag.reading import ReadOptions, file_sha256
 from mmrag.store.collection import Collection
@@ -200,7 +201,7 @@ class UniversalIndex:
         many = [paths] if isinstance(paths, (str, Path)) else list(paths)
         if self._collection is not None and self._embedder is None:
             # As it built the collection, and not loaded yet: unchanged files need no model.
-            stand_in = _Unloaded(self._collection.settings, lambda: self.embedder)
+            stand_in = Unloaded(self._collection.settings, lambda: self.embedder)
             embedder = cast(Embedder, stand_in)
         else:
             embedder = self.embedder
@@ -404,6 +405,22 @@ class UniversalIndex:
         """The indexed files, ordered by path."""
         return self.collection.files()
 
+    def warm_up(self) -> None:
+        """Load the embedder, and read in the background what searches need of each node.
+
+        For a process that answers many questions, whose first would read from disk; call it again
+        after much was added. It takes 20 µs of CPU and half a kilobyte a node, of at most 250,000,
+        and ends with ``close``. It does not start by itself: a program that asks once would lose.
+
+        Raises:
+            MissingCollectionError: If there is no collection.
+            CollectionError, ModelError: If the embedder cannot be loaded; see ``embedder``.
+        """
+        from mmrag.retrieval.fusion import PAGE_FIELDS
+
+        self.collection.read_ahead(PAGE_FIELDS)
+        _ = self.embedder
+
     def as_retriever(self, **options: Unpack[RetrieverOptions]) -> UniversalRetriever:
         """A LlamaIndex retriever; ``options`` are those of ``UniversalRetriever``.
 
@@ -531,19 +548,6 @@ class UniversalIndex:
         # A relative path would name another model in another working directory.
         name = lasting_name(embedder.name)
         return CollectionSettings(name, embedder.fingerprint, **(default | self._given))
-
-
-class _Unloaded:
-    """Knows an embedder's name and fingerprint, and loads it when more is asked."""
-
-    def __init__(self, settings: CollectionSettings, load: Callable[[], Embedder]) -> None:
-        self.name = settings.embedder
-        self.fingerprint = settings.fingerprint
-        self._load = load
-
-    # Called for attributes that are not set, thus for all but those above.
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._load(), name)
 
 
 def _identified(settings: CollectionSettings, embedder: Embedder) -> CollectionSettings:

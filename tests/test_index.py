@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import threading
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,9 @@ from mmrag.errors import CollectionError, ConfigError, MissingCollectionError, M
 from mmrag.index import UniversalIndex
 from mmrag.ingest.progress import Progress
 from mmrag.reading import ReadOptions
+from mmrag.retrieval.fusion import PAGE_FIELDS
 from mmrag.store.collection import Collection
+from mmrag.store.edge import EdgeEngine
 
 
 @pytest.fixture
@@ -179,6 +182,42 @@ def test_progress_is_a_bar_or_a_function(papers, tmp_path, capsys):
 def test_closing_releases_the_folder(library):
     index = UniversalIndex(library)
     index.close()
+    Collection.open(library).close()
+
+
+def test_after_warming_up_the_fields_of_all_points_are_kept(library, tmp_path):
+    with UniversalIndex(library, FakeEmbedder()) as index:
+        index.warm_up()
+        index.collection._ahead.join()
+        assert len(index.collection._engine._kept(PAGE_FIELDS)) == index.collection.count_points()
+    with pytest.raises(MissingCollectionError):
+        UniversalIndex(tmp_path / "none", FakeEmbedder()).warm_up()
+
+
+def test_warming_up_reads_nothing_of_a_server(papers, tmp_path, caplog):
+    index = UniversalIndex(**server(tmp_path), embed_model=FakeEmbedder())
+    index.add(papers)
+    index.warm_up()
+    index.collection._ahead.join()
+    assert not caplog.records
+
+
+def test_closing_ends_warming_up(library, monkeypatch, caplog):
+    going = threading.Event()
+
+    def endless(self, fields):
+        while True:
+            going.set()
+            yield
+
+    monkeypatch.setattr(EdgeEngine, "read_ahead", endless)
+    index = UniversalIndex(library, FakeEmbedder())
+    index.warm_up()
+    assert going.wait(20)
+    thread = index.collection._ahead._thread
+    index.close()
+    assert not thread.is_alive()
+    assert not caplog.records
     Collection.open(library).close()
 
 

@@ -87,7 +87,7 @@ def _local(library: UniversalIndex, model: object, *, images: bool) -> Ask:
     """Answers of a collection that is open here."""
     from mmrag.server.library import ask_engine
 
-    _ = library.embedder  # loaded now, not with the first question
+    library.warm_up()  # now, and not with the first question
     engine = library.as_query_engine(model, streaming=True, images=images)  # type: ignore[arg-type]
     return lambda query, history: ask_engine(engine, query, history)
 

@@ -47,6 +47,7 @@ def mcp(
             api_key=os.environ.get("QDRANT_API_KEY"),
         )
         try:
+            libraries.warm_up()
             create_mcp(libraries).run("stdio")
         finally:
             # An assistant closes stdin when it ends; the folder's lock must go.

@@ -49,7 +49,7 @@ _SCALE_OVER = 100  # hits that the scores of a ranking are scaled over
 Rankings: TypeAlias = Mapping[str, Sequence[Scored]]
 
 
-@dataclass
+@dataclass(slots=True)
 class Fused:
     """One page (or node) after fusion.
 
@@ -99,7 +99,8 @@ class Fused:
 
 def page_key(hit: Scored) -> Hashable:
     """The page of a file a node is on; other nodes, and those inserted, stand for themselves."""
-    page, sha256 = hit.payload.get("page"), hit.payload.get("sha256")
+    payload = hit.payload
+    page, sha256 = payload.get("page"), payload.get("sha256")
     return hit.id if page is None or sha256 is None else (sha256, page)
 
 
@@ -144,23 +145,28 @@ def fuse(
         )
         place = 0
         for hit, value in zip(hits, values, strict=True):
-            page = key(hit)
-            entry = entries.get(page) or entries.setdefault(page, Fused(page))
+            page, id_ = key(hit), hit.id
+            entry = entries.get(page)
+            if entry is None:
+                entry = entries[page] = Fused(page)
             # Hits come best first: the first node of a page sets its credit, others only vote which
             # is shown.
             if name not in entry.ranks:
                 entry.ranks[name] = place + 1
                 entry.scores[name] = hit.score
                 # By ranks, a page counts by its place among pages, not among nodes.
-                entry.credits[name] = share * (value if by == "scores" else values[place])
-                entry.score += entry.credits[name]
+                credit = share * (value if by == "scores" else values[place])
+                entry.credits[name] = credit
+                entry.score += credit
                 place += 1
-            if hit.id not in votes:
-                votes[hit.id] = 0.0
+            if id_ not in votes:
+                votes[id_] = 0.0
                 entry.nodes.append(hit)
-            votes[hit.id] += share * value
+            votes[id_] += share * value
     for entry in entries.values():
-        entry.nodes.sort(key=lambda hit: (-votes[hit.id], hit.id))
+        # Most have a single node.
+        if len(entry.nodes) > 1:
+            entry.nodes.sort(key=lambda hit: (-votes[hit.id], hit.id))
     # By key, so that a query gives the same order in every run.
     return sorted(entries.values(), key=lambda entry: (-entry.score, str(entry.key)))
 

@@ -89,6 +89,7 @@ def _events(library: Library, request: IndexRequest) -> Generator[Event, None, N
                         metadata=request.metadata,
                     )
                 )
+                library.index.warm_up()
             finally:
                 library.writer.lock.release()
         except _Left:

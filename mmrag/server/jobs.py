@@ -137,6 +137,8 @@ class Writer:
                 for job in jobs:
                     if job.prune:
                         self._prune(job)
+                # Once, at the end: searches beside it read what they find for themselves.
+                self._index.warm_up()
         # The jobs stay as they are; `_run` marks all that are not finished as stopped.
         except _Stopped:
             return

@@ -290,6 +290,11 @@ class Libraries:
         )
         return {scorer.name: scorer for scorer in scorers if isinstance(scorer, Scorer)}
 
+    def warm_up(self) -> None:
+        """Read in the background what searches need of each node."""
+        for library in self:
+            library.index.warm_up()
+
     def close(self) -> None:
         """Stop all indexing and release the collections."""
         for library in self:

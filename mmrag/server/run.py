@@ -62,6 +62,8 @@ def serve(
         for library in libraries:
             library.announce(own)
         ready(address)
+        # After it: the first questions need not wait for this.
+        libraries.warm_up()
 
     try:
         _Uvicorn(config, tell).run([listening])

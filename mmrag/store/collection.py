@@ -56,6 +56,7 @@ from mmrag.store.payloads import (
     payload_node,
     with_stored_images,
 )
+from mmrag.store.read_ahead import ReadAhead
 from mmrag.store.settings import CollectionSettings, View
 from mmrag.store.snapshots import Snapshots
 from mmrag.store.terms import AUTO_LANGUAGE, NodeTerms, has_terms, query_terms
@@ -90,6 +91,7 @@ class Collection:
         self._engine = engine
         engine.oversampling = OVERSAMPLING[settings.quantization]
         self._location = location
+        self._ahead = ReadAhead()
         self._images = location.images
         self.settings = settings
         self.images_dir = location.images.path
@@ -539,8 +541,19 @@ class Collection:
         """
         self._engine.optimize(schema_of(self.settings), tick)
 
+    def read_ahead(self, fields: Sequence[str]) -> ReadAhead:
+        """Keep these fields of all nodes in memory, read in the background, for searches.
+
+        ``search``, ``search_text`` and ``max_sim`` with ``payload=fields`` then read none. Returns
+        at once, with what can be waited for; ends with ``close``. Another call reads what was
+        written since.
+        """
+        self._ahead.start(self._engine.read_ahead(fields))
+        return self._ahead
+
     def close(self) -> None:
         """Release the folder or the connection."""
+        self._ahead.stop()
         self._engine.close()
 
     def __enter__(self) -> Collection:

@@ -40,13 +40,15 @@ from mmrag.store.engine import (
     Scored,
     as_point,
 )
-from mmrag.store.kept_fields import KeptFields
+from mmrag.store.kept_fields import IdTexts, KeptFields
 from mmrag.store.optimizing import OLD, WORTH_BYTES, build, copied, recover
 from mmrag.store.point_count import PointCount
 from mmrag.store.trees import need_space, size_on_disk
 
 # The write-ahead log keeps every write from a killed process; flushing keeps the log short.
 _FLUSH_POINTS = 2000
+# Points read ahead at once: the 2 ms that this takes are the most a search waits for it.
+_AHEAD_PAGE = 100
 # A new shard takes 77 MB at once.
 _SPACE_TO_CREATE = 96 * 1024 * 1024
 # A point is written to the log, to the vectors, to the payloads and to the indexes over them.
@@ -92,8 +94,10 @@ class EdgeEngine(Engine):
         self._count = PointCount(folder)
         # Counting over all points takes longer than a search, and nobody else writes here.
         self._facets: dict[str, dict[str, int]] = {}
-        # So does reading the payloads of what a search has found.
+        # So does reading the payloads of what a search has found. Set for good: a write makes
+        # them forget what it changed.
         self._fields: dict[tuple[str, ...], KeptFields] = {}
+        self._ids = IdTexts()
         # Held while the shard is used, and by every write: another shard may take its place.
         self._using, self._writing = RLock(), RLock()
         # Writes since the copy was made that is being optimized; None where there is none.
@@ -144,21 +148,26 @@ class EdgeEngine(Engine):
             for point in points
         )
         self._need_space("write to", _COPIES * size)
-        self._update("write to", edge.UpdateOperation.upsert_points(rows))
+        operation = edge.UpdateOperation.upsert_points(rows)
+        self._update("write to", operation, [point.id for point in points])
         self._unflushed += len(rows)
         if self._unflushed >= _FLUSH_POINTS:
             self.flush()
 
     @override
     def delete(self, where: Filter) -> None:
-        operation = edge.UpdateOperation.delete_points_by_filter(DIALECT.filter(where))
-        self._delete(operation)
+        condition = DIALECT.filter(where)
+        operation = edge.UpdateOperation.delete_points_by_filter(condition)
+        # Held, so that no point comes to match between the two.
+        with self._writing:
+            ids = [id_ for page in self._pages_of_ids(SCROLL_PAGE, condition) for id_ in page]
+            self._delete(operation, ids)
 
     @override
     def delete_ids(self, ids: Sequence[str]) -> None:
         # The engine reads what it deletes, and fails over a damaged payload: write a sound one.
         self.upsert([Point(id_, {}) for id_ in ids])
-        self._delete(edge.UpdateOperation.delete_points(list(ids)))
+        self._delete(edge.UpdateOperation.delete_points(list(ids)), ids)
 
     @override
     def retrieve(self, ids: Sequence[str], payload: bool = True) -> list[Point]:
@@ -228,17 +237,18 @@ class EdgeEngine(Engine):
 
     @override
     def every_point(self) -> Iterator[Point]:
-        offset = None
-        while True:
-            request = edge.ScrollRequest(
-                offset=offset, limit=SCROLL_PAGE, with_payload=False, with_vector=False
-            )
-            with self._errors("read from"):
-                records, offset = self._open.scroll(request)
-            # Ids first: a page of points fails as a whole if one of them is damaged.
-            yield from self._readable([str(record.id) for record in records])
-            if offset is None:
+        # Ids first: a page of points fails as a whole if one of them is damaged.
+        for ids in self._pages_of_ids(SCROLL_PAGE):
+            yield from self._readable(ids)
+
+    @override
+    def read_ahead(self, fields: Sequence[str]) -> Iterator[None]:
+        kept = self._kept(tuple(fields))
+        for ids in self._pages_of_ids(_AHEAD_PAGE):
+            if kept.full:
                 return
+            kept.of(ids)
+            yield
 
     @override
     def is_intact(self, point: Point) -> bool:
@@ -257,11 +267,11 @@ class EdgeEngine(Engine):
     def create_indexes(self, schema: Schema) -> None:
         self._need_space("index", _SPACE_TO_CREATE)
         for operation in _index_operations(schema):
-            self._update("index", operation)
+            self._update("index", operation, ())
 
     @override
     def drop_index(self, key: str) -> None:
-        self._update("index", edge.UpdateOperation.delete_field_index(key))
+        self._update("index", edge.UpdateOperation.delete_field_index(key), ())
 
     @override
     def facet(self, key: str) -> dict[str, int]:
@@ -349,6 +359,25 @@ class EdgeEngine(Engine):
             )
         return self._shard
 
+    def _pages_of_ids(
+        self, limit: int, condition: edge.Filter | None = None
+    ) -> Iterator[list[str]]:
+        """The ids of the points that match, of all without a condition, ``limit`` at a time."""
+        offset = None
+        while True:
+            request = edge.ScrollRequest(
+                offset=offset,
+                limit=limit,
+                filter=condition,
+                with_payload=False,
+                with_vector=False,
+            )
+            with self._errors("read from"):
+                records, offset = self._open.scroll(request)
+            yield self._texts(records)
+            if offset is None:
+                return
+
     def _readable(self, ids: Sequence[str]) -> Iterator[Point]:
         """The points with these ids; one that cannot be read is found by halving."""
         try:
@@ -366,11 +395,12 @@ class EdgeEngine(Engine):
         else:
             yield from map(as_point, records)
 
-    def _delete(self, operation: edge.UpdateOperation) -> None:
+    def _delete(self, operation: edge.UpdateOperation, ids: Sequence[str]) -> None:
         self._need_space("delete from", 0)
-        self._update("delete from", operation)
+        self._update("delete from", operation, ids)
 
-    def _update(self, doing: str, operation: edge.UpdateOperation) -> None:
+    def _update(self, doing: str, operation: edge.UpdateOperation, ids: Sequence[str]) -> None:
+        """Write. ids: of all points whose payloads change."""
         self._count.forget()
         try:
             with self._writing, self._errors(doing):
@@ -380,7 +410,8 @@ class EdgeEngine(Engine):
         finally:
             # After it: another thread may have read what was there before.
             self._facets = {}
-            self._fields = {}
+            for kept in list(self._fields.values()):
+                kept.forget(ids)
 
     def _create(self, schema: Schema) -> None:
         for rest in self._folder.parent.glob(f"{self._folder.name}.*new"):
@@ -429,22 +460,29 @@ class EdgeEngine(Engine):
             with_payload=everything if payload is True else False,
             params=edge.SearchParams(quantization=rescored),
         )
-        # Before the search: a write in between leaves these behind.
-        fields = None if isinstance(payload, bool) else self._kept(tuple(payload))
         with self._errors("search"):
             found = self._open.query(request)
-        hits = [Scored(str(hit.id), float(hit.score), hit.payload or {}) for hit in found]
-        if fields is None:
-            return hits
-        of_hits = fields.of([hit.id for hit in hits])
+        if isinstance(payload, bool):
+            return [Scored(str(hit.id), hit.score, hit.payload or {}) for hit in found]
+        ids = self._texts(found)
+        fields = self._kept(tuple(payload)).of(ids)
         # One that was deleted since is left out.
-        return [Scored(hit.id, hit.score, of_hits[hit.id]) for hit in hits if hit.id in of_hits]
+        return [
+            Scored(id_, hit.score, fields[id_])
+            for id_, hit in zip(ids, found, strict=True)
+            if id_ in fields
+        ]
+
+    def _texts(self, found: Sequence[Any]) -> list[str]:
+        """The ids of records or hits. All are UUIDs: mmrag alone writes here."""
+        return [self._ids[each.id.int] for each in found]
 
     def _kept(self, names: tuple[str, ...]) -> KeptFields:
-        def read(ids: list[str]) -> list[tuple[str, dict[str, Any]]]:
+        def read(missing: list[str]) -> list[tuple[str, dict[str, Any]]]:
             with self._errors("read from"):
-                records = self._open.retrieve([*ids], list(names), False)
-            return [(str(record.id), record.payload or {}) for record in records]
+                records = self._open.retrieve([*missing], list(names), False)
+            ids = self._texts(records)
+            return [(id_, each.payload or {}) for id_, each in zip(ids, records, strict=True)]
 
         return self._fields.setdefault(names, KeptFields(read))
 

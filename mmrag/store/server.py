@@ -208,6 +208,10 @@ class ServerEngine(Engine):
         return self.scroll(Filter(), vectors=True)
 
     @override
+    def read_ahead(self, fields: Sequence[str]) -> Iterator[None]:
+        return iter(())
+
+    @override
     def is_intact(self, point: Point) -> bool:
         return True
 

@@ -14,6 +14,7 @@ from fastapi.testclient import TestClient
 import mmrag.embedders
 from mmrag.index import UniversalIndex
 from mmrag.llms.endpoint import open_llm
+from mmrag.retrieval.fusion import PAGE_FIELDS
 from mmrag.server.app import create_app
 from mmrag.server.library import Answering, open_libraries
 from mmrag.server.options import ServerOptions
@@ -31,6 +32,14 @@ def write_pdf(path, *texts, size=(595, 842)):
             page.insert_textbox((72, 72, 500, 200), text)
         document.save(path)
     return path
+
+
+def is_warm(library):
+    """Whether all that searches need of nodes is in memory, when what is going on has ended."""
+    with library.writer.lock:
+        library.collection._ahead.join()
+    kept = library.collection._engine._kept(PAGE_FIELDS)
+    return len(kept) == library.collection.count_points()
 
 
 @pytest.fixture(autouse=True)

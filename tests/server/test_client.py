@@ -16,7 +16,7 @@ from mmrag.queries import MultimodalQuery, Where
 from mmrag.server.address import Address, find_address, remove_address, write_address
 from mmrag.server.client import ServerClient, find_server
 
-from .conftest import build, write_pdf
+from .conftest import build, is_warm, write_pdf
 
 KEY = "a-long-random-key"
 
@@ -122,6 +122,7 @@ def test_files_are_indexed_listed_and_removed_at_the_server(own, tmp_path, monke
     assert done.exit_code == 1  # one could not be read
     assert "1 indexed, 1 failed" in done.stdout and "2 pages" in done.stdout
     assert "bad.pdf" in done.stderr
+    assert is_warm(library)
     report = json.loads(run("index", "more", "-c", folder, "--json").stdout)
     assert report["unchanged"] == [str(tmp_path / "more" / "wells.pdf")]
     listed = json.loads(run("list", "-c", folder, "--json").stdout)

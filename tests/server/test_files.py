@@ -17,7 +17,7 @@ from mmrag.server.links import format_boxes, parse_boxes
 from mmrag.server.pages import page_image_bytes
 from mmrag.server.uploads import safe_name, store_upload
 
-from .conftest import BOILER, build, write_pdf
+from .conftest import BOILER, build, is_warm, write_pdf
 
 
 @pytest.fixture
@@ -77,6 +77,14 @@ def test_an_uploaded_file_is_indexed_found_and_removed(client, built):
     assert client.delete(f"/api/files/{rows['notes.md']['id']}").status_code == 200
     assert not stored.exists()
     assert [row["name"] for row in client.get("/api/files").json()["files"]] == ["plans.pdf"]
+
+
+def test_fields_of_all_nodes_are_read_ahead_at_the_start_and_after_indexing(client):
+    client.libraries.warm_up()
+    assert all(is_warm(library) for library in client.libraries)
+    send(client, "notes.md", b"The pump was oiled in spring.")
+    wait(client)
+    assert is_warm(client.libraries.get())
 
 
 def test_removing_a_file_that_was_not_uploaded_leaves_it_where_it_is(client, built):

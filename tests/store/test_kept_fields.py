@@ -42,6 +42,41 @@ def test_no_more_points_are_kept_than_allowed_and_all_are_given():
     assert len(kept) <= 3
 
 
+def test_those_read_first_are_dropped_for_others():
+    read = Reader()
+    kept = KeptFields(read, most=3)
+    kept.of(["n0", "n1", "n2"])
+    assert kept.full
+    kept.of(["n3"])
+    kept.of(["n1", "n2", "n3"])
+    assert read.asked == [["n0", "n1", "n2"], ["n3"]]
+
+
+def test_what_is_forgotten_is_read_again_and_the_rest_is_kept():
+    read = Reader()
+    kept = KeptFields(read)
+    kept.of(["n1", "n2", "n3"])
+    kept.forget(["n2", "n8"])
+    kept.of(["n1", "n2", "n3"])
+    assert read.asked == [["n1", "n2", "n3"], ["n2"]]
+
+
+def test_what_was_read_before_a_write_is_not_kept_after_it():
+    stored, writes = {"n1": {"page": 1}}, []
+
+    def read(ids):
+        before = [(id_, stored[id_]) for id_ in ids]
+        if not writes:  # another thread writes while this one reads
+            writes.append(1)
+            stored["n1"] = {"page": 2}
+            kept.forget(["n1"])
+        return before
+
+    kept = KeptFields(read)
+    kept.of(["n1"])
+    assert kept.of(["n1"]) == {"n1": {"page": 2}}
+
+
 def test_strings_that_many_points_share_are_kept_once():
     kept = KeptFields(lambda ids: [(id_, {"file": "".join(["a", ".pdf"])}) for id_ in ids])
     one, other = kept.of(["n1", "n2"]).values()
