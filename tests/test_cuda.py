@@ -83,6 +83,15 @@ def test_queries_beside_batches_have_their_own_vectors(tmp_path):
     assert (np.stack(asked) * expected[1]).sum(1).min() > 0.99999
 
 
+def test_recorded_runs_of_two_models_may_run_at_once(tmp_path):
+    pairs = [on_both(save_qwen2_vl(tmp_path / str(seed), seed), "gme") for seed in range(2)]
+    texts = [f"wind {n} " * (200 + n) for n in range(40)]
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(lambda pair: [pair[0].encode([text])[0] for text in texts], pairs))
+    for vectors, (_, cpu) in zip(found, pairs, strict=True):
+        assert (np.stack(vectors) * cpu.encode(texts)).sum(1).min() > 0.99999
+
+
 def test_several_threads_share_recorded_runs(tmp_path):
     card, cpu = on_both(save_qwen2_vl(tmp_path / "tiny"), "gme")
     questions = [f"wind {n} " * (1 + n % 30) for n in range(64)]

@@ -163,16 +163,21 @@ def record(
     """
     inputs = like.new_zeros(1, length, like.shape[2])
     # On a stream of its own, as torch.cuda.graph asks: libraries set themselves up in first runs.
-    side = torch.cuda.Stream(like.device)  # type: ignore[no-untyped-call]
+    # Kernels keep the priority of the stream that recorded them, and a query goes before pages.
+    side = torch.cuda.Stream(like.device, priority=-1)  # type: ignore[no-untyped-call]
     side.wait_stream(torch.cuda.current_stream(like.device))
     with torch.cuda.stream(side):
         for _ in range(2):
             run_decoder(decoder, inputs)
     torch.cuda.current_stream(like.device).wait_stream(side)
     graph = torch.cuda.CUDAGraph()
+    # cuBLAS keeps one workspace for a stream, which all that is recorded there would use: graphs
+    # that run at once would write over each other's sums. Cleared, each gets its own.
+    torch._C._cuda_clearCublasWorkspaces()
     # Threads that prepare other inputs may allocate meanwhile.
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+    with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
         states = run_decoder(decoder, inputs)
+    torch._C._cuda_clearCublasWorkspaces()
     return inputs, states, graph.replay
 
 
