@@ -25,8 +25,11 @@ from mmrag.server.sse import Event
 if TYPE_CHECKING:
     from llama_index.core.llms import LLM
 
-# Open WebUI asks the model of a chat for its title, tags and follow-ups, in prompts of its own.
-_TASK = "### Task:\n"
+# Prompts that chat clients write, for the model of the chat. Open WebUI's are for titles, tags and
+# follow-ups, and put attached documents before a question; LibreChat's are for titles.
+_TASKS = ("### Task:\n", "Provide a concise, 5-word-or-less title for the conversation")
+# Without a model the client makes do with an empty reply: the question stays the title.
+_OPTIONAL = ("<chat_history>", _TASKS[1])
 
 
 class Message(BaseModel):
@@ -77,7 +80,7 @@ def read_chat(request: ChatRequest, limits: ImageLimits) -> Asked:
     text, image = _read_content(spoken[-1], limits)
     if not text.strip() and image is None:
         raise ConfigError("The last message is empty: give a text, an image, or both.")
-    is_task = text.startswith(_TASK)
+    is_task = text.startswith(_TASKS)
     if len(text) > LONGEST_QUERY and not is_task:
         raise ConfigError(f"The question is longer than {LONGEST_QUERY} characters.")
     history = tuple(
@@ -176,8 +179,14 @@ class ChatChunks:
         self._annotations = url_citations(linker.citations, self._answer["sources"])
 
     def _task(self) -> Iterator[str]:
-        llm = self._library.answering.llm
-        yield "" if llm is None else answer_task(llm, self._asked.query.query_str)
+        llm, prompt = self._library.answering.llm, self._asked.query.query_str
+        if llm is not None:
+            yield answer_task(llm, prompt)
+        elif not any(sign in prompt for sign in _OPTIONAL):
+            raise ConfigError(
+                "Documents attached to a chat are for a language model, and this server has none. "
+                "Ask without them, or start it with: mmrag serve --llm MODEL"
+            )
 
     def _chunk(self, delta: Mapping[str, Any], reason: str | None = None, **fields: Any) -> Event:
         choice = {"index": 0, "delta": delta, "finish_reason": reason, "logprobs": None}

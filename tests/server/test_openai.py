@@ -1,4 +1,4 @@
-"""The official clients, and requests of others as their sources record them, over a real socket."""
+"""The official clients over a real socket."""
 
 import base64
 import io
@@ -242,79 +242,6 @@ def test_a_rerank_endpoint_of_another_mmrag(url):
     scores = scorer.judge([(Content("eye examination"), each) for each in documents])
     assert all(isinstance(score, float) for score in scores)
     assert scores.index(max(scores)) == 1
-
-
-def test_a_request_of_open_webui_to_an_external_reranker(url):
-    body = {"model": "mmrag-nano", "query": "eye", "documents": DOCUMENTS, "top_n": 3}
-    headers = {
-        "Authorization": "Bearer x",
-        "X-OpenWebUI-User-Name": "A",
-        "X-OpenWebUI-User-Id": "1",
-    }
-    data = httpx.post(f"{url}/v1/rerank", json=body, headers=headers).json()
-    by_place = sorted(data["results"], key=lambda row: row["index"])
-    assert [row["index"] for row in by_place] == [0, 1, 2]
-    assert all(isinstance(row["relevance_score"], float) for row in by_place)
-
-
-OPEN_WEBUI = {
-    "stream": True,
-    "model": "plans",
-    "messages": [
-        {"role": "system", "content": "User Context:\n\n"},
-        {"role": "user", "content": "Who gets an eye examination a year?"},
-    ],
-    "stream_options": {"include_usage": True},
-    "temperature": 0.8,
-    "top_p": 0.9,
-}
-LIBRECHAT = {
-    "model": "plans",
-    "user": "65f0c0ffee",
-    "stream": True,
-    "temperature": 1,
-    "top_p": 1,
-    "presence_penalty": 0,
-    "frequency_penalty": 0,
-    "messages": [
-        {"role": "system", "content": "You are helpful."},
-        {"role": "user", "content": [{"type": "text", "text": "Who gets an eye examination?"}]},
-    ],
-}
-
-
-@pytest.mark.parametrize("body", [OPEN_WEBUI, LIBRECHAT])
-def test_requests_as_chat_clients_send_them(url, body):
-    reply = httpx.post(f"{url}/v1/chat/completions", json=body)
-    assert reply.headers["content-type"].startswith("text/event-stream")
-    lines = [line for line in reply.text.split("\n") if line]
-    assert all(line.startswith("data: ") for line in lines)
-    assert lines[-1] == "data: [DONE]"
-    assert "eye examination" in reply.text
-
-
-TASK = (
-    "### Task:\nGenerate a concise, 3-5 word title with an emoji summarizing the chat history.\n"
-    '### Output:\nJSON format: { "title": "your concise title here" }\n'
-    "### Chat History:\n<chat_history>\nUSER: Eyes?\nASSISTANT: Yes.\n</chat_history>"
-)
-
-
-TITLE = {"model": "plans", "messages": [{"role": "user", "content": TASK}], "stream": False}
-
-
-def test_a_title_of_open_webui_is_written_by_the_model_unsearched(listening, chat_server):
-    chat_server.answer = '{"title": "Eye plans"}'
-    url = listening(llm=chat_server)
-    reply = httpx.post(f"{url}/v1/chat/completions", json=TITLE).json()
-    assert reply["choices"][0]["message"]["content"] == chat_server.answer
-    (sent,) = chat_server.requests
-    assert sent["messages"] == TITLE["messages"]
-
-
-def test_without_a_model_a_title_is_left_to_open_webui(url):
-    reply = httpx.post(f"{url}/v1/chat/completions", json=TITLE).json()
-    assert reply["choices"][0]["message"]["content"] == ""
 
 
 def test_too_many_requests_are_told_when_to_come_back(listening, chat_server):
