@@ -187,3 +187,34 @@ def test_the_words_of_a_search_fit_a_phone(page):
     field = page.wait_for_selector("#words")
     page.fill("#words", field.get_attribute("placeholder"))
     assert field.evaluate("(field) => field.scrollWidth <= field.clientWidth")
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [360, 800, 1440])
+def test_axe_finds_nothing_in_any_view(page, width, scheme):
+    """Contrast, names, roles and order, as WCAG asks, in each view and with a page open."""
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe()
+
+    def check(what):
+        found = axe.run(page)
+        assert not found.response["violations"], f"{what}: {found.generate_report()}"
+
+    page.emulate_media(color_scheme=scheme, reduced_motion="reduce")
+    page.set_viewport_size({"width": width, "height": 740})
+    check("an empty conversation")
+    page.fill("#question", "Who gets an eye examination a year?")
+    page.press("#question", "Enter")
+    page.wait_for_selector(".foot > *")
+    check("an answer")
+    page.click(".answer .cite")
+    page.wait_for_selector("#viewer-page:not(.loading) img")
+    check("a cited page")
+    page.keyboard.press("Escape")
+    page.click("nav a[data-view=search]")
+    page.fill("#words", "eye examination")
+    page.press("#words", "Enter")
+    page.wait_for_selector("#hits .hit")
+    check("hits")
+    page.click("nav a[data-view=files]")
+    page.wait_for_selector("#file-list li")
+    check("files")
