@@ -10,7 +10,7 @@ import unicodedata
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
-from mmrag.errors import ContentError
+from mmrag.errors import ContentError, ReadError
 from mmrag.reading import count_pages, file_sha256
 from mmrag.reading.files import suffixes
 from mmrag.server.errors import ApiError
@@ -59,7 +59,7 @@ def store_upload(stream: BinaryIO, name: str, folder: Path, max_bytes: int, max_
             file.flush()
             # Once it is answered for, a file must outlive a loss of power.
             os.fsync(file.fileno())
-        if part.suffix.lower() == ".pdf" and (pages := count_pages(part)) > max_pages:
+        if part.suffix.lower() == ".pdf" and (pages := _count_pages(part)) > max_pages:
             raise ApiError(
                 413, f"{name} has {pages} pages; at most {max_pages} are taken.", "too_many_pages"
             )
@@ -74,6 +74,14 @@ def clean_incoming(folder: Path) -> None:
     """Delete what a server that was killed left of uploads."""
     for rest in folder.glob(".incoming-*"):
         shutil.rmtree(rest, ignore_errors=True)
+
+
+def _count_pages(part: Path) -> int:
+    try:
+        return count_pages(part)
+    except ReadError as error:
+        # It names a folder that is gone by now; people know the file by its name.
+        raise ReadError(error.args[0], file=part.name, retry=error.retry) from error
 
 
 def _copy(stream: BinaryIO, file: BinaryIO, name: str, max_bytes: int) -> None:

@@ -13,6 +13,7 @@ FLAGS = [
     *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
 ]
 KEY = "a-long-random-key"
+EXPECTED = ("status of 401 (Unauthorized)", "status of 415 (Unsupported Media Type)")
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +48,9 @@ def page(browser, url):
     )
     opened.on(
         "console",
-        lambda said: said.type == "error" and "401" not in said.text and wrong.append(said.text),
+        lambda said: (
+            said.type == "error" and not said.text.endswith(EXPECTED) and wrong.append(said.text)
+        ),
     )
     opened.goto(url)
     opened.fill("#key", "wrong")
@@ -97,6 +100,28 @@ def test_search_another_collection_and_a_link_to_a_page(page, url):
     page.goto(f"{url}/#view?collection=boilers&file={file_id}&page=1&mark=72,72,300,90")
     page.wait_for_selector("#viewer-page img[alt*='evidence marked']")
     assert page.input_value("#collection") == "boilers"
+
+
+@pytest.mark.parametrize("leave", ["Back", "Escape"])
+def test_on_a_phone_back_closes_a_page_and_keeps_the_answer(page, leave):
+    page.set_viewport_size({"width": 360, "height": 640})
+    page.click("nav a[data-view=search]")
+    page.click("nav a[data-view=ask]")
+    page.fill("#question", "Who gets an eye examination a year?")
+    page.press("#question", "Enter")
+    page.wait_for_selector(".foot > *")
+    for _ in range(2):
+        page.click(".answer .cite")
+        page.wait_for_selector("#viewer-page img")
+        if leave == "Back":
+            page.go_back()
+        else:
+            page.keyboard.press("Escape")
+        page.wait_for_selector("#viewer", state="hidden")
+        assert page.is_visible(".answer")
+        assert page.evaluate("document.activeElement.className") == "cite"
+    page.go_back()
+    page.wait_for_selector("#search", state="visible")
 
 
 def test_files_are_added_and_removed(page, tmp_path, built):
@@ -168,6 +193,20 @@ def test_a_file_is_dropped_to_add_it(page, tmp_path):
     path.write_text("The pump was dropped.")
     drop(page, "#drop", path, "text/plain")
     page.wait_for_selector(f"#file-list li:has-text('{path.name}')")
+
+
+@pytest.mark.parametrize("width", [360, 800])
+def test_what_is_wrong_with_a_file_stands_below_its_name(page, tmp_path, width):
+    page.set_viewport_size({"width": width, "height": 740})
+    page.click("nav a[data-view=files]")
+    (tmp_path / "film.xyz").write_text("no such kind")
+    page.set_input_files("#upload", str(tmp_path / "film.xyz"))
+    error = page.wait_for_selector("#jobs .error")
+    assert "unsupported file type" in error.inner_text()
+    name, error = page.query_selector("#jobs .name").bounding_box(), error.bounding_box()
+    assert name["height"] < 40 and error["y"] >= name["y"] + name["height"]
+    page.click("#jobs button[aria-label=Dismiss]")
+    page.wait_for_selector("#jobs li", state="detached")
 
 
 @pytest.mark.parametrize("width", [360, 800, 1440])

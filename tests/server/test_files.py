@@ -106,7 +106,10 @@ def test_a_second_file_of_the_same_name_keeps_both(client, built):
 
 
 def test_files_that_cannot_be_read_are_told_and_leave_nothing(client, built):
-    assert send(client, "broken.pdf", b"%PDF-1.7 nothing").status_code == 422
+    broken = send(client, "broken.pdf", b"%PDF-1.7 nothing")
+    assert broken.status_code == 422
+    # By its name, and not by the folder that it was in while it came.
+    assert broken.json()["error"]["message"].startswith("broken.pdf: the file")
     send(client, "plan-copy.pdf", (client.libraries.get("plans").files()[0].path).read_bytes())
     send(client, "not-text.txt", bytes(range(256)) * 40)
     copy, bad = wait(client)

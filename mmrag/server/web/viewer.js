@@ -5,7 +5,8 @@ import { byId, el } from "/static/dom.js";
 import { inCollection, state } from "/static/state.js";
 
 const ZOOMS = [1, 1.25, 1.5, 2, 3, 4];
-const view = { source: null, page: 1, pages: 1, zoom: 0, back: null };
+const COVERS = "(max-width: 860px)"; // as in app.css: the page lies over everything else
+const view = { source: null, page: 1, pages: 1, zoom: 0, back: null, pushed: false };
 
 export function setUp() {
   byId("viewer-close").addEventListener("click", close);
@@ -28,6 +29,11 @@ export function setUp() {
     event.preventDefault();
     acts[event.key]();
   });
+  addEventListener("popstate", () => {
+    // Later, since going back takes the focus away.
+    if (view.pushed) setTimeout(hide);
+    view.pushed = false;
+  });
 }
 
 /** Opens the page of a source or a hit, with its evidence marked. */
@@ -37,6 +43,12 @@ export async function openSource(source) {
   view.page = source.page;
   view.pages = source.page ?? 1;
   view.zoom = 0;
+  // Where it covers the rest, people leave it with Back, which must not leave what is below.
+  const covers = byId("viewer").hidden && matchMedia(COVERS).matches;
+  if (covers && !location.hash.startsWith("#view")) {
+    history.pushState(null, "");
+    view.pushed = true;
+  }
   byId("viewer").hidden = false;
   document.body.classList.add("viewing");
   show();
@@ -141,6 +153,11 @@ function number() {
 }
 
 function close() {
+  if (view.pushed) history.back();
+  else hide();
+}
+
+function hide() {
   byId("viewer").hidden = true;
   document.body.classList.remove("viewing");
   if (location.hash.startsWith("#view")) history.replaceState(null, "", "#ask");
