@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 
 from fakes import FakeEmbedder
@@ -21,6 +22,8 @@ from mmrag.index import UniversalIndex
 from mmrag.reading import ReadOptions
 
 N_FILES = 40
+STEPS = ("starting", "made", "indexed", "again", "removed")
+"""What a run says when it begins to create, index, index again, remove and optimise."""
 
 
 def write_first(files: Path) -> None:
@@ -73,24 +76,35 @@ def start(library: Path, files: Path) -> subprocess.Popen:
     return process
 
 
-def run_and_kill(library: Path, files: Path, seconds: float) -> str | None:
-    """What was done before the kill; None where the run ended before it."""
+def wait_for(process: subprocess.Popen, step: str) -> str:
+    """Read what the run says until it says ``step``, or ends; returns the last word."""
+    assert process.stdout is not None
+    last = STEPS[0]
+    while last != step and (line := process.stdout.readline()):
+        last = line.strip()
+    return last
+
+
+def run_and_kill(library: Path, files: Path, step: str, seconds: float) -> str | None:
+    """Kill a run so long after it came to a step.
+
+    Returns the step that was killed, which may be a later one; None where the run ended before.
+    """
     process = start(library, files)
-    deadline = time.monotonic() + seconds
-    while process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.002)
+    last = wait_for(process, step)
+    time.sleep(seconds)
     alive = process.poll() is None
     if alive:
         os.kill(process.pid, signal.SIGKILL)
     said = process.communicate()[0].split()
-    return (said[-1] if said else "starting") if alive else None
+    return [last, *said][-1] if alive else None
 
 
 def check(folder: Path, kills: int, seed: int) -> dict[str, int]:
     """Kill runs until there were ``kills`` kills; each library ends as an undisturbed one.
 
-    A library is killed one to four times, and then finished. Returns how many kills came after
-    each step.
+    A library is killed one to four times, each time in a step drawn by lot, and then finished.
+    Returns how many kills hit each step.
     """
     dice = random.Random(seed)
     expected, seconds = _undisturbed(folder / "undisturbed")
@@ -101,7 +115,8 @@ def check(folder: Path, kills: int, seed: int) -> dict[str, int]:
         library, files = folder / "killed" / "library", folder / "killed" / "files"
         write_first(files)
         for _ in range(dice.randint(1, 4)):
-            after = run_and_kill(library, files, seconds * dice.uniform(0, 1.1))
+            step = dice.choice(STEPS)
+            after = run_and_kill(library, files, step, dice.uniform(0, seconds[step]))
             if after is not None:
                 where[after] = where.get(after, 0) + 1
         assert start(library, files).wait(600) == 0
@@ -111,12 +126,17 @@ def check(folder: Path, kills: int, seed: int) -> dict[str, int]:
 
 
 def _undisturbed(folder: Path):
+    """What a run leaves behind that nobody kills, and the seconds of each step."""
     folder.mkdir()
     write_first(folder / "files")
     process = start(folder / "library", folder / "files")
-    started = time.monotonic()
+    seconds = {}
+    for step, following in pairwise([*STEPS, "the end"]):
+        started = time.monotonic()
+        wait_for(process, following)
+        seconds[step] = time.monotonic() - started
     assert process.wait(600) == 0
-    return _content(folder / "library"), time.monotonic() - started
+    return _content(folder / "library"), seconds
 
 
 def _content(library: Path):
