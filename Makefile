@@ -1,4 +1,4 @@
-# make demo   install into .venv and answer a question over sample PDFs
+# make demo   install into .venv and answer questions over sample PDFs
 # make test   install the test tools too and run the tests
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3.13 || command -v python3)
 BIN := .venv/bin
@@ -8,14 +8,22 @@ DEMO := build/demo
 export TMPDIR := $(shell test -w /dev/shm && echo /dev/shm || echo $${TMPDIR:-/tmp})
 # A process a core, each with one thread of PyTorch; tests of a file share fixtures, and a process.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n $(shell nproc 2>/dev/null || echo 2) --dist loadfile
-QUESTION ?= When may I water with the hose in summer?
+ifdef QUESTION
+QUESTIONS := "$(QUESTION)"
+else
+# The second is answered by a scan.
+QUESTIONS := "When may I water with the hose in summer?" "How deep is the well?"
+endif
 
 .PHONY: demo test coverage test-slow lint docs bench clean
 
 demo: .venv/.base
 	@$(BIN)/python docs/samples/make_samples.py $(DEMO)/samples
 	@$(BIN)/mmrag index $(DEMO)/samples --collection $(DEMO)/library
-	@$(BIN)/mmrag ask "$(QUESTION)" --collection $(DEMO)/library --save-pages $(DEMO)/pages
+	@for question in $(QUESTIONS); do \
+		printf '\n> %s\n' "$$question"; \
+		$(BIN)/mmrag ask "$$question" --collection $(DEMO)/library --save-pages $(DEMO)/pages || exit 1; \
+	done
 
 test: .venv/.dev
 	$(PYTEST) -m "not slow and not gpu and not hub"
@@ -48,7 +56,7 @@ clean:
 
 .venv/.base: .venv/bin/python pyproject.toml constraints.txt
 	@echo "Installing mmrag into .venv (a few minutes the first time) ..."
-	@$(PIP) install -c constraints.txt -e .
+	@$(PIP) install -c constraints.txt -e ".[ocr]"
 	@touch $@
 
 .venv/.dev: .venv/.base
