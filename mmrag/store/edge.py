@@ -206,20 +206,9 @@ class EdgeEngine(Engine):
 
     @override
     def scroll(self, where: Filter, vectors: bool = False) -> Iterator[Point]:
-        offset, condition = None, DIALECT.filter(where)
-        while True:
-            request = edge.ScrollRequest(
-                offset=offset,
-                limit=SCROLL_PAGE,
-                filter=condition,
-                with_payload=True,
-                with_vector=vectors,
-            )
-            with self._errors("read from"):
-                records, offset = self._open.scroll(request)
+        condition = DIALECT.filter(where)
+        for records in self._pages(SCROLL_PAGE, condition, payload=True, vectors=vectors):
             yield from (as_point(record) for record in records)
-            if offset is None:
-                return
 
     @override
     def count(self, where: Filter) -> int:
@@ -363,18 +352,24 @@ class EdgeEngine(Engine):
         self, limit: int, condition: edge.Filter | None = None
     ) -> Iterator[list[str]]:
         """The ids of the points that match, of all without a condition, ``limit`` at a time."""
+        for records in self._pages(limit, condition, payload=False, vectors=False):
+            yield self._texts(records)
+
+    def _pages(
+        self, limit: int, condition: edge.Filter | None, *, payload: bool, vectors: bool
+    ) -> Iterator[list[edge.Record]]:
         offset = None
         while True:
             request = edge.ScrollRequest(
                 offset=offset,
                 limit=limit,
                 filter=condition,
-                with_payload=False,
-                with_vector=False,
+                with_payload=payload,
+                with_vector=vectors,
             )
             with self._errors("read from"):
                 records, offset = self._open.scroll(request)
-            yield self._texts(records)
+            yield records
             if offset is None:
                 return
 

@@ -48,11 +48,11 @@ def step(
         inputs: all inputs of the step.
         loss: of all (n, d) vectors at once.
         chunk: inputs run at a time with a graph; None or 0 runs all at once, without a cache.
-        costs: tokens of each input. A chunk then has as many tokens, padded, as ``chunk`` of the
-            longest have, so that short questions run more at a time.
         frozen: modules without a weight that trains, whose inputs depend on none either. Their
             outputs are kept from the first pass to the second, so they take memory for all
             inputs of the step.
+        costs: tokens of each input. A chunk then has as many tokens, padded, as ``chunk`` of the
+            longest have, so that short questions run more at a time.
 
     Returns:
         The loss, detached.

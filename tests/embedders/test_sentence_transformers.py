@@ -23,6 +23,7 @@ from transformers import (
 
 from mmrag.content import Content
 from mmrag.embedders import Embedder, load_backbone, load_embedder
+from mmrag.embedders.known import find_known
 from mmrag.errors import ConfigError, ContentError, ModelError
 from mmrag.testing import check_embedder
 
@@ -107,6 +108,14 @@ def test_what_is_known_of_a_model_holds_for_its_folder(bert_folder, tmp_path):
     own = load_embedder(folder, device="cpu")
     assert own.calibration.zero_cosine == {"text": 0.2} and own.prefers_passages
     assert own.calibration.fusion_weights["bm25"] == 2
+
+
+def test_minilm_is_calibrated_as_nano_whose_text_encoder_it_is():
+    known = find_known("sentence-transformers/all-MiniLM-L6-v2").calibration
+    nano = load_embedder("mmrag-nano", device="cpu").calibration
+    weights = {name: weight for name, weight in nano.fusion_weights.items() if name != "image"}
+    assert known.fusion_weights == weights
+    assert (known.zero_cosine, known.support_cosine) == (nano.zero_cosine, nano.support_cosine)
 
 
 def test_contract_of_a_text_model(bert):

@@ -16,6 +16,11 @@ KEY = "a-long-random-key"
 EXPECTED = ("status of 401 (Unauthorized)", "status of 415 (Unsupported Media Type)")
 
 
+def enter(page, field: str, text: str) -> None:
+    page.fill(field, text)
+    page.press(field, "Enter")
+
+
 @pytest.fixture(scope="module")
 def browser():
     api = pytest.importorskip("playwright.sync_api", reason="needs pip install playwright")
@@ -53,11 +58,9 @@ def page(browser, url):
         ),
     )
     opened.goto(url)
-    opened.fill("#key", "wrong")
-    opened.press("#key", "Enter")
+    enter(opened, "#key", "wrong")
     opened.wait_for_selector("#login-error:not(:empty)")
-    opened.fill("#key", KEY)
-    opened.press("#key", "Enter")
+    enter(opened, "#key", KEY)
     opened.wait_for_selector("#ask-about:not(:empty)")
     yield opened
     opened.close()
@@ -87,8 +90,7 @@ def test_an_answer_and_its_page_by_keyboard_alone(page):
 def test_search_another_collection_and_a_link_to_a_page(page, url):
     page.select_option("#collection", "boilers")
     page.click("nav a[data-view=search]")
-    page.fill("#words", "boiler exploded")
-    page.press("#words", "Enter")
+    enter(page, "#words", "boiler exploded")
     hit = page.wait_for_selector("#hits .hit")
     assert "boilers.pdf, page 1" in hit.inner_text()
     assert hit.query_selector("b").inner_text().lower() == "boiler"
@@ -107,8 +109,7 @@ def test_on_a_phone_back_closes_a_page_and_keeps_the_answer(page, leave):
     page.set_viewport_size({"width": 360, "height": 640})
     page.click("nav a[data-view=search]")
     page.click("nav a[data-view=ask]")
-    page.fill("#question", "Who gets an eye examination a year?")
-    page.press("#question", "Enter")
+    enter(page, "#question", "Who gets an eye examination a year?")
     page.wait_for_selector(".foot > *")
     for _ in range(2):
         page.click(".answer .cite")
@@ -132,8 +133,7 @@ def test_files_are_added_and_removed(page, tmp_path, built):
     row = page.wait_for_selector(f"#file-list li:has-text('{tmp_path.name}')")
     assert row.query_selector(".name").inner_text() == name
     page.click("nav a[data-view=search]")
-    page.fill("#words", "pump oiled")
-    page.press("#words", "Enter")
+    enter(page, "#words", "pump oiled")
     page.click(f"#hits .hit:has-text('{tmp_path.name}')")
     assert "<img src=x" in page.inner_text("#viewer-page .passage")
     page.keyboard.press("Escape")
@@ -212,8 +212,7 @@ def test_what_is_wrong_with_a_file_stands_below_its_name(page, tmp_path, width):
 @pytest.mark.parametrize("width", [360, 800, 1440])
 def test_nothing_is_wider_than_the_window(page, width):
     page.set_viewport_size({"width": width, "height": 740})
-    page.fill("#question", "Who gets an eye examination a year? " + "x" * 300)
-    page.press("#question", "Enter")
+    enter(page, "#question", "Who gets an eye examination a year? " + "x" * 300)
     page.wait_for_selector(".foot > *")
     for view in ("ask", "search", "files"):
         page.click(f"nav a[data-view={view}]")
@@ -241,8 +240,7 @@ def test_axe_finds_nothing_in_any_view(page, width, scheme):
     page.emulate_media(color_scheme=scheme, reduced_motion="reduce")
     page.set_viewport_size({"width": width, "height": 740})
     check("an empty conversation")
-    page.fill("#question", "Who gets an eye examination a year?")
-    page.press("#question", "Enter")
+    enter(page, "#question", "Who gets an eye examination a year?")
     page.wait_for_selector(".foot > *")
     check("an answer")
     page.click(".answer .cite")
@@ -250,8 +248,7 @@ def test_axe_finds_nothing_in_any_view(page, width, scheme):
     check("a cited page")
     page.keyboard.press("Escape")
     page.click("nav a[data-view=search]")
-    page.fill("#words", "eye examination")
-    page.press("#words", "Enter")
+    enter(page, "#words", "eye examination")
     page.wait_for_selector("#hits .hit")
     check("hits")
     page.click("nav a[data-view=files]")
