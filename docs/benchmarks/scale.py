@@ -44,7 +44,9 @@ def texts(n: int) -> list[str]:
     """Sixty words each, drawn by Zipf's law from 50,000."""
     chance = np.random.default_rng(1)
     numbers = np.minimum(chance.zipf(1.2, (n, 60)), 50_000)
-    return [" ".join(f"w{number}" for number in row) for row in numbers]
+    # Of letters alone: a word with digits is two terms.
+    digits = str.maketrans("0123456789", "bdfgklmnpr")
+    return [" ".join(f"{number}".translate(digits) for number in row) for row in numbers]
 
 
 class NoModel:

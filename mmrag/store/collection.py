@@ -25,7 +25,6 @@ from mmrag.store.convert import Change, Copying, check_target, cut_to
 from mmrag.store.damage import Examination, examine
 from mmrag.store.engine import (
     LANGUAGE_FIELD,
-    OVERSAMPLING,
     TERMS_FIELD,
     TOKENS,
     AnyOf,
@@ -89,7 +88,7 @@ class Collection:
 
     def __init__(self, engine: Engine, settings: CollectionSettings, location: Location) -> None:
         self._engine = engine
-        engine.oversampling = OVERSAMPLING[settings.quantization]
+        engine.quantization = settings.quantization
         self._location = location
         self._ahead = ReadAhead()
         self._images = location.images

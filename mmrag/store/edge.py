@@ -36,9 +36,11 @@ from mmrag.store.engine import (
     Fields,
     Filter,
     Point,
+    Quantization,
     Schema,
     Scored,
     as_point,
+    oversampling,
 )
 from mmrag.store.kept_fields import IdTexts, KeptFields
 from mmrag.store.optimizing import OLD, WORTH_BYTES, build, copied, recover
@@ -87,7 +89,8 @@ class EdgeEngine(Engine):
     def __init__(
         self, folder: Path, schema: Schema | None = None, first: Callable[[], None] | None = None
     ) -> None:
-        self._folder, self.oversampling = folder, 1.0
+        self._folder = folder
+        self.quantization: Quantization = "none"
         # To notice a fork: the engine's threads do not come along.
         self._process = os.getpid()
         self._unflushed = 0
@@ -185,7 +188,7 @@ class EdgeEngine(Engine):
         payload: Fields = True,
     ) -> list[Scored]:
         query = edge.Query.Nearest(vector.tolist(), using=name)
-        return self._query(query, limit, DIALECT.filter(where), payload)
+        return self._query(query, limit, DIALECT.condition(where), payload)
 
     @override
     def max_sim(
@@ -202,11 +205,11 @@ class EdgeEngine(Engine):
     @override
     def bm25(self, terms: str, limit: int, where: Filter, payload: Fields = True) -> list[Scored]:
         query = edge.TextQuery(TERMS_FIELD, terms)
-        return self._query(query, limit, DIALECT.filter(where), payload)
+        return self._query(query, limit, DIALECT.condition(where), payload)
 
     @override
     def scroll(self, where: Filter, vectors: bool = False) -> Iterator[Point]:
-        condition = DIALECT.filter(where)
+        condition = DIALECT.condition(where)
         for records in self._pages(SCROLL_PAGE, condition, payload=True, vectors=vectors):
             yield from (as_point(record) for record in records)
 
@@ -214,7 +217,7 @@ class EdgeEngine(Engine):
     def count(self, where: Filter) -> int:
         with self._errors("count in"):
             return int(
-                self._open.count(edge.CountRequest(exact=True, filter=DIALECT.filter(where)))
+                self._open.count(edge.CountRequest(exact=True, filter=DIALECT.condition(where)))
             )
 
     @override
@@ -447,7 +450,8 @@ class EdgeEngine(Engine):
     def _query(self, query: Any, limit: int, condition: Any, payload: Fields) -> list[Scored]:
         everything = edge.PayloadSelector.Exclude([TERMS_FIELD, CHECKSUM_FIELD])
         # Without quantization this changes nothing.
-        rescored = edge.QuantizationSearchParams(rescore=True, oversampling=self.oversampling)
+        times = oversampling(self.quantization, limit)
+        rescored = edge.QuantizationSearchParams(rescore=True, oversampling=times)
         request = edge.QueryRequest(
             limit=limit,
             query=query,

@@ -18,12 +18,6 @@ CHECKSUM_FIELD = "checksum"
 Quantization: TypeAlias = Literal["none", "int8", "binary"]
 Fields: TypeAlias = bool | Sequence[str]
 """What is read of a payload: all but the terms, nothing, or the fields with these names."""
-OVERSAMPLING: Mapping[Quantization, float] = {"none": 1.0, "int8": 2.0, "binary": 4.0}
-"""How many times the limit a search over quantized vectors scores again with whole vectors.
-
-At 2, binary codes lost a tenth of the ten nearest; with int8 nothing is gained beyond 2, and a
-search takes twice as long at 4 (``python docs/benchmarks/run.py scale``).
-"""
 LANGUAGE_FIELD = "terms_language"
 TOKENS = "tokens"
 """The vectors of a node's tokens, many for one node; compared by MaxSim."""
@@ -145,16 +139,29 @@ def check_quantization(name: str) -> None:
         )
 
 
+def oversampling(quantization: Quantization, limit: int) -> float:
+    """How many times ``limit`` nodes a search over codes scores again with whole vectors.
+
+    The codes of int8 confuse neighbours in rank only: ten nodes more are enough at any limit, and
+    without them one of the ten nearest in twenty was lost. Binary codes lost a tenth of them at 2
+    (``docs/benchmarks/scale.py``, 100,000 nodes).
+
+    >>> oversampling("int8", 10), oversampling("int8", 100), oversampling("binary", 10)
+    (2.0, 1.1, 4.0)
+    """
+    return {"none": 1.0, "int8": 1 + 10 / limit, "binary": 4.0}[quantization]
+
+
 class Engine(Protocol):
     """A store of points that can be searched by vector and by BM25.
 
     Every method raises CollectionError if the store refuses, and EndpointError if a server
     cannot be reached.
 
-    oversampling: the value of ``OVERSAMPLING`` for what it stores; a collection sets it.
+    quantization: of the vectors that it stores; a collection sets it.
     """
 
-    oversampling: float
+    quantization: Quantization
 
     def upsert(self, points: Sequence[Point]) -> None:
         """Write points; visible to searches when this returns."""
@@ -292,6 +299,14 @@ class Dialect:
     numbers: Any
     dates: Any
     truth: Callable[[bool], Any] = bool
+
+    def condition(self, where: Filter) -> Any | None:
+        """The library's filter, None for one that lets everything through.
+
+        With an empty filter Qdrant checks each point that it meets, which took as long as the
+        search by vector itself.
+        """
+        return None if where == Filter() else self.filter(where)
 
     def filter(self, where: Filter) -> Any:
         """The library's filter. Raises ConfigError for a key that Qdrant cannot name."""

@@ -29,9 +29,11 @@ from mmrag.store.engine import (
     Fields,
     Filter,
     Point,
+    Quantization,
     Schema,
     Scored,
     as_point,
+    oversampling,
 )
 
 log = logging.getLogger(__name__)
@@ -72,7 +74,7 @@ class ServerEngine(Engine):
         self._name = name
         self._owned = owned
         self._pause = pause
-        self.oversampling = 1.0
+        self.quantization: Quantization = "none"
         # Local mode lacks payload indexes, facets of them, and other tokenizers.
         self._local = isinstance(client._client, QdrantLocal)
 
@@ -152,7 +154,7 @@ class ServerEngine(Engine):
         where: Filter,
         payload: Fields = True,
     ) -> list[Scored]:
-        return self._query(vector.tolist(), name, limit, DIALECT.filter(where), payload)
+        return self._query(vector.tolist(), name, limit, DIALECT.condition(where), payload)
 
     @override
     def max_sim(
@@ -169,11 +171,11 @@ class ServerEngine(Engine):
     @override
     def bm25(self, terms: str, limit: int, where: Filter, payload: Fields = True) -> list[Scored]:
         query = models.TextQuery(text=terms)
-        return self._query(query, TERMS_FIELD, limit, DIALECT.filter(where), payload)
+        return self._query(query, TERMS_FIELD, limit, DIALECT.condition(where), payload)
 
     @override
     def scroll(self, where: Filter, vectors: bool = False) -> Iterator[Point]:
-        offset, condition = None, DIALECT.filter(where)
+        offset, condition = None, DIALECT.condition(where)
         while True:
             fetch = partial(
                 self._client.scroll,
@@ -192,7 +194,9 @@ class ServerEngine(Engine):
     @override
     def count(self, where: Filter) -> int:
         return self._call(
-            lambda: self._client.count(self._name, count_filter=DIALECT.filter(where), exact=True)
+            lambda: self._client.count(
+                self._name, count_filter=DIALECT.condition(where), exact=True
+            )
         ).count
 
     @override
@@ -301,7 +305,8 @@ class ServerEngine(Engine):
         everything = models.PayloadSelectorExclude(exclude=[TERMS_FIELD])
         selected = payload if isinstance(payload, bool) else list(payload)
         # Without quantization this changes nothing.
-        rescored = models.QuantizationSearchParams(rescore=True, oversampling=self.oversampling)
+        times = oversampling(self.quantization, limit)
+        rescored = models.QuantizationSearchParams(rescore=True, oversampling=times)
         params = models.SearchParams(quantization=rescored)
         found = self._call(
             lambda: self._client.query_points(
