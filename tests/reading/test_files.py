@@ -112,7 +112,11 @@ def test_an_image_that_is_ready_is_stored_as_it_is(suffix, read, tmp_path) -> No
     exif = Image.Exif()
     exif[0x0112] = 3  # upside down, which changes no size
     noise = Image.effect_noise((90, 60), 50).convert("RGB")
-    changes = ({"exif": exif}, {"save_all": True, "append_images": [noise.copy()]})
+    changes = (
+        {"exif": exif},
+        {"save_all": True, "append_images": [noise.copy()]},
+        {"transparency": noise.getpixel((0, 0))},
+    )
     noise.save(path, quality=60)
     (node,) = read(path).nodes
     assert Path(node.image_resource.path).read_bytes() == path.read_bytes()
@@ -120,6 +124,9 @@ def test_an_image_that_is_ready_is_stored_as_it_is(suffix, read, tmp_path) -> No
         noise.save(path, **options)
         (node,) = read(path).nodes
         assert Path(node.image_resource.path).read_bytes() != path.read_bytes()
+    noise.rotate(180).save(path)
+    (node,) = read(path, max_page_pixels=noise.width * noise.height - 1).nodes
+    assert Path(node.image_resource.path).read_bytes() != path.read_bytes()
     transparent = noise.convert("RGBA" if suffix == "png" else "L")
     transparent.save(path)
     (node,) = read(path).nodes
