@@ -6,9 +6,9 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
-from tiny import save_qwen2_5_vl, save_qwen2_vl
+from tiny import save_qwen2_vl
 from tiny_chat import save_llava
-from tiny_qwen3 import save_qwen3_vl
+from tiny_qwen3 import QWEN_FAMILIES, save_qwen3_vl
 
 from mmrag.content import Content
 from mmrag.embedders import load_embedder
@@ -23,7 +23,6 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 
-FAMILIES = {"gme": save_qwen2_vl, "moca": save_qwen2_5_vl, "qwen3_vl": save_qwen3_vl}
 TEXTS = ["wind " * n for n in (1, 3, 40, 3, 90, 300, 1)]
 
 
@@ -41,9 +40,9 @@ def on_both(folder, family, dtype="float32", **options):
 
 
 @pytest.mark.parametrize(("dtype", "least"), [("float32", 0.99999), ("bfloat16", 0.99)])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", QWEN_FAMILIES)
 def test_vectors_are_those_of_the_cpu(family, dtype, least, tmp_path):
-    card, cpu = on_both(FAMILIES[family](tmp_path / "tiny"), family, dtype)
+    card, cpu = on_both(QWEN_FAMILIES[family](tmp_path / "tiny"), family, dtype)
     contents = [*pages(9), *TEXTS, Content("a text", pages(1)[0].image)]
     expected = cpu.encode(contents)
     alone = np.concatenate([card.encode([content]) for content in contents])
@@ -51,9 +50,9 @@ def test_vectors_are_those_of_the_cpu(family, dtype, least, tmp_path):
         assert (vectors * expected).sum(1).min() > least
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", QWEN_FAMILIES)
 def test_recorded_texts_have_the_vectors_of_the_cpu(family, tmp_path, caplog):
-    card, cpu = on_both(FAMILIES[family](tmp_path / "tiny"), family)
+    card, cpu = on_both(QWEN_FAMILIES[family](tmp_path / "tiny"), family)
     for text in TEXTS:
         assert (card.encode([text]) * cpu.encode([text])).sum() > 0.99999
     # Runs that look both ways need a mask, and are not recorded.
@@ -61,10 +60,10 @@ def test_recorded_texts_have_the_vectors_of_the_cpu(family, tmp_path, caplog):
     assert "recorded" not in caplog.text
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", QWEN_FAMILIES)
 def test_compiled_blocks_give_the_vectors_of_the_cpu(family, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(compiling, "LARGE", 64)
-    card, cpu = on_both(FAMILIES[family](tmp_path / "tiny"), family, compile=True)
+    card, cpu = on_both(QWEN_FAMILIES[family](tmp_path / "tiny"), family, compile=True)
     contents = [*pages(6), *TEXTS]
     assert (card.encode(contents) * cpu.encode(contents)).sum(1).min() > 0.99999
     assert card.blocks._compiled

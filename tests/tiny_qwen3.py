@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from tiny import save_qwen_tokenizer
+from tiny import save_qwen2_5_vl, save_qwen2_vl, save_qwen_tokenizer
 from tokenizers import Tokenizer
 from transformers import (
     Qwen3_5Config,
@@ -109,6 +109,10 @@ def save_qwen3_vl(folder: Path, *, tied: bool = True, words: tuple[str, ...] = (
     model = Qwen3VLForConditionalGeneration(Qwen3VLConfig.from_pretrained(folder))
     save_weights(model, folder, drop="lm_head." if tied else "")
     return folder
+
+
+QWEN_FAMILIES = {"gme": save_qwen2_vl, "moca": save_qwen2_5_vl, "qwen3_vl": save_qwen3_vl}
+"""A family of each generation of Qwen-VL, and what saves a tiny checkpoint of it."""
 
 
 def save_wemm(folder: Path) -> Path:

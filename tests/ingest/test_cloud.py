@@ -4,15 +4,10 @@ import zipfile
 
 import fsspec
 import pytest
-from fakes import FakeEmbedder
 from fsspec.registry import known_implementations
 
 from mmrag.errors import ReadError
-from mmrag.index import UniversalIndex
 from mmrag.ingest.sources import clean_url
-from mmrag.reading import ReadOptions
-
-OPTIONS = ReadOptions(dpi=50, passage_words=20, passage_overlap=0)
 
 
 @pytest.fixture
@@ -28,14 +23,6 @@ def store():
     for root in ("/docs", "/other"):
         if system.exists(root):
             system.rm(root, recursive=True)
-
-
-@pytest.fixture
-def index(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    embedder = FakeEmbedder(modalities=("text",))
-    with UniversalIndex(tmp_path / "library", embedder, reading=OPTIONS) as opened:
-        yield opened
 
 
 @pytest.fixture

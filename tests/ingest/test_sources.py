@@ -1,6 +1,5 @@
 """URLs as sources: fetched when asked, kept beside the page images, and only if they changed."""
 
-import dataclasses
 import json
 import shutil
 
@@ -17,7 +16,6 @@ from mmrag.queries import Where
 from mmrag.reading import ReadOptions, locate_quote
 from mmrag.store.matching import matching_paths
 
-OPTIONS = ReadOptions(dpi=50, passage_words=20, passage_overlap=0)
 TEXT = {"Content-Type": "text/plain", "ETag": '"1"'}
 PDF = {"Content-Type": "application/pdf", "Last-Modified": "Mon, 01 Jun 2026 10:00:00 GMT"}
 LINE = "The pump stands in the cellar."
@@ -33,14 +31,6 @@ def pdf(text=LINE):
 def server():
     with WebServer() as running:
         yield running
-
-
-@pytest.fixture
-def index(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    embedder = FakeEmbedder(modalities=("text",))
-    with UniversalIndex(tmp_path / "library", embedder, reading=OPTIONS) as opened:
-        yield opened
 
 
 def failures(report):
@@ -171,7 +161,7 @@ def test_failures_are_told_by_url_and_never_stop_the_rest(index, server, monkeyp
 @pytest.mark.parametrize("size", [None, 5000])
 def test_a_file_over_the_limit_is_refused_with_and_without_its_length(tmp_path, server, size):
     server.pages["/big.txt"] = broken(b"x" * 5000, size)
-    options = dataclasses.replace(OPTIONS, max_file_bytes=4000)
+    options = ReadOptions(max_file_bytes=4000)
     with UniversalIndex(tmp_path / "c", FakeEmbedder(), reading=options) as index:
         report = index.add(f"{server.url}/big.txt")
         assert "limit of 4,000 bytes" in failures(report)[f"{server.url}/big.txt"]

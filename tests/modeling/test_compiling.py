@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny import save_qwen2_5_vl, save_qwen2_vl
-from tiny_qwen3 import save_qwen3_vl
+from tiny import save_qwen2_vl
+from tiny_qwen3 import QWEN_FAMILIES
 from torch import nn
 from torch._dynamo.utils import counters
 
@@ -18,8 +18,6 @@ from mmrag.errors import ConfigError
 from mmrag.modeling import compiling
 from mmrag.modeling.compiling import HotBlocks, ShortRuns, repeated_blocks, run_decoder
 from mmrag.modeling.loading import place
-
-FAMILIES = {"gme": save_qwen2_vl, "moca": save_qwen2_5_vl, "qwen3_vl": save_qwen3_vl}
 
 
 def mixed(count, seed):
@@ -47,7 +45,7 @@ def eager_compiler(monkeypatch):
 def test_compiled_blocks_give_the_same_vectors_and_are_compiled_once_a_kind(
     family, tmp_path, eager_compiler
 ):
-    folder = FAMILIES[family](tmp_path / "tiny")
+    folder = QWEN_FAMILIES[family](tmp_path / "tiny")
     options = {"family": family, "device": "cpu", "dtype": "float32", "token_budget": 600}
     plain, compiled = (load_embedder(folder, compile=c, **options) for c in (False, True))
     for seed in range(4):
