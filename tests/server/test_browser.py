@@ -13,7 +13,11 @@ FLAGS = [
     *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
 ]
 KEY = "a-long-random-key"
-EXPECTED = ("status of 401 (Unauthorized)", "status of 415 (Unsupported Media Type)")
+EXPECTED = (
+    "status of 401 (Unauthorized)",
+    "status of 415 (Unsupported Media Type)",
+    "status of 429 (Too Many Requests)",
+)
 
 
 def enter(page, field: str, text: str) -> None:
@@ -154,6 +158,47 @@ def test_an_image_goes_with_a_question(page, tmp_path):
     page.click("#ask .send")
     page.wait_for_selector(".question img")
     page.wait_for_selector(".foot > *")
+
+
+def test_a_conversation_outlasts_a_reload_until_a_new_one_begins(page):
+    enter(page, "#question", "Who gets an eye examination a year?")
+    page.wait_for_selector(".foot > *")
+    said = page.inner_text(".answer")
+    page.reload()
+    page.wait_for_selector(".foot > *")
+    assert page.inner_text(".answer") == said
+    page.click(".answer .cite")
+    page.wait_for_selector("#viewer-page img[alt*='evidence marked']")
+    page.keyboard.press("Escape")
+    with page.expect_request("**/api/ask") as asked:
+        enter(page, "#question", "And who gets glasses?")
+    history = asked.value.post_data_json["history"]
+    assert history[0]["content"] == "Who gets an eye examination a year?"
+    assert "eye examination" in history[1]["content"]
+    page.wait_for_selector("article:nth-child(2) .foot > *")
+    page.click("#new-chat")
+    page.reload()
+    page.wait_for_selector("#ask-about:not(:empty)")
+    assert page.query_selector("article") is None
+
+
+def test_a_question_that_failed_can_be_asked_again(page, tmp_path):
+    from fakes import make_image
+
+    busy = {"status": 429, "json": {"error": {"message": "The server is busy."}}}
+    page.route("**/api/ask", lambda route: route.fulfill(**busy))
+    page.set_input_files("#ask input[type=file]", str(make_image(tmp_path / "a.png")))
+    page.wait_for_selector("#ask .chip img")
+    enter(page, "#question", "Who gets an eye examination a year?")
+    page.wait_for_selector("[role=alert]:has-text('The server is busy.')")
+    assert page.input_value("#question") == "Who gets an eye examination a year?"
+    page.unroute("**/api/ask")
+    with page.expect_request("**/api/ask") as asked:
+        page.press("#question", "Enter")
+    body = asked.value.post_data_json
+    assert body["image"].startswith("data:image/png;base64,") and body["history"] == []
+    page.wait_for_selector(".foot h2")
+    assert page.input_value("#question") == "" and page.is_hidden("#ask .chip")
 
 
 def drop(page, target, path, kind):

@@ -7,20 +7,28 @@ import { render } from "/static/markdown.js";
 import { current, onCollection, state } from "/static/state.js";
 import { openSource } from "/static/viewer.js";
 
-const history = [];
+const KEPT = "mmrag-conversation"; // of this tab, so that it outlasts a reload
+const MOST_KEPT = 20; // turns; a browser keeps about 5 MB
+const turns = []; // of {question, reply}, those that were answered
 let running = null;
 
 export function setUp() {
   const form = byId("ask-form");
   const question = byId("question");
   const image = attachment(form);
-  form.addEventListener("submit", (event) => {
+  form.addEventListener("submit", async (event) => {
     event.preventDefault();
-    if (running) running.abort();
-    else if (question.value.trim() || image.value()) {
-      ask(question.value.trim(), image.value());
-      question.value = "";
-      image.clear();
+    if (running) return running.abort();
+    const [words, picture] = [question.value.trim(), image.value()];
+    if (!words && !picture) return;
+    question.value = "";
+    image.clear();
+    fit(question);
+    const failed = !(await ask(words, picture));
+    // It can be asked again, unless another was written meanwhile.
+    if (failed && !question.value && !image.value()) {
+      question.value = words;
+      if (picture) image.show(picture, "Image of the question");
       fit(question);
     }
   });
@@ -50,7 +58,8 @@ function about() {
 
 function forget() {
   running?.abort();
-  history.length = 0;
+  turns.length = 0;
+  keep();
   byId("turns").replaceChildren();
   begun(false);
   byId("question").focus();
@@ -61,29 +70,53 @@ function begun(yes) {
   byId("ask-title").hidden = byId("new-chat").hidden = !yes;
 }
 
+/** Shows the conversation that this tab had before it was loaded anew. */
+export function restore() {
+  for (const turn of JSON.parse(sessionStorage.getItem(KEPT) ?? "[]")) {
+    begun(true);
+    turns.push(turn);
+    newTurn(turn.question, null).finish(turn.reply);
+  }
+}
+
+const keep = () => sessionStorage.setItem(KEPT, JSON.stringify(turns.slice(-MOST_KEPT)));
+
+const historyOf = ({ question, reply }) => [
+  { role: "user", content: question },
+  { role: "assistant", content: reply.answer },
+];
+
+/** Whether it did not fail; what was stopped has not. */
 async function ask(question, image) {
   begun(true);
   const turn = newTurn(question, image);
   running = new AbortController();
   busy(true);
+  const history = turns.flatMap(historyOf);
   const body = { query: question, image, history, collection: state.collection };
+  let failed = false;
   try {
     for await (const [name, data] of events("/api/ask", body, running.signal)) {
       if (name === "sources") turn.begin(data, question);
       else if (name === "token") turn.add(data.text);
       else if (name === "answer") turn.finish(data);
-      else turn.fail(data.error.message);
+      else {
+        turn.fail(data.error.message);
+        failed = true;
+      }
     }
-    if (turn.answer) {
-      history.push({ role: "user", content: question || "(an image)" });
-      history.push({ role: "assistant", content: turn.answer });
+    if (turn.reply?.answer) {
+      turns.push({ question: question || "(an image)", reply: turn.reply });
+      keep();
     }
   } catch (error) {
-    turn.fail(error.name === "AbortError" ? "Stopped." : error.message);
+    failed = error.name !== "AbortError";
+    turn.fail(failed ? error.message : "Stopped.");
   } finally {
     running = null;
     busy(false);
   }
+  return !failed;
 }
 
 function busy(on) {
@@ -111,7 +144,7 @@ function newTurn(question, image) {
     words.replaceChildren(render(text, (n) => citation(n, sources)));
   };
   const made = {
-    answer: null,
+    reply: null,
     begin(data, asked) {
       sources = data.sources;
       wait.textContent = "Reading\u2026";
@@ -124,7 +157,7 @@ function newTurn(question, image) {
       drawing = true;
     },
     finish(data) {
-      made.answer = data.answer;
+      made.reply = data;
       wait.hidden = true;
       [text, sources] = [data.answer, data.sources];
       draw();

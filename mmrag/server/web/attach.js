@@ -2,7 +2,7 @@
 
 import { el, onDrop } from "/static/dom.js";
 
-/** Gives `{take(file), value(), clear()}` for a form with a `.chip` and an image input. */
+/** Gives `{take(file), show(url, name), value(), clear()}` for a form with a `.chip` and an image input. */
 export function attachment(form) {
   const chip = form.querySelector(".chip");
   const input = form.querySelector("input[type=file]");
@@ -14,19 +14,20 @@ export function attachment(form) {
     chip.hidden = true;
     chip.replaceChildren();
   };
+  const show = (data, name) => {
+    url = data;
+    const remove = el("button", { type: "button", class: "icon", "aria-label": `Remove ${name}`, onclick: clear }, "\u00d7");
+    chip.replaceChildren(el("img", { src: url, alt: "" }), el("span", {}, name), remove);
+    chip.hidden = false;
+  };
   const take = (file) => {
     if (!file?.type.startsWith("image/")) return;
     const reader = new FileReader();
-    reader.onload = () => {
-      url = reader.result;
-      const remove = el("button", { type: "button", class: "icon", "aria-label": `Remove ${file.name}`, onclick: clear }, "\u00d7");
-      chip.replaceChildren(el("img", { src: url, alt: "" }), el("span", {}, file.name), remove);
-      chip.hidden = false;
-    };
+    reader.onload = () => show(reader.result, file.name);
     reader.readAsDataURL(file);
   };
   input.addEventListener("change", () => take(input.files[0]));
   onDrop(form, (files) => take(files[0]));
   form.addEventListener("paste", (event) => take([...event.clipboardData.files][0]));
-  return { take, clear, value: () => url };
+  return { take, show, clear, value: () => url };
 }

@@ -35,6 +35,7 @@ addEventListener("hashchange", route);
 for (const name of ["dragover", "drop"]) addEventListener(name, (event) => event.preventDefault());
 try {
   await refresh();
+  ask.restore();
   route();
 } catch (error) {
   byId("main").prepend(el("p", { class: "error", role: "alert" }, error.message));
