@@ -2,12 +2,16 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from tiny import save_qwen2_5_vl, save_qwen2_vl, save_qwen_tokenizer
 from tokenizers import Tokenizer
 from transformers import (
+    AutoImageProcessor,
+    AutoTokenizer,
     Qwen3_5Config,
     Qwen3_5ForConditionalGeneration,
     Qwen3VLConfig,
@@ -109,6 +113,20 @@ def save_qwen3_vl(folder: Path, *, tied: bool = True, words: tuple[str, ...] = (
     model = Qwen3VLForConditionalGeneration(Qwen3VLConfig.from_pretrained(folder))
     save_weights(model, folder, drop="lm_head." if tied else "")
     return folder
+
+
+def reference_inputs(folder: Path, prompt: str, images: list[Image.Image]) -> dict[str, Any]:
+    """What transformers' own classes make of a prompt and its images, for its own model."""
+    inputs: dict[str, Any] = {}
+    if images:
+        processor = AutoImageProcessor.from_pretrained(folder, backend="pil", do_resize=False)
+        inputs = dict(processor(images=images, return_tensors="pt"))
+        for grid in inputs["image_grid_thw"]:
+            prompt = prompt.replace("<|image_pad|>", "<slot>" * (int(grid.prod()) // 4), 1)
+        prompt = prompt.replace("<slot>", "<|image_pad|>")
+    ids = AutoTokenizer.from_pretrained(folder)(prompt, return_tensors="pt")["input_ids"]
+    image_token = json.loads((folder / "config.json").read_text())["image_token_id"]
+    return {"input_ids": ids, "mm_token_type_ids": (ids == image_token).int(), **inputs}
 
 
 QWEN_FAMILIES = {"gme": save_qwen2_vl, "moca": save_qwen2_5_vl, "qwen3_vl": save_qwen3_vl}

@@ -214,25 +214,13 @@ def load_token_embedder(
         raise ConfigError(
             "Late interaction needs sentence-transformers: pip install 'mmrag[st]'."
         ) from error
-    from mmrag.embedders.sentence_transformers import check_transformers
+    from mmrag.embedders.sentence_transformers import open_exactly
     from mmrag.modeling.checkpoints import fingerprint
-    from mmrag.modeling.loading import quiet
 
     folder = find_checkpoint(name, revision, download=download)
     _check_kind(str(name), folder)
     placement = place(device, dtype)
-    try:
-        with quiet():
-            model = MultiVectorEncoder(
-                str(folder),
-                device=str(placement.device),
-                model_kwargs={"dtype": placement.dtype},
-                # The folder is complete; the hub is not asked whether there is something newer.
-                local_files_only=True,
-            )
-    except (OSError, ValueError, KeyError, RuntimeError, TypeError, ImportError) as error:
-        raise ModelError(f"{folder}: sentence-transformers cannot load it ({error}).") from error
-    check_transformers(model, folder)
+    model = open_exactly(MultiVectorEncoder, folder, placement)
     # The modules behind the transformer, such as ``1_Dense``, move vectors as its weights do.
     parts = sorted(path for path in folder.iterdir() if path.is_dir())
     settings = {"prompts": model.prompts, "dtype": str(placement.dtype), "tokens": True}

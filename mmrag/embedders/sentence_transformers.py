@@ -10,9 +10,9 @@ from __future__ import annotations
 import json
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +26,8 @@ from mmrag.modeling.checkpoints import fingerprint
 from mmrag.modeling.loading import Placement, check_finite, check_weights, quiet
 
 logger = logging.getLogger(__name__)
+
+M = TypeVar("M")
 
 # Our words and theirs.
 _MODALITIES: dict[Modality, Any] = {"text": "text", "image": "image", "fused": ("image", "text")}
@@ -178,19 +180,7 @@ def load_sentence_transformers(
             f"{folder}: modules.json is missing, so it is no sentence-transformers model, and how "
             "it pools is not known."
         )
-    try:
-        with quiet():
-            model = SentenceTransformer(
-                str(folder),
-                device=str(placement.device),
-                model_kwargs={"dtype": placement.dtype},
-                # The folder is complete; without this, missing files would be looked for on the
-                # hub.
-                local_files_only=True,
-            )
-    except (OSError, ValueError, KeyError, RuntimeError, TypeError, ImportError) as error:
-        raise ModelError(f"{folder}: sentence-transformers cannot load it ({error}).") from error
-    check_transformers(model, folder)
+    model = open_exactly(SentenceTransformer, folder, placement)
     if max_length is not None:
         model.max_seq_length = max_length
     settings = {
@@ -211,8 +201,33 @@ def load_sentence_transformers(
     )
 
 
-def check_transformers(model: Any, folder: Path) -> None:
-    """Raise ModelError for weights that are not in the files, or not finite."""
+def open_exactly(kind: Callable[..., M], folder: Path, placement: Placement, **options: Any) -> M:
+    """A model of sentence-transformers, of the class ``kind``, with all weights of a folder.
+
+    options: of ``kind``, beside those of the placement.
+
+    Raises:
+        ModelError: For weights that are not in the files, or not finite, and for a folder that
+            cannot be loaded or needs code of its own.
+    """
+    try:
+        with quiet():
+            model = kind(
+                str(folder),
+                device=str(placement.device),
+                model_kwargs={"dtype": placement.dtype},
+                # The folder is complete; without this, missing files would be looked for on the
+                # hub.
+                local_files_only=True,
+                **options,
+            )
+    except (OSError, ValueError, KeyError, RuntimeError, TypeError, ImportError) as error:
+        raise ModelError(f"{folder}: sentence-transformers cannot load it ({error}).") from error
+    _check_transformers(model, folder)
+    return model
+
+
+def _check_transformers(model: Any, folder: Path) -> None:
     # sentence-transformers fills what is missing at random, with no more than a log line.
     listed = folder / "modules.json"  # a model of a single part need not have it
     described = json.loads(listed.read_text(encoding="utf-8")) if listed.is_file() else [{}]

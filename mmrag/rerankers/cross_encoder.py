@@ -17,12 +17,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from mmrag.embedders.sentence_transformers import check_transformers
+from mmrag.embedders.sentence_transformers import open_exactly
 from mmrag.errors import ConfigError, ModelError
 from mmrag.instructions import resolve
 from mmrag.modeling.batching import default_budget, iter_batches, run_halving
 from mmrag.modeling.checkpoints import read_json
-from mmrag.modeling.loading import Placement, quiet
+from mmrag.modeling.loading import Placement
 from mmrag.prompting import estimate_tokens
 from mmrag.rerankers.base import Outcome, Pair, isolate, judge_readable, text_pair
 from mmrag.rerankers.prompts import RerankPrompt
@@ -155,22 +155,10 @@ def load_cross_encoder(
         raise ConfigError(f"{name} has a prompt of its own: leave out prompt, use instruction.")
     if placement.quantize is not None or placement.device_map is not None:
         raise ConfigError(f"{name} is a cross-encoder, which takes no quantize or device_map.")
-    options = {} if max_length is None else {"max_length": max_length}
-    try:
-        with quiet():
-            model = CrossEncoder(
-                str(folder),
-                device=str(placement.device),
-                model_kwargs={"dtype": placement.dtype},
-                processor_kwargs=_template(name, folder),
-                # The folder is complete: what is missing is an error, and not looked for on the
-                # hub.
-                local_files_only=True,
-                **options,
-            )
-    except (OSError, ValueError, KeyError, RuntimeError, TypeError, ImportError) as error:
-        raise ModelError(f"{folder}: sentence-transformers cannot load it ({error}).") from error
-    check_transformers(model, folder)
+    options: dict[str, Any] = {"processor_kwargs": _template(name, folder)}
+    if max_length is not None:
+        options["max_length"] = max_length
+    model = open_exactly(CrossEncoder, folder, placement, **options)
     return CrossEncoderScorer(model, name=name, token_budget=token_budget)
 
 

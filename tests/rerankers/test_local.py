@@ -6,8 +6,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny import save_qwen2_5_vl, save_qwen2_vl
-from tiny_qwen3 import add_words, save_qwen3_vl
-from transformers import AutoImageProcessor, AutoTokenizer
+from tiny_qwen3 import add_words, reference_inputs, save_qwen3_vl
+from transformers import AutoTokenizer
 from transformers.models.auto import AutoModelForImageTextToText
 
 from mmrag.content import Content
@@ -48,17 +48,9 @@ def independent(folder, prompt, images, words=("True", "False")):
     """The difference of the two logits of one prompt, by transformers' whole model."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
-    inputs = {}
-    if images:
-        processor = AutoImageProcessor.from_pretrained(folder, backend="pil", do_resize=False)
-        inputs = dict(processor(images=images, return_tensors="pt"))
-        for grid in inputs["image_grid_thw"]:
-            prompt = prompt.replace("<|image_pad|>", "<slot>" * (int(grid.prod()) // 4), 1)
-        prompt = prompt.replace("<slot>", "<|image_pad|>")
-    ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
-    kinds = (ids == model.config.image_token_id).int()
+    inputs = reference_inputs(folder, prompt, images)
     with torch.no_grad():
-        last = model(input_ids=ids, mm_token_type_ids=kinds, **inputs).logits[0, -1]
+        last = model(**inputs).logits[0, -1]
     yes, no = tokenizer.convert_tokens_to_ids(list(words))
     return float(last[yes] - last[no])
 

@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny import seen
-from tiny_qwen3 import save_qwen3_vl
-from transformers import AutoImageProcessor, AutoTokenizer, Qwen3VLForConditionalGeneration
+from tiny_qwen3 import reference_inputs, save_qwen3_vl
+from transformers import AutoTokenizer, Qwen3VLForConditionalGeneration
 
 from mmrag.content import Content
 from mmrag.errors import ContentError, ModelError
@@ -93,16 +93,8 @@ def independent_logit(folder, prompt: str, images: list[Image.Image]) -> float:
     """The difference of the two logits of one pair, by transformers' whole model."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = Qwen3VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
-    inputs = {}
-    if images:
-        processor = AutoImageProcessor.from_pretrained(folder, backend="pil", do_resize=False)
-        inputs = dict(processor(images=images, return_tensors="pt"))
-        for grid in inputs["image_grid_thw"]:
-            prompt = prompt.replace("<|image_pad|>", "<slot>" * (int(grid.prod()) // 4), 1)
-        prompt = prompt.replace("<slot>", "<|image_pad|>")
-    ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
-    kinds = (ids == model.config.image_token_id).int()
-    last = model(input_ids=ids, mm_token_type_ids=kinds, **inputs).logits[0, -1]
+    inputs = reference_inputs(folder, prompt, images)
+    last = model(**inputs).logits[0, -1]
     yes, no = tokenizer.convert_tokens_to_ids(["yes", "no"])
     return float(last[yes] - last[no])
 

@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 from tiny import seen
-from tiny_qwen3 import save_qwen3_vl
-from transformers import AutoImageProcessor, AutoTokenizer, Qwen3VLModel
+from tiny_qwen3 import reference_inputs, save_qwen3_vl
+from transformers import Qwen3VLModel
 
 from mmrag.content import Content
 from mmrag.embedders import load_embedder
@@ -81,18 +81,9 @@ def test_ids_and_grids_equal_those_of_the_reference_code(reference):
 
 def independent_vector(folder, prompt: str, images: list[Image.Image]) -> np.ndarray:
     """The recipe for one item, by transformers' own model, positions and DeepStack."""
-    tokenizer = AutoTokenizer.from_pretrained(folder)
     model = Qwen3VLModel.from_pretrained(folder, dtype=torch.float32).eval()
-    inputs = {}
-    if images:
-        processor = AutoImageProcessor.from_pretrained(folder, backend="pil", do_resize=False)
-        inputs = dict(processor(images=images, return_tensors="pt"))
-        for grid in inputs["image_grid_thw"]:
-            prompt = prompt.replace("<|image_pad|>", "<slot>" * (int(grid.prod()) // 4), 1)
-        prompt = prompt.replace("<slot>", "<|image_pad|>")
-    ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
-    kinds = (ids == model.config.image_token_id).int()
-    output = model(input_ids=ids, mm_token_type_ids=kinds, **inputs)
+    inputs = reference_inputs(folder, prompt, images)
+    output = model(**inputs)
     vector = output.last_hidden_state[0, -1].numpy()
     return vector / np.linalg.norm(vector)
 
