@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from mmrag.errors import ReadError
 from mmrag.reading import client, marking, ocr
 from mmrag.reading.files import (
+    VIDEO_SUFFIXES,
     FileKind,
     OnError,
     file_kind,
@@ -313,12 +314,13 @@ _READERS: dict[FileKind, Callable[[Source, ReadOptions, Report], Iterator[ReadPa
 
 
 def count_pages(path: str | Path) -> int:
-    """How many pages a PDF has.
+    """How many pages a PDF, or stretches of ``STRETCH`` seconds a video has.
 
     Raises:
         ReadError: If it cannot be opened.
     """
-    count: int = _once(path, None, "count", Path(path))
+    operation = "stretches" if Path(path).suffix.lower() in VIDEO_SUFFIXES else "count"
+    count: int = _once(path, None, operation, Path(path))
     return count
 
 

@@ -100,6 +100,12 @@ def read_stretches(
             )
 
 
+def count_stretches(path: Path) -> Iterator[int]:
+    """How many stretches a video has."""
+    with _opened(path) as container:
+        yield _Frames(container).n_stretches
+
+
 def _opened(path: Path) -> InputContainer:
     import av
 

@@ -28,6 +28,7 @@ OPERATIONS = {
     "office": ("mmrag.reading.office", "read_records"),
     "video": ("mmrag.reading.video", "read_stretches"),
     "plugin": ("mmrag.reading.plugins", "read_records"),
+    "stretches": ("mmrag.reading.video", "count_stretches"),
     "count": ("mmrag.reading.evidence", "count_pages"),
     "locate": ("mmrag.reading.evidence", "locate"),
     "mark": ("mmrag.reading.evidence", "mark"),

@@ -4,7 +4,8 @@ import io
 
 import numpy as np
 import pytest
-from PIL import Image, ImageDraw
+from made_videos import make_video, slide
+from PIL import Image
 
 from mmrag import UniversalIndex
 from mmrag.nodes import page_name
@@ -26,26 +27,6 @@ The well is nine metres deep.
 Seeds are sown in May.
 """
 SCENES = (("white", 50), ("yellow", 60), ("cyan", 20))
-
-
-def slide(colour, number):
-    image = Image.new("RGB", (320, 240), colour)
-    ImageDraw.Draw(image).text((20, 100), f"Slide {number}", fill="black")
-    return image
-
-
-def make_video(path, scenes, gop_size):
-    """Slides at 2 frames a second, each for so many seconds."""
-    with av.open(path, "w") as container:
-        stream = container.add_stream("libx264", rate=2)
-        stream.width, stream.height, stream.pix_fmt = 320, 240, "yuv420p"
-        stream.gop_size = gop_size
-        for number, (colour, seconds) in enumerate(scenes):
-            for _ in range(2 * seconds):
-                frame = av.VideoFrame.from_image(slide(colour, number))
-                container.mux(stream.encode(frame))
-        container.mux(stream.encode(None))
-    return path
 
 
 @pytest.fixture(scope="module", params=[10, 10_000], ids=["key frames", "one key frame"])
