@@ -394,18 +394,18 @@ class ExportConfig(Options):
 
 
 class ConvertConfig(Options):
-    """Turn other projects' training data into rows."""
+    """Turn training data of other forms into rows."""
 
     positional: ClassVar[tuple[str, ...]] = ("kind", "records")
 
-    kind: Literal["mmeb", "mbeir", "swift", "pdfs"]
-    """mmeb, mbeir, swift, or pdfs: questions about pages of PDFs."""
+    kind: Literal["mmeb", "mbeir", "swift", "rows", "pdfs"]
+    """mmeb, mbeir, swift, rows that name files, or pdfs: questions about pages of PDFs."""
     records: Path
     """JSON lines, a JSON list or parquet; for mmeb also the folder of subsets as published."""
     out: Path
     """File of rows to write; images go to ``images`` beside it."""
     images: Path = Path()
-    """Folder of the images."""
+    """Folder of the images and videos."""
     subsets: tuple[str, ...] = ()
     """Sub-folders to take, for mmeb; by default all."""
     pool: Path | None = None
@@ -415,7 +415,7 @@ class ConvertConfig(Options):
     pdfs: Path = Path()
     """Folder of the PDFs, for pdfs."""
     items: Literal["image", "text", "fused"] = "image"
-    """What a page becomes, for pdfs."""
+    """What a page of a PDF, or a frame of a video, becomes."""
     task: str | None = None
     """Name of the task; by default the file's."""
     license: str = ""

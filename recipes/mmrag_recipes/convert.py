@@ -1,12 +1,13 @@
-"""Turn other projects' training data into rows, record by record.
+"""Turn training data of other forms into rows, record by record.
 
     python -m mmrag_recipes convert mmeb MMEB-train/ --subsets OK-VQA --images . --out rows.jsonl
     python -m mmrag_recipes convert mbeir query.jsonl --pool pool.jsonl --images . --out rows.jsonl
     python -m mmrag_recipes convert swift train.jsonl --images . --out rows.jsonl
+    python -m mmrag_recipes convert rows mine.jsonl --images . --out rows.jsonl
     python -m mmrag_recipes convert pdfs questions.jsonl --pdfs papers/ --out rows.jsonl
 
 A record that cannot be used is reported and left out; the rest is converted. Nothing is held in
-memory but the places of the candidates in a pool.
+memory but the places of the candidates in a pool and the pages of videos.
 """
 
 from __future__ import annotations
@@ -15,9 +16,7 @@ import csv
 import hashlib
 import json
 import logging
-import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,8 @@ from pydantic import ValidationError
 from mmrag.errors import ConfigError, ContentError, ReadError
 from mmrag.reading import read_file
 from mmrag_recipes.config import ConvertConfig
-from mmrag_recipes.rows import ImageStore, Item, Row, store_of, write_rows
+from mmrag_recipes.rows import ImageStore, Item, Row, first_problem, store_of, write_rows
+from mmrag_recipes.sides import Clip, Files, Media, Sides
 
 logger = logging.getLogger("mmrag_recipes")
 
@@ -36,34 +36,11 @@ Record = Mapping[str, Any]
 Converted = Iterator[Row | str]
 """Rows, and a message for each record that is left out."""
 
-# Of Phi-3.5, LLaVA and Qwen: families put in their own.
-_PLACEHOLDER = re.compile(r"<\|image_\d+\|>|<image>|<\|image_pad\|>")
 # A wrong folder of images makes every record a problem: the first few tell, and the count.
 _SHOWN_PROBLEMS = 20
 
 
-@dataclass(frozen=True)
-class Images:
-    """Where a data set's images come from and where they go."""
-
-    folder: Path
-    store: ImageStore
-
-    def item(self, text: str | None, images: str | Sequence[str] | None) -> Item:
-        """Make an item; placeholders are taken out of the text, the images into the store."""
-        plain = _PLACEHOLDER.sub("", text or "").strip()
-        named = [images] if isinstance(images, str) else images or []
-        paths = [self.folder / name for name in named if name]
-        if absent := [str(path) for path in paths if not path.is_file()]:
-            raise ContentError(f"there is no image {', '.join(absent)}")
-        # Copied, so that the rows can be moved to another machine with the folder beside them.
-        ids = [self.store.add(path) for path in paths]
-        if not plain and not ids:
-            raise ContentError("an item has neither text nor image")
-        return Item(text=plain or None, image=ids[0] if len(ids) == 1 else tuple(ids) or None)
-
-
-def from_mmeb(records: Iterable[Record], images: Images, task: str) -> Converted:
+def from_mmeb(records: Iterable[Record], media: Media, task: str) -> Converted:
     """VLM2Vec's MMEB training rows: ``qry``, ``qry_image_path``, ``pos_text``, ... .
 
     The instruction is part of ``qry`` there and stays in the query's text.
@@ -73,14 +50,14 @@ def from_mmeb(records: Iterable[Record], images: Images, task: str) -> Converted
         negatives = []
         # Most subsets have the columns, but empty.
         if record.get("neg_text") or record.get("neg_image_path"):
-            negatives = [images.item(record.get("neg_text"), record.get("neg_image_path"))]
+            negatives = [media.item(_files(record.get("neg_text"), record.get("neg_image_path")))]
         name = record.get("subset", task)
         return Row(
             id=str(record.get("id", f"{name}-{number}")),
             task=name,
-            query=images.item(record["qry"], record.get("qry_image_path")),
+            query=media.item(_files(record["qry"], record.get("qry_image_path"))),
             # get: classification has answers in words alone, image retrieval none in words.
-            positives=[images.item(record.get("pos_text"), record.get("pos_image_path"))],
+            positives=[media.item(_files(record.get("pos_text"), record.get("pos_image_path")))],
             negatives=negatives,
             source=name,
         )
@@ -91,7 +68,7 @@ def from_mmeb(records: Iterable[Record], images: Images, task: str) -> Converted
 def from_mbeir(
     records: Iterable[Record],
     pool: Pool,
-    images: Images,
+    media: Media,
     task: str,
     instructions: Mapping[tuple[str, str, str], str] | None = None,
 ) -> Converted:
@@ -104,7 +81,7 @@ def from_mbeir(
 
     def document(did: str) -> Item:
         candidate = pool[did]
-        return images.item(candidate.get("txt"), candidate.get("img_path"))
+        return media.item(_files(candidate.get("txt"), candidate.get("img_path")))
 
     def instruction(record: Record) -> str | None:
         if instructions is None:
@@ -123,7 +100,7 @@ def from_mbeir(
             id=str(record["qid"]),
             task=task,
             instruction=instruction(record),
-            query=images.item(record.get("query_txt"), record.get("query_img_path")),
+            query=media.item(_files(record.get("query_txt"), record.get("query_img_path"))),
             positives=[document(did) for did in record["pos_cand_list"]],
             negatives=[document(did) for did in record.get("neg_cand_list") or []],
             source=task,
@@ -184,54 +161,95 @@ def read_instructions(path: Path) -> dict[tuple[str, str, str], str]:
         raise ContentError(f"{path}: there is no column {error}.") from error
 
 
-def from_swift(records: Iterable[Record], images: Images, task: str) -> Converted:
+def from_swift(records: Iterable[Record], media: Media, task: str) -> Converted:
     """ms-swift's rows in both forms.
 
-    ``messages`` with ``images``, ``positive_messages`` and ``negative_messages``; or ``query``,
-    ``response`` and ``rejected_response``. A system message of the query is its instruction.
+    ``messages`` with ``images`` and ``videos``, ``positive_messages`` and ``negative_messages``;
+    or ``query``, ``response`` and ``rejected_response``. A system message of the query is its
+    instruction. A video beside a positive or negative gives one for each of its frames.
     """
 
-    def side(messages: Sequence[Mapping[str, str]], names: Sequence[str]) -> Item:
-        text = "\n".join(m["content"] for m in messages if m["role"] != "system")
-        return images.item(text, [_image(name) for name in names])
-
-    def sides(record: Record, kind: str) -> list[Item]:
+    def documents(record: Record, kind: str, right: Container[int] = ()) -> list[Item]:
         messages = record.get(f"{kind}_messages") or []
-        # A list for each document, empty for those without images.
-        names = record.get(f"{kind}_images") or [[] for _ in messages]
-        return [side(*pair) for pair in zip(messages, names, strict=True)]
+        # A list for each document, empty for those without images or videos.
+        images = record.get(f"{kind}_images") or [[] for _ in messages]
+        videos = record.get(f"{kind}_videos") or [[] for _ in messages]
+        sides = zip(map(_said, messages), images, videos, strict=True)
+        return [item for side in sides for item in media.documents(_swift(*side), right)]
 
     def convert(number: int, record: Record) -> Row:
         if "query" in record:
             rejected = record.get("rejected_response") or []
             rejected = [rejected] if isinstance(rejected, str) else rejected
+            query = _swift(record["query"], record.get("images"), record.get("videos"))
             return Row(
                 id=f"{task}-{number}",
                 task=task,
                 instruction=record.get("system"),
-                query=images.item(record["query"], record.get("images")),
-                positives=[images.item(record["response"], None)],
-                negatives=[images.item(text, None) for text in rejected],
+                query=media.item(query),
+                positives=[media.item(_swift(record["response"]))],
+                negatives=[media.item(_swift(text)) for text in rejected],
                 source=task,
             )
         told = [m["content"] for m in record["messages"] if m["role"] == "system"]
+        query = _swift(_said(record["messages"]), record.get("images"), record.get("videos"))
+        positives = documents(record, "positive")
         return Row(
             id=f"{task}-{number}",
             task=task,
             instruction=told[0] if told else None,
-            query=side(record["messages"], record.get("images") or []),
-            positives=sides(record, "positive"),
-            negatives=sides(record, "negative"),
+            query=media.item(query),
+            positives=positives,
+            negatives=documents(record, "negative", {item.key for item in positives}),
             source=task,
         )
 
     return _each(records, convert)
 
 
-def _image(image: Any) -> str:
-    """The path of an image, which may stand in a table of its own."""
-    # ms-swift takes both forms.
-    return str(image["path"] if isinstance(image, Mapping) else image)
+def _said(messages: Sequence[Mapping[str, str]]) -> str:
+    return "\n".join(m["content"] for m in messages if m["role"] != "system")
+
+
+def _swift(text: str, images: Any = None, videos: Any = None) -> Files:
+    """What makes an item; images and videos are paths, or tables that have one."""
+    names, clips = (
+        [str(f["path"] if isinstance(f, Mapping) else f) for f in each or []]
+        for each in (images, videos)
+    )
+    if (n_told := text.count("<video>")) != len(clips):
+        raise ContentError(f"{n_told} <video> in a text with {len(clips)} videos")
+    return Files(text, names, [Clip(name) for name in clips])
+
+
+def from_rows(records: Iterable[Record], media: Media, task: str) -> Converted:
+    """Rows whose sides name files: ``image`` by path, ``video`` with ``start`` and ``end``.
+
+    A positive or negative that is a video gives one for each of its frames, with its score.
+    """
+
+    def convert(number: int, record: Record) -> Row:
+        sides = Sides.model_validate(record)
+        row = {"id": f"{task}-{number}", "task": task, **record}
+        row["query"] = media.item(sides.query.files)
+        right: set[int] = set()
+        for kind, named in (("positive", sides.positives), ("negative", sides.negatives)):
+            scores = record.get(f"{kind}_scores") or []
+            if scores and len(scores) != len(named):
+                raise ContentError(f"{len(scores)} {kind}_scores for {len(named)} {kind}s")
+            made = [media.documents(side.files, right) for side in named]
+            row[f"{kind}s"] = [item for items in made for item in items]
+            row[f"{kind}_scores"] = [
+                scores[n] for n, items in enumerate(made) if scores for _ in items
+            ]
+            right.update(item.key for item in row[f"{kind}s"])
+        return Row.model_validate(row)
+
+    return _each(records, convert)
+
+
+def _files(text: str | None, image: str | None) -> Files:
+    return Files(text, [image] if image else [])
 
 
 def from_pdfs(
@@ -290,9 +308,10 @@ def _each(records: Iterable[Record], convert: Callable[[int, Record], Row]) -> C
             yield convert(number, record)
         except KeyError as error:
             yield f"record {number}: {error} is missing"
-        except (ContentError, ValidationError, ValueError, TypeError) as error:
-            # pydantic's errors have several lines; the first names the field.
-            yield f"record {number}: {str(error).splitlines()[0]}"
+        except ValidationError as error:
+            yield f"record {number}: {first_problem(error)}"
+        except (ContentError, ValueError, TypeError) as error:
+            yield f"record {number}: {error}"
 
 
 def read_records(path: Path, subsets: Sequence[str] = ()) -> Iterator[dict[str, Any]]:
@@ -390,16 +409,18 @@ def run(options: ConvertConfig) -> None:
 
 def _convert(options: ConvertConfig) -> Converted:
     records = read_records(options.records, options.subsets)
-    images = Images(options.images, store_of(options.out))
+    media = Media(options.images, store_of(options.out), options.items)
     task = options.task or options.records.stem
     match options.kind:
         case "mmeb":
-            return from_mmeb(records, images, task)
+            return from_mmeb(records, media, task)
         case "mbeir":
             if options.pool is None:
                 raise ContentError("mbeir needs --pool, the file of candidates.")
             told = read_instructions(options.instructions) if options.instructions else None
-            return from_mbeir(records, Pool(options.pool), images, task, told)
+            return from_mbeir(records, Pool(options.pool), media, task, told)
         case "swift":
-            return from_swift(records, images, task)
-    return from_pdfs(records, options.pdfs, images.store, options.items, options.license)
+            return from_swift(records, media, task)
+        case "rows":
+            return from_rows(records, media, task)
+    return from_pdfs(records, options.pdfs, media.store, options.items, options.license)

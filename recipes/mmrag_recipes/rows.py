@@ -42,6 +42,13 @@ class Item(BaseModel):
     text: str | None = None
     image: str | tuple[str, ...] | None = None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _no_video(cls, values: Any) -> Any:
+        if isinstance(values, dict) and "video" in values:
+            raise ValueError("rows hold images: `convert rows` makes them of videos")
+        return values
+
     @model_validator(mode="after")
     def _something(self) -> Item:
         if self.text is None and self.image is None:

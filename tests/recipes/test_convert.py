@@ -8,8 +8,9 @@ import pytest
 from PIL import Image
 
 from mmrag_recipes.__main__ import main
-from mmrag_recipes.convert import Images, Pool, from_mbeir, from_mmeb, from_pdfs, from_swift
+from mmrag_recipes.convert import Pool, from_mbeir, from_mmeb, from_pdfs, from_swift
 from mmrag_recipes.rows import ImageStore, Item, Row, check_rows, store_of
+from mmrag_recipes.sides import Media
 
 
 def parted(converted):
@@ -22,7 +23,7 @@ def parted(converted):
 def images(tmp_path):
     for name in ("a.png", "b.png"):
         Image.new("RGB", (9, 9), "red" if name == "a.png" else "blue").save(tmp_path / name)
-    return Images(tmp_path, ImageStore(tmp_path / "images"))
+    return Media(tmp_path, ImageStore(tmp_path / "images"))
 
 
 def test_mmeb(images):

@@ -1,0 +1,211 @@
+"""Sides of rows from files: images, and stretches of videos as the pages that indexing makes.
+
+A video becomes frames in the store when rows are made, by the code that indexes it. Rows, and all
+that reads them, know images alone.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import re
+from collections.abc import Container, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import NamedTuple
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from mmrag.errors import ConfigError, ContentError, ReadError
+from mmrag.nodes import node_image, node_text
+from mmrag.reading import ReadOptions, count_pages, read_file
+from mmrag.reading.files import VIDEO_SUFFIXES, missing_extras, suffixes
+from mmrag.reading.video import STRETCH
+from mmrag_recipes.rows import ImageStore, Item, Modality
+
+logger = logging.getLogger("mmrag_recipes")
+
+# Of Phi-3.5, LLaVA, Qwen and ms-swift: families put in their own.
+_PLACEHOLDER = re.compile(r"<\|image_\d+\|>|<image>|<\|image_pad\|>|<video>|<\|video_pad\|>")
+
+
+class Clip(NamedTuple):
+    """A stretch of a video file, in seconds; the whole of it by default."""
+
+    video: str
+    start: float = 0.0
+    end: float = math.inf
+
+
+class Files(NamedTuple):
+    """What makes an item: a text, paths of images, and stretches of videos."""
+
+    text: str | None
+    images: Sequence[str] = ()
+    clips: Sequence[Clip] = ()
+
+
+class Side(BaseModel):
+    """A side of a row that names files: a text, images, or a stretch of a video, in seconds.
+
+    Examples:
+        >>> Side(video="talk.mp4", start=60).files.clips
+        (Clip(video='talk.mp4', start=60.0, end=inf),)
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    text: str | None = None
+    image: str | tuple[str, ...] | None = None
+    video: str | None = None
+    start: float = Field(0.0, ge=0)
+    end: float = math.inf
+
+    @model_validator(mode="after")
+    def _of_a_video(self) -> Side:
+        if self.video is None and self.model_fields_set & {"start", "end"}:
+            raise ValueError("start and end are those of a video, and there is none")
+        if not self.start < self.end:
+            raise ValueError(f"start={self.start:g} is not before end={self.end:g}")
+        return self
+
+    @property
+    def files(self) -> Files:
+        """What the side names."""
+        images = (self.image,) if isinstance(self.image, str) else self.image or ()
+        clips = () if self.video is None else (Clip(self.video, self.start, self.end),)
+        return Files(self.text, images, clips)
+
+
+class Sides(BaseModel):
+    """The sides of a row that name files; its other fields are those of ``Row``."""
+
+    query: Side
+    positives: list[Side] = Field(min_length=1)
+    negatives: list[Side] = Field(default_factory=list)
+
+
+class _Page(NamedTuple):
+    """A page of a video, from start to end in seconds; as much of it as is asked for."""
+
+    start: float
+    end: float
+    text: str
+    image: str | None
+
+
+@dataclass(frozen=True)
+class Media:
+    """Where a data set's images and videos come from and where images and frames go.
+
+    items: what a page of a video becomes: its frame, what is said meanwhile, or both.
+    """
+
+    folder: Path
+    store: ImageStore
+    items: Modality = "image"
+    _read_already: dict[Path, list[_Page] | str] = field(
+        default_factory=dict, init=False, repr=False
+    )
+
+    def item(self, files: Files) -> Item:
+        """Make an item of a text, images and all frames of stretches.
+
+        Placeholders are taken out of the text, images and frames into the store. A text of the
+        item's own stands in place of what is said in the videos.
+
+        Raises:
+            ContentError: If a file is missing or cannot be read, or if nothing remains.
+            ConfigError: If there is a video, and what reads videos is not installed.
+        """
+        paths = [self.folder / name for name in files.images]
+        if absent := [str(path) for path in paths if not path.is_file()]:
+            raise ContentError(f"there is no image {', '.join(absent)}")
+        # Copied, so that the rows can be moved to another machine with the folder beside them.
+        ids = [self.store.add(path) for path in paths]
+        return _item(files.text, ids, self._pages(files.clips))
+
+    def documents(self, files: Files, right: Container[int] = ()) -> list[Item]:
+        """Make a document: an item for each frame of stretches, as a collection holds them.
+
+        Args:
+            right: keys of documents; frames that are one of them are left out.
+
+        Raises:
+            ContentError: As ``item`` does, and for images beside a video.
+            ConfigError: As ``item`` does.
+        """
+        if not files.clips:
+            return [self.item(files)]
+        if files.images:
+            raise ContentError("a document has images or a video, not both")
+        items = [_item(files.text, (), [page]) for page in self._pages(files.clips)]
+        # Each once: a picture that stays for minutes is on several pages.
+        return [item for key, item in {i.key: i for i in items}.items() if key not in right]
+
+    def _pages(self, clips: Sequence[Clip]) -> list[_Page]:
+        """The pages that stretches lie on."""
+        found = []
+        for clip in clips:
+            path = self.folder / clip.video
+            lies_on = [
+                page
+                for page in self._video(path)
+                if page.start < clip.end and clip.start < page.end and (page.image or page.text)
+            ]
+            if not lies_on:
+                end = "the end" if clip.end == math.inf else f"{clip.end:g} s"
+                raise ContentError(f"{path}: there is nothing from {clip.start:g} s to {end}")
+            found += lies_on
+        return found
+
+    def _video(self, path: Path) -> list[_Page]:
+        """All pages of a video, which is read once; one that cannot be read is refused again."""
+        if path not in self._read_already:
+            try:
+                self._read_already[path] = self._read(path)
+            except (ContentError, ReadError) as error:
+                self._read_already[path] = str(error)
+        known = self._read_already[path]
+        if isinstance(known, str):
+            raise ContentError(known)
+        return known
+
+    def _read(self, path: Path) -> list[_Page]:
+        if not path.is_file():
+            raise ContentError(f"there is no video {path}")
+        suffix = path.suffix.lower()
+        if suffix not in VIDEO_SUFFIXES:
+            raise ContentError(f"{path}: not a video; use {' '.join(VIDEO_SUFFIXES)}")
+        if suffix not in suffixes():
+            raise ConfigError(missing_extras([suffix])[0])
+        # Recognition changes no frame, and takes long.
+        options = ReadOptions(ocr="off" if self.items == "image" else "auto")
+        errors: list[ReadError] = []
+        starts: list[float] = []
+        seen: list[tuple[str, str | None]] = []
+        with TemporaryDirectory(prefix="mmrag-frames-") as scratch:
+            for page in read_file(path, scratch, options, on_error=errors.append):
+                node = page.nodes[0]
+                shown = node_image(node) if self.items != "text" else None
+                said = node_text(node).strip() if self.items != "image" else ""
+                starts.append(node.metadata["start"])
+                seen.append((said, self.store.add(shown) if shown else None))
+        if not seen:
+            raise errors[0]
+        for error in errors:
+            logger.warning("%s", error)
+        # What stays as it is, without a word, has no page of its own.
+        ends = [*starts[1:], count_pages(path) * STRETCH]
+        timed = zip(starts, ends, seen, strict=True)
+        return [_Page(start, end, said, image) for start, end, (said, image) in timed]
+
+
+def _item(text: str | None, ids: Sequence[str], pages: Sequence[_Page]) -> Item:
+    plain = _PLACEHOLDER.sub("", text or "").strip()
+    plain = plain or "\n\n".join(page.text for page in pages if page.text)
+    shown = (*ids, *dict.fromkeys(page.image for page in pages if page.image))
+    if not plain and not shown:
+        raise ContentError("an item has neither text nor image")
+    return Item(text=plain or None, image=shown[0] if len(shown) == 1 else shown or None)
