@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from sentence_transformers.base.modality import infer_modality
 from sentence_transformers.base.modules import InputModule
 from torch import Tensor
@@ -62,6 +63,10 @@ class UniversalModule(InputModule):  # type: ignore[misc]
     ) -> dict[str, Any]:
         """Prepare inputs; they stay on the CPU until ``forward``.
 
+        Returns:
+            ``prepared``, a list of the inputs, and ``input_ids``, the places in it of those to
+            embed, an int64 tensor of shape (inputs,).
+
         Raises:
             ContentError: For an input that cannot be used.
             ConfigError: For the name of a task that does not exist.
@@ -75,11 +80,13 @@ class UniversalModule(InputModule):  # type: ignore[misc]
             for value in inputs
         ]
         items = [inputs_of(self.backbone, content, instruction) for content in contents]
-        return {"prepared": items}
+        # The trainer knows a column of inputs by this name, and GradCache cuts tensors alone.
+        return {"input_ids": torch.arange(len(items)), "prepared": items}
 
     def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
         """Add ``sentence_embedding``, (batch, dim), not normalised."""
-        vectors: Tensor = self.backbone.forward(features["prepared"])
+        chosen = [features["prepared"][index] for index in features["input_ids"].tolist()]
+        vectors: Tensor = self.backbone.forward(chosen)
         features["sentence_embedding"] = vectors.float()
         return features
 
