@@ -45,8 +45,9 @@ def test_haystack(monkeypatch):
     assert page.content == "The well is nine metres deep."
 
 
-def test_sentence_transformers():
+def test_sentence_transformers(monkeypatch):
     pytest.importorskip("sentence_transformers")
+    monkeypatch.syspath_prepend(str(ROOT / "integrations" / "sentence-transformers-mmrag"))
     scope = run("sentence-transformers")
     assert scope["scores"].argmax() == 0
     texts = ["The deductible is $500.", "Bananas are yellow."]

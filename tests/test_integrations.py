@@ -31,6 +31,7 @@ PACKAGES = {
         ),
         "haystack",
     ),
+    "sentence-transformers-mmrag": (("sentence_transformers_mmrag",), "sentence_transformers"),
 }
 MODULES = [(package, name) for package, (names, _) in PACKAGES.items() for name in names]
 
@@ -149,7 +150,7 @@ def test_examples_run(package, module, tmp_path, monkeypatch):
 
 def test_the_core_imports_no_integration():
     integration = re.compile(
-        r"^\s*(from|import) (langchain|haystack|llama_index\.\w+\.mmrag)", re.M
+        r"^\s*(from|import) (langchain|haystack|llama_index\.\w+\.mmrag|\w+_mmrag\b)", re.M
     )
     for path in (ROOT.parent / "mmrag").rglob("*.py"):
         assert not integration.search(path.read_text(encoding="utf-8")), path
