@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from fakes import FakeEmbedder, make_image
@@ -53,6 +54,21 @@ def test_sentence_transformers(monkeypatch):
     texts = ["The deductible is $500.", "Bananas are yellow."]
     assert scope["again"].encode_document(texts) == pytest.approx(scope["texts"], abs=1e-5)
     assert scope["images"].shape == scope["both"].shape == (1, 384)
+
+
+def test_mteb(monkeypatch):
+    mteb = pytest.importorskip("mteb")
+    mocks = pytest.importorskip("mteb.mocks")
+    registry = pytest.importorskip("mteb.models.model_implementations").MODEL_REGISTRY
+    monkeypatch.syspath_prepend(str(ROOT / "integrations" / "mteb-mmrag"))
+    monkeypatch.setattr("mmrag.embedders.load_embedder", lambda name, **_: FakeEmbedder(name))
+    monkeypatch.setattr(mteb, "get_tasks", lambda names: [mocks.MockRetrievalTask()])
+    with mock.patch.dict(registry):
+        scope = run("mteb")
+    assert scope["model"].embedder.name == "mmrag-nano"
+    (task,) = scope["results"].task_results
+    assert task.get_score() > 0
+    assert list(Path("results").rglob("MockRetrievalTask.json"))
 
 
 def test_langchain(monkeypatch):

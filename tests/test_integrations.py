@@ -32,6 +32,7 @@ PACKAGES = {
         "haystack",
     ),
     "sentence-transformers-mmrag": (("sentence_transformers_mmrag",), "sentence_transformers"),
+    "mteb-mmrag": (("mteb_mmrag",), "mteb"),
 }
 MODULES = [(package, name) for package, (names, _) in PACKAGES.items() for name in names]
 
