@@ -196,6 +196,7 @@ def test_similarities_are_cosines(model, embedder):
         assert [hit["corpus_id"] for hit in hits] == np.argsort(-row)[:2].tolist()
 
 
+@pytest.mark.slow
 def test_processes_give_the_same_vectors(model, embedder):
     found = model.encode(BOTH * 2, device=["cpu"], chunk_size=3)
     same(found, embedder.encode(BOTH * 2))
