@@ -20,7 +20,7 @@ if TYPE_CHECKING:
         CitedStreamingResponse,
     )
     from mmrag.answering.structured import StructuredAnswer, answer_as
-    from mmrag.content import Content, ImageLimits, load_image
+    from mmrag.content import Clip, Content, ImageLimits, load_image
     from mmrag.embedders import Calibration, Embedder, load_embedder
     from mmrag.embedders.late import LateInteraction, TokenEmbedder, load_token_embedder
     from mmrag.embedders.muvera import Muvera
@@ -85,6 +85,7 @@ _HOME = {
     "CitedResponse": "answering.response",
     "CitedStreamingResponse": "answering.response",
     "Claim": "answering.citations",
+    "Clip": "content",
     "Collection": "store.collection",
     "CollectionError": "errors",
     "CollectionSettings": "store.collection",
@@ -174,6 +175,7 @@ __all__ = [
     "CitedResponse",
     "CitedStreamingResponse",
     "Claim",
+    "Clip",
     "Collection",
     "CollectionError",
     "CollectionSettings",

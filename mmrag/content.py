@@ -1,4 +1,4 @@
-"""What an embedder takes: a text, an image, or both; and safe loading of images.
+"""What an embedder takes: a text, an image, both, or a clip; and safe loading of images.
 
 Images come as PIL images, paths, bytes, BytesIO, data URLs or numpy arrays. They are checked
 against limits on bytes and pixels *before* they are decoded, turned upright by their EXIF
@@ -18,6 +18,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, cast
 
@@ -30,7 +31,7 @@ from mmrag.errors import ContentError
 ImageSource: TypeAlias = (
     Image.Image | str | os.PathLike[str] | bytes | bytearray | io.BytesIO | NDArray[Any]
 )
-Modality: TypeAlias = Literal["text", "image", "fused"]
+Modality: TypeAlias = Literal["text", "image", "fused", "clip"]
 UrlLoader: TypeAlias = Callable[[str], bytes]
 
 _WEB_ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
@@ -73,11 +74,41 @@ DEFAULT_LIMITS = ImageLimits()
 
 
 @dataclass(frozen=True, slots=True)
+class Clip:
+    """A part of a video: frames in order, all of one size, and when each is shown.
+
+    seconds: counted from the clip's beginning, one number for each frame.
+
+    Raises:
+        ContentError: For no frames, and for times that are not one a frame or do not go up.
+
+    Examples:
+        >>> clip = Clip(["0.jpg", "1.jpg", "2.jpg", "3.jpg"], [0, 1, 2, 3])
+        >>> Content(clip=clip).modality
+        'clip'
+    """
+
+    frames: Sequence[ImageSource]
+    seconds: Sequence[float]
+
+    def __post_init__(self) -> None:
+        if not len(self.frames) or len(self.frames) != len(self.seconds):
+            raise ContentError(
+                f"A Clip needs frames and a time for each: got {len(self.frames)} frames and "
+                f"{len(self.seconds)} times."
+            )
+        # Written so that NaN, which is not above anything, is refused too.
+        if not (self.seconds[0] >= 0 and all(a <= b for a, b in pairwise(self.seconds))):
+            raise ContentError("Clip.seconds must begin at 0 or later and never go back.")
+
+
+@dataclass(frozen=True, slots=True)
 class Content:
-    """One thing to embed: a text, one or more images, or both.
+    """One thing to embed: a text, one or more images, or both; or a clip, alone or with them.
 
     ``image`` may be a sequence of images for families that take several; the others refuse
     more than one. ``instruction`` overrides the one given to ``Embedder.encode`` for this item.
+    ``clip`` is for embedders whose ``modalities`` have ``clip``; the others refuse it.
     An empty text is a text; ``None`` means that there is none.
 
     Examples:
@@ -90,10 +121,13 @@ class Content:
     text: str | None = None
     image: ImageSource | Sequence[ImageSource] | None = None
     instruction: str | None = None
+    clip: Clip | None = None
 
     def __post_init__(self) -> None:
-        if self.text is None and not self.images:
-            raise ContentError("A Content needs a text, an image, or both; both are missing.")
+        if self.text is None and not self.images and self.clip is None:
+            raise ContentError("A Content needs a text, an image or a clip; all are missing.")
+        if self.clip is not None and not isinstance(self.clip, Clip):
+            raise ContentError(f"Content.clip must be a Clip, got {type(self.clip).__name__}.")
         if self.text is not None and not isinstance(self.text, str):
             raise ContentError(f"Content.text must be a str, got {type(self.text).__name__}.")
 
@@ -108,20 +142,22 @@ class Content:
 
     @property
     def modality(self) -> Modality:
-        """``text``, ``image`` or ``fused`` (both)."""
+        """``text``, ``image`` or ``fused`` (both); ``clip`` with a clip, whatever is beside it."""
+        if self.clip is not None:
+            return "clip"
         if not self.images:
             return "text"
         return "image" if self.text is None else "fused"
 
 
-ContentLike: TypeAlias = Content | ImageSource | Mapping[str, Any]
+ContentLike: TypeAlias = Content | ImageSource | Clip | Mapping[str, Any]
 
 
 def as_content(value: ContentLike) -> Content:
     """Turn a plain value into a Content.
 
     A ``str`` is a text, a path object, bytes, PIL image or array is an image, and a mapping
-    has the keys ``text``, ``image`` and ``instruction``, any of which may be left out.
+    has the keys ``text``, ``image``, ``clip`` and ``instruction``, any of which may be left out.
 
     Raises:
         ContentError: For anything else.
@@ -131,10 +167,13 @@ def as_content(value: ContentLike) -> Content:
             return value
         case str():
             return Content(text=value)
+        case Clip():
+            return Content(clip=value)
         case Mapping():
-            unknown = set(value) - {"text", "image", "instruction"}
+            unknown = set(value) - {"text", "image", "clip", "instruction"}
             if unknown:
-                raise ContentError(f"Unknown keys {sorted(unknown)}; use text, image, instruction.")
+                known = "text, image, clip, instruction"
+                raise ContentError(f"Unknown keys {sorted(unknown)}; use {known}.")
             return Content(**value)
         case Image.Image() | bytes() | bytearray() | io.BytesIO() | np.ndarray() | os.PathLike():
             return Content(image=value)

@@ -370,6 +370,7 @@ def embedding_events(
     chunks = []
     for each in contents:
         names = [f"[{describe(image)}]" for image in each.images]
+        names += [f"[clip of {len(each.clip.frames)} frames]"] if each.clip else []
         chunks.append(" ".join([each.text, *names] if each.text is not None else names))
     dispatcher.event(EmbeddingStartEvent(model_dict=payload))
     manager = callback_manager or CallbackManager()

@@ -62,7 +62,7 @@ def query_content(query: str | QueryBundle) -> Content:
         ConfigError: If it has neither.
 
     >>> query_content(QueryBundle("", image_path="page.png"))
-    Content(text=None, image='page.png', instruction=None)
+    Content(text=None, image='page.png', instruction=None, clip=None)
     """
     if isinstance(query, str):
         return Content(query)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from PIL import Image, ImageDraw
 
-from mmrag.content import Content
+from mmrag.content import Clip, Content
 from mmrag.embedders.base import Embedder
 from mmrag.errors import ConfigError
 
@@ -77,6 +77,9 @@ def awkward_contents(embedder: Embedder) -> list[Content]:
             Content("the second line of this page", images["page"]),
             Content("at night", images["grey"], "Find the same place with this change."),
         ]
+    if "clip" in embedder.modalities:
+        clip = Clip([_page(90, 60), _page(80, 60).resize((90, 60))], [0.0, 1.0])
+        contents += [Content(clip=clip), Content("what happens", images["tiny"], clip=clip)]
     return contents
 
 

@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from mmrag.content import (
+    Clip,
     Content,
     ImageLimits,
     as_content,
@@ -53,6 +54,19 @@ def declared_png(width: int, height: int, *extra: bytes) -> bytes:
 
 
 # --- Content ----------------------------------------------------------------------------------
+
+
+def test_a_clip_has_a_time_for_each_frame():
+    clip = Clip(["0.jpg", "1.jpg"], [0, 1.5])
+    assert Content("words", "page.png", clip=clip).modality == "clip"
+    assert as_content(clip) == as_content({"clip": clip}) == Content(clip=clip)
+    for frames, seconds in ([], []), (["0.jpg"], [0, 1]), (["a", "b"], [1, 0]), (["a"], [-1]):
+        with pytest.raises(ContentError):
+            Clip(frames, seconds)
+    with pytest.raises(ContentError):
+        Clip(["a", "b"], [0, float("nan")])
+    with pytest.raises(ContentError, match="must be a Clip"):
+        Content(clip=["0.jpg", "1.jpg"])
 
 
 def test_modality_tells_text_image_and_both():

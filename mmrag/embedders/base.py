@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -100,7 +100,7 @@ class Embedder(Protocol):
         """Embed ``contents`` in any mix of modalities.
 
         Args:
-            contents: texts, images, or both; see ``mmrag.content.as_content``.
+            contents: texts, images, or both, or clips; see ``mmrag.content.as_content``.
             instruction: the task, for queries: free text or the name of a task in
                 ``mmrag.instructions``. ``None`` means documents; an empty one means queries
                 without a task, which most families embed as documents.
@@ -158,12 +158,15 @@ def as_items(
         # Here and not in each family: some would drop the part they cannot see, in silence.
         if content.modality not in embedder.modalities:
             able = ", ".join(sorted(embedder.modalities))
+            # A clip is made by programs, which know its frames.
+            else_do = " Give its frames as images." if content.modality == "clip" else ""
             raise ContentError(
-                f"item {index}: {embedder.name} cannot embed {content.modality}, only {able}."
+                f"item {index}: {embedder.name} cannot embed {content.modality}, only "
+                f"{able}.{else_do}"
             )
         # Not `or`: an empty instruction is one too, that of a query without a task.
         own = resolve(content.instruction) if content.instruction is not None else task
-        items.append(Content(content.text, content.image, own))
+        items.append(replace(content, instruction=own))
     return items
 
 

@@ -56,7 +56,8 @@ class UniversalModule(InputModule):  # type: ignore[misc]
     def modalities(self) -> list[Any]:
         """What it can embed, in sentence-transformers' words."""
         names: dict[str, Any] = {"text": "text", "image": "image", "fused": ("image", "text")}
-        return [names[modality] for modality in sorted(self.backbone.modalities)]
+        # Clips have no input of their own there.
+        return [names[one] for one in sorted(self.backbone.modalities) if one in names]
 
     def preprocess(
         self, inputs: Sequence[Any], prompt: str | None = None, **kwargs: Any

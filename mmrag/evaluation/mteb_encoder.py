@@ -122,7 +122,7 @@ class MTEBEncoder:
             use_instructions=True,
             training_datasets=None,
             # mteb knows no "fused": a task of texts with images asks for both.
-            modalities=sorted(embedder.modalities - {"fused"}),
+            modalities=sorted(embedder.modalities & {"text", "image"}),
             experiment_kwargs=settings or None,
         )
 

@@ -18,7 +18,8 @@ class Plan:
 
     content: the item, its instruction included.
     ids: tokens, images widened to their visual ones.
-    sizes: width and height of each image as the model sees it, in pixels.
+    sizes: width and height of each image as the model sees it, in pixels; those of a clip first,
+        two frames of which are one image to it.
     """
 
     content: Content

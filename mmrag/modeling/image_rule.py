@@ -83,7 +83,7 @@ def read_image_rule(folder: Path) -> ImageRule:
 
 
 def smart_resize(
-    width: int, height: int, factor: int, min_pixels: int, max_pixels: int
+    width: int, height: int, factor: int, min_pixels: float, max_pixels: float
 ) -> tuple[int, int]:
     """Nearest size whose sides are multiples of ``factor`` and whose area is within the bounds.
 

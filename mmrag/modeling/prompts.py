@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
 from transformers import PreTrainedTokenizerBase
@@ -61,7 +61,7 @@ def harmless(
     """Text and instruction with image placeholders spelt apart: they would pass for images."""
     text = None if content.text is None else broken_up(content.text, placeholders)
     task = None if instruction is None else broken_up(instruction, placeholders)
-    return Content(text, content.image, task), task
+    return replace(content, text=text, instruction=task), task
 
 
 def tokenize(
@@ -98,8 +98,8 @@ def tokenize(
     # Neither image tokens nor the end, which is pooled, may go.
     if excess > len(text):
         raise ContentError(
-            "the images and the instruction alone are over max_length; raise max_length or lower "
-            "max_image_tokens."
+            "the images and the instruction alone are over max_length; raise max_length, lower "
+            "max_image_tokens, or give fewer frames of a clip."
         )
     dropped = set(text[len(text) - excess :])
     return [token for i, token in enumerate(ids) if i not in dropped]

@@ -28,7 +28,8 @@ def cut_patches(pixels: Tensor, rule: ImageRule) -> Tensor:
     """Normalise images of one size and cut them into patches, on the device they are on.
 
     Args:
-        pixels: (images, height, width, 3), uint8, sized by ``rule.size``.
+        pixels: (images, height, width, 3), uint8, sized by ``rule.size``; or pairs of frames of
+            a clip, (pairs, ``rule.temporal``, height, width, 3).
 
     Returns:
         (images * rows * columns, 3 * temporal * patch * patch), float32, in the order of the
@@ -40,13 +41,13 @@ def cut_patches(pixels: Tensor, rule: ImageRule) -> Tensor:
     mean = torch.tensor(rule.mean, dtype=torch.float32, device=pixels.device)
     std = torch.tensor(rule.std, dtype=torch.float32, device=pixels.device)
     normalised = (pixels.float() / white - mean) / std
-    n, height, width, _ = pixels.shape
+    n, height, width = len(pixels), *pixels.shape[-3:-1]
     m, p = rule.merge, rule.patch
     rows, columns = height // p, width // p
-    blocks = normalised.view(n, rows // m, m, p, columns // m, m, p, 3)
-    blocks = blocks.permute(0, 1, 4, 2, 5, 7, 3, 6)  # (n, R/m, C/m, m, m, 3, p, p)
+    blocks = normalised.view(n, -1, rows // m, m, p, columns // m, m, p, 3)
+    blocks = blocks.permute(0, 2, 5, 3, 6, 8, 1, 4, 7)  # (n, R/m, C/m, m, m, 3, frames, p, p)
     # A still image fills every frame of the temporal patch.
-    frames = blocks.unsqueeze(6).expand(-1, -1, -1, -1, -1, -1, rule.temporal, -1, -1)
+    frames = blocks.expand(-1, -1, -1, -1, -1, -1, rule.temporal, -1, -1)
     return frames.reshape(n * rows * columns, -1)
 
 

@@ -29,13 +29,14 @@ from mmrag.modeling.image_rule import ImageRule, read_image_rule, smart_resize
 from mmrag.modeling.loading import Placement, load_exact
 from mmrag.modeling.pooling import last_token, mean_tokens
 from mmrag.modeling.prompts import Prompt, expand, harmless, tokenize
+from mmrag.modeling.qwen_clips import VIDEO, pair_pixels, pair_sizes, with_even_clip
 from mmrag.modeling.qwen_images import pixels_of, resize
 from mmrag.modeling.tokenizers import load_tokenizer
 from mmrag.modeling.vision import add_features, run_tower, speed_up
 
 IMAGE = "<|image_pad|>"
 IMAGE_BLOCK = f"<|vision_start|>{IMAGE}<|vision_end|>"
-PLACEHOLDERS = (IMAGE, "<|video_pad|>", "<|vision_start|>", "<|vision_end|>")
+PLACEHOLDERS = (IMAGE, VIDEO, "<|vision_start|>", "<|vision_end|>")
 ALL_MODALITIES: frozenset[Modality] = frozenset({"text", "image", "fused"})
 
 
@@ -68,6 +69,7 @@ class Recipe:
 class QwenInputs:
     """One item: ids (length,) and images (height, width, 3), uint8, of the size they are seen in.
 
+    Pairs of frames of a clip, (2, height, width, 3), stand before the images, as in the prompt.
     positions: (3, length) where they are on three axes; None: 0, 1, 2, ... on each axis.
     """
 
@@ -101,6 +103,7 @@ class QwenBackbone:
         config: Any = model.config
         self.dim = int(config.get_text_config().hidden_size)
         self._image_id = int(config.image_token_id)
+        self._video_id = int(config.video_token_id)
 
     @property
     def decoder(self) -> Any:
@@ -134,30 +137,35 @@ class QwenBackbone:
                 f"{len(content.images)}; embed them one by one."
             )
         item, task = harmless(content, instruction, PLACEHOLDERS)
+        item = with_even_clip(item)
         # Read from the headers of the files: images are decoded later, in threads.
         wanted = [self.recipe.fit(*image_size(source)) for source in self._images(item)]
-        sizes = tuple(self.rule.size(*size) for size in wanted)
+        pairs = pair_sizes(item.clip, self.rule.factor)
+        sizes = (*pairs, *(self.rule.size(*size) for size in wanted))
         counts = [self.rule.n_tokens(*size) for size in sizes]
         ids = tokenize(
             self.tokenizer,
             self.recipe.render(item, task),
-            # The prompt holds one placeholder for each image, which is widened afterwards.
+            # The prompt holds one placeholder for each of them, which is widened afterwards.
             self.recipe.max_length - sum(counts) + len(counts),
             special=False,
             keep_end=self.recipe.keep_end,
         )
-        return Plan(item, expand(ids, self._image_id, counts), sizes)
+        ids = expand(ids, self._video_id, counts[: len(pairs)])
+        return Plan(item, expand(ids, self._image_id, counts[len(pairs) :]), sizes)
 
     def prepare(self, plan: Plan) -> QwenInputs:
         """Ids and pixels of the item."""
-        images = []
+        images = pair_pixels(plan.content.clip, plan.sizes)
         for source in self._images(plan.content):
             image = load_image(source)
             fitted = resize(image, self.recipe.fit(*image.size))
             images.append(pixels_of(resize(fitted, self.rule.size(*fitted.size))))
         positions = None
         if self.recipe.mrope:
-            positions = mrope_positions(plan.ids, self._image_id, cells(images, self.rule))
+            # Each pair of a clip is counted as an image is.
+            ids = [self._image_id if each == self._video_id else each for each in plan.ids]
+            positions = mrope_positions(ids, self._image_id, cells(images, self.rule))
         return QwenInputs(torch.tensor(plan.ids), tuple(images), positions)
 
     def forward(self, batch: Sequence[QwenInputs]) -> Tensor:
@@ -199,7 +207,7 @@ def decode(
     images = [image for item in batch for image in item.images]
     if images:
         seen = run_tower(model.visual, images, rule)
-        places = ids == model.config.image_token_id
+        places = (ids == model.config.image_token_id) | (ids == model.config.video_token_id)
         features = seen.pooler_output.to(embeds.device, embeds.dtype)
         embeds = embeds.masked_scatter(places.unsqueeze(-1).expand_as(embeds), features)
         # Qwen3-VL adds features of inner layers of the tower to the first layers of the decoder.
@@ -226,8 +234,8 @@ def decode(
 
 
 def cells(images: Iterable[Tensor], rule: ImageRule) -> list[tuple[int, int]]:
-    """Rows and columns of visual tokens of each image, (height, width, 3)."""
-    return [(image.shape[0] // rule.factor, image.shape[1] // rule.factor) for image in images]
+    """Rows and columns of visual tokens of each image, (..., height, width, 3)."""
+    return [(image.shape[-3] // rule.factor, image.shape[-2] // rule.factor) for image in images]
 
 
 def mrope_positions(ids: Sequence[int], image_id: int, grids: Iterable[Sequence[int]]) -> Tensor:
@@ -338,5 +346,5 @@ def load_qwen_parts(
         base.short_runs = ShortRuns(base.language_model)
     rows = model.get_input_embeddings().num_embeddings
     # If the two disagree, images would be put in the place of some other token.
-    tokens = {IMAGE: int(model.config.image_token_id)}
+    tokens = {IMAGE: int(model.config.image_token_id), VIDEO: int(model.config.video_token_id)}
     return model, load_tokenizer(folder, rows=rows, tokens=tokens)

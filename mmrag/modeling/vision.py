@@ -80,7 +80,8 @@ def run_tower(visual: Any, images: Sequence[Tensor], rule: ImageRule) -> Any:
     Args:
         visual: the tower. One with ``kept_features`` may have its features from there: training
             keeps those of a frozen tower.
-        images: (height, width, 3) each, uint8, on the CPU.
+        images: (height, width, 3) each, uint8, on the CPU; pairs of frames of a clip have one axis
+            more, (2, height, width, 3).
 
     Returns:
         The tower's output; ``pooler_output`` holds the visual tokens, (tokens, dim).
@@ -94,7 +95,7 @@ def tower_output(visual: Any, images: Sequence[Tensor], rule: ImageRule) -> Any:
     """As ``run_tower``, computed in any case."""
     weight = visual.patch_embed.proj.weight
     device = weight.device
-    grids = [(i.shape[0] // rule.patch, i.shape[1] // rule.patch) for i in images]
+    grids = [(i.shape[-3] // rule.patch, i.shape[-2] // rule.patch) for i in images]
     patches = device_patches(images, rule, device).to(weight.dtype)
     side = getattr(visual, "num_grid_per_side", None)
     tables = [_tables(*grid, rule.merge, side) for grid in grids]

@@ -64,6 +64,12 @@ def isolate(
     return isolate(score, pairs[:middle]) + isolate(score, pairs[middle:])
 
 
+def refuse_clips(pair: Pair) -> None:
+    """Raise ContentError for a pair with a clip, which no reranker takes."""
+    if any(side is not None and side.clip is not None for side in pair):
+        raise ContentError("Rerankers take no clips: give some of the frames as images.")
+
+
 def text_pair(pair: Pair) -> tuple[str, str]:
     """Query and document for a model that reads text alone; images beside a text are left out.
 

@@ -16,7 +16,14 @@ from mmrag.content import Content, load_image
 from mmrag.errors import ConfigError, ContentError, EndpointError
 from mmrag.jsonapi import JsonServer, RefusedError, excerpt
 from mmrag.prompting import data_url
-from mmrag.rerankers.base import DeadlineError, Outcome, Pair, judge_readable, text_pair
+from mmrag.rerankers.base import (
+    DeadlineError,
+    Outcome,
+    Pair,
+    judge_readable,
+    refuse_clips,
+    text_pair,
+)
 from mmrag.retries import Deadline
 
 _MAX_PIXELS, _MAX_BYTES = 1024 * 1024, 2 * 1024 * 1024  # of an image
@@ -103,6 +110,7 @@ class RerankEndpoint:
     def _read(self, pair: Pair) -> tuple[Any, Any]:
         """Query and document as they are sent: texts, or images where these are taken."""
         query, document = pair
+        refuse_clips(pair)
         if not self.images or query is None or document is None:
             return text_pair(pair)
         return _as_sent(query), _as_sent(document)

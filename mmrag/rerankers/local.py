@@ -29,7 +29,7 @@ from mmrag.modeling.batching import (
     run_halving,
 )
 from mmrag.modeling.loading import is_out_of_memory
-from mmrag.rerankers.base import Outcome, Pair, isolate, sigmoid
+from mmrag.rerankers.base import Outcome, Pair, isolate, refuse_clips, sigmoid
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +130,7 @@ class LocalScorer:
             # A query may bring its task along; that of the call is for those without.
             own = resolve(query.instruction) if query else None
             with naming(f"pair {place}"):
+                refuse_clips(pairs[place])
                 return self.asker.plan(pairs[place], own or task)
 
         with open_pool(self.workers, len(pairs)) as pool:

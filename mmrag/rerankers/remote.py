@@ -27,7 +27,7 @@ from mmrag.llms.endpoint import OPENAI
 from mmrag.llms.failures import translated_errors
 from mmrag.llms.replies import json_objects, without_reasoning
 from mmrag.prompting import data_url
-from mmrag.rerankers.base import DeadlineError, Outcome, Pair
+from mmrag.rerankers.base import DeadlineError, Outcome, Pair, refuse_clips
 from mmrag.rerankers.prompts import RerankPrompt, prompt_for
 from mmrag.retries import RETRIED_STATUS, BusyError, Deadline, with_retries
 
@@ -274,6 +274,7 @@ class RemoteScorer:
     def _messages(
         self, pair: Pair, task: str | None, prompt: RerankPrompt, mode: Mode
     ) -> list[Any]:
+        refuse_clips(pair)
         query, document = pair if self.images else (_without_images(side) for side in pair)
         before, between, after = prompt.split()
         own = resolve(query.instruction) if query else None

@@ -3,7 +3,8 @@
 The instruction stands in the system turn with a full stop added, images come before the text,
 and the newline after ``assistant`` is pooled, as in the released code; the paper speaks of
 another end token, which gives other vectors (cosine 0.46). A content without text and image
-becomes ``NULL`` in that code; here ``Content`` refuses to be empty.
+becomes ``NULL`` in that code; here ``Content`` refuses to be empty. A clip comes before the images;
+see ``mmrag.modeling.qwen_clips``.
 
 Source: Qwen3-VL-Embedding (arXiv 2601.04720) and its published inference code.
 """
@@ -16,25 +17,28 @@ from pathlib import Path
 
 from transformers import Qwen3VLModel
 
-from mmrag.content import Content
+from mmrag.content import Content, Modality
 from mmrag.modeling.loading import Placement
 from mmrag.modeling.prompts import Prompt
+from mmrag.modeling.qwen_clips import clip_prompt
 from mmrag.modeling.qwen_vl import IMAGE_BLOCK, QwenBackbone, Recipe, as_it_is, load_qwen
 
 DEFAULT_INSTRUCTION = "Represent the user's input."
 # The published code resizes to these bounds, whatever the checkpoint's processor file says.
 MIN_IMAGE_TOKENS = 4
 MAX_IMAGE_TOKENS = 1800
+MODALITIES: frozenset[Modality] = frozenset({"text", "image", "fused", "clip"})
 
 
 def embedding_prompt(content: Content, instruction: str | None) -> Prompt:
-    """The literal prompt: a system turn with the instruction, images before the text."""
+    """The literal prompt: a system turn with the instruction; clip, images, text."""
     task = (instruction or "").strip() or DEFAULT_INSTRUCTION
     # As published: a full stop, unless the instruction ends in any sign of Unicode category P.
     task = task if unicodedata.category(task[-1]).startswith("P") else f"{task}."
     system = f"<|im_start|>system\n{task}<|im_end|>\n"
+    seen = clip_prompt(content.clip) + IMAGE_BLOCK * len(content.images)
     return Prompt(
-        before=f"{system}<|im_start|>user\n{IMAGE_BLOCK * len(content.images)}",
+        before=f"{system}<|im_start|>user\n{seen}",
         text=content.text or "",
         after="<|im_end|>\n<|im_start|>assistant\n",
     )
@@ -67,4 +71,6 @@ def load_qwen3_vl(
     )
     least = MIN_IMAGE_TOKENS if min_image_tokens is None else min_image_tokens
     most = MAX_IMAGE_TOKENS if max_image_tokens is None else max_image_tokens
-    return load_qwen(folder, placement, recipe, least, most, model_class=Qwen3VLModel)
+    return load_qwen(
+        folder, placement, recipe, least, most, modalities=MODALITIES, model_class=Qwen3VLModel
+    )

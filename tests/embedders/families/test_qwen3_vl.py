@@ -10,12 +10,16 @@ from PIL import Image
 from safetensors import safe_open
 from tiny import seen
 from tiny_qwen3 import reference_inputs, save_qwen3_vl
-from transformers import Qwen3VLModel
+from transformers import AutoTokenizer, Qwen3VLModel
+from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
+from transformers.models.qwen3_vl.video_processing_qwen3_vl import Qwen3VLVideoProcessor
 
-from mmrag.content import Content
+from mmrag.content import Clip, Content
 from mmrag.embedders import load_embedder
 from mmrag.errors import ContentError
 from mmrag.modeling.backbone import inputs_of
+from mmrag.modeling.qwen_clips import resize_frame
+from mmrag.modeling.qwen_images import pixels_of
 from mmrag.testing import check_embedder
 
 HEAD = "<|im_start|>system\n{}<|im_end|>\n<|im_start|>user\n"
@@ -115,6 +119,72 @@ def test_vectors_equal_an_independent_computation(embedder, folder):
         expected = independent_vector(folder, prompt, images)
         assert vector @ expected >= 0.9999
         assert embedder.encode([content])[0] @ expected >= 0.9999
+
+
+def moving(n: int, size: tuple[int, int]) -> list[Image.Image]:
+    """Frames of blocks of colour, each frame another."""
+    width, height = size
+    blocks = np.random.default_rng(n).integers(0, 255, (n, height // 8 + 1, width // 8 + 1, 3))
+    pixels = blocks.astype(np.uint8).repeat(8, axis=1).repeat(8, axis=2)[:, :height, :width]
+    return [Image.fromarray(each) for each in pixels]
+
+
+def reference_clip_inputs(folder, frames, fps, text, images=()):
+    """What the reference code gives to the model for frames of a file that has ``fps``.
+
+    By transformers' own times, patches and image processor; the sizes are set by hand.
+    """
+    width, height = {(144, 80): (512, 288), (64, 64): (384, 384)}[frames[0].size]
+    video = torch.stack([resize_frame(pixels_of(each), (width, height)) for each in frames])
+    video = (video.permute(0, 3, 1, 2).float() / 255 - 0.5) / 0.5
+    patches, *grid = Qwen3VLVideoProcessor.patchify(None, video.unsqueeze(0), 16, 2, 2)
+    times = Qwen3VLProcessor._calculate_timestamps(None, list(range(len(frames))), fps)
+    one = "<|vision_start|>" + "<|video_pad|>" * (grid[1] * grid[2] // 4) + "<|vision_end|>"
+    video_part = "".join(f"<{time:.1f} seconds>{one}" for time in times)
+    prompt = f"{DEFAULT}{video_part}{IMAGE_BLOCK * len(images)}{text}{TAIL}"
+    inputs = reference_inputs(folder, prompt, list(images))
+    video_id = AutoTokenizer.from_pretrained(folder).convert_tokens_to_ids("<|video_pad|>")
+    inputs["mm_token_type_ids"] += 2 * (inputs["input_ids"] == video_id).int()
+    return inputs | {"pixel_values_videos": patches[0], "video_grid_thw": torch.tensor([grid])}
+
+
+@torch.no_grad()
+def test_vectors_of_clips_equal_an_independent_computation(embedder, folder):
+    picture = Image.fromarray(np.asarray(moving(1, (64, 96))[0]))
+    six, three = moving(6, (144, 80)), moving(3, (64, 64))
+    cases = [
+        (Content(clip=Clip(six, [i / 2 for i in range(6)])), (six, 2, "")),
+        (Content("a cat", clip=Clip(three, [0, 1, 2])), (three, 1, "a cat")),
+        (Content("both", picture, None, Clip(three, [0, 4, 8])), (three, 0.25, "both", [picture])),
+    ]
+    model = Qwen3VLModel.from_pretrained(folder, dtype=torch.float32).eval()
+    others = [Content("a text"), Content("page", picture)]
+    together = embedder.encode([others[0], *(content for content, _ in cases), others[1]])
+    assert np.allclose(together[[0, -1]], embedder.encode(others), atol=1e-5)
+    for vector, (content, case) in zip(together[1:-1], cases, strict=True):
+        inputs = reference_clip_inputs(folder, *case)
+        item = inputs_of(embedder.backbone, content, None)
+        assert item.ids.tolist() == inputs["input_ids"][0].tolist()
+        assert embedder.backbone.plan(content, None).n_tokens == len(item.ids)
+        expected = model(**inputs).last_hidden_state[0, -1].numpy()
+        expected /= np.linalg.norm(expected)
+        assert vector @ expected >= 0.99999
+        assert embedder.encode([content])[0] @ expected >= 0.99999
+
+
+def test_the_order_of_frames_and_their_times_move_the_vector(embedder):
+    frames = moving(4, (64, 64))
+    clip, still = Clip(frames, [0, 1, 2, 3]), Clip(frames[:1] * 4, [0, 1, 2, 3])
+    others = [still, Clip(frames[::-1], clip.seconds), Clip(frames, [0, 1, 2, 9])]
+    swapped = Clip([frames[i] for i in (1, 0, 2, 3)], clip.seconds)  # within a pair
+    first, *rest = embedder.encode([clip, *others, swapped])
+    assert all(first @ other < 0.9999 for other in rest)
+
+
+def test_a_clip_is_never_cut(folder):
+    embedder = load_embedder(folder, family="qwen3_vl", device="cpu", max_length=200)
+    with pytest.raises(ContentError, match=r"item 0: .*fewer frames of a clip"):
+        embedder.encode([Content(clip=Clip(moving(4, (64, 64)), range(4)))])
 
 
 @pytest.mark.parametrize(
