@@ -60,6 +60,7 @@ if TYPE_CHECKING:
         ReadPage,
         find_files,
         locate_quote,
+        read_clip,
         read_file,
         save_marked_page,
     )
@@ -154,6 +155,7 @@ _HOME = {
     "locate_quote": "reading",
     "measure_storage": "evaluation.storage",
     "open_llm": "llms.endpoint",
+    "read_clip": "reading",
     "read_file": "reading",
     "read_qrels": "evaluation.trec",
     "read_questions": "evaluation.questions",
@@ -245,6 +247,7 @@ __all__ = [
     "locate_quote",
     "measure_storage",
     "open_llm",
+    "read_clip",
     "read_file",
     "read_qrels",
     "read_questions",

@@ -19,7 +19,7 @@ from mmrag.errors import CollectionError, ConfigError, MissingCollectionError
 from mmrag.ingest.late import as_late, late_settings, load_late
 from mmrag.ingest.metadata import FileMetadata
 from mmrag.ingest.progress import IngestReport, Progress, shown_progress
-from mmrag.ingest.run import ingest, prune_folders, reading_settings
+from mmrag.ingest.run import check_clips, ingest, prune_folders, reading_settings
 from mmrag.ingest.unloaded import Unloaded
 from mmrag.queries import Where
 from mmrag.reading import ReadOptions, file_sha256
@@ -540,6 +540,7 @@ class UniversalIndex:
 
     def _settings(self, embedder: Embedder) -> CollectionSettings:
         views: tuple[View, ...] = ("image", "text")
+        check_clips(self._reading or ReadOptions(), embedder)  # before anything is made
         default: dict[str, Any] = {
             "dim": embedder.dim,
             "views": tuple(view for view in views if view in embedder.modalities),

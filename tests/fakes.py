@@ -72,6 +72,8 @@ class FakeEmbedder:
                 vector += _noise(word.encode(), self.dim)
         for image in content.images:
             vector += _noise(load_image(image).tobytes(), self.dim)
+        for frame in content.clip.frames if content.clip else ():
+            vector += _noise(load_image(frame).tobytes(), self.dim)
         return vector
 
 

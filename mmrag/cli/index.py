@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 # A server has opened its collection and loaded its models already.
 _NOT_BY_A_SERVER = (
-    *("embedder", "device", "language", "ocr", "late", "pool_factor", "muvera"),
+    *("embedder", "device", "language", "ocr", "clips", "late", "pool_factor", "muvera"),
     *("describe", "base_url", "quantization", "watch"),
 )
 STOPPED = "Stopped. What is finished is kept; run the same command to go on."
@@ -75,6 +75,14 @@ def index(
             "usable text layer; off; force on all pages, in place of their text layers.",
         ),
     ] = None,
+    clips: Annotated[
+        bool,
+        typer.Option(
+            "--clips",
+            help="Embed the pages of videos as clips, a frame a second, by a model that takes "
+            "clips. Only when the collection is made.",
+        ),
+    ] = False,
     late: Annotated[
         str | None,
         typer.Option(
@@ -126,7 +134,7 @@ def index(
             from mmrag.reading import ReadOptions
 
             # Given only when asked for: a collection keeps the options that built it.
-            reading = ReadOptions(ocr=ocr) if ocr else None
+            reading = ReadOptions(ocr=ocr or "auto", clips=clips) if ocr or clips else None
             metadata = metadata_from(meta)
             if (server := server_of(collection, context, *_NOT_BY_A_SERVER)) is not None:
                 step(f"Indexing at {server.address.url}")

@@ -16,7 +16,7 @@ from typing import Any
 
 from mmrag.embedders.base import Embedder
 from mmrag.embedders.late import LateInteraction
-from mmrag.errors import CollectionError, ReadError
+from mmrag.errors import CollectionError, ConfigError, ReadError
 from mmrag.ingest.cloud import Listing
 from mmrag.ingest.copies import Copies
 from mmrag.ingest.metadata import FileMetadata
@@ -38,7 +38,19 @@ _PER_RUN = ("page_seconds", "max_file_bytes", "max_pages", "max_memory_bytes", "
 
 def reading_settings(options: ReadOptions) -> dict[str, Any]:
     """The options that decide which nodes a file gives."""
-    return {key: value for key, value in asdict(options).items() if key not in _PER_RUN}
+    settings = {key: value for key, value in asdict(options).items() if key not in _PER_RUN}
+    if not options.clips:  # collections of 0.1 do not have it
+        del settings["clips"]
+    return settings
+
+
+def check_clips(options: ReadOptions, embedder: Embedder) -> None:
+    """Raise ConfigError if clips are to be read for an embedder that takes none."""
+    if options.clips and "clip" not in embedder.modalities:
+        raise ConfigError(
+            f"{embedder.name} takes no clips: leave ReadOptions(clips=True) and --clips out, or "
+            "use an embedder of a family that does (qwen3_vl)."
+        )
 
 
 def ingest(
@@ -69,7 +81,8 @@ def ingest(
             ``{}`` takes it away. Nothing is embedded again for it.
 
     Raises:
-        ConfigError: For metadata that is not JSON, or uses a key of mmrag's own.
+        ConfigError: For metadata that is not JSON, or uses a key of mmrag's own; for clips with an
+            embedder that takes none.
         CollectionError: If another embedder or other reading options built the collection.
         EndpointError: If a server goes away. What is wrong with single files, pages or nodes is in
             the report. After any error, Ctrl-C or kill the same call goes on where it stopped.
@@ -81,6 +94,7 @@ def ingest(
     fetched = fetch(paths, copies, report, progress)
     plan = make_plan(paths, collection, report, metadata, fetched)
     if plan.jobs:
+        check_clips(options, embedder)
         _note_missing_views(collection, embedder, report)
     for entry, path in plan.moves:
         collection.move_file(entry, path)

@@ -18,7 +18,7 @@ import numpy as np
 from llama_index.core.schema import BaseNode
 from numpy.typing import NDArray
 
-from mmrag.content import Content, ImageSource
+from mmrag.content import Clip, Content, ImageSource
 from mmrag.embedders.base import Embedder
 from mmrag.embedders.late import LateInteraction
 from mmrag.embedding import embedding_events
@@ -29,7 +29,7 @@ from mmrag.ingest.plan import Job
 from mmrag.ingest.prefetch import THREAD_NAME, End
 from mmrag.ingest.progress import IngestReport, Progress
 from mmrag.nodes import node_image, node_text
-from mmrag.reading import ReadPage
+from mmrag.reading import ReadPage, discard
 from mmrag.store.collection import Collection
 from mmrag.store.engine import TOKENS
 from mmrag.store.entries import FileEntry, folder_of
@@ -49,13 +49,14 @@ _Vectors: TypeAlias = dict[str, NDArray[np.float32]]
 
 
 class _Waiting(NamedTuple):
-    """A node that is to be embedded, with what of it."""
+    """A node that is to be embedded, with what of it. clip: whose frames are then removed."""
 
     job: Job
     node: BaseNode
     views: dict[View, Content]
     tokens: Content | None
     terms: NodeTerms
+    clip: Clip | None
 
 
 class _Embedded(NamedTuple):
@@ -161,6 +162,7 @@ class Writer:
         self._report.pages += pages
         for each in batch:
             each.job.waiting -= 1
+            discard(each.clip)
         # In order and once each: a batch may hold the ends of several small files.
         for job in dict.fromkeys(each.job for each in batch):
             self._finish_if_read(job)
@@ -185,11 +187,14 @@ class Writer:
         # A page whose nodes are all stored costs nothing, and would embellish the speed.
         self._pages_waiting += bool(missing)
         cut = any(node.metadata.get("kind") == "passage" for node in page.nodes)
+        if not any(_is_page(node) for node in missing):
+            discard(page.clip)
         for node in missing:
-            views = node_views(node, self._collection.settings.views, self._embedder, cut)
+            clip = page.clip if _is_page(node) else None
+            views = node_views(node, self._collection.settings.views, self._embedder, cut, clip)
             tokens = self._tokens_of(node, cut)
             terms = job.terms.of(node_text(node))
-            self._waiting.append(_Waiting(job, node, views, tokens, terms))
+            self._waiting.append(_Waiting(job, node, views, tokens, terms, clip))
             self._items_waiting += len(views) + (tokens is not None)
             job.waiting += 1
             if self._items_waiting >= self._batch_items:
@@ -256,7 +261,7 @@ class Writer:
         late = self._late() if self._late else None
         if late is None:
             return None
-        in_passages = cut and node.metadata.get("kind") == "page"
+        in_passages = cut and _is_page(node)
         text = node_text(node).strip()
         return token_content(text, node_image(node), late, in_passages=in_passages)
 
@@ -310,6 +315,10 @@ class Writer:
         )
 
 
+def _is_page(node: BaseNode) -> bool:
+    return node.metadata.get("kind") == "page"
+
+
 def encode_each(
     embedder: Embedder, contents: Sequence[Content], dim: int
 ) -> list[NDArray[np.float32] | ContentError]:
@@ -326,7 +335,11 @@ def encode_each(
 
 
 def node_views(
-    node: BaseNode, views: Sequence[View], embedder: Embedder, cut: bool = False
+    node: BaseNode,
+    views: Sequence[View],
+    embedder: Embedder,
+    cut: bool = False,
+    clip: Clip | None = None,
 ) -> dict[View, Content]:
     """What is embedded of a node: its image, its text, or both, as far as it has them.
 
@@ -335,15 +348,16 @@ def node_views(
 
     Args:
         cut: whether the page that the node belongs to was cut into passages.
+        clip: what is embedded in place of the image.
     """
-    in_passages = cut and node.metadata.get("kind") == "page"
+    in_passages = cut and _is_page(node)
     text = node_text(node).strip()
-    return views_of(text, node_image(node), views, embedder, in_passages=in_passages)
+    return views_of(text, clip or node_image(node), views, embedder, in_passages=in_passages)
 
 
 def views_of(
     text: str,
-    image: ImageSource | None,
+    image: ImageSource | Clip | None,
     views: Sequence[View],
     embedder: Embedder,
     *,
@@ -352,11 +366,15 @@ def views_of(
     """The views of a text and an image; see ``node_views``. in_passages: text is found by parts."""
     possible: dict[View, Content] = {}
     if image is not None and not (text and getattr(embedder, "prefers_text", False)):
-        possible["image"] = Content(image=image)
+        possible["image"] = _content(None, image)
     if text and not (in_passages and getattr(embedder, "prefers_passages", False)):
         possible["text"] = Content(text=text)
     if image is not None and text:
-        possible["fused"] = Content(text=text, image=image)
+        possible["fused"] = _content(text, image)
     return {
         view: possible[view] for view in views if view in possible and view in embedder.modalities
     }
+
+
+def _content(text: str | None, seen: ImageSource | Clip) -> Content:
+    return Content(text, clip=seen) if isinstance(seen, Clip) else Content(text, seen)

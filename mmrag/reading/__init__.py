@@ -4,6 +4,7 @@ Files are opened in worker processes only, which a broken one may hang or crash.
 here alone.
 """
 
+from mmrag.reading.clips import discard, read_clip
 from mmrag.reading.files import FoundFiles, file_sha256, find_files, is_url, node_id
 from mmrag.reading.options import (
     Box,
@@ -36,11 +37,13 @@ __all__ = [
     "ReadPage",
     "check_original",
     "count_pages",
+    "discard",
     "file_sha256",
     "find_files",
     "is_url",
     "locate_quote",
     "node_id",
+    "read_clip",
     "read_file",
     "save_marked_page",
     "words_path",

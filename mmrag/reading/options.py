@@ -29,6 +29,8 @@ class ReadOptions:
     ocr: ``auto`` recognises the text of pages and images without a usable text layer, where
         the ``ocr`` extra is installed; ``off`` recognises nothing; ``force`` recognises all
         pages, in place of their text layers. True and False mean auto and off.
+    clips: embed the pages of videos as clips, a frame a second, and not by their first frames;
+        for embedders that take clips.
     max_file_bytes: larger files are refused.
     max_pages: pages of a PDF, frames of a TIFF or stretches of a video that are read; more are
         reported.
@@ -50,6 +52,7 @@ class ReadOptions:
     # A sentence or two, so that none is cut off from both of its neighbours.
     passage_overlap: int = 30
     ocr: OcrMode | bool = "auto"
+    clips: bool = False
     max_file_bytes: int = 1024 * 1024 * 1024
     max_pages: int = 20_000
     # A crafted PDF can ask for any amount: the worker dies of it, and not the machine.
@@ -121,6 +124,8 @@ class PageRecord:
     needs_ocr: whether it may hold text that only recognition can read, and was not recognised.
     warnings: what the PDF engine complained about.
     start: when a stretch of a video begins, in seconds.
+    clip: paths of its frames, which whoever embeds them removes, and when each is shown, in seconds
+        from ``start``.
     """
 
     page: int
@@ -135,6 +140,7 @@ class PageRecord:
     warnings: tuple[str, ...] = ()
     page_name: str | None = None
     start: float | None = None
+    clip: tuple[tuple[str, float], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +155,7 @@ class Problem:
     retry: bool = False
 
 
-StepName: TypeAlias = Literal["open", "convert", "text", "figures", "image", "recognition"]
+StepName: TypeAlias = Literal["open", "convert", "text", "figures", "image", "recognition", "clip"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mmrag.content import Clip
 from mmrag.errors import ReadError
 from mmrag.reading import client, marking, ocr
 from mmrag.reading.files import (
@@ -54,6 +55,8 @@ class ReadPage:
 
     needs_ocr: whether it may hold text that only recognition can read, and was not recognised.
     warnings: what the PDF engine complained about on this page.
+    clip: of a page of a video, with ``ReadOptions(clips=True)``. Its frames are files that
+        whoever embeds them removes.
 
     Examples:
         >>> ReadPage(page=3).nodes
@@ -64,6 +67,7 @@ class ReadPage:
     nodes: list[BaseNode] = field(default_factory=list)
     needs_ocr: bool = False
     warnings: tuple[str, ...] = ()
+    clip: Clip | None = None
 
 
 def read_file(
@@ -202,8 +206,9 @@ _STEPS: dict[StepName, tuple[str, str]] = {
     "image": ("making the page's image", "the page is kept without it"),
     "figures": ("looking for figures", "the page is kept without its figures"),
     "recognition": ("recognising the page's text", "the page is kept without it"),
+    "clip": ("decoding the frames of a clip", "the page is embedded by its first frame"),
 }
-_OPTIONAL: tuple[StepName, ...] = ("image", "figures", "recognition")
+_OPTIONAL: tuple[StepName, ...] = ("image", "figures", "recognition", "clip")
 
 
 def _death_message(step: Step, error: client.WorkerDied, options: ReadOptions) -> str:
@@ -267,7 +272,7 @@ def _read_video(source: Source, options: ReadOptions, report: Report) -> Iterato
     for record in _records("video", source, options, report):
         assert isinstance(record, PageRecord)
         if held is not None and record.image is None and n_held < _LONGEST_STAY:
-            held, n_held = replace(held, text=f"{held.text}\n\n{record.text}".strip()), n_held + 1
+            held, n_held = _joined(held, record), n_held + 1
             continue
         if held is not None:
             yield _stretch(source, held, options)
@@ -277,6 +282,13 @@ def _read_video(source: Source, options: ReadOptions, report: Report) -> Iterato
         yield _stretch(source, held, options)
 
 
+def _joined(held: PageRecord, record: PageRecord) -> PageRecord:
+    """A stretch with the next one, which shows the same picture."""
+    later = (record.start or 0) - (held.start or 0)
+    clip = (*held.clip, *((frame, later + seconds) for frame, seconds in record.clip))
+    return replace(held, text=f"{held.text}\n\n{record.text}".strip(), clip=clip)
+
+
 def _stretch(source: Source, record: PageRecord, options: ReadOptions) -> ReadPage:
     from mmrag.reading.nodes import page_nodes
     from mmrag.reading.text import pieces
@@ -284,7 +296,9 @@ def _stretch(source: Source, record: PageRecord, options: ReadOptions) -> ReadPa
     cut = pieces(record.text, options.passage_words, options.passage_overlap)
     passages = tuple(Passage(piece, None) for piece in cut)
     record = replace(record, passages=passages if len(passages) > 1 else ())
-    return ReadPage(record.page, page_nodes(source, record, frozenset()), record.needs_ocr)
+    nodes = page_nodes(source, record, frozenset())
+    clip = Clip(*zip(*record.clip, strict=True)) if record.clip else None
+    return ReadPage(record.page, nodes, record.needs_ocr, clip=clip)
 
 
 def _read_mixed(

@@ -45,6 +45,9 @@ _IMAGES = ("hdmv_pgs_subtitle", "dvd_subtitle", "dvb_subtitle", "xsub")  # subti
 _OVERRIDE = re.compile(r"\{[^{}]*\}")  # colours and places of Advanced SubStation Alpha
 _LOCAL = {"protocol_whitelist": "file"}
 
+_JPEG = Path("frame.jpg")  # what a frame of a clip is encoded as
+_LEAST_FRAMES, _MOST_FRAMES = 4, 64
+
 _THUMB = (32, 32)
 # Of 255, in any cell of the thumbnail. Coding the same picture again moves a cell by a few; a new
 # line on a slide moves those it runs through by thirty and more.
@@ -88,6 +91,7 @@ def read_stretches(
                 tokens = yield from recognised(image, number, options, skipped)
             elif not said:
                 continue
+            clip = yield from frames.save_clip(number, folder, options, skipped)
             yield PageRecord(
                 page=number,
                 image=image.as_posix() if image else None,
@@ -97,7 +101,17 @@ def read_stretches(
                 needs_ocr=tokens is None and not cues,
                 page_name=f"at {clock(start)}",
                 start=start,
+                clip=clip,
             )
+
+
+def read_frames(
+    path: Path, start: float, length: float, options: ReadOptions
+) -> Iterator[tuple[bytes, float]]:
+    """Frames of a part of a video, as JPEG, and their times; see ``_Frames.sampled``."""
+    with _opened(path) as container:
+        for image, seconds in _Frames(container).sampled(start, length):
+            yield encoded(image, _JPEG, options), seconds
 
 
 def count_stretches(path: Path) -> Iterator[int]:
@@ -143,7 +157,8 @@ class _Frames:
         if length is None:
             raise Refused("it does not say how long it is; convert it with: ffmpeg -i IN OUT.mp4")
         # In millionths of a second. A stretch begins before the end, if only just.
-        self.n_stretches = max(1, int(np.ceil(length / 1e6 / STRETCH)))
+        self._length = length / 1e6
+        self.n_stretches = max(1, int(np.ceil(self._length / STRETCH)))
 
     def save(
         self, number: int, out: Path, options: ReadOptions
@@ -163,6 +178,52 @@ class _Frames:
             return None
         write(out, encoded(frame, out, options))
         return out
+
+    def save_clip(
+        self, number: int, folder: Path, options: ReadOptions, skipped: Skipped
+    ) -> Generator[Step | Problem, None, tuple[tuple[str, float], ...]]:
+        """Write the frames of a stretch, if clips are asked for; none if one is damaged."""
+        import av
+
+        if not options.clips or (number, "clip") in skipped:
+            return ()
+        yield Step(number, "clip")
+        saved: list[tuple[str, float]] = []
+        try:
+            for image, seconds in self.sampled((number - 1) * STRETCH, STRETCH):
+                # Named as what is half written: the frames that a killed run leaves are removed.
+                out = folder / f".p{number:04d}-{len(saved):02d}.tmp"
+                write(out, encoded(image, _JPEG, options))
+                saved.append((out.as_posix(), seconds))
+        except av.FFmpegError as error:
+            if is_environment_error(error):
+                raise
+            at = clock((number - 1) * STRETCH)
+            yield Problem(number, f"the clip at {at} cannot be decoded ({error})")
+            return ()
+        return tuple(saved)
+
+    def sampled(self, start: float, length: float) -> Iterator[tuple[Image.Image, float]]:
+        """A frame a second of a part, upright, and when it is shown, in seconds from ``start``.
+
+        At least 4, at most 64, an even number, evenly from the first frame to the last: as
+        ``smart_nframes`` of qwen-vl-utils 0.0.14 takes them from a file that holds the part.
+        """
+        rate = float(self._stream.average_rate or 1)
+        # A part that is 20 s long at 29.97 frames a second shows a 600th frame at its end.
+        n_there = int(np.ceil(min(length, self._length - start) * rate - 1e-6))
+        n = int(min(max(n_there / rate, _LEAST_FRAMES), _MOST_FRAMES, n_there)) // 2 * 2
+        if n < 2:
+            return
+        times = np.linspace(0, n_there - 1, n).round() / rate
+        left = [float(time) for time in times]
+        begin = self._begin + start
+        self._container.seek(int(begin / self._base), stream=self._stream, backward=True)
+        for frame in self._container.decode(self._stream):
+            while left and frame.time is not None and frame.time >= begin + left[0] - 0.5 / rate:
+                yield _upright(frame.to_image(), frame, self._stream), left.pop(0)  # type: ignore[no-untyped-call]
+            if not left:
+                return
 
     def _changed(self, seconds: float) -> Image.Image | None:
         """The frame at a time or soon after, upright; None if it shows what the last one did."""

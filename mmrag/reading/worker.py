@@ -29,6 +29,7 @@ OPERATIONS = {
     "video": ("mmrag.reading.video", "read_stretches"),
     "plugin": ("mmrag.reading.plugins", "read_records"),
     "stretches": ("mmrag.reading.video", "count_stretches"),
+    "clip": ("mmrag.reading.video", "read_frames"),
     "count": ("mmrag.reading.evidence", "count_pages"),
     "locate": ("mmrag.reading.evidence", "locate"),
     "mark": ("mmrag.reading.evidence", "mark"),

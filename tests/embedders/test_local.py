@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from mmrag.content import Content
+from mmrag.content import Clip, Content
 from mmrag.embedders import Calibration, load_embedder
 from mmrag.errors import ConfigError, ContentError, ModelError
 from mmrag.modeling.batching import TokenBudget, default_workers, iter_batches, pad, run_halving
@@ -291,6 +291,12 @@ def test_instruction_of_the_call_and_of_the_item(gme):
     own = gme.encode([Content("x", None, "Find a page.")])
     assert not np.allclose(plain, told, atol=1e-3)
     np.testing.assert_allclose(told, own, atol=1e-6)
+
+
+def test_families_without_clips_refuse_them(gme):
+    clip = Clip([Image.new("RGB", (30, 30))] * 2, [0, 1])
+    with pytest.raises(ContentError, match=r"item 1: .* cannot embed clip.*frames as images"):
+        gme.encode(["x", Content("words", clip=clip)])
 
 
 def test_modalities_of_the_marker_are_kept(qwen2_vl_folder, tmp_path):

@@ -11,7 +11,7 @@ from tiny import seen
 from tiny_qwen3 import reference_inputs, save_qwen3_vl
 from transformers import AutoTokenizer, Qwen3VLForConditionalGeneration
 
-from mmrag.content import Content
+from mmrag.content import Clip, Content
 from mmrag.errors import ContentError, ModelError
 from mmrag.modeling.loading import place
 from mmrag.rerankers import load_scorer
@@ -152,6 +152,14 @@ def test_a_broken_image_is_named_by_its_pair(scorer, tmp_path):
     cut.write_bytes(whole.read_bytes()[:-1500])  # its header is fine, its pixels are not
     with pytest.raises(ContentError, match=r"pair 1: .*cut\.png"):
         scorer.score([(Content("a"), Content("b")), (Content("a"), Content(image=cut))])
+
+
+def test_a_clip_is_refused_and_others_are_judged(scorer):
+    clip = Clip([Image.new("RGB", (30, 30))] * 2, [0, 1])
+    query = Content("x")
+    refused, score = scorer.judge([(query, Content("words", clip=clip)), (query, Content("y"))])
+    assert "Rerankers take no clips" in str(refused)
+    assert isinstance(score, float)
 
 
 def _blank(side: int) -> Content:
