@@ -96,6 +96,7 @@ def test_the_encoder_is_the_one_of_mmrag():
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.slow
 def test_mteb_finds_nothing_wrong_with_a_model_that_it_has_found_by_name(nano):
     """``mteb.mock_run``: every type of task there is, made up by mteb."""
     register(MTEBEncoder(nano))
