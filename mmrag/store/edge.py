@@ -188,7 +188,7 @@ class EdgeEngine(Engine):
         payload: Fields = True,
     ) -> list[Scored]:
         query = edge.Query.Nearest(vector.tolist(), using=name)
-        return self._query(query, limit, DIALECT.condition(where), payload)
+        return self._query(query, limit, DIALECT.filter(where), payload)
 
     @override
     def max_sim(
@@ -205,11 +205,11 @@ class EdgeEngine(Engine):
     @override
     def bm25(self, terms: str, limit: int, where: Filter, payload: Fields = True) -> list[Scored]:
         query = edge.TextQuery(TERMS_FIELD, terms)
-        return self._query(query, limit, DIALECT.condition(where), payload)
+        return self._query(query, limit, DIALECT.filter(where), payload)
 
     @override
     def scroll(self, where: Filter, vectors: bool = False) -> Iterator[Point]:
-        condition = DIALECT.condition(where)
+        condition = DIALECT.filter(where)
         for records in self._pages(SCROLL_PAGE, condition, payload=True, vectors=vectors):
             yield from (as_point(record) for record in records)
 
@@ -217,7 +217,7 @@ class EdgeEngine(Engine):
     def count(self, where: Filter) -> int:
         with self._errors("count in"):
             return int(
-                self._open.count(edge.CountRequest(exact=True, filter=DIALECT.condition(where)))
+                self._open.count(edge.CountRequest(exact=True, filter=DIALECT.filter(where)))
             )
 
     @override

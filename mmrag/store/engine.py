@@ -300,14 +300,6 @@ class Dialect:
     dates: Any
     truth: Callable[[bool], Any] = bool
 
-    def condition(self, where: Filter) -> Any | None:
-        """The library's filter, None for one that lets everything through.
-
-        With an empty filter Qdrant checks each point that it meets, which took as long as the
-        search by vector itself.
-        """
-        return None if where == Filter() else self.filter(where)
-
     def filter(self, where: Filter) -> Any:
         """The library's filter. Raises ConfigError for a key that Qdrant cannot name."""
         return self.library.Filter(

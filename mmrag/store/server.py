@@ -154,7 +154,7 @@ class ServerEngine(Engine):
         where: Filter,
         payload: Fields = True,
     ) -> list[Scored]:
-        return self._query(vector.tolist(), name, limit, DIALECT.condition(where), payload)
+        return self._query(vector.tolist(), name, limit, DIALECT.filter(where), payload)
 
     @override
     def max_sim(
@@ -171,11 +171,11 @@ class ServerEngine(Engine):
     @override
     def bm25(self, terms: str, limit: int, where: Filter, payload: Fields = True) -> list[Scored]:
         query = models.TextQuery(text=terms)
-        return self._query(query, TERMS_FIELD, limit, DIALECT.condition(where), payload)
+        return self._query(query, TERMS_FIELD, limit, DIALECT.filter(where), payload)
 
     @override
     def scroll(self, where: Filter, vectors: bool = False) -> Iterator[Point]:
-        offset, condition = None, DIALECT.condition(where)
+        offset, condition = None, DIALECT.filter(where)
         while True:
             fetch = partial(
                 self._client.scroll,
@@ -194,9 +194,7 @@ class ServerEngine(Engine):
     @override
     def count(self, where: Filter) -> int:
         return self._call(
-            lambda: self._client.count(
-                self._name, count_filter=DIALECT.condition(where), exact=True
-            )
+            lambda: self._client.count(self._name, count_filter=DIALECT.filter(where), exact=True)
         ).count
 
     @override

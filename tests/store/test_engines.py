@@ -12,7 +12,6 @@ from qdrant_client import QdrantClient
 from qdrant_client.http.exceptions import ResponseHandlingException, UnexpectedResponse
 
 from mmrag.errors import CollectionError, EndpointError
-from mmrag.store import edge, server
 from mmrag.store.edge import EdgeEngine
 from mmrag.store.engine import AnyOf, Filter, Point, Schema, Within
 from mmrag.store.server import ServerEngine, byte_bounded
@@ -136,13 +135,6 @@ def test_bm25_is_the_published_formula(filled):
 def test_filters(filled, where, expected):
     assert ids(filled.scroll(where)) == expected
     assert filled.count(where) == len(expected)
-
-
-@pytest.mark.parametrize("dialect", [edge.DIALECT, server.DIALECT], ids=["edge", "server"])
-def test_a_filter_that_lets_all_through_is_not_sent(dialect):
-    """Each point that a search meets would be checked."""
-    assert dialect.condition(ALL) is None
-    assert dialect.condition(Filter(must_not=(AnyOf("kind", ("file",)),))) is not None
 
 
 def test_filters_apply_to_searches(filled):
