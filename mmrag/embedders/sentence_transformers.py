@@ -29,8 +29,8 @@ logger = logging.getLogger(__name__)
 
 M = TypeVar("M")
 
-# Our words and theirs.
-_MODALITIES: dict[Modality, Any] = {"text": "text", "image": "image", "fused": ("image", "text")}
+MODALITIES: dict[Modality, Any] = {"text": "text", "image": "image", "fused": ("image", "text")}
+"""Our words and theirs. Clips have no input of their own there."""
 
 
 class SentenceTransformersEmbedder:
@@ -76,7 +76,7 @@ class SentenceTransformersEmbedder:
         self.prompt_format = prompt_format
         self.dim = int(model.get_embedding_dimension())
         self.modalities = frozenset(
-            modality for modality, theirs in _MODALITIES.items() if model.supports(theirs)
+            modality for modality, theirs in MODALITIES.items() if model.supports(theirs)
         )
         self._lock = threading.Lock()
 

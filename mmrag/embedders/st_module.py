@@ -19,6 +19,7 @@ from torch import Tensor
 from mmrag.content import Content, as_content
 from mmrag.embedders import load_backbone
 from mmrag.embedders.registry import find_folders, read_marker
+from mmrag.embedders.sentence_transformers import MODALITIES
 from mmrag.instructions import resolve
 from mmrag.modeling.backbone import inputs_of
 
@@ -55,9 +56,7 @@ class UniversalModule(InputModule):  # type: ignore[misc]
     @property
     def modalities(self) -> list[Any]:
         """What it can embed, in sentence-transformers' words."""
-        names: dict[str, Any] = {"text": "text", "image": "image", "fused": ("image", "text")}
-        # Clips have no input of their own there.
-        return [names[one] for one in sorted(self.backbone.modalities) if one in names]
+        return [MODALITIES[one] for one in sorted(self.backbone.modalities) if one in MODALITIES]
 
     def preprocess(
         self, inputs: Sequence[Any], prompt: str | None = None, **kwargs: Any

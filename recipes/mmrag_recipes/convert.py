@@ -28,7 +28,7 @@ from mmrag.errors import ConfigError, ContentError, ReadError
 from mmrag.reading import read_file
 from mmrag_recipes.config import ConvertConfig
 from mmrag_recipes.rows import ImageStore, Item, Row, first_problem, store_of, write_rows
-from mmrag_recipes.sides import Clip, Files, Media, Sides
+from mmrag_recipes.sides import Files, Media, Sides, Stretch
 
 logger = logging.getLogger("mmrag_recipes")
 
@@ -213,13 +213,13 @@ def _said(messages: Sequence[Mapping[str, str]]) -> str:
 
 def _swift(text: str, images: Any = None, videos: Any = None) -> Files:
     """What makes an item; images and videos are paths, or tables that have one."""
-    names, clips = (
+    names, shown = (
         [str(f["path"] if isinstance(f, Mapping) else f) for f in each or []]
         for each in (images, videos)
     )
-    if (n_told := text.count("<video>")) != len(clips):
-        raise ContentError(f"{n_told} <video> in a text with {len(clips)} videos")
-    return Files(text, names, [Clip(name) for name in clips])
+    if (n_told := text.count("<video>")) != len(shown):
+        raise ContentError(f"{n_told} <video> in a text with {len(shown)} videos")
+    return Files(text, names, [Stretch(name) for name in shown])
 
 
 def from_rows(records: Iterable[Record], media: Media, task: str) -> Converted:

@@ -30,7 +30,7 @@ logger = logging.getLogger("mmrag_recipes")
 _PLACEHOLDER = re.compile(r"<\|image_\d+\|>|<image>|<\|image_pad\|>|<video>|<\|video_pad\|>")
 
 
-class Clip(NamedTuple):
+class Stretch(NamedTuple):
     """A stretch of a video file, in seconds; the whole of it by default."""
 
     video: str
@@ -43,15 +43,15 @@ class Files(NamedTuple):
 
     text: str | None
     images: Sequence[str] = ()
-    clips: Sequence[Clip] = ()
+    stretches: Sequence[Stretch] = ()
 
 
 class Side(BaseModel):
     """A side of a row that names files: a text, images, or a stretch of a video, in seconds.
 
     Examples:
-        >>> Side(video="talk.mp4", start=60).files.clips
-        (Clip(video='talk.mp4', start=60.0, end=inf),)
+        >>> Side(video="talk.mp4", start=60).files.stretches
+        (Stretch(video='talk.mp4', start=60.0, end=inf),)
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -74,8 +74,8 @@ class Side(BaseModel):
     def files(self) -> Files:
         """What the side names."""
         images = (self.image,) if isinstance(self.image, str) else self.image or ()
-        clips = () if self.video is None else (Clip(self.video, self.start, self.end),)
-        return Files(self.text, images, clips)
+        stretch = () if self.video is None else (Stretch(self.video, self.start, self.end),)
+        return Files(self.text, images, stretch)
 
 
 class Sides(BaseModel):
@@ -124,7 +124,7 @@ class Media:
             raise ContentError(f"there is no image {', '.join(absent)}")
         # Copied, so that the rows can be moved to another machine with the folder beside them.
         ids = [self.store.add(path) for path in paths]
-        return _item(files.text, ids, self._pages(files.clips))
+        return _item(files.text, ids, self._pages(files.stretches))
 
     def documents(self, files: Files, right: Container[int] = ()) -> list[Item]:
         """Make a document: an item for each frame of stretches, as a collection holds them.
@@ -136,27 +136,27 @@ class Media:
             ContentError: As ``item`` does, and for images beside a video.
             ConfigError: As ``item`` does.
         """
-        if not files.clips:
+        if not files.stretches:
             return [self.item(files)]
         if files.images:
             raise ContentError("a document has images or a video, not both")
-        items = [_item(files.text, (), [page]) for page in self._pages(files.clips)]
+        items = [_item(files.text, (), [page]) for page in self._pages(files.stretches)]
         # Each once: a picture that stays for minutes is on several pages.
         return [item for key, item in {i.key: i for i in items}.items() if key not in right]
 
-    def _pages(self, clips: Sequence[Clip]) -> list[_Page]:
+    def _pages(self, stretches: Sequence[Stretch]) -> list[_Page]:
         """The pages that stretches lie on."""
         found = []
-        for clip in clips:
-            path = self.folder / clip.video
+        for asked in stretches:
+            path = self.folder / asked.video
             lies_on = [
                 page
                 for page in self._video(path)
-                if page.start < clip.end and clip.start < page.end and (page.image or page.text)
+                if page.start < asked.end and asked.start < page.end and (page.image or page.text)
             ]
             if not lies_on:
-                end = "the end" if clip.end == math.inf else f"{clip.end:g} s"
-                raise ContentError(f"{path}: there is nothing from {clip.start:g} s to {end}")
+                end = "the end" if asked.end == math.inf else f"{asked.end:g} s"
+                raise ContentError(f"{path}: there is nothing from {asked.start:g} s to {end}")
             found += lies_on
         return found
 

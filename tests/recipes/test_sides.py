@@ -11,17 +11,16 @@ import pytest
 from made_videos import make_video
 from PIL import Image
 from tiny_qwen3 import save_qwen3_vl
-from training import config_of, log_of, same, weights_of
+from training import config_of, killed_at, log_of, same, weights_of
 
 from mmrag import UniversalIndex
 from mmrag.embedders import load_embedder
 from mmrag.errors import ConfigError, ContentError
 from mmrag.reading import count_pages
-from mmrag_recipes import loop
 from mmrag_recipes.__main__ import main
 from mmrag_recipes.convert import from_rows, from_swift
 from mmrag_recipes.rows import ImageStore, Row, check_rows, read_rows, store_of
-from mmrag_recipes.sides import Clip, Files, Media
+from mmrag_recipes.sides import Files, Media, Stretch
 from mmrag_recipes.train import train
 
 pytest.importorskip("av")
@@ -84,7 +83,7 @@ def colours(media, items):
     ],
 )
 def test_a_stretch_is_the_pages_that_it_lies_on(media, start, end, expected):
-    files = Files(None, clips=[Clip("talk.mp4", start, end)])
+    files = Files(None, stretches=[Stretch("talk.mp4", start, end)])
     documents = media.documents(files)
     assert colours(media, documents) == expected
     assert all(len(item.images) == 1 for item in documents)
@@ -94,12 +93,12 @@ def test_a_stretch_is_the_pages_that_it_lies_on(media, start, end, expected):
 
 def test_a_picture_that_stays_is_one_document(media, folder, tmp_path):
     """Without words it has one page to the end of the video, with words one a minute."""
-    still = Files(None, clips=[Clip("still.mp4", 125, 128)])
+    still = Files(None, stretches=[Stretch("still.mp4", 125, 128)])
     assert colours(media, media.documents(still)) == ["green"]
     (folder / "told.mp4").write_bytes((folder / "still.mp4").read_bytes())
     cues = (f"{n // 60:02}:{n % 60:02}.000 --> 02:10.000\nword{n}" for n in range(5, 130, 15))
     (folder / "told.vtt").write_text("\n\n".join(["WEBVTT", *cues]))
-    told = Files(None, clips=[Clip("told.mp4")])
+    told = Files(None, stretches=[Stretch("told.mp4")])
     assert colours(media, media.documents(told)) == ["green"]
     assert colours(media, [media.item(told)]) == ["green"]
     both = Media(folder, ImageStore(tmp_path / "both"), "fused")
@@ -121,8 +120,8 @@ def test_rows_have_the_vectors_of_the_index(family, folder, tiny_model, tmp_path
         media = Media(folder, ImageStore(tmp_path / items), items)
         for hit, vector in zip(*stored[view], strict=True):
             begins = hit.payload["start"]
-            clip = Clip("talk.mp4", begins, begins + 20)
-            (item,) = media.documents(Files(None, clips=[clip]))
+            stretch = Stretch("talk.mp4", begins, begins + 20)
+            (item,) = media.documents(Files(None, stretches=[stretch]))
             (frame,) = (tmp_path / "library").rglob(Path(hit.payload["page_image"]).name)
             assert media.store.path(item.image).read_bytes() == frame.read_bytes()
             (encoded,) = embedder.encode([media.store.content(item)])
@@ -300,17 +299,8 @@ def test_training_on_videos_moves_weights_and_resumes(tiny_model, video_rows, tm
     assert left["row"] == "several"
     assert "takes 1 image per item, got 3" in left["reason"]
     half = config.replace(out=str(tmp_path / "half"))
-    original = loop.train_step
-
-    def dies_at_four(task, optimizer, step, config, number):
-        if number == 4:
-            raise KeyboardInterrupt
-        return original(task, optimizer, step, config, number)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "train_step", dies_at_four)
-        with pytest.raises(KeyboardInterrupt):
-            train(half)
+    with killed_at(4):
+        train(half)
     train(half)
     assert [r["rows"] for r in log_of(half.out)] == [r["rows"] for r in log_of(config.out)]
     assert same(weights_of(half.out), learned)

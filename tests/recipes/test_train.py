@@ -10,12 +10,11 @@ import torch
 from made_rows import make_rows
 from one_step import one_step, prepare_step
 from tiny_nano import save_nano
-from training import config_of, log_of
+from training import config_of, killed_at, log_of
 from two_processes import run_on_two
 
 from mmrag.embedders import load_backbone
 from mmrag.errors import ConfigError, ContentError
-from mmrag_recipes import loop as loop_module
 from mmrag_recipes.__main__ import main
 from mmrag_recipes.batches import Batch, Source, one_pass, plan, shard
 from mmrag_recipes.config import LoraConfig, TrainConfig
@@ -51,21 +50,14 @@ def test_resuming_gives_the_run_that_was_never_stopped(
     expected = log_of(whole.out)
     broken = whole.replace(out=str(tmp_path / "broken"))
     prepared = []
-    original, original_step = Feeder._collect, loop_module.train_step
+    original = Feeder._collect
 
     def counting(self, batch, waiting):
         prepared.append(batch)
         return original(self, batch, waiting)
 
-    def dies_at_four(task, optimizer, step, config, number):
-        if number == 4:
-            raise KeyboardInterrupt
-        return original_step(task, optimizer, step, config, number)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop_module, "train_step", dies_at_four)
-        with pytest.raises(KeyboardInterrupt):
-            train(broken)
+    with killed_at(4):
+        train(broken)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Feeder, "_collect", counting)
         train(broken)

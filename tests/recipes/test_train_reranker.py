@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from tiny import save_qwen2_vl
 from tiny_chat import save_llava
 from tiny_qwen3 import add_words, save_qwen3_vl
-from training import log_of, same, weights_of
+from training import killed_at, log_of, same, weights_of
 
 from mmrag.content import Content
 from mmrag.errors import ConfigError, ContentError, ModelError
@@ -179,18 +179,9 @@ def test_the_published_reranker_trains_too(rows, tmp_path):
 def test_resuming_gives_the_run_that_was_never_stopped(model, rows, tmp_path):
     whole = config_of(model, tmp_path / "whole", rows, lora=LoraConfig(r=2, dropout=0.2))
     train_reranker(whole)
-    original = loop_module.train_step
-
-    def dies_at_three(task, optimizer, step, config, number):
-        if number == 3:
-            raise KeyboardInterrupt
-        return original(task, optimizer, step, config, number)
-
     broken = whole.replace(out=str(tmp_path / "broken"))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop_module, "train_step", dies_at_three)
-        with pytest.raises(KeyboardInterrupt):
-            train_reranker(broken)
+    with killed_at(3):
+        train_reranker(broken)
     train_reranker(broken)
     losses = [[record["loss"] for record in log_of(c.out)] for c in (whole, broken)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)

@@ -1,11 +1,15 @@
 """Small training runs and what they wrote, for the tests of the recipes."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
+from mmrag_recipes import loop
 from mmrag_recipes.config import DataConfig, TrainConfig
 
 
@@ -23,6 +27,21 @@ def config_of(model, out, *rows, **changes) -> TrainConfig:
         save_every=3,
     )
     return config.replace(**changes)
+
+
+@contextmanager
+def killed_at(number: int) -> Iterator[None]:
+    """A training in here is interrupted at the step with this number, and comes that far."""
+    original = loop.train_step
+
+    def dies(task, optimizer, step, config, at):
+        if at == number:
+            raise KeyboardInterrupt
+        return original(task, optimizer, step, config, at)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(loop, "train_step", dies)
+        yield
 
 
 def log_of(out) -> list[dict]:
