@@ -142,8 +142,8 @@ def check_quantization(name: str) -> None:
 def oversampling(quantization: Quantization, limit: int) -> float:
     """How many times ``limit`` nodes a search over codes scores again with whole vectors.
 
-    The codes of int8 confuse neighbours in rank only: ten nodes more are enough at any limit, and
-    without them one of the ten nearest in twenty was lost. Binary codes lost a tenth of them at 2
+    The codes of int8 confuse neighbours in rank only, so ten nodes more do at any limit: without
+    them one in twenty of the ten nearest was lost. Binary codes lost a tenth of them at 2
     (``docs/benchmarks/scale.py``, 100,000 nodes).
 
     >>> oversampling("int8", 10), oversampling("int8", 100), oversampling("binary", 10)
