@@ -150,6 +150,23 @@ def test_pages_without_text_are_marked(make_pdf, read) -> None:
     assert node.text_resource.text == ""
 
 
+def test_a_page_image_is_what_the_engine_draws(samples, read) -> None:
+    """Pixel by pixel, in a file that other programs open: text, charts, and a scan."""
+    for path in sorted(samples.glob("*.pdf")):
+        with pymupdf.open(path) as document:
+            for node, page in zip(read(path, dpi=110).kind("page"), document, strict=True):
+                png = Path(node.metadata["page_image"]).read_bytes()
+                with Image.open(io.BytesIO(png)) as image:
+                    image.verify()  # the checksums of all parts
+                drawn = page.get_pixmap(matrix=pymupdf.Matrix(110 / 72, 110 / 72), alpha=False)
+                with Image.open(io.BytesIO(png)) as image:
+                    assert (image.mode, image.size) == ("RGB", (drawn.width, drawn.height))
+                    assert image.tobytes() == drawn.samples
+                assert pymupdf.Pixmap(png).samples == drawn.samples
+                # On drawn text and on scans, what is left out costs little.
+                assert len(png) < 1.35 * len(drawn.tobytes("png"))
+
+
 def test_page_images_keep_the_pixel_limit(make_pdf, read) -> None:
     path = make_pdf(lambda d: d.new_page(width=8000, height=4000).insert_text((72, 100), FOX))
     (node,) = read(path, max_page_pixels=500_000).nodes
