@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import heapq
 import math
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, TypeAlias, get_args
+from typing import Literal, NamedTuple, TypeAlias, get_args
 
 from mmrag.errors import ConfigError
 from mmrag.store.engine import MUVERA, TOKENS, Scored
@@ -112,6 +113,7 @@ def fuse(
     zeros: Mapping[str, float] = ZEROS,
     key: Callable[[Scored], Hashable] = page_key,
     k: int = RRF_K,
+    limit: int | None = None,
 ) -> list[Fused]:
     """Weighted sum of the rankings, best first; equal scores in the order of their keys.
 
@@ -124,6 +126,7 @@ def fuse(
         zeros: the score of each ranking that counts as nothing; see ``scaled``. A ranking whose
             best is no more breaks ties of the others, as texts do where a picture is asked for.
         k: of reciprocal rank fusion.
+        limit: how many entries are wanted, at least 1; None: all.
 
     Raises:
         ConfigError: For another ``by``.
@@ -136,39 +139,74 @@ def fuse(
     if by not in get_args(FuseBy):
         raise ConfigError(f"by={by!r}: use one of {', '.join(get_args(FuseBy))}.")
     shares = _shares(rankings, weights, zeros if by == "scores" else {})
-    entries: dict[Hashable, Fused] = {}
-    votes: dict[str, float] = {}
+    parts = {}
     for name, hits in rankings.items():
-        share = shares[name]
-        values = (
-            scaled(hits, zeros.get(name, math.inf)) if by == "scores" else _reciprocal(len(hits), k)
-        )
-        place = 0
-        for hit, value in zip(hits, values, strict=True):
-            page, id_ = key(hit), hit.id
-            entry = entries.get(page)
-            if entry is None:
-                entry = entries[page] = Fused(page)
-            # Hits come best first: the first node of a page sets its credit, others only vote which
-            # is shown.
-            if name not in entry.ranks:
-                entry.ranks[name] = place + 1
-                entry.scores[name] = hit.score
-                # By ranks, a page counts by its place among pages, not among nodes.
-                credit = share * (value if by == "scores" else values[place])
-                entry.credits[name] = credit
-                entry.score += credit
-                place += 1
-            if id_ not in votes:
-                votes[id_] = 0.0
-                entry.nodes.append(hit)
-            votes[id_] += share * value
-    for entry in entries.values():
-        # Most have a single node.
-        if len(entry.nodes) > 1:
-            entry.nodes.sort(key=lambda hit: (-votes[hit.id], hit.id))
+        values = scaled(hits, zeros.get(name, math.inf)) if by == "scores" else _reciprocal(hits, k)
+        parts[name] = _part(hits, [key(hit) for hit in hits], values, shares[name], by)
+    scores: dict[Hashable, float] = {}
+    for part in parts.values():
+        for page, credit in part.credits.items():
+            scores[page] = scores.get(page, 0.0) + credit
+    # Most of the time goes into entries, and most callers want few of them.
+    entries = _entries(parts, {page: scores[page] for page in _highest(scores, limit)})
     # By key, so that a query gives the same order in every run.
-    return sorted(entries.values(), key=lambda entry: (-entry.score, str(entry.key)))
+    return sorted(entries, key=lambda entry: (-entry.score, str(entry.key)))[:limit]
+
+
+class _Part(NamedTuple):
+    """A ranking, best first: the page and the worth of each hit, and the credit of each page."""
+
+    hits: Sequence[Scored]
+    pages: Sequence[Hashable]
+    worths: Sequence[float]
+    credits: Mapping[Hashable, float]
+
+
+def _part(
+    hits: Sequence[Scored],
+    pages: Sequence[Hashable],
+    values: Sequence[float],
+    share: float,
+    by: FuseBy,
+) -> _Part:
+    worths = [share * value for value in values]
+    distinct = dict.fromkeys(pages)
+    if by == "ranks":
+        # A page counts by its place among pages, not among nodes.
+        return _Part(hits, pages, worths, dict(zip(distinct, worths, strict=False)))
+    # Hits come best first, and a page has the credit of its first: the last one set from behind.
+    firsts = dict(zip(reversed(pages), reversed(worths), strict=True))
+    return _Part(hits, pages, worths, {page: firsts[page] for page in distinct})
+
+
+def _entries(parts: Mapping[str, _Part], scores: Mapping[Hashable, float]) -> list[Fused]:
+    """The entries of the pages that have a score here."""
+    entries = {page: Fused(page, score) for page, score in scores.items()}
+    votes: dict[str, float] = {}
+    for name, part in parts.items():
+        for rank, (page, credit) in enumerate(part.credits.items(), 1):
+            if page in entries:
+                entries[page].ranks[name], entries[page].credits[name] = rank, credit
+        for hit, page, worth in zip(part.hits, part.pages, part.worths, strict=True):
+            if page not in entries:
+                continue
+            # The first node of a page sets its score, others only vote which is shown.
+            entries[page].scores.setdefault(name, hit.score)
+            if hit.id not in votes:
+                votes[hit.id] = 0.0
+                entries[page].nodes.append(hit)
+            votes[hit.id] += worth
+    for entry in entries.values():
+        entry.nodes.sort(key=lambda hit: (-votes[hit.id], hit.id))
+    return list(entries.values())
+
+
+def _highest(scores: Mapping[Hashable, float], limit: int | None) -> Iterable[Hashable]:
+    """The pages with the highest scores: ``limit``, and those that are as good as the last."""
+    if limit is None or limit >= len(scores):
+        return scores
+    least = heapq.nlargest(limit, scores.values())[-1]
+    return [page for page, score in scores.items() if score >= least]
 
 
 def _shares(
@@ -201,6 +239,6 @@ def scaled(hits: Sequence[Scored], zero: float = math.inf) -> list[float]:
     return [max(0.0, (hit.score - low) / (high - low)) for hit in hits]
 
 
-def _reciprocal(count: int, k: int) -> list[float]:
+def _reciprocal(hits: Sequence[Scored], k: int) -> list[float]:
     """Credit of each rank, scaled so that the first is 1."""
-    return [(k + 1) / (k + rank) for rank in range(1, count + 1)]
+    return [(k + 1) / (k + rank) for rank in range(1, len(hits) + 1)]

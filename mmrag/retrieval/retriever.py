@@ -12,6 +12,7 @@ import asyncio
 import dataclasses
 import logging
 from collections.abc import Iterable, Mapping
+from operator import attrgetter
 from typing import Any, TypedDict
 
 import numpy as np
@@ -202,9 +203,7 @@ class UniversalRetriever(BaseRetriever):
             where=where,
             weights=self.weights,
         )
-        return {
-            name: sorted(hits, key=lambda hit: (-hit.score, hit.id)) for name, hits in found.items()
-        }
+        return {name: _in_order(hits) for name, hits in found.items()}
 
     @property
     def ranking_names(self) -> list[str]:
@@ -226,24 +225,24 @@ class UniversalRetriever(BaseRetriever):
         for pattern in self.collection.unmatched(self._where(query_bundle)):
             log.warning("No indexed file matches %s", pattern)
         rankings = self.rankings(query_bundle, limit=limit)
-        fused = self._fuse(rankings)
+        entries = self._fuse(rankings, top_k)
         figures = only_figures(self._where(query_bundle))
         if figures is not None and wants_figures(query_bundle.query_str):
             # What was asked for comes first, and pages after it.
             wanted = dataclasses.replace(_as_query(query_bundle), where=figures)
             rankings = self.rankings(wanted, limit=limit)
-            first = self._fuse(rankings)
+            first = self._fuse(rankings, top_k)
             keys = {entry.key for entry in first}
-            fused = [*first, *(entry for entry in fused if entry.key not in keys)]
-        entries = fused[:top_k]
+            entries = [*first, *(each for each in entries if each.key not in keys)][:top_k]
         # Rankings know a few fields of each node: the whole ones are read of what is returned.
         read = [hit.id for each in entries for hit in (each.shown, each.description) if hit]
         payloads = self.collection.payloads(read)
         return [self._result(entry, payloads) for entry in entries if entry.shown.id in payloads]
 
-    def _fuse(self, rankings: Rankings) -> list[Fused]:
-        key = page_key if self.collapse else (lambda hit: hit.id)
-        return fuse(rankings, self.weights, by=self.fuse_by, zeros=self.zeros, key=key)
+    def _fuse(self, rankings: Rankings, limit: int) -> list[Fused]:
+        key = page_key if self.collapse else attrgetter("id")
+        weights, zeros = self.weights, self.zeros
+        return fuse(rankings, weights, by=self.fuse_by, zeros=zeros, key=key, limit=limit)
 
     async def _aretrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
         # LlamaIndex's default would block the event loop.
@@ -299,6 +298,12 @@ class UniversalRetriever(BaseRetriever):
             ],
             explanation=_explained(entry) if self.explain else None,
         )
+
+
+def _in_order(hits: Iterable[Scored]) -> list[Scored]:
+    """Best first, those of one score by id."""
+    # Two sorts by a field each take a fraction of one sort by pairs.
+    return sorted(sorted(hits, key=attrgetter("id")), key=attrgetter("score"), reverse=True)
 
 
 def _explained(entry: Fused) -> dict[str, Credit]:

@@ -16,6 +16,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from threading import RLock
 from typing import Any
+from uuid import UUID
 
 import numpy as np
 import qdrant_edge as edge
@@ -42,7 +43,7 @@ from mmrag.store.engine import (
     as_point,
     oversampling,
 )
-from mmrag.store.kept_fields import IdTexts, KeptFields
+from mmrag.store.kept_fields import KeptFields
 from mmrag.store.optimizing import OLD, WORTH_BYTES, build, copied, recover
 from mmrag.store.point_count import PointCount
 from mmrag.store.trees import need_space, size_on_disk
@@ -100,7 +101,6 @@ class EdgeEngine(Engine):
         # So does reading the payloads of what a search has found. Set for good: a write makes
         # them forget what it changed.
         self._fields: dict[tuple[str, ...], KeptFields] = {}
-        self._ids = IdTexts()
         # Held while the shard is used, and by every write: another shard may take its place.
         self._using, self._writing = RLock(), RLock()
         # Writes since the copy was made that is being optimized; None where there is none.
@@ -236,10 +236,10 @@ class EdgeEngine(Engine):
     @override
     def read_ahead(self, fields: Sequence[str]) -> Iterator[None]:
         kept = self._kept(tuple(fields))
-        for ids in self._pages_of_ids(_AHEAD_PAGE):
+        for records in self._pages(_AHEAD_PAGE, None, payload=False, vectors=False):
             if kept.full:
                 return
-            kept.of(ids)
+            kept.of(_numbers(records))
             yield
 
     @override
@@ -356,7 +356,7 @@ class EdgeEngine(Engine):
     ) -> Iterator[list[str]]:
         """The ids of the points that match, of all without a condition, ``limit`` at a time."""
         for records in self._pages(limit, condition, payload=False, vectors=False):
-            yield self._texts(records)
+            yield [str(record.id) for record in records]
 
     def _pages(
         self, limit: int, condition: edge.Filter | None, *, payload: bool, vectors: bool
@@ -463,25 +463,21 @@ class EdgeEngine(Engine):
             found = self._open.query(request)
         if isinstance(payload, bool):
             return [Scored(str(hit.id), hit.score, hit.payload or {}) for hit in found]
-        ids = self._texts(found)
-        fields = self._kept(tuple(payload)).of(ids)
+        fields = self._kept(tuple(payload)).of(_numbers(found))
         # One that was deleted since is left out.
         return [
-            Scored(id_, hit.score, fields[id_])
-            for id_, hit in zip(ids, found, strict=True)
-            if id_ in fields
+            Scored(kept[0], hit.score, kept[1])
+            for hit, kept in zip(found, fields, strict=True)
+            if kept is not None
         ]
 
-    def _texts(self, found: Sequence[Any]) -> list[str]:
-        """The ids of records or hits. All are UUIDs: mmrag alone writes here."""
-        return [self._ids[each.id.int] for each in found]
-
     def _kept(self, names: tuple[str, ...]) -> KeptFields:
-        def read(missing: list[str]) -> list[tuple[str, dict[str, Any]]]:
+        def read(missing: list[int]) -> list[tuple[int, dict[str, Any]]]:
+            ids: list[Any] = [UUID(int=number) for number in missing]
             with self._errors("read from"):
-                records = self._open.retrieve([*missing], list(names), False)
-            ids = self._texts(records)
-            return [(id_, each.payload or {}) for id_, each in zip(ids, records, strict=True)]
+                records = self._open.retrieve(ids, list(names), False)
+            fields = (record.payload or {} for record in records)
+            return list(zip(_numbers(records), fields, strict=True))
 
         return self._fields.setdefault(names, KeptFields(read))
 
@@ -538,6 +534,11 @@ def _index_operations(schema: Schema) -> list[edge.UpdateOperation]:
     )
     create = edge.UpdateOperation.create_field_index
     return [create(name, index) for name, index in indexes.items()]
+
+
+def _numbers(found: Sequence[Any]) -> list[int]:
+    """The ids of records or hits. All are UUIDs: mmrag alone writes here."""
+    return [each.id.int for each in found]
 
 
 def _has_vector(name: str) -> edge.CountRequest:

@@ -6,11 +6,14 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import islice
 from threading import Lock
-from typing import Any
+from typing import Any, TypeAlias
 from uuid import UUID
 
 MOST_POINTS = 250_000
 """Points of which fields are kept, at most; each takes about half a kilobyte."""
+
+Kept: TypeAlias = tuple[str, dict[str, Any]]
+"""The id of a point, whose text takes longer to write than to look up, and its fields."""
 
 
 class KeptFields:
@@ -20,27 +23,27 @@ class KeptFields:
     them. Whoever writes to the store calls ``forget`` after the write.
 
     Args:
-        read: gives the id and the fields of those of the points that exist.
+        read: gives the number and the fields of those of the points that exist.
         most: points that are kept; those read first are dropped for others.
 
     Examples:
-        >>> stored = {"a": {"page": 1}, "b": {"page": 2}}
+        >>> stored = {1: {"page": 1}, 2: {"page": 2}}
         >>> kept = KeptFields(lambda ids: [(id_, stored[id_]) for id_ in ids])
-        >>> kept.of(["a", "b"]), len(kept)
-        ({'a': {'page': 1}, 'b': {'page': 2}}, 2)
-        >>> kept.forget(["a"])
+        >>> kept.of([2])
+        [('00000000-0000-0000-0000-000000000002', {'page': 2})]
+        >>> kept.forget(["00000000-0000-0000-0000-000000000002"])
         >>> len(kept)
-        1
+        0
     """
 
     def __init__(
         self,
-        read: Callable[[list[str]], Iterable[tuple[str, Mapping[str, Any]]]],
+        read: Callable[[list[int]], Iterable[tuple[int, Mapping[str, Any]]]],
         most: int = MOST_POINTS,
     ) -> None:
         self._read = read
         self._most = most
-        self._kept: dict[str, dict[str, Any]] = {}
+        self._kept: dict[int, Kept] = {}
         # How often points were forgotten: what was read before that may be of before the write.
         self._writes = 0
         self._changing = Lock()
@@ -53,15 +56,17 @@ class KeptFields:
         """Whether points are dropped for the next ones that are read."""
         return len(self._kept) >= self._most
 
-    def of(self, ids: Sequence[str]) -> dict[str, dict[str, Any]]:
-        """The fields of those of the points that exist, by id; not to be changed."""
+    def of(self, numbers: Sequence[int]) -> list[Kept | None]:
+        """Id and fields, not to be changed, of each point; None for one that does not exist.
+
+        numbers: the ids, which are UUIDs, as numbers.
+        """
         # Before anything is read.
         writes = self._writes
-        kept = self._kept.get
-        found = {id_: fields for id_ in ids if (fields := kept(id_)) is not None}
-        if len(found) < len(ids) and (missing := [id_ for id_ in ids if id_ not in found]):
-            new = {id_: _compact(fields) for id_, fields in self._read(missing)}
-            found |= new
+        found = list(map(self._kept.get, numbers))
+        if missing := [n for n, kept in zip(numbers, found, strict=True) if kept is None]:
+            new = {n: (str(UUID(int=n)), _compact(fields)) for n, fields in self._read(missing)}
+            found = [kept or new.get(n) for n, kept in zip(numbers, found, strict=True)]
             with self._changing:
                 if writes == self._writes:
                     self._keep(new)
@@ -72,30 +77,14 @@ class KeptFields:
         with self._changing:
             self._writes += 1
             for id_ in ids:
-                self._kept.pop(id_, None)
+                self._kept.pop(UUID(id_).int, None)
 
-    def _keep(self, new: Mapping[str, dict[str, Any]]) -> None:
+    def _keep(self, new: Mapping[int, Kept]) -> None:
         self._kept.update(islice(new.items(), self._most))
         if (excess := len(self._kept) - self._most) > 0:
             # A list first: a dict must not change while it is gone through.
-            for id_ in list(islice(self._kept, excess)):
-                del self._kept[id_]
-
-
-class IdTexts(dict[int, str]):
-    """The number of a UUID to its text: to write it anew takes longer than to look it up.
-
-    Examples:
-        >>> IdTexts()[7]
-        '00000000-0000-0000-0000-000000000007'
-    """
-
-    def __missing__(self, number: int) -> str:
-        # Rather than to keep an order of use: it is hardly ever so many.
-        if len(self) >= MOST_POINTS:
-            self.clear()
-        text = self[number] = str(UUID(int=number))
-        return text
+            for number in list(islice(self._kept, excess)):
+                del self._kept[number]
 
 
 def _compact(fields: Mapping[str, Any]) -> dict[str, Any]:

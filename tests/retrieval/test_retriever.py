@@ -3,6 +3,7 @@ import dataclasses
 import threading
 import time
 
+import numpy as np
 import pytest
 from fakes import FakeEmbedder, make_image, make_node
 from llama_index.core.callbacks import CallbackManager, LlamaDebugHandler
@@ -430,6 +431,25 @@ def test_ties_have_one_order_whatever_came_first():
     ]
 
 
+@pytest.mark.parametrize("by", ["scores", "ranks"])
+@pytest.mark.parametrize("limit", [1, 3, 7, 500])
+def test_a_limit_gives_the_first_entries_of_all(by, limit):
+    """Also where the last one wanted has the score of others, which come first by their keys."""
+    chance = np.random.default_rng(limit)
+    for _ in range(20):
+        rankings = {}
+        for name in ("image", "text", "bm25"):
+            ids = chance.permutation(60)[:30]
+            steps = chance.integers(0, 2, 30).cumsum()  # half of the scores are equal to the next
+            rankings[name] = [
+                scored(f"n{id_}", float(40 - step), int(id_) % 25)
+                for id_, step in zip(ids, steps, strict=True)
+            ]
+        everything = fuse(rankings, by=by)
+        assert fuse(rankings, by=by, limit=limit) == everything[:limit]
+        assert len({entry.key for entry in everything}) == len(everything)
+
+
 def test_nodes_without_a_page_stand_for_themselves():
     assert page_key(scored("a", 1.0)) != page_key(scored("b", 1.0))
 
@@ -444,6 +464,16 @@ def test_rankings_carry_what_fusion_needs_and_results_are_whole(retriever, colle
     expected = collection.node(stored[best.node.node_id])
     assert best.node.to_dict() == expected.to_dict()
     assert best.node.get_content() == TEXTS["plans.pdf", 1]
+
+
+def test_a_ranking_is_in_one_order_however_the_engine_gives_it(retriever, monkeypatch):
+    hits = [Scored(id_, score, {}) for id_, score in (("b", 0.5), ("c", 0.7), ("a", 0.5))]
+    monkeypatch.setattr(retriever.collection, "search", lambda *args: hits)
+    monkeypatch.setattr(retriever.collection, "search_text", lambda *args: [hits[0], *hits[:0:-1]])
+    rankings = retriever.rankings("vision exams")
+    assert len(rankings) == 3
+    for ranking in rankings.values():
+        assert [hit.id for hit in ranking] == ["c", "a", "b"]
 
 
 def test_a_node_deleted_while_it_is_searched_is_left_out(retriever, monkeypatch):

@@ -34,7 +34,7 @@ class Reads:
         return getattr(self._shard, name)
 
     def retrieve(self, ids, payload, vectors):
-        self.ids += ids
+        self.ids += [str(id_) for id_ in ids]
         return self._shard.retrieve(ids, payload, vectors)
 
 
@@ -58,6 +58,16 @@ def test_a_search_reads_nothing_after_it(engine):
     assert len(engine._shard.ids) == 20
     assert search(engine) == {n: {"file": "a", "page": n} for n in range(20)}
     assert len(engine._shard.ids) == 20
+
+
+def test_a_point_deleted_after_it_was_found_is_left_out(engine, monkeypatch):
+    whole = engine._shard.retrieve
+
+    def without_four(ids, payload, vectors):
+        return whole([id_ for id_ in ids if str(id_) != point(4).id], payload, vectors)
+
+    monkeypatch.setattr(engine._shard, "retrieve", without_four)
+    assert set(search(engine)) == {*range(20)} - {4}
 
 
 def test_a_write_meanwhile_is_seen_and_other_points_stay_kept(engine):
