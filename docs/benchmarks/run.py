@@ -4,7 +4,7 @@
     make bench NAMES=engine      # batches by tokens against one by one and by count
     make bench NAMES=families    # the same for each family
     make bench NAMES=gradcache   # memory and speed of cached steps
-    make bench NAMES=rows        # time to the first step and memory, up to a million rows
+    make bench NAMES=rows        # time to the first step and memory, a million rows; see rows.py
     make bench NAMES=rerank      # pairs batched against one by one
     make bench NAMES=late        # the stages of late interaction, likewise
     make bench NAMES=mixed       # mixed contents beside sentence-transformers
@@ -21,10 +21,10 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-import os
 import resource
-import socket
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -239,99 +239,10 @@ def frozen(folder: Path) -> None:
         print(f"| {name} | {value:.2f} | {value / whole:.2f} |")
 
 
-def _first_step(
-    rows: str, rank: int, size: int, port: int, answer: multiprocessing.Queue[list[float]]
-) -> None:
-    """Seconds from the rows to the inputs of the first step, and peak memory, as ``train`` has it.
-
-    Memory in MiB: of this process, and of it before the rows.
-    """
-    from mmrag_recipes import distributed
-    from mmrag_recipes.batches import Source, plan
-    from mmrag_recipes.config import TrainConfig
-    from mmrag_recipes.data import load_datasets
-    from mmrag_recipes.steps import Feeder
-    from mmrag_recipes.train import load_model
-
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_RANK": str(rank)}
-    distributed.start()
-    config = TrainConfig(
-        model="mmrag-nano", out="unused", data=(rows,), hard_negatives=1, device="cpu"
-    )
-    backbone = load_model(config)
-
-    def peak() -> float:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
-
-    before, started = peak(), time.perf_counter()
-    if rank == 0:
-        load_datasets(config, backbone)
-    distributed.wait()
-    datasets = load_datasets(config, backbone)
-    opened = time.perf_counter() - started
-    batches = plan([Source(d.rows.keys, d.costs) for d in datasets], config.batch_size, 0)
-    next(Feeder(datasets, backbone, config.hard_negatives).steps(batches))
-    stepped = time.perf_counter() - started - opened
-    seconds = time.process_time() + sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
-    answer.put([rank, opened, stepped, seconds, peak(), before])
-    distributed.stop()
-
-
 def rows(folder: Path) -> None:
     """Time to the first step and memory of each process, for rows of text and with images."""
-    from mmrag_recipes.rows import ImageStore, Item, Row, write_rows
-
-    chance = np.random.default_rng(4)
-    words = ["the", "page", "that", "answers", "a", "question", "about", "pumps", "heat", "1990"]
-    texts = [" ".join(chance.choice(words, int(n))) for n in chance.integers(20, 80, 2000)]
-    store = ImageStore(folder / "images")
-    pixels = chance.integers(0, 255, (60, 56, 3), dtype=np.uint8)
-
-    def image(number: int) -> str:
-        pixels[0, 0] = np.frombuffer(number.to_bytes(3, "big"), np.uint8)  # each one another
-        return store.add(Image.fromarray(pixels))
-
-    def row(number: int, pictured: bool) -> Row:
-        return Row(
-            id=str(number),
-            instruction="page_for_question",
-            query=Item(text=f"{number} {texts[number % 1999][:60]}"),
-            positives=[
-                Item(
-                    text=f"{number} {texts[number % 2000]}",
-                    image=image(number) if pictured else None,
-                )
-            ],
-            negatives=[Item(text=f"{number} not {texts[number % 1997]}")],
-        )
-
-    columns = ("rows", "start", "process", "s to open", "s to the first step", "CPU s")
-    print("| " + " | ".join((*columns, "peak MiB", "before the rows")) + " |")
-    print("|---" * 8 + "|")
-    context = multiprocessing.get_context("spawn")
-    for name, count in (("text", 1_000_000), ("with images", 50_000)):
-        path = folder / f"rows-{count}.jsonl"
-        write_rows(path, (row(n, name != "text") for n in range(count)))
-        for start, size in (("first, 2 processes", 2), ("second, 1 process", 1)):
-            with socket.socket() as free:
-                free.bind(("127.0.0.1", 0))
-                port = free.getsockname()[1]
-            answer = context.Queue()
-            shared = (size, port, answer)
-            processes = [
-                context.Process(target=_first_step, args=(str(path), rank, *shared))
-                for rank in range(size)
-            ]
-            for process in processes:
-                process.start()
-            found = sorted(answer.get() for _ in processes)
-            for process in processes:
-                process.join()
-            for rank, opened, stepped, *others in found:
-                cells = [f"{count:,} {name}", start, f"{rank:.0f}", f"{opened:.1f}"]
-                cells += [f"{stepped:.1f}", *(f"{value:.0f}" for value in others)]
-                print("| " + " | ".join(cells) + " |", flush=True)
+    # As a program of its own: each worker imports the main module, and that of `train` is light.
+    subprocess.run([sys.executable, Path(__file__).with_name("rows.py"), folder], check=True)
 
 
 def rerank(folder: Path) -> None:

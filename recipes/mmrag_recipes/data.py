@@ -205,7 +205,8 @@ def _costs_between(start: int, stop: int) -> tuple[NDArray[np.int32], list[Probl
         return planner.plan(store.content(item), task).n_tokens
 
     costs, problems = [], []
-    for row in rows[start:stop]:
+    # One at a time: the garbage collector goes through all rows that are in memory.
+    for row in map(rows.__getitem__, range(start, min(stop, len(rows)))):
         try:
             costs.append(_cost(row, store, tokens, _task["hard_negatives"]))
         except ContentError as error:

@@ -17,7 +17,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -77,13 +77,22 @@ class Keys:
 
     @classmethod
     def of(cls, rows: Iterable[Row]) -> Keys:
-        """Keys of rows in memory."""
-        kept = list(rows)
+        """Keys of rows, each of which is looked at once."""
+        queries: list[int] = []
+        places: list[int] = []
+        positives: list[list[int]] = []
+        negatives: list[list[int]] = []
+        for row in rows:
+            queries.append(row.query.key)
+            place = row.place
+            places.append(_hash(place) if place else 0)
+            positives.append([item.key for item in row.positives])
+            negatives.append([item.key for item in row.negatives])
         return cls(
-            np.array([row.query.key for row in kept], dtype=np.int64),
-            np.array([_hash(row.place) if row.place else 0 for row in kept], dtype=np.int64),
-            Ragged.of([item.key for item in row.positives] for row in kept),
-            Ragged.of([item.key for item in row.negatives] for row in kept),
+            np.array(queries, dtype=np.int64),
+            np.array(places, dtype=np.int64),
+            Ragged.of(positives),
+            Ragged.of(negatives),
         )
 
 
@@ -221,43 +230,42 @@ def write_whole(path: Path, content: bytes) -> None:
     partial.replace(path)
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Part:
     """What was read of a range: arrays, bad lines (line within the range, message), lines."""
 
-    arrays: dict[str, Array]
-    ids: list[str]
-    id_lines: list[int]
-    problems: list[tuple[int, str]]
-    n_lines: int
-    images: set[str]
+    arrays: dict[str, Array] = field(default_factory=dict)
+    ids: list[str] = field(default_factory=list)
+    id_lines: list[int] = field(default_factory=list)
+    problems: list[tuple[int, str]] = field(default_factory=list)
+    n_lines: int = 0
+    images: set[str] = field(default_factory=set)
 
 
 def _read_range(path: Path, start: int, stop: int) -> _Part:
     """Rows of all lines that begin in a range of the file."""
-    rows: list[Row] = []
+    part = _Part()
     offsets: list[int] = []
-    id_lines: list[int] = []
-    problems: list[tuple[int, str]] = []
-    number = 0
-    with path.open("rb") as file:
-        # One byte earlier: if that is a line end, the range begins with a whole line.
-        file.seek(max(0, start - 1))
-        if start:
-            file.readline()  # its line began in the range before
-        while (offset := file.tell()) < stop and (line := file.readline()):
-            number += 1
+
+    def rows() -> Iterator[Row]:
+        # One at a time: the garbage collector goes through all rows that are in memory.
+        for offset, line in _lines_between(path, start, stop):
+            part.n_lines += 1
             if not line.strip():
                 continue
             try:
-                rows.append(Row.model_validate_json(line))
+                row = Row.model_validate_json(line)
             except ValidationError as error:
-                problems.append((number, first_problem(error)))
+                part.problems.append((part.n_lines, first_problem(error)))
                 continue
             offsets.append(offset)
-            id_lines.append(number)
-    keys = Keys.of(rows)
-    arrays = {
+            part.ids.append(row.id)
+            part.id_lines.append(part.n_lines)
+            part.images |= images_of([row])
+            yield row
+
+    keys = Keys.of(rows())
+    part.arrays = {
         "offsets": np.array(offsets, dtype=np.int64),
         "queries": keys.queries,
         "places": keys.places,
@@ -266,7 +274,18 @@ def _read_range(path: Path, start: int, stop: int) -> _Part:
         "negatives": keys.negatives.values,
         "negative_counts": np.diff(keys.negatives.ends, prepend=0),
     }
-    return _Part(arrays, [row.id for row in rows], id_lines, problems, number, images_of(rows))
+    return part
+
+
+def _lines_between(path: Path, start: int, stop: int) -> Iterator[tuple[int, bytes]]:
+    """Offset and bytes of each line that begins in a range of the file."""
+    with path.open("rb") as file:
+        # One byte earlier: if that is a line end, the range begins with a whole line.
+        file.seek(max(0, start - 1))
+        if start:
+            file.readline()  # its line began in the range before
+        while (offset := file.tell()) < stop and (line := file.readline()):
+            yield offset, line
 
 
 def _raise_problems(path: Path, parts: Sequence[_Part]) -> None:

@@ -101,8 +101,7 @@ class Row(BaseModel):
             scores, items = getattr(self, f"{kind}_scores"), getattr(self, f"{kind}s")
             if scores and len(scores) != len(items):
                 raise ValueError(f"{len(scores)} {kind}_scores for {len(items)} {kind}s")
-        positives = {item.key for item in self.positives}
-        if any(item.key in positives for item in self.negatives):
+        if not set(self.positives).isdisjoint(self.negatives):
             raise ValueError("a negative is the same as a positive")
         return self
 

@@ -6,6 +6,7 @@ with a large file.
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -21,11 +22,15 @@ _DEVIATION = 0.1
 
 @dataclass
 class _Curve:
-    """Tokens over bytes of the texts that were counted; points: of the curve through them."""
+    """Tokens over bytes of the texts that were counted.
+
+    tokens: of each size from ``first`` on, where the counted texts tell it.
+    """
 
     sizes: list[int] = field(default_factory=list)
     counts: list[int] = field(default_factory=list)
-    points: tuple[NDArray[np.float64], NDArray[np.float64]] | None = None
+    first: int = 0
+    tokens: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
 
     def add(self, size: int, count: int) -> None:
         """Take in a text; the last one that is wanted makes the curve."""
@@ -42,7 +47,9 @@ class _Curve:
         error = np.abs(np.interp(sizes, told, tokens) - counts) / counts
         # Several languages in one file, or code beside prose: length does not tell.
         if error.mean() <= _DEVIATION:
-            self.points = told, tokens
+            self.first = math.ceil(told[0])
+            known = np.arange(self.first, math.floor(told[-1]) + 1)
+            self.tokens = np.rint(np.interp(known, told, tokens)).astype(np.int64)
 
 
 class TextTokens:
@@ -64,8 +71,9 @@ class TextTokens:
         """Tokens of a text with the instruction of a task, or of a document (None)."""
         size = len(text.encode())
         curve = self._curves[task]
-        if curve.points and curve.points[0][0] <= size <= curve.points[0][-1]:
-            return round(float(np.interp(size, *curve.points)))
+        place = size - curve.first
+        if 0 <= place < len(curve.tokens):
+            return int(curve.tokens[place])
         counted = self._count(text, task)
         curve.add(size, counted)
         return counted

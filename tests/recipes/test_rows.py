@@ -36,6 +36,7 @@ def test_rows_survive_writing_and_reading(tmp_path):
         ({"query": {}}, "query: an item needs a text, an image, or both"),
         ({"qeury": 1}, "qeury: Extra inputs are not permitted"),
         ({"negatives": [{"text": "p"}]}, "a negative is the same as a positive"),
+        ({"negatives": [{"text": "n"}, {"text": "p", "image": None}]}, "a negative is the same"),
         ({"negative_scores": [0.1]}, "1 negative_scores for 0 negatives"),
         ({"positives": [{"image": "nowhere"}]}, "there is no image with id 'nowhere'"),
         ({"positives": [{"image": "../../etc/passwd"}]}, "there is no image with id"),
@@ -71,6 +72,13 @@ def test_equal_items_have_equal_keys_and_others_do_not():
     assert Item(text="a").key == Item(text="a").key
     keys = {Item(text="a").key, Item(image="a").key, Item(text="a", image="b").key}
     assert len(keys) == 3
+
+
+def test_negatives_may_be_like_positives():
+    positives = [Item(text="a"), Item(text="b", image="i"), Item(image=("i", "j"))]
+    negatives = [Item(image="a"), Item(text="b"), Item(image="i"), Item(image=("j", "i"))]
+    row = Row(id="r", query=Item(text="a"), positives=positives, negatives=negatives)
+    assert row.negatives == negatives
 
 
 @pytest.mark.parametrize(

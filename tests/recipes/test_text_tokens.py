@@ -1,5 +1,8 @@
 """Tokens told by length: close where lengths tell, exact where they do not."""
 
+import bisect
+import statistics
+
 import numpy as np
 import pytest
 from training import config_of
@@ -39,6 +42,27 @@ def test_lengths_tell_the_tokens_of_prose():
         assert error.mean() < 0.05
         assert np.quantile(error, 0.99) < 0.15
     assert count.asked < 1200  # of 6,000
+
+
+def test_what_lengths_tell_is_between_the_means_of_groups():
+    texts, count = prose(np.random.default_rng(5), 2000), Counting()
+    tokens = TextTokens(count)
+    told = [tokens(text, None) for text in texts]
+    by_size = sorted(texts[:400], key=len)
+    groups = [by_size[start : start + 20] for start in range(0, 400, 20)]
+    sizes = [statistics.fmean(len(text) for text in group) for group in groups]
+    counts = [statistics.fmean(len(text.split()) for text in group) for group in groups]
+    for place, text in enumerate(texts[400:], 400):
+        # Of the two groups between whose sizes it lies; those outside of all are counted.
+        if sizes[0] <= len(text) <= sizes[-1]:
+            upper = max(1, bisect.bisect_left(sizes, len(text)))
+            share = (len(text) - sizes[upper - 1]) / (sizes[upper] - sizes[upper - 1])
+            expected = counts[upper - 1] + share * (counts[upper] - counts[upper - 1])
+            assert told[place] == pytest.approx(expected, abs=0.5 + 1e-9)
+        else:
+            assert told[place] == len(text.split())
+    outside = sum(not sizes[0] <= len(text) <= sizes[-1] for text in texts[400:])
+    assert 0 < outside == count.asked - 400
 
 
 def test_texts_whose_length_does_not_tell_are_counted_each():
