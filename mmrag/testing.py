@@ -79,7 +79,7 @@ def awkward_contents(embedder: Embedder) -> list[Content]:
         ]
     if "clip" in embedder.modalities:
         clip = Clip([_page(90, 60), _page(80, 60).resize((90, 60))], [0.0, 1.0])
-        contents += [Content(clip=clip), Content("what happens", images["tiny"], clip=clip)]
+        contents += [Content(clip=clip), Content("what happens", clip=clip)]
     return contents
 
 

@@ -161,7 +161,9 @@ def place_features(embeds: Tensor, places: Tensor, features: Sequence[Tensor]) -
 
 
 def only_image(content: Content, family: str) -> ImageSource | None:
-    """The image of a content, if it has one. Raises ContentError for several."""
+    """The image of a content, if it has one. Raises ContentError for several, and for a clip."""
+    if content.clip is not None:
+        raise ContentError(f"{family} takes no clips: give one of the frames as an image.")
     if len(content.images) > 1:
         raise ContentError(
             f"{family} takes 1 image per item, got {len(content.images)}; embed them one by one."

@@ -1,96 +1,113 @@
-"""Clips for Qwen3-VL: which frames are seen, at which size, and how their times are written.
+"""Clips for the Qwen-VL families: which frames are seen, and at which size.
 
-Two frames together are one image to the tower, under a time of their own in the prompt. At most 64
-frames are seen. A frame has from 128 to 768 visual tokens before frames are joined, and all frames
-together 15,360, which counts from the 21st frame on.
+Two frames together are one image to the tower. What differs between the families that were trained
+on videos is data: a ``ClipRule``, and the prompt. Positions are those of the family's images.
 
-Source: the published inference code of Qwen3-VL-Embedding (``MAX_FRAMES``, ``MAX_TOTAL_PIXELS``),
-``fetch_video`` of qwen-vl-utils 0.0.14 for sizes and resizing, and ``Qwen3VLProcessor`` of
-transformers 4.57.3, with which that code was published, for the times. Later releases of the
-processor (seen in 5.23) keep the template's own ``<|vision_start|>`` and ``<|vision_end|>`` around
-all of a video's frames; 4.57.3 puts the frames in their place, and so does this.
-
-That code reads a list of frames otherwise than a video file: it takes two frames for a second, and
-resizes them to multiples of 64 pixels first. Clips follow what it does with files; for those it
-sets no bound on all frames, so that longer clips than this bound allows are over ``max_length``.
+Their published code reads a list of frames otherwise than a video file: it takes fixed times, or
+resizes by another filter. Clips follow what it does with files.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 from mmrag.content import Clip, Content, image_size, load_image
 from mmrag.errors import ContentError
-from mmrag.modeling.image_rule import smart_resize
-from mmrag.modeling.qwen_images import pixels_of
+from mmrag.modeling.image_rule import ImageRule, smart_resize
+from mmrag.modeling.qwen_images import pixels_of, resize
 
 VIDEO = "<|video_pad|>"
-FRAME_BLOCK = f"<|vision_start|>{VIDEO}<|vision_end|>"
-MAX_FRAMES = 64
-MIN_FRAME_TOKENS = 128
-MAX_FRAME_TOKENS = 768
-# Ten frames of the largest size, doubled in ``fetch_video``, since two frames become one.
-MAX_CLIP_TOKENS = 2 * 10 * MAX_FRAME_TOKENS
+VIDEO_BLOCK = f"<|vision_start|>{VIDEO}<|vision_end|>"
 
 
-def with_even_clip(content: Content) -> Content:
-    """A content whose clip has an even number of frames, at most ``MAX_FRAMES``.
+@dataclass(frozen=True, slots=True)
+class ClipRule:
+    """Which frames of a clip a family sees, and at which size; areas are in pixels.
 
-    More are thinned out evenly; of an odd number the last stands twice.
+    max_frames: of more, so many are taken evenly.
+    frame: least and most area of a frame after the first resize; None: there is none.
+    total: most area of all frames together after it; it never makes a frame smaller than ``frame``
+        allows.
+    as_images: frames are then resized by the family's rule for images.
     """
-    if content.clip is None:
-        return content
-    frames, seconds = content.clip.frames, content.clip.seconds
-    places = list(range(len(frames)))
-    if len(frames) > MAX_FRAMES:
-        places = np.linspace(0, len(frames) - 1, MAX_FRAMES, dtype=int).tolist()
-    places += places[-1:] * (len(places) % 2)
-    clip = Clip([frames[place] for place in places], [seconds[place] for place in places])
-    return replace(content, clip=clip)
+
+    max_frames: int
+    frame: tuple[int, int] | None = None
+    total: float = math.inf
+    as_images: bool = True
+
+    def first_size(self, size: tuple[int, int], n_frames: int, factor: int) -> tuple[int, int]:
+        """Width and height of ``n_frames`` frames of a size after the first resize.
+
+        As ``fetch_video`` of qwen-vl-utils has it.
+        """
+        if self.frame is None:
+            return size
+        least, most = self.frame
+        share = min(most, self.total / n_frames)
+        return smart_resize(*size, factor, least, max(share, int(least * 1.05)))
 
 
-def clip_prompt(clip: Clip | None) -> str:
-    """The time of each pair of frames, the mean of both, with a placeholder for the pair."""
-    if clip is None:
-        return ""
-    times = [(a + b) / 2 for a, b in zip(clip.seconds[::2], clip.seconds[1::2], strict=True)]
-    return "".join(f"<{time:.1f} seconds>{FRAME_BLOCK}" for time in times)
+def seen_clip(
+    content: Content, rule: ClipRule | None, images: ImageRule
+) -> tuple[Content, tuple[tuple[int, int], ...]]:
+    """A content with those frames of its clip that are seen, and the size of each pair of them.
 
-
-def pair_sizes(clip: Clip | None, factor: int) -> tuple[tuple[int, int], ...]:
-    """Width and height in pixels that each pair of frames is seen in, the same for all.
-
-    Args:
-        factor: side of the square that becomes one visual token, in pixels.
+    Returns:
+        The content, and width and height in pixels of each pair; none without a clip.
 
     Raises:
-        ContentError: For frames of different sizes.
+        ContentError: For a clip without a rule, and for frames of different sizes.
     """
-    if clip is None:
-        return ()
+    if content.clip is None:
+        return content, ()
+    if rule is None:
+        raise ContentError("the model takes no clips: give some of the frames as images.")
+    clip = with_even_frames(content.clip, rule.max_frames)
     sizes = {image_size(frame) for frame in clip.frames}
     if len(sizes) > 1:
         raise ContentError(
             f"the frames of a clip must have one size, got {sorted(sizes)}; resize them to one."
         )
-    area = factor**2
-    least = MIN_FRAME_TOKENS * area
-    share = MAX_CLIP_TOKENS * area / len(clip.frames)
-    most = max(min(MAX_FRAME_TOKENS * area, share), int(least * 1.05))
-    return (smart_resize(*sizes.pop(), factor, least, most),) * (len(clip.frames) // 2)
+    size = rule.first_size(sizes.pop(), len(clip.frames), images.factor)
+    size = images.size(*size) if rule.as_images else size
+    return replace(content, clip=clip), (size,) * (len(clip.frames) // 2)
 
 
-def pair_pixels(clip: Clip | None, sizes: Sequence[tuple[int, int]]) -> list[Tensor]:
-    """Pixels of each pair of frames, (2, height, width, 3), uint8, in the first of ``sizes``."""
-    if clip is None:
+def with_even_frames(clip: Clip, most: int) -> Clip:
+    """A clip with an even number of frames, at most ``most``.
+
+    More are thinned out evenly; of an odd number the last stands twice.
+    """
+    places = list(range(len(clip.frames)))
+    if len(places) > most:
+        places = np.linspace(0, len(places) - 1, most, dtype=int).tolist()
+    places += places[-1:] * (len(places) % 2)
+    return Clip([clip.frames[place] for place in places], [clip.seconds[place] for place in places])
+
+
+def pair_pixels(
+    clip: Clip | None, rule: ClipRule | None, factor: int, sizes: Sequence[tuple[int, int]]
+) -> list[Tensor]:
+    """Pixels of each pair of frames, (2, height, width, 3), uint8, in the first of ``sizes``.
+
+    Args:
+        factor: side of the square that becomes one visual token, in pixels.
+    """
+    if clip is None or rule is None:
         return []
-    frames = [resize_frame(pixels_of(load_image(frame)), sizes[0]) for frame in clip.frames]
+    first = rule.first_size(image_size(clip.frames[0]), len(clip.frames), factor)
+    frames = [resize_frame(pixels_of(load_image(frame)), first) for frame in clip.frames]
+    if sizes[0] != first:
+        frames = [pixels_of(resize(Image.fromarray(each.numpy()), sizes[0])) for each in frames]
     return [torch.stack(frames[place : place + 2]) for place in range(0, len(frames), 2)]
 
 

@@ -27,9 +27,10 @@ from mmrag.modeling.batching import pad, send
 from mmrag.modeling.compiling import ShortRuns
 from mmrag.modeling.image_rule import ImageRule, read_image_rule, smart_resize
 from mmrag.modeling.loading import Placement, load_exact
+from mmrag.modeling.mrope import mrope_positions
 from mmrag.modeling.pooling import last_token, mean_tokens
 from mmrag.modeling.prompts import Prompt, expand, harmless, tokenize
-from mmrag.modeling.qwen_clips import VIDEO, pair_pixels, pair_sizes, with_even_clip
+from mmrag.modeling.qwen_clips import VIDEO, ClipRule, pair_pixels, seen_clip
 from mmrag.modeling.qwen_images import pixels_of, resize
 from mmrag.modeling.tokenizers import load_tokenizer
 from mmrag.modeling.vision import add_features, run_tower, speed_up
@@ -47,7 +48,8 @@ class Recipe:
     render: the prompt of a content under an instruction (``None``: a document).
     fit: the size an image is brought to before the common rule, from its width and height.
     max_length: tokens, visual ones included; longer texts are cut.
-    max_images: images that one content may hold.
+    max_images: images that one content may hold; a clip counts as one.
+    clips: which frames of a clip are seen; None: it takes no clips.
     mrope: three-axis positions (time, row, column) inside images.
     keep_end: cut a long text before the prompt's end, not together with it.
     blank: size of the black image that stands in where a content has none, if one must.
@@ -63,6 +65,7 @@ class Recipe:
     keep_end: bool = True
     blank: tuple[int, int] | None = None
     bidirectional: bool = False
+    clips: ClipRule | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +101,7 @@ class QwenBackbone:
         self.tokenizer = tokenizer
         self.rule = rule
         self.recipe = recipe
-        self.modalities = modalities
+        self.modalities = modalities | {"clip"} if recipe.clips else modalities
         self.family = recipe.family
         config: Any = model.config
         self.dim = int(config.get_text_config().hidden_size)
@@ -129,34 +132,40 @@ class QwenBackbone:
         """Tokens of the item; see ``Backbone.plan``.
 
         Raises:
-            ContentError: For more images than the family takes in one item.
+            ContentError: For more images than the family takes in one item, and for a clip if it
+                takes none.
         """
-        if len(content.images) > self.recipe.max_images:
+        n_seen = len(content.images) + (content.clip is not None)
+        if n_seen > self.recipe.max_images:
+            also = ", the clip included" if content.clip else ""
             raise ContentError(
-                f"{self.family} takes {self.recipe.max_images} image per item, got "
-                f"{len(content.images)}; embed them one by one."
+                f"{self.family} takes {self.recipe.max_images} image per item, got {n_seen}{also}; "
+                "embed them one by one."
             )
         item, task = harmless(content, instruction, PLACEHOLDERS)
-        item = with_even_clip(item)
+        item, pairs = seen_clip(item, self.recipe.clips, self.rule)
         # Read from the headers of the files: images are decoded later, in threads.
         wanted = [self.recipe.fit(*image_size(source)) for source in self._images(item)]
-        pairs = pair_sizes(item.clip, self.rule.factor)
-        sizes = (*pairs, *(self.rule.size(*size) for size in wanted))
-        counts = [self.rule.n_tokens(*size) for size in sizes]
+        images = [self.rule.size(*size) for size in wanted]
+        counts = [self.rule.n_tokens(*size) for size in images]
+        of_clip = sum(self.rule.n_tokens(*size) for size in pairs)
+        prompt = self.recipe.render(item, task)
+        # A family has one placeholder for all of a clip, or one for each pair of frames.
+        n_clips = str(prompt).count(VIDEO)
         ids = tokenize(
             self.tokenizer,
-            self.recipe.render(item, task),
-            # The prompt holds one placeholder for each of them, which is widened afterwards.
-            self.recipe.max_length - sum(counts) + len(counts),
+            prompt,
+            # The prompt holds a placeholder for each of them, which is widened afterwards.
+            self.recipe.max_length - of_clip - sum(counts) + n_clips + len(counts),
             special=False,
             keep_end=self.recipe.keep_end,
         )
-        ids = expand(ids, self._video_id, counts[: len(pairs)])
-        return Plan(item, expand(ids, self._image_id, counts[len(pairs) :]), sizes)
+        ids = expand(ids, self._video_id, [of_clip // max(n_clips, 1)] * n_clips)
+        return Plan(item, expand(ids, self._image_id, counts), (*pairs, *images))
 
     def prepare(self, plan: Plan) -> QwenInputs:
         """Ids and pixels of the item."""
-        images = pair_pixels(plan.content.clip, plan.sizes)
+        images = pair_pixels(plan.content.clip, self.recipe.clips, self.rule.factor, plan.sizes)
         for source in self._images(plan.content):
             image = load_image(source)
             fitted = resize(image, self.recipe.fit(*image.size))
@@ -236,33 +245,6 @@ def decode(
 def cells(images: Iterable[Tensor], rule: ImageRule) -> list[tuple[int, int]]:
     """Rows and columns of visual tokens of each image, (..., height, width, 3)."""
     return [(image.shape[-3] // rule.factor, image.shape[-2] // rule.factor) for image in images]
-
-
-def mrope_positions(ids: Sequence[int], image_id: int, grids: Iterable[Sequence[int]]) -> Tensor:
-    """Three-axis positions: time, row, column (Qwen2-VL, arXiv 2409.12191, section 2.1).
-
-    A text token has one number on all axes. The tokens of an image share one time and lie in
-    a grid; what follows goes on after the largest number used.
-
-    Args:
-        ids: of one item, images widened.
-        grids: rows and columns of each image, in visual tokens.
-
-    Returns:
-        (3, len(ids)), int64.
-    """
-    positions = torch.arange(len(ids)).repeat(3, 1)
-    place = lag = 0
-    for rows, columns in grids:
-        place = ids.index(image_id, place)
-        inside = torch.arange(rows * columns)
-        grid = torch.stack([torch.zeros_like(inside), inside // columns, inside % columns])
-        positions[:, place : place + len(inside)] = grid + (place - lag)
-        place += len(inside)
-        # An image takes fewer numbers than tokens: what follows it goes on from its longer side.
-        lag += len(inside) - max(rows, columns)
-        positions[:, place:] = torch.arange(place, len(ids)) - lag
-    return positions
 
 
 def as_it_is(width: int, height: int) -> tuple[int, int]:

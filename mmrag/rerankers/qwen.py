@@ -26,6 +26,7 @@ from mmrag.modeling.chat import NATIVE, answer_ids, special_marks
 from mmrag.modeling.checkpoints import read_json
 from mmrag.modeling.image_rule import ImageRule, read_image_rule
 from mmrag.modeling.loading import Placement
+from mmrag.modeling.mrope import mrope_positions
 from mmrag.modeling.prompts import Prompt, expand, tokenize
 from mmrag.modeling.qwen_images import pixels_of, resize
 from mmrag.modeling.qwen_vl import (
@@ -33,7 +34,6 @@ from mmrag.modeling.qwen_vl import (
     QwenInputs,
     decode,
     load_qwen_parts,
-    mrope_positions,
 )
 from mmrag.prompting import broken_up
 from mmrag.rerankers.base import Pair

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from mmrag.content import Content
+from mmrag.content import Clip, Content
 from mmrag.embedders import load_backbone
 from mmrag.embedders.local import LocalEmbedder
 from mmrag.embedders.registry import find_folders, read_marker
@@ -127,6 +127,7 @@ def probe_contents(modalities: frozenset[Any]) -> list[Content]:
         "text": [Content("Which plan covers eye exams?"), Content("A table of revenue by year.")],
         "image": [Content(image=image)],
         "fused": [Content("an image of shades", image)],
+        "clip": [Content(clip=Clip([image, image.rotate(180)], [0.0, 1.0]))],
     }
     return [c for modality in sorted(modalities) for c in contents[modality]]
 

@@ -6,9 +6,10 @@ import torch
 from PIL import Image
 
 from mmrag.content import Clip, Content
+from mmrag.embedders.families.qwen3_vl import CLIPS
 from mmrag.errors import ContentError
 from mmrag.modeling.image_rule import ImageRule
-from mmrag.modeling.qwen_clips import pair_sizes, resize_frame, with_even_clip
+from mmrag.modeling.qwen_clips import resize_frame, seen_clip, with_even_frames
 from mmrag.modeling.qwen_images import cut_patches, pixels_of
 
 RULE = ImageRule(min_pixels=0, max_pixels=0, patch=16, mean=(0.5, 0.4, 0.3), std=(0.5, 0.6, 0.7))
@@ -31,7 +32,7 @@ def clip_of(n: int, size: tuple[int, int] = (64, 64)) -> Clip:
     ],
 )
 def test_frames_have_the_size_of_the_reference_code(n, size, expected):
-    assert pair_sizes(clip_of(n, size), 32) == (expected,) * (n // 2)
+    assert seen_clip(Content(clip=clip_of(n, size)), CLIPS, RULE)[1] == (expected,) * (n // 2)
 
 
 def test_frames_are_resized_as_pillow_does_but_for_rounding():
@@ -46,13 +47,13 @@ def test_frames_are_resized_as_pillow_does_but_for_rounding():
 
 
 def test_long_clips_are_thinned_out_and_odd_ones_filled_up():
-    long = with_even_clip(Content(clip=clip_of(100))).clip
+    long = with_even_frames(clip_of(100), 64)
     assert list(long.seconds) == np.linspace(0, 99, 64, dtype=int).tolist()
     assert [frame.getpixel((0, 0))[0] for frame in long.frames] == list(long.seconds)
-    odd = with_even_clip(Content("x", clip=clip_of(3)))
-    assert list(odd.clip.seconds) == [0, 1, 2, 2]
-    assert odd.text == "x"
-    assert with_even_clip(odd) == odd
+    odd = with_even_frames(clip_of(3), 64)
+    assert list(odd.seconds) == [0, 1, 2, 2]
+    assert odd.frames[2] is odd.frames[3]
+    assert with_even_frames(odd, 64) == odd
 
 
 def test_a_pair_of_equal_frames_is_an_image():
@@ -62,5 +63,6 @@ def test_a_pair_of_equal_frames_is_an_image():
 
 
 def test_frames_of_different_sizes_are_refused():
+    frames = [Image.new("RGB", (8, 8)), Image.new("RGB", (9, 8))]
     with pytest.raises(ContentError, match="one size"):
-        pair_sizes(Clip([Image.new("RGB", (8, 8)), Image.new("RGB", (9, 8))], [0, 1]), 32)
+        seen_clip(Content(clip=Clip(frames, [0, 1])), CLIPS, RULE)

@@ -11,6 +11,7 @@ from __future__ import annotations
 from mmrag.content import Content, Modality
 from mmrag.embedders.families.gme import GME_DEFAULT, gme_prompt
 from mmrag.modeling.prompts import Prompt
+from mmrag.modeling.qwen_clips import VIDEO_BLOCK, ClipRule
 from mmrag.modeling.qwen_vl import (
     IMAGE_BLOCK,
     Recipe,
@@ -62,17 +63,19 @@ def unite_prompt(content: Content, instruction: str | None) -> Prompt:
 
 
 def _parts(content: Content, words: bool, both: str) -> str:
-    if not content.images:
+    if not content.images and content.clip is None:
         return "sentence"
-    return both if words else "image"
+    seen = "image" if content.images else "video"
+    return both.replace("image", seen) if words else seen
 
 
 def _summary(content: Content, instruction: str | None, question: str, end: str) -> Prompt:
-    """Image, then the instruction and the text, then the question that sums them up."""
+    """Image or clip, then the instruction and the text, then the question that sums them up."""
     text = content.text or ""
     task = (instruction or "") + (" " if instruction and text else "")
     image = IMAGE_BLOCK if content.images else ""
-    return Prompt(_SYSTEM + image + task, text, question + end)
+    clip = VIDEO_BLOCK if content.clip else ""
+    return Prompt(_SYSTEM + clip + image + task, text, question + end)
 
 
 _PAGES: frozenset[Modality] = frozenset({"text", "image"})
@@ -109,5 +112,16 @@ load_mcdse = qwen_loader(
 # its training code; its demo has M-RoPE under later transformers.
 load_lamra = qwen_loader(Recipe("lamra", lamra_prompt, qwen_fetch_size, 32768), None, None)
 
-# Unite-Base-Qwen2-VL and Unite-Instruct-Qwen2-VL, 2B and 7B.
-load_unite = qwen_loader(Recipe("unite", unite_prompt, qwen_fetch_size, 8192), 256, 1280)
+# Unite-Base-Qwen2-VL and Unite-Instruct-Qwen2-VL, 2B and 7B. Frames of clips are resized twice: as
+# its demo asks of ``fetch_video``, then by the processor, to the bounds of images.
+load_unite = qwen_loader(
+    Recipe(
+        "unite",
+        unite_prompt,
+        qwen_fetch_size,
+        8192,
+        clips=ClipRule(32, frame=(128 * 28 * 28, 360 * 420)),
+    ),
+    256,
+    1280,
+)

@@ -12,7 +12,7 @@ from transformers import AutoImageProcessor, AutoTokenizer, Qwen2VLModel
 from mmrag.content import Content
 from mmrag.embedders import load_embedder
 from mmrag.errors import ContentError
-from mmrag.modeling.qwen_vl import mrope_positions
+from mmrag.modeling.mrope import mrope_positions
 from mmrag.testing import check_embedder
 
 SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
