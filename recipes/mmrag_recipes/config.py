@@ -415,11 +415,20 @@ class ConvertConfig(Options):
     pdfs: Path = Path()
     """Folder of the PDFs, for pdfs."""
     items: Literal["image", "text", "fused"] = "image"
-    """What a page of a PDF, or a frame of a video, becomes."""
+    """What a page of a PDF, or a frame or clip of a video, becomes."""
+    clips: bool = False
+    """Stretches of videos become clips in place of frames, in swift and rows, for models that take
+    clips."""
     task: str | None = None
     """Name of the task; by default the file's."""
     license: str = ""
     """License of the PDFs."""
+
+    @model_validator(mode="after")
+    def _has_clips(self) -> Self:
+        if self.clips and (self.kind not in ("swift", "rows") or self.items == "text"):
+            raise ValueError("clips is for swift and rows, and for items = image or fused")
+        return self
 
 
 class EvaluateConfig(Options):

@@ -166,7 +166,8 @@ def from_swift(records: Iterable[Record], media: Media, task: str) -> Converted:
 
     ``messages`` with ``images`` and ``videos``, ``positive_messages`` and ``negative_messages``;
     or ``query``, ``response`` and ``rejected_response``. A system message of the query is its
-    instruction. A video beside a positive or negative gives one for each of its frames.
+    instruction. A video beside a positive or negative gives one for each of its frames, or one
+    clip.
     """
 
     def documents(record: Record, kind: str, right: Container[int] = ()) -> list[Item]:
@@ -225,7 +226,8 @@ def _swift(text: str, images: Any = None, videos: Any = None) -> Files:
 def from_rows(records: Iterable[Record], media: Media, task: str) -> Converted:
     """Rows whose sides name files: ``image`` by path, ``video`` with ``start`` and ``end``.
 
-    A positive or negative that is a video gives one for each of its frames, with its score.
+    A positive or negative that is a video gives one for each of its frames, with its score, or one
+    clip.
     """
 
     def convert(number: int, record: Record) -> Row:
@@ -409,7 +411,7 @@ def run(options: ConvertConfig) -> None:
 
 def _convert(options: ConvertConfig) -> Converted:
     records = read_records(options.records, options.subsets)
-    media = Media(options.images, store_of(options.out), options.items)
+    media = Media(options.images, store_of(options.out), options.items, options.clips)
     task = options.task or options.records.stem
     match options.kind:
         case "mmeb":

@@ -200,7 +200,7 @@ def _costs_between(start: int, stop: int) -> tuple[NDArray[np.int32], list[Probl
     of_text = TextTokens(lambda text, task: planner.plan(Content(text), task).n_tokens)
 
     def tokens(item: Item, task: str | None) -> int:
-        if item.text is not None and item.image is None:
+        if item.text is not None and item.modality == "text":
             return of_text(item.text, task)
         return planner.plan(store.content(item), task).n_tokens
 

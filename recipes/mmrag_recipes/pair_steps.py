@@ -18,6 +18,7 @@ from mmrag.content import Content
 from mmrag.errors import ContentError
 from mmrag.instructions import resolve
 from mmrag.modeling.qwen_vl import QwenInputs
+from mmrag.rerankers.base import refuse_clips
 from mmrag.rerankers.local import Group
 from mmrag.rerankers.qwen import PairPlan, QwenAsker
 from mmrag_recipes import distributed
@@ -74,6 +75,7 @@ class PairPlanner:
 
     def plan(self, content: Content, instruction: str | None) -> PairPlan:
         """A side alone in the prompt. Raises ContentError if it cannot be used."""
+        refuse_clips((content, None))
         return self._asker.plan((content, None), instruction)
 
     def settings(self) -> dict[str, Any]:
@@ -135,6 +137,7 @@ def pair_of(
     asker: QwenAsker, query: Content, document: Content | None, instruction: str | None
 ) -> PairInput:
     """One pair, or one side alone, prepared. Raises ContentError if it cannot be used."""
+    refuse_clips((query, document))
     plan = asker.plan((query, document), instruction)
     # Nothing is shared: keys and values of a shared start would have no graph.
     return PairInput(asker.prepare(plan, Group([0])), query)

@@ -71,6 +71,9 @@ def _describe(dataset: Dataset, prepare: Prepare) -> str:
         for name in item.images:
             width, height = image_size(dataset.store.path(name))
             size += f", image {width}x{height}"
+        if item.clip:
+            width, height = image_size(dataset.store.path(item.clip.frames[0]))
+            size += f", clip of {len(item.clip.frames)} frames of {width}x{height}"
         lines.append(f"    {side}: {shown}{size}, {inputs.n_tokens} tokens")
     return "\n".join(lines)
 

@@ -6,6 +6,8 @@ A row asks ``query`` and knows what answers it::
      "query": {"text": "Which plan covers eye exams?"},
      "positives": [{"image": "1f0c...", "text": "..."}], "negatives": [],
      "positive_scores": [], "negative_scores": [], "source": "a.pdf#3", "license": "MIT"}
+
+A clip of a video is ``{"clip": {"frames": ["5b2a...", "77c0..."], "seconds": [0, 1]}}``.
 """
 
 from __future__ import annotations
@@ -23,7 +25,8 @@ from typing import Any, Literal
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from mmrag.content import Content, load_image
+from mmrag.content import Clip, Content, load_image
+from mmrag.content import Modality as ContentModality
 from mmrag.errors import ContentError
 
 Modality = Literal["text", "image", "fused"]
@@ -31,33 +34,54 @@ IMAGES = "images"
 _PLACE = re.compile(r"\S.*?#\d+")  # a.pdf#3
 
 
-class Item(BaseModel):
-    """One side of a pair: a text, the id of an image in the store, or both.
+class ItemClip(BaseModel):
+    """A clip: ids of its frames in the store, and when each is shown, as in ``Clip``."""
 
-    Several images are for models that take several.
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    frames: tuple[str, ...]
+    seconds: tuple[float, ...]
+
+    @model_validator(mode="after")
+    def _is_one(self) -> ItemClip:
+        try:
+            Clip(self.frames, self.seconds)
+        except ContentError as error:
+            raise ValueError(str(error)) from error
+        return self
+
+
+class Item(BaseModel):
+    """One side of a pair: a text, the id of an image in the store, or both; or a clip.
+
+    Several images are for models that take several, clips for models that take clips, alone or
+    with the others.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     text: str | None = None
     image: str | tuple[str, ...] | None = None
+    clip: ItemClip | None = None
 
     @model_validator(mode="before")
     @classmethod
     def _no_video(cls, values: Any) -> Any:
         if isinstance(values, dict) and "video" in values:
-            raise ValueError("rows hold images: `convert rows` makes them of videos")
+            raise ValueError("rows hold images and clips: `convert rows` makes them of videos")
         return values
 
     @model_validator(mode="after")
     def _something(self) -> Item:
-        if self.text is None and self.image is None:
-            raise ValueError("an item needs a text, an image, or both")
+        if self.text is None and self.image is None and self.clip is None:
+            raise ValueError("an item needs a text, an image, or both, or a clip")
         return self
 
     @property
-    def modality(self) -> Modality:
-        """``text``, ``image`` or ``fused``."""
+    def modality(self) -> ContentModality:
+        """``text``, ``image`` or ``fused``; ``clip`` with a clip, as that of a ``Content``."""
+        if self.clip is not None:
+            return "clip"
         if self.image is None:
             return "text"
         return "image" if self.text is None else "fused"
@@ -70,9 +94,16 @@ class Item(BaseModel):
         return (self.image,) if isinstance(self.image, str) else self.image
 
     @property
+    def files(self) -> tuple[str, ...]:
+        """Ids of all that the item has in the store: images, and frames of its clip."""
+        return self.images + (self.clip.frames if self.clip else ())
+
+    @property
     def key(self) -> int:
         """A 63-bit hash of the content: equal items are the same document."""
-        raw = json.dumps([self.text, self.image]).encode()
+        # Without a clip as before there were clips: vectors are kept by these keys.
+        clip = [self.clip.model_dump()] if self.clip else []
+        raw = json.dumps([self.text, self.image, *clip]).encode()
         return int.from_bytes(hashlib.sha256(raw).digest()[:8], "big") >> 1
 
 
@@ -160,9 +191,11 @@ class ImageStore:
         return path
 
     def content(self, item: Item) -> Content:
-        """Turn an item into what an embedder takes; the image as a path."""
+        """Turn an item into what an embedder takes; images and frames as paths."""
         paths = [self.path(name) for name in item.images]
-        return Content(item.text, paths[0] if len(paths) == 1 else paths or None)
+        frames = [self.path(name) for name in item.clip.frames] if item.clip else []
+        clip = Clip(frames, item.clip.seconds) if item.clip else None
+        return Content(item.text, paths[0] if len(paths) == 1 else paths or None, clip=clip)
 
     def copy_from(self, other: ImageStore, image_id: str) -> None:
         """Take over an image of another store under its id."""
@@ -273,6 +306,6 @@ def corpus_of(rows: Sequence[Row]) -> list[Item]:
 
 
 def images_of(rows: Iterable[Row]) -> set[str]:
-    """Ids of all images of the rows."""
+    """Ids of all images of the rows, frames of clips included."""
     items = (item for row in rows for item in (row.query, *row.positives, *row.negatives))
-    return {name for item in items for name in item.images}
+    return {name for item in items for name in item.files}

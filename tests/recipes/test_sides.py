@@ -337,7 +337,9 @@ def test_without_the_extra_it_is_named(folder, tmp_path, monkeypatch):
 def test_rows_that_name_videos_are_sent_to_convert(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps(rows_of_videos()[0]))
-    with pytest.raises(ContentError, match=r"positives\.0: rows hold images: `convert rows`"):
+    with pytest.raises(
+        ContentError, match=r"positives\.0: rows hold images and clips: `convert rows`"
+    ):
         read_rows(path)
 
 
