@@ -35,7 +35,7 @@ from mmrag.evaluation.metrics import metrics_of
 from mmrag.modeling.backbone import inputs_of
 from mmrag.modeling.depth import keep_layers
 from mmrag.store.edge import EdgeEngine
-from mmrag.store.engine import Filter, Point, Schema
+from mmrag.store.engine import Filter, Nearest, Point, Schema
 from mmrag_recipes.config import TrainConfig
 from mmrag_recipes.export import export
 from mmrag_recipes.rows import Item, Row, write_rows
@@ -139,7 +139,7 @@ def by_collection(queries: Values, documents: Values) -> NDArray[np.float64]:
             points = [Point(str(UUID(int=i)), {}, {"text": d}) for i, d in enumerate(documents)]
             engine.upsert(points)
             engine.optimize(schema)
-            hits = [engine.nearest("text", query, TOP_K, Filter()) for query in queries]
+            hits = [engine.rank([Nearest("text", query)], TOP_K, Filter())[0] for query in queries]
         finally:
             engine.close()
     return ndcg([[UUID(hit.id).int for hit in found] for found in hits])

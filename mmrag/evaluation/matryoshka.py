@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, cast
 
 import numpy as np
@@ -11,7 +12,6 @@ from mmrag.embedders.base import Embedder, check_dim, truncate_normalise
 from mmrag.queries import Where
 from mmrag.store.collection import Collection
 from mmrag.store.engine import Fields, Scored
-from mmrag.store.settings import View
 
 
 def cut_collection(collection: Collection, embedder: Embedder, dim: int) -> Collection:
@@ -31,14 +31,29 @@ class _Cut:
     def __init__(self, collection: Collection, dim: int) -> None:
         self._collection = collection
         self._dim = dim
-        self._views: dict[View, tuple[list[Scored], NDArray[np.float32]]] = {}
+        self._views: dict[str, tuple[list[Scored], NDArray[np.float32]]] = {}
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._collection, name)
 
+    def search_all(
+        self,
+        vectors: Mapping[str, NDArray[np.float32]],
+        text: str | None,
+        limit: int,
+        where: Where | None = None,
+        payload: Fields = True,
+    ) -> tuple[dict[str, list[Scored]], list[Scored]]:
+        _, by_words = self._collection.search_all({}, text, limit, where, payload)
+        found = {
+            view: self.search(view, vector, limit, where, payload)
+            for view, vector in vectors.items()
+        }
+        return found, by_words
+
     def search(
         self,
-        view: View,
+        view: str,
         vector: NDArray[np.float32],
         limit: int,
         where: Where | None = None,

@@ -21,7 +21,7 @@ from mmrag.embedders.base import truncate_normalise
 from mmrag.errors import ConfigError
 from mmrag.store.collection import Collection
 from mmrag.store.edge import EdgeEngine
-from mmrag.store.engine import Filter, Point, Quantization, Schema
+from mmrag.store.engine import Filter, Nearest, Point, Quantization, Schema
 from mmrag.store.settings import View
 
 TOP_K = 10
@@ -131,7 +131,7 @@ def _measure(
             for query, own, expected in zip(asked, itself, nearest, strict=True):
                 started = time.perf_counter()
                 # One more than is counted: a stored vector finds itself first.
-                hits = engine.nearest(view, query, TOP_K + (own >= 0), Filter())
+                (hits,) = engine.rank([Nearest(view, query)], TOP_K + (own >= 0), Filter())
                 seconds.append(time.perf_counter() - started)
                 found = [row for row in (UUID(hit.id).int for hit in hits) if row != own]
                 n_found += len(expected & set(found[:TOP_K]))

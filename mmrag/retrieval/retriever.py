@@ -181,15 +181,13 @@ class UniversalRetriever(BaseRetriever):
         content = self._content(bundle)
         limit = limit or self.depth
         where = self._where(bundle)
-        found: dict[str, list[Scored]] = {}
-        views = [v for v in self.collection.settings.views if self.weights[v] > 0]
-        if views:
-            # Embedded once for all views: they lie in one space.
-            vector = self._vector(bundle, content)
-            for view in views:
-                found[view] = self.collection.search(view, vector, limit, where, PAGE_FIELDS)
-        if content.text and self.weights[BM25] > 0:
-            found[BM25] = self.collection.search_text(content.text, limit, where, PAGE_FIELDS)
+        views: list[str] = [v for v in self.collection.settings.views if self.weights[v] > 0]
+        # Embedded once for all views: they lie in one space.
+        vectors = dict.fromkeys(views, self._vector(bundle, content)) if views else {}
+        text = content.text if self.weights[BM25] > 0 else None
+        found, by_words = self.collection.search_all(vectors, text, limit, where, PAGE_FIELDS)
+        if text:
+            found[BM25] = by_words
         if content.text and self.weights[REFERENCE] > 0:
             named = named_nodes(self.collection, content.text, where)
             # An empty ranking would take its weight from the others.

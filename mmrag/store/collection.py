@@ -31,8 +31,10 @@ from mmrag.store.engine import (
     Engine,
     Fields,
     Filter,
+    Nearest,
     Point,
     Scored,
+    Words,
     in_batches,
 )
 from mmrag.store.entries import FileEntry, folder_of, only_files, with_metadata
@@ -60,7 +62,7 @@ from mmrag.store.settings import CollectionSettings, View
 from mmrag.store.snapshots import Snapshots
 from mmrag.store.terms import AUTO_LANGUAGE, NodeTerms, has_terms, query_terms
 from mmrag.store.upgrade import rebuild_terms
-from mmrag.store.vectors import check_vector, checked_vectors
+from mmrag.store.vectors import check_vector, checked_vectors, nearest
 
 if TYPE_CHECKING:
     from llama_index.vector_stores.qdrant import QdrantVectorStore
@@ -389,14 +391,28 @@ class Collection:
         Raises:
             ConfigError: For a view that the collection does not have.
         """
-        # Tokens have no index, and are compared by ``max_sim`` only.
-        searchable = [name for name in self.settings.vectors if name != TOKENS]
-        if view not in searchable:
-            raise ConfigError(
-                f"This collection has no view {view!r}; it has {', '.join(searchable)}."
-            )
-        check_vector(self.settings, view, vector)
-        return self._engine.nearest(view, vector, limit, self._filter(where), payload)
+        return self.search_all({view: vector}, None, limit, where, payload)[0][view]
+
+    def search_all(
+        self,
+        vectors: Mapping[str, NDArray[np.float32]],
+        text: str | None,
+        limit: int,
+        where: Where | None = None,
+        payload: Fields = True,
+    ) -> tuple[dict[str, list[Scored]], list[Scored]]:
+        """``search`` in each view and, if there is a text, ``search_text``, asked for at once.
+
+        Raises:
+            ConfigError: As for ``search``.
+        """
+        queries: list[Nearest | Words] = [*nearest(self.settings, vectors)]
+        # A collection may hold several languages: a word is looked for as each of them stems it.
+        terms = query_terms(text, self._engine.facet(LANGUAGE_FIELD)) if text else ""
+        queries += [Words(terms)] if terms else []
+        found = self._engine.rank(queries, limit, self._filter(where), payload) if queries else []
+        by_words = found.pop() if terms else []
+        return dict(zip(vectors, found, strict=True)), by_words
 
     def vectors(self, view: View) -> tuple[list[Scored], NDArray[np.float32]]:
         """All nodes that have a vector of a view, ordered by id, and these: (n nodes, dim)."""
@@ -430,9 +446,7 @@ class Collection:
 
         payload: as for ``search``.
         """
-        # A collection may hold several languages: a word is looked for as each of them stems it.
-        terms = query_terms(query, self._engine.facet(LANGUAGE_FIELD))
-        return self._engine.bm25(terms, limit, self._filter(where), payload) if terms else []
+        return self.search_all({}, query, limit, where, payload)[1]
 
     def find(self, where: Where, limit: int) -> list[Scored]:
         """The first nodes that ``where`` lets through, ordered by id; each has a score of 1."""

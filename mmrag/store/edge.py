@@ -36,10 +36,12 @@ from mmrag.store.engine import (
     Engine,
     Fields,
     Filter,
+    Nearest,
     Point,
     Quantization,
     Schema,
     Scored,
+    Words,
     as_point,
     oversampling,
 )
@@ -179,16 +181,20 @@ class EdgeEngine(Engine):
         return [as_point(record) for record in records]
 
     @override
-    def nearest(
+    def rank(
         self,
-        name: str,
-        vector: NDArray[np.float32],
+        queries: Sequence[Nearest | Words],
         limit: int,
         where: Filter,
         payload: Fields = True,
-    ) -> list[Scored]:
-        query = edge.Query.Nearest(vector.tolist(), using=name)
-        return self._query(query, limit, DIALECT.filter(where), payload)
+    ) -> list[list[Scored]]:
+        asked = [
+            edge.Query.Nearest(query.vector.tolist(), using=query.name)
+            if isinstance(query, Nearest)
+            else edge.TextQuery(TERMS_FIELD, query.terms)
+            for query in queries
+        ]
+        return self._query(asked, limit, DIALECT.filter(where), payload)
 
     @override
     def max_sim(
@@ -200,12 +206,7 @@ class EdgeEngine(Engine):
     ) -> list[Scored]:
         among = edge.Filter(must=[edge.HasIdCondition(set(ids)), DIALECT.filter(where)])
         query = edge.Query.Nearest(tokens.tolist(), using=TOKENS)
-        return self._query(query, len(ids), among, payload)
-
-    @override
-    def bm25(self, terms: str, limit: int, where: Filter, payload: Fields = True) -> list[Scored]:
-        query = edge.TextQuery(TERMS_FIELD, terms)
-        return self._query(query, limit, DIALECT.filter(where), payload)
+        return self._query([query], len(ids), among, payload)[0]
 
     @override
     def scroll(self, where: Filter, vectors: bool = False) -> Iterator[Point]:
@@ -447,27 +448,35 @@ class EdgeEngine(Engine):
     def _need_space(self, doing: str, size: int) -> None:
         need_space(self._folder, doing, size)
 
-    def _query(self, query: Any, limit: int, condition: Any, payload: Fields) -> list[Scored]:
+    def _query(
+        self, queries: Sequence[Any], limit: int, condition: Any, payload: Fields
+    ) -> list[list[Scored]]:
         everything = edge.PayloadSelector.Exclude([TERMS_FIELD, CHECKSUM_FIELD])
         # Without quantization this changes nothing.
         times = oversampling(self.quantization, limit)
         rescored = edge.QuantizationSearchParams(rescore=True, oversampling=times)
-        request = edge.QueryRequest(
-            limit=limit,
-            query=query,
-            filter=condition,
-            with_payload=everything if payload is True else False,
-            params=edge.SearchParams(quantization=rescored),
-        )
+        requests = [
+            edge.QueryRequest(
+                limit=limit,
+                query=query,
+                filter=condition,
+                with_payload=everything if payload is True else False,
+                params=edge.SearchParams(quantization=rescored),
+            )
+            for query in queries
+        ]
         with self._errors("search"):
-            found = self._open.query(request)
+            found = self._open.query_batch(edge.QueryBatchRequest(requests))
+        return [self._scored(hits, payload) for hits in found]
+
+    def _scored(self, hits: Sequence[Any], payload: Fields) -> list[Scored]:
         if isinstance(payload, bool):
-            return [Scored(str(hit.id), hit.score, hit.payload or {}) for hit in found]
-        fields = self._kept(tuple(payload)).of(_numbers(found))
+            return [Scored(str(hit.id), hit.score, hit.payload or {}) for hit in hits]
+        fields = self._kept(tuple(payload)).of(_numbers(hits))
         # One that was deleted since is left out.
         return [
             Scored(kept[0], hit.score, kept[1])
-            for hit, kept in zip(found, fields, strict=True)
+            for hit, kept in zip(hits, fields, strict=True)
             if kept is not None
         ]
 

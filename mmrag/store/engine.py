@@ -56,6 +56,24 @@ class Scored:
 
 
 @dataclass(frozen=True)
+class Nearest:
+    """Asks for the points whose vector ``name`` is nearest by cosine, or inner product.
+
+    vector: (dim,) float32.
+    """
+
+    name: str
+    vector: NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Words:
+    """Asks for the points whose ``terms``, separated by spaces, rank highest by BM25."""
+
+    terms: str
+
+
+@dataclass(frozen=True)
 class AnyOf:
     """The payload value at ``key`` equals one of ``values`` (str, int, bool or float)."""
 
@@ -179,15 +197,14 @@ class Engine(Protocol):
         """The points with these ids that exist, without vectors, in no particular order."""
         ...
 
-    def nearest(
+    def rank(
         self,
-        name: str,
-        vector: NDArray[np.float32],
+        queries: Sequence[Nearest | Words],
         limit: int,
         where: Filter,
         payload: Fields = True,
-    ) -> list[Scored]:
-        """The points whose vector ``name`` is nearest by cosine, or inner product."""
+    ) -> list[list[Scored]]:
+        """The best points for each of the queries, all asked for at once."""
         ...
 
     def max_sim(
@@ -198,10 +215,6 @@ class Engine(Protocol):
         payload: Fields = True,
     ) -> list[Scored]:
         """The MaxSim of (n, dim) tokens with those of the points that have any, best first."""
-        ...
-
-    def bm25(self, terms: str, limit: int, where: Filter, payload: Fields = True) -> list[Scored]:
-        """The points whose ``terms`` rank highest by BM25; ``terms`` are separated by spaces."""
         ...
 
     def scroll(self, where: Filter, vectors: bool = False) -> Iterator[Point]:

@@ -28,10 +28,12 @@ from mmrag.store.engine import (
     Engine,
     Fields,
     Filter,
+    Nearest,
     Point,
     Quantization,
     Schema,
     Scored,
+    Words,
     as_point,
     oversampling,
 )
@@ -146,15 +148,20 @@ class ServerEngine(Engine):
         return [as_point(record) for record in records]
 
     @override
-    def nearest(
+    def rank(
         self,
-        name: str,
-        vector: NDArray[np.float32],
+        queries: Sequence[Nearest | Words],
         limit: int,
         where: Filter,
         payload: Fields = True,
-    ) -> list[Scored]:
-        return self._query(vector.tolist(), name, limit, DIALECT.filter(where), payload)
+    ) -> list[list[Scored]]:
+        asked = [
+            (query.vector.tolist(), query.name)
+            if isinstance(query, Nearest)
+            else (models.TextQuery(text=query.terms), TERMS_FIELD)
+            for query in queries
+        ]
+        return self._query(asked, limit, DIALECT.filter(where), payload)
 
     @override
     def max_sim(
@@ -166,12 +173,7 @@ class ServerEngine(Engine):
     ) -> list[Scored]:
         same = models.HasIdCondition(has_id=list(ids))
         among = models.Filter(must=[same, DIALECT.filter(where)])
-        return self._query(tokens.tolist(), TOKENS, len(ids), among, payload)
-
-    @override
-    def bm25(self, terms: str, limit: int, where: Filter, payload: Fields = True) -> list[Scored]:
-        query = models.TextQuery(text=terms)
-        return self._query(query, TERMS_FIELD, limit, DIALECT.filter(where), payload)
+        return self._query([(tokens.tolist(), TOKENS)], len(ids), among, payload)[0]
 
     @override
     def scroll(self, where: Filter, vectors: bool = False) -> Iterator[Point]:
@@ -298,26 +300,31 @@ class ServerEngine(Engine):
             self._client.close()
 
     def _query(
-        self, query: Any, using: str, limit: int, condition: Any, payload: Fields
-    ) -> list[Scored]:
+        self, queries: Sequence[tuple[Any, str]], limit: int, condition: Any, payload: Fields
+    ) -> list[list[Scored]]:
+        """queries: each with the name of the vector or field that it looks in."""
         everything = models.PayloadSelectorExclude(exclude=[TERMS_FIELD])
         selected = payload if isinstance(payload, bool) else list(payload)
         # Without quantization this changes nothing.
         times = oversampling(self.quantization, limit)
         rescored = models.QuantizationSearchParams(rescore=True, oversampling=times)
         params = models.SearchParams(quantization=rescored)
-        found = self._call(
-            lambda: self._client.query_points(
-                self._name,
+        requests = [
+            models.QueryRequest(
                 query=query,
                 using=using,
                 limit=limit,
-                query_filter=condition,
-                search_params=None if self._local else params,
+                filter=condition,
+                params=None if self._local else params,
                 with_payload=everything if payload is True else selected,
             )
-        )
-        return [Scored(str(hit.id), float(hit.score), hit.payload or {}) for hit in found.points]
+            for query, using in queries
+        ]
+        found = self._call(lambda: self._client.query_batch_points(self._name, requests))
+        return [
+            [Scored(str(hit.id), float(hit.score), hit.payload or {}) for hit in each.points]
+            for each in found
+        ]
 
     def _check_version(self) -> None:
         version = str(self._call(self._client.info).version)

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmrag.errors import ConfigError
-from mmrag.store.engine import TOKENS
+from mmrag.store.engine import TOKENS, Nearest
 from mmrag.store.settings import CollectionSettings
 
 
@@ -28,6 +28,25 @@ def checked_vectors(
     for name, vector in arrays.items():
         check_vector(settings, name, vector)
     return arrays
+
+
+def nearest(
+    settings: CollectionSettings, vectors: Mapping[str, NDArray[np.float32]]
+) -> list[Nearest]:
+    """What asks for the nodes nearest to these, each in the view that it is named by.
+
+    Raises:
+        ConfigError: For a view that cannot be searched, and what ``check_vector`` raises.
+    """
+    # Tokens have no index, and are compared by MaxSim only.
+    searchable = [name for name in settings.vectors if name != TOKENS]
+    for view, vector in vectors.items():
+        if view not in searchable:
+            raise ConfigError(
+                f"This collection has no view {view!r}; it has {', '.join(searchable)}."
+            )
+        check_vector(settings, view, vector)
+    return [Nearest(view, vector) for view, vector in vectors.items()]
 
 
 def check_vector(settings: CollectionSettings, name: str, vector: NDArray[np.float32]) -> None:

@@ -56,6 +56,8 @@ def test_fewer_dimensions_are_searched_exactly(library, questions):
     found = evaluate(library, questions, dims=(8, 64))
     whole, same = System("fake", "text"), System("fake", "text", dim=64)
     assert found.found[whole] == found.found[same]
+    # Words are searched as before.
+    assert found.found[System("fake", "fusion")] == found.found[System("fake", "fusion", dim=64)]
     assert System("fake", "bm25", dim=8) not in found.found
     nodes, vectors = library.collection.vectors("text")
     short = vectors[:, :8] / np.linalg.norm(vectors[:, :8], axis=1, keepdims=True)

@@ -259,6 +259,15 @@ def test_several_strings_to_embed_are_averaged(collection, embedder):
     assert {place(hit) for hit in dense.retrieve(bundle)} == {("plans.pdf", 2), ("report.pdf", 1)}
 
 
+def test_rankings_of_no_weight_are_not_asked_for(collection, embedder):
+    for weights, names in (
+        ({"bm25": 0}, {"image", "text"}),
+        ({"image": 0, "text": 0}, {"bm25"}),
+    ):
+        retriever = UniversalRetriever(collection, embedder, 2, weights=weights)
+        assert set(retriever.rankings("dental cleaning")) == names
+
+
 def test_a_given_embedding_is_used_as_it_is(collection, embedder):
     dense = UniversalRetriever(collection, embedder, 1, weights={"bm25": 0, "image": 0})
     vector = embedder.encode([TEXTS["report.pdf", 2]])[0].tolist()
@@ -468,8 +477,11 @@ def test_rankings_carry_what_fusion_needs_and_results_are_whole(retriever, colle
 
 def test_a_ranking_is_in_one_order_however_the_engine_gives_it(retriever, monkeypatch):
     hits = [Scored(id_, score, {}) for id_, score in (("b", 0.5), ("c", 0.7), ("a", 0.5))]
-    monkeypatch.setattr(retriever.collection, "search", lambda *args: hits)
-    monkeypatch.setattr(retriever.collection, "search_text", lambda *args: [hits[0], *hits[:0:-1]])
+
+    def search_all(vectors, *args):
+        return dict.fromkeys(vectors, hits), [hits[0], *hits[:0:-1]]
+
+    monkeypatch.setattr(retriever.collection, "search_all", search_all)
     rankings = retriever.rankings("vision exams")
     assert len(rankings) == 3
     for ranking in rankings.values():

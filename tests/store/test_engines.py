@@ -8,12 +8,13 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import numpy as np
 import pytest
+from engines import bm25, nearest
 from qdrant_client import QdrantClient
 from qdrant_client.http.exceptions import ResponseHandlingException, UnexpectedResponse
 
 from mmrag.errors import CollectionError, EndpointError
 from mmrag.store.edge import EdgeEngine
-from mmrag.store.engine import AnyOf, Filter, Point, Schema, Within
+from mmrag.store.engine import AnyOf, Filter, Nearest, Point, Schema, Within, Words
 from mmrag.store.server import ServerEngine, byte_bounded
 from mmrag.store.terms import index_terms, query_terms
 
@@ -76,7 +77,7 @@ def filled(request, tmp_path_factory):
 
 
 def test_nearest_ranks_by_cosine_and_skips_points_without_the_vector(filled):
-    found = filled.nearest("image", unit(1, 0, 0, 0), 10, ALL)
+    found = nearest(filled, "image", unit(1, 0, 0, 0), 10, ALL)
     assert ids(found) == [2, 3]
     assert found[0].score == pytest.approx(1 / math.sqrt(2), abs=1e-6)
     assert found[0].payload == {k: v for k, v in POINTS[1].payload.items() if k != "terms"}
@@ -92,15 +93,43 @@ def test_nearest_ranks_by_cosine_and_skips_points_without_the_vector(filled):
 )
 def test_a_search_reads_the_fields_that_are_asked_for(filled, payload, expected):
     for found in (
-        filled.nearest("image", unit(1, 1, 0, 0), 1, ALL, payload),
-        filled.bm25("green", 1, ALL, payload),
+        nearest(filled, "image", unit(1, 1, 0, 0), 1, ALL, payload),
+        bm25(filled, "green", 1, ALL, payload),
     ):
         assert [(hit.id, hit.payload) for hit in found] == [(uid(2), expected)]
 
 
+def test_several_searches_at_once_give_what_each_gives(filled):
+    east, south = unit(1, 0, 0, 0), unit(0, 0, 1, 1)
+    asked = [
+        Nearest("image", east),
+        Words("apple"),
+        Nearest("text", south),
+        Words("tree"),
+        Nearest("image", south),
+    ]
+    only_b = Filter(must=(AnyOf("file", ("b",)),))
+    for where, payload in ((ALL, True), (only_b, ("page", "tag"))):
+        found = filled.rank(asked, 3, where, payload)
+        assert found == [filled.rank([query], 3, where, payload)[0] for query in asked]
+        assert any(found)
+    assert filled.rank([], 3, ALL) == []
+
+
+def test_several_searches_are_one_request_to_a_server(tmp_path, monkeypatch):
+    made = make_server(tmp_path)
+    made.upsert(POINTS)
+    asked, send = [], made._call
+    monkeypatch.setattr(made, "_call", lambda action: asked.append(action) or send(action))
+    found = made.rank([Nearest("image", unit(1, 0, 0, 0)), Words("apple")], 5, ALL, ("page",))
+    assert len(asked) == 1
+    assert all(found)
+    made.close()
+
+
 def test_limit_bounds_the_results(filled):
-    assert len(filled.nearest("image", unit(1, 0, 0, 0), 1, ALL)) == 1
-    assert len(filled.bm25("apple", 1, ALL)) == 1
+    assert len(nearest(filled, "image", unit(1, 0, 0, 0), 1, ALL)) == 1
+    assert len(bm25(filled, "apple", 1, ALL)) == 1
 
 
 def test_bm25_is_the_published_formula(filled):
@@ -108,7 +137,7 @@ def test_bm25_is_the_published_formula(filled):
     lengths = [3, 2]
     idf = math.log((2 - 1 + 0.5) / (1 + 0.5) + 1)
     expected = idf * 2.2 / (1 + 1.2 * (0.25 + 0.75 * lengths[0] / np.mean(lengths)))
-    (hit,) = filled.bm25("tree", 5, ALL)
+    (hit,) = bm25(filled, "tree", 5, ALL)
     assert ids([hit]) == [1]
     assert hit.score == pytest.approx(expected, rel=1e-3)
 
@@ -139,13 +168,13 @@ def test_filters(filled, where, expected):
 
 def test_filters_apply_to_searches(filled):
     only_b = Filter(must=(AnyOf("file", ("b",)),))
-    assert ids(filled.nearest("image", unit(1, 0, 0, 0), 10, only_b)) == [3]
-    assert filled.bm25("apple", 10, only_b) == []
+    assert ids(nearest(filled, "image", unit(1, 0, 0, 0), 10, only_b)) == [3]
+    assert bm25(filled, "apple", 10, only_b) == []
 
 
 def test_fields_that_were_read_before_a_write_are_read_again(engine):
     def search():
-        found = engine.nearest("image", unit(1, 1, 0, 0), 9, ALL, ("file", "page"))
+        found = nearest(engine, "image", unit(1, 1, 0, 0), 9, ALL, ("file", "page"))
         return {int(hit.id[-12:]): hit.payload for hit in found}
 
     assert search() == {2: {"file": "a", "page": 2}, 3: {"file": "b", "page": 3}}
@@ -161,7 +190,7 @@ def test_upsert_replaces_payload_and_vectors(engine):
     assert stored.payload == {"file": "c"}
     assert set(stored.vectors) == {"text"}
     np.testing.assert_allclose(stored.vectors["text"], unit(0, 0, 0, 1), atol=1e-6)
-    assert ids(engine.nearest("image", unit(1, 0, 0, 0), 10, ALL)) == [3]
+    assert ids(nearest(engine, "image", unit(1, 0, 0, 0), 10, ALL)) == [3]
 
 
 def test_retrieve_gives_those_that_exist(filled):
@@ -173,7 +202,7 @@ def test_retrieve_gives_those_that_exist(filled):
 def test_delete_by_filter(engine):
     engine.delete(Filter(must=(AnyOf("file", ("a",)),)))
     assert ids(engine.scroll(ALL)) == [3, 4]
-    assert engine.bm25("apple", 5, ALL) == []
+    assert bm25(engine, "apple", 5, ALL) == []
 
 
 def test_scroll_goes_through_many_pages(engine):
@@ -209,7 +238,7 @@ def test_both_engines_rank_terms_alike(tmp_path):
             terms = " ".join(index_terms(f"{text} page {number}", language))
             engine.upsert([Point(uid(number), {"terms": [terms, "annual report"]})])
         for text in (*TEXTS.values(), "annual page 2.5"):
-            hits = engine.bm25(query_terms(text, TEXTS), 10, ALL)
+            hits = bm25(engine, query_terms(text, TEXTS), 10, ALL)
             found.append([(hit.id, round(hit.score, 4)) for hit in hits])
         engine.close()
     half = len(found) // 2
@@ -223,9 +252,9 @@ def test_an_index_that_is_dropped_ranks_nothing(tmp_path):
     engine.drop_index("terms")
     engine.drop_index("terms")
     with pytest.raises(CollectionError, match="search"):
-        engine.bm25("apple", 5, ALL)
+        bm25(engine, "apple", 5, ALL)
     engine.create_indexes(SCHEMA)
-    assert ids(engine.bm25("apple", 5, ALL)) == [2, 1]
+    assert ids(bm25(engine, "apple", 5, ALL)) == [2, 1]
     engine.close()
 
 

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from engines import nearest
 from qdrant_client import QdrantClient
 
 from mmrag.errors import ConfigError
@@ -70,7 +71,7 @@ def test_a_filter_holds_for_max_sim(engine):
 def test_muvera_is_found_by_its_inner_product(engine):
     """Cosine would take the length away, which counts tokens."""
     query = np.random.default_rng(5).normal(size=24).astype(np.float32)
-    found = engine.nearest("muvera", query, 10, ALL)
+    found = nearest(engine, "muvera", query, 10, ALL)
     exact = {id_: float(query @ vector) for id_, vector in MUVERA.items()}
     assert [hit.id for hit in found] == sorted(exact, key=exact.get, reverse=True)[:10]
     assert found[0].score == pytest.approx(exact[found[0].id], rel=5e-3)

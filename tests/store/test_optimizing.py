@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from engines import nearest
 from fakes import FakeEmbedder
 
 from mmrag import UniversalIndex
@@ -60,7 +61,7 @@ def test_what_is_written_meanwhile_is_kept_and_searches_go_on(engine, tmp_path):
             engine.upsert([point(50, "new")])
             engine.delete(Filter(must=(AnyOf("number", (3, 4)),)))
             engine.upsert([dataclasses.replace(POINTS[5], payload={"file": "moved"})])
-        told.append(engine.nearest("text", ROWS[50], 1, ALL, ("file",))[0].payload)
+        told.append(nearest(engine, "text", ROWS[50], 1, ALL, ("file",))[0].payload)
 
     engine.optimize(SCHEMA, tick)
     assert engine._open is not shard

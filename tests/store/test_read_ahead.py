@@ -7,6 +7,7 @@ import threading
 
 import numpy as np
 import pytest
+from engines import nearest
 
 from mmrag.errors import CollectionError
 from mmrag.store import edge
@@ -49,7 +50,7 @@ def engine(tmp_path, monkeypatch):
 
 
 def search(engine):
-    found = engine.nearest("text", ROWS[0], 20, ALL, FIELDS)
+    found = nearest(engine, "text", ROWS[0], 20, ALL, FIELDS)
     return {int(hit.id[-12:]): hit.payload for hit in found}
 
 
