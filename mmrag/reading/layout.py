@@ -84,7 +84,9 @@ def in_reading_order(words: Sequence[Word], apart: Sequence[Box] = ()) -> list[T
 def _ordered(words: Sequence[Word]) -> list[Token]:
     words = _join_vertical(words)
     turn = _direction(words)
-    lines = _lines([replace(word, box=_turned(word.box, turn)) for word in words])
+    if turn != "none":
+        words = [replace(word, box=_turned(word.box, turn)) for word in words]
+    lines = _lines(words)
     tokens: list[Token] = []
     for region in _regions(lines):
         tokens += _region_tokens(region, mirrored=turn == "mirrored")

@@ -54,7 +54,7 @@ class PageText:
 def page_text(page: Any) -> PageText:
     """The words of a page's text layer, and whether they are to be doubted."""
     shown = tuple(page.rotation_matrix)
-    raw = [replace(word, box=moved(word.box, shown)) for word in _raw_words(page)]
+    raw = [Word(w.text, moved(w.box, shown), w.block, w.line) for w in _raw_words(page)]
     words, garbled, n_bad_lines = _legible(raw)
     if n_bad_lines:
         return PageText(words, "illegible", garbled, n_bad_lines)

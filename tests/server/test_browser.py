@@ -182,6 +182,39 @@ def test_a_conversation_outlasts_a_reload_until_a_new_one_begins(page):
     assert page.query_selector("article") is None
 
 
+def test_a_kept_conversation_that_cannot_be_shown_blocks_nothing(page):
+    page.evaluate("sessionStorage.setItem('mmrag-conversation', '[{\"question\": \"Why?\"}]')")
+    page.reload()
+    page.wait_for_selector("[role=alert]:has-text('cannot be shown again')")
+    with page.expect_request("**/api/ask") as asked:
+        enter(page, "#question", "Who gets an eye examination a year?")
+    assert asked.value.post_data_json["history"] == []
+    page.wait_for_selector(".foot h2")
+
+
+def test_a_full_storage_costs_no_answer(page):
+    """The oldest turns are left out of what is kept for a reload."""
+    enter(page, "#question", "Who gets an eye examination a year?")
+    page.wait_for_selector("article:nth-child(1) .foot h2")
+    # Room for one turn more, and not for two.
+    page.evaluate(
+        """() => {
+            const size = sessionStorage.getItem("mmrag-conversation").length;
+            for (let room = 1 << 23; room > size / 4; room /= 2) {
+                for (let n = 0; ; n++) {
+                    try { sessionStorage.setItem(`full-${room}-${n}`, "x".repeat(room)); }
+                    catch { break; }
+                }
+            }
+        }"""
+    )
+    enter(page, "#question", "Which plan covers dental cleaning?")
+    page.wait_for_selector("article:nth-child(2) .foot h2")
+    assert page.query_selector("article [role=alert]") is None
+    kept = page.evaluate("JSON.parse(sessionStorage.getItem('mmrag-conversation'))")
+    assert [turn["question"] for turn in kept] == ["Which plan covers dental cleaning?"]
+
+
 def test_a_question_that_failed_can_be_asked_again(page, tmp_path):
     from fakes import make_image
 

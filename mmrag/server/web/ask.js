@@ -72,14 +72,28 @@ function begun(yes) {
 
 /** Shows the conversation that this tab had before it was loaded anew. */
 export function restore() {
-  for (const turn of JSON.parse(sessionStorage.getItem(KEPT) ?? "[]")) {
-    begun(true);
-    turns.push(turn);
-    newTurn(turn.question, null).finish(turn.reply);
+  try {
+    for (const turn of JSON.parse(sessionStorage.getItem(KEPT) ?? "[]")) {
+      begun(true);
+      newTurn(turn.question, null).finish(turn.reply);
+      turns.push(turn);
+    }
+  } catch (error) {
+    // Kept by another version of the page.
+    newTurn("", null).fail(`The conversation before cannot be shown again (${error.message}).`);
   }
 }
 
-const keep = () => sessionStorage.setItem(KEPT, JSON.stringify(turns.slice(-MOST_KEPT)));
+/** Keeps the last turns, as many as the browser has room for. */
+function keep() {
+  for (let first = Math.max(0, turns.length - MOST_KEPT); ; first += 1) {
+    try {
+      return sessionStorage.setItem(KEPT, JSON.stringify(turns.slice(first)));
+    } catch (error) {
+      if (error.name !== "QuotaExceededError" || first >= turns.length) throw error;
+    }
+  }
+}
 
 const historyOf = ({ question, reply }) => [
   { role: "user", content: question },
