@@ -12,8 +12,9 @@ import torch.distributed as dist
 
 from mmrag_recipes import distributed, gradcache
 from mmrag_recipes.batches import Batch
-from mmrag_recipes.config import TrainConfig
+from mmrag_recipes.config import FeaturesConfig, TrainConfig
 from mmrag_recipes.data import load_datasets
+from mmrag_recipes.features import keep_features, unchanging
 from mmrag_recipes.options import build
 from mmrag_recipes.steps import Feeder, encode, step_loss
 from mmrag_recipes.train import load_model
@@ -24,6 +25,37 @@ def prepare_step(batch, dataset, backbone, hard_negatives):
     """This process's share of a batch."""
     ((_, step),) = Feeder([dataset], backbone, hard_negatives).steps([batch])
     return step
+
+
+class Prepared:
+    """A model and one step of it, as the trainer prepares it: of the first ``rows``, or of all."""
+
+    def __init__(self, config: TrainConfig, rows: int | None = None) -> None:
+        self.config = config
+        self.backbone = load_model(config)
+        make_trainable(self.backbone, config)
+        self.dataset = load_datasets(config, self.backbone)[0]
+        batch = Batch(0, tuple(range(rows or len(self.dataset.rows))), 0)
+        self.step = prepare_step(batch, self.dataset, self.backbone, config.hard_negatives)
+
+    def gradients(
+        self, chunk: int | None = None, store: FeaturesConfig | None = None
+    ) -> dict[str, torch.Tensor]:
+        """By name. chunk: in place of the configuration's; store: keeps features of the tower."""
+        model = self.backbone.model
+        vars(model.visual).pop("kept_features", None)
+        if store:
+            keep_features(model, self.config, store)
+        model.zero_grad()
+        torch.manual_seed(0)  # of dropout
+        gradcache.step(
+            lambda inputs: encode(self.backbone, inputs, self.config),
+            self.step.inputs,
+            lambda vectors: step_loss(vectors, self.step, self.config),
+            self.config.chunk if chunk is None else chunk,
+            unchanging(model),
+        )
+        return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
 def one_step(config: TrainConfig) -> dict:

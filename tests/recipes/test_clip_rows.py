@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from made_videos import make_video
-from one_step import prepare_step
+from one_step import Prepared
 from PIL import Image
 from tiny import save_qwen2_vl
 from tiny_nano import save_nano
@@ -18,20 +18,16 @@ from mmrag.content import Clip, Content
 from mmrag.embedders import load_embedder
 from mmrag.errors import ConfigError, ContentError
 from mmrag.reading import ReadOptions
-from mmrag_recipes import gradcache
 from mmrag_recipes.__main__ import main
-from mmrag_recipes.batches import Batch
 from mmrag_recipes.config import ConvertConfig, FeaturesConfig, LoraConfig
 from mmrag_recipes.convert import from_swift
-from mmrag_recipes.data import LEFT_OUT, load_datasets
+from mmrag_recipes.data import LEFT_OUT
 from mmrag_recipes.export import probe_contents
-from mmrag_recipes.features import keep_features, unchanging
 from mmrag_recipes.pair_steps import pair_of
 from mmrag_recipes.rows import ImageStore, Item, ItemClip, images_of, read_rows, store_of
 from mmrag_recipes.sides import Media
-from mmrag_recipes.steps import encode, step_loss
-from mmrag_recipes.train import load_model, train
-from mmrag_recipes.trainable import make_trainable
+from mmrag_recipes.steps import encode
+from mmrag_recipes.train import train
 
 pytest.importorskip("av")
 
@@ -189,31 +185,6 @@ def trained(model, rows, out, family="vlm2vec_v2", **changes):
     return config_of(model, out, rows, **{"family": family, "batch_size": 2, **changes})
 
 
-class Step:
-    """A model and one step of all rows of a file, as the trainer prepares it."""
-
-    def __init__(self, config):
-        self.config = config
-        self.backbone = load_model(config)
-        make_trainable(self.backbone, config)
-        self.dataset = load_datasets(config, self.backbone)[0]
-        batch = Batch(0, tuple(range(len(self.dataset.rows))), 0)
-        self.step = prepare_step(batch, self.dataset, self.backbone, config.hard_negatives)
-
-    def gradients(self, chunk):
-        model = self.backbone.model
-        model.zero_grad()
-        torch.manual_seed(0)  # of dropout
-        gradcache.step(
-            lambda inputs: encode(self.backbone, inputs, self.config),
-            self.step.inputs,
-            lambda vectors: step_loss(vectors, self.step, self.config),
-            chunk,
-            unchanging(model),
-        )
-        return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-
-
 @pytest.mark.parametrize("family", ["vlm2vec_v2", "unite", "qwen3_vl"])
 def test_the_trainer_embeds_the_clips_of_the_index(family, films, rows, model, tmp_path):
     model = save_qwen3_vl(tmp_path / "tiny") if family == "qwen3_vl" else model
@@ -225,7 +196,7 @@ def test_the_trainer_embeds_the_clips_of_the_index(family, films, rows, model, t
     by_start = {hit.payload["start"]: vector for hit, vector in zip(hits, stored, strict=True)}
 
     config = trained(model, rows, tmp_path / "out", family, hard_negatives=0)
-    made = Step(config)
+    made = Prepared(config)
     with torch.no_grad():
         vectors = encode(made.backbone, made.step.inputs, config)[made.step.n_queries :]
     vectors = torch.nn.functional.normalize(vectors, dim=1).numpy()
@@ -236,7 +207,7 @@ def test_the_trainer_embeds_the_clips_of_the_index(family, films, rows, model, t
 
 def test_costs_count_all_frames(rows, model, tmp_path):
     config = trained(model, rows, tmp_path / "out", hard_negatives=2)
-    made = Step(config)
+    made = Prepared(config)
     counts = [one.n_tokens for one in made.step.inputs]
     queries, documents = counts[:4], counts[4:]
     # Three rows with two negatives, each a clip and one of them with a text; then one without.
@@ -255,7 +226,7 @@ def close(ours, others):
 
 @pytest.mark.parametrize("changes", [{}, {"lora": LoraConfig(r=4)}, {"freeze": ("visual",)}])
 def test_gradients_of_chunks_are_those_of_the_whole(rows, model, tmp_path, changes):
-    made = Step(trained(model, rows, tmp_path / "out", **changes))
+    made = Prepared(trained(model, rows, tmp_path / "out", **changes))
     whole = made.gradients(0)
     close(made.gradients(3), whole)
     assert any(gradient.abs().max() > 1e-5 for gradient in whole.values())
@@ -263,9 +234,7 @@ def test_gradients_of_chunks_are_those_of_the_whole(rows, model, tmp_path, chang
         return
     kept = FeaturesConfig(folder=str(tmp_path / "features"))
     for _ in range(2):  # computed, then found
-        vars(made.backbone.model.visual).pop("kept_features", None)
-        keep_features(made.backbone.model, made.config, kept)
-        close(made.gradients(3), whole)
+        close(made.gradients(3, kept), whole)
     pairs = {pair.numpy().tobytes() for one in made.step.inputs for pair in one.images}
     assert len([path for path in (tmp_path / "features").rglob("*") if path.is_file()]) == len(
         pairs
@@ -304,7 +273,7 @@ def broken_copy(rows, tmp_path, spoil):
 
 def test_a_frame_that_is_missing_costs_its_row(rows, model, tmp_path):
     copy = broken_copy(rows, tmp_path, lambda path: path.unlink())
-    made = Step(trained(model, copy, tmp_path / "out"))
+    made = Prepared(trained(model, copy, tmp_path / "out"))
     assert (made.dataset.costs == LEFT_OUT).tolist() == [False, True, False, False]
     assert "there is no image with id" in made.dataset.problems[0].reason
 
@@ -313,7 +282,7 @@ def test_a_frame_that_is_broken_costs_its_row_the_step(rows, model, tmp_path):
     copy = broken_copy(
         rows, tmp_path, lambda path: path.write_bytes(path.read_bytes()[:700] + bytes(40))
     )
-    made = Step(trained(model, copy, tmp_path / "out"))
+    made = Prepared(trained(model, copy, tmp_path / "out"))
     (problem,) = made.step.skipped
     assert problem.row == "r1"
     assert "cannot be decoded" in problem.reason
@@ -324,7 +293,7 @@ def test_a_frame_that_is_broken_costs_its_row_the_step(rows, model, tmp_path):
 def test_families_without_clips_leave_such_rows_out(rows, model, tmp_path, family):
     model = save_nano(tmp_path / "nano") if family == "nano" else model
     with pytest.raises(ContentError, match=r"no row can be used: .* no clips"):
-        Step(trained(model, rows, tmp_path / "out", family))
+        Prepared(trained(model, rows, tmp_path / "out", family))
 
 
 def test_rerankers_take_no_clips(rows):

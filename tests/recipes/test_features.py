@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from one_step import prepare_step
+from one_step import Prepared
 from tiny import save_qwen2_vl
 from tiny_llava import save_llava
 from tiny_nano import save_nano
@@ -11,14 +11,9 @@ from training import config_of, log_of, same, weights_of
 
 from mmrag.errors import ConfigError
 from mmrag_recipes import features as features_module
-from mmrag_recipes import gradcache
-from mmrag_recipes.batches import Batch
 from mmrag_recipes.config import FeaturesConfig, LoraConfig
-from mmrag_recipes.data import load_datasets
-from mmrag_recipes.features import keep_features, unchanging
-from mmrag_recipes.steps import encode, step_loss
-from mmrag_recipes.train import load_model, train
-from mmrag_recipes.trainable import make_trainable
+from mmrag_recipes.features import keep_features
+from mmrag_recipes.train import train
 
 FAMILIES = {"gme": save_qwen2_vl, "qwen3_vl": save_qwen3_vl, "nano": save_nano}
 
@@ -41,33 +36,6 @@ def files_of(folder) -> list:
     return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
-class Prepared:
-    """A model with a frozen tower and the inputs of one step of it."""
-
-    def __init__(self, config, rows: int = 8):
-        self.config = config
-        self.backbone = load_model(config)
-        make_trainable(self.backbone, config)
-        dataset = load_datasets(config, self.backbone)[0]
-        self.step = prepare_step(Batch(0, tuple(range(rows)), 0), dataset, self.backbone, 1)
-
-    def gradients(self, store=None) -> dict[str, torch.Tensor]:
-        model = self.backbone.model
-        vars(model.visual).pop("kept_features", None)
-        if store:
-            keep_features(model, self.config, store)
-        model.zero_grad()
-        torch.manual_seed(0)  # of dropout
-        gradcache.step(
-            lambda inputs: encode(self.backbone, inputs, self.config),
-            self.step.inputs,
-            lambda vectors: step_loss(vectors, self.step, self.config),
-            self.config.chunk,
-            unchanging(model),
-        )
-        return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-
-
 @pytest.fixture(scope="module")
 def nano(tmp_path_factory, mixed_rows):
     folder = tmp_path_factory.mktemp("nano")
@@ -78,7 +46,7 @@ def nano(tmp_path_factory, mixed_rows):
 
 @pytest.fixture(scope="module")
 def prepared(nano) -> Prepared:
-    return Prepared(nano)
+    return Prepared(nano, 8)
 
 
 @pytest.mark.parametrize(("family", "chunk"), [("gme", 3), ("qwen3_vl", 3), ("nano", 0)])
@@ -87,12 +55,12 @@ def test_gradients_are_those_of_computing_the_features(
 ):
     model = FAMILIES[family](tmp_path / "model")
     config = config_of(model, tmp_path / "out", mixed_rows, family=family, freeze=("visual",))
-    prepared = Prepared(config.replace(chunk=chunk))
+    prepared = Prepared(config.replace(chunk=chunk), 8)
     store = FeaturesConfig(folder=str(tmp_path / "kept"))
-    plain, first = prepared.gradients(), prepared.gradients(store)
+    plain, first = prepared.gradients(), prepared.gradients(store=store)
     n_images = len(files_of(tmp_path / "kept"))
     assert sum(computed) == n_images > 4  # once for both passes
-    again = prepared.gradients(store)
+    again = prepared.gradients(store=store)
     assert sum(computed) == n_images  # none at all
     for kept in (first, again):
         assert kept.keys() == plain.keys()
@@ -104,13 +72,13 @@ def test_gradients_are_those_of_computing_the_features(
 
 def test_a_corrupted_file_is_computed_again_and_said(prepared, tmp_path, computed, caplog):
     store = FeaturesConfig(folder=str(tmp_path / "kept"))
-    expected = prepared.gradients(store)
+    expected = prepared.gradients(store=store)
     cut, flipped, *others = files_of(tmp_path / "kept")
     cut.write_bytes(cut.read_bytes()[:50])
     content = flipped.read_bytes()
     flipped.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     computed.clear()
-    found = prepared.gradients(store)
+    found = prepared.gradients(store=store)
     assert sum(computed) == 2
     assert {str(cut), str(flipped)} == {
         str(r.args[0]) for r in caplog.records if "corrupted" in r.msg
@@ -118,21 +86,21 @@ def test_a_corrupted_file_is_computed_again_and_said(prepared, tmp_path, compute
     for name, gradient in expected.items():
         torch.testing.assert_close(found[name], gradient)
     assert files_of(tmp_path / "kept") == sorted([cut, flipped, *others])
-    prepared.gradients(store)
+    prepared.gradients(store=store)
     assert sum(computed) == 2  # they are whole again
 
 
 def test_files_take_no_more_than_they_may(prepared, tmp_path, computed, caplog):
     most = 6000
     store = FeaturesConfig(folder=str(tmp_path / "kept"), gib=most / 2**30)
-    first = prepared.gradients(store)
+    first = prepared.gradients(store=store)
     kept = files_of(tmp_path / "kept")
     sizes = [path.stat().st_size for path in kept]
     assert 0 < sum(sizes) <= most
     assert "is full" in caplog.text
     n_images = sum(computed)
     computed.clear()
-    again = prepared.gradients(store)  # those that are there count
+    again = prepared.gradients(store=store)  # those that are there count
     assert sum(computed) == n_images - len(kept) > 0
     assert files_of(tmp_path / "kept") == kept
     for name, gradient in first.items():
@@ -155,7 +123,7 @@ def test_a_second_run_computes_nothing_and_learns_the_same(nano, tmp_path, compu
 
 def test_other_pixels_weights_or_types_have_files_of_their_own(nano, prepared, tmp_path, computed):
     store = FeaturesConfig(folder=str(tmp_path / "kept"))
-    prepared.gradients(store)
+    prepared.gradients(store=store)
     n_images = sum(computed)
     changed = [
         nano.replace(limits={"max_image_tokens": 5}),
@@ -164,7 +132,7 @@ def test_other_pixels_weights_or_types_have_files_of_their_own(nano, prepared, t
     ]
     for other in changed:
         computed.clear()
-        Prepared(other).gradients(store)
+        Prepared(other, 8).gradients(store=store)
         assert sum(computed) == n_images
 
 
