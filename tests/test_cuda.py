@@ -14,6 +14,7 @@ from mmrag.content import Content
 from mmrag.embedders import load_embedder
 from mmrag.embedders.parallel import ParallelEmbedder
 from mmrag.modeling import compiling
+from mmrag.modeling.attention import PLANLESS, attend
 from mmrag.modeling.image_rule import ImageRule
 from mmrag.modeling.qwen_images import cut_patches
 from mmrag.rerankers import load_scorer
@@ -104,6 +105,34 @@ def test_several_threads_share_recorded_runs(tmp_path):
         parts = list(pool.map(ask, [questions[n::8] for n in range(8)]))
     expected = np.concatenate([cpu.encode(questions[n::8]) for n in range(8)])
     assert (np.concatenate(parts) * expected).sum(1).min() > 0.99999
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_flash_attention_and_its_gradients_are_those_of_sdpa(causal):
+    layer = torch.nn.Module()
+    layer.num_key_value_groups, layer.is_causal = 3, causal
+    torch.manual_seed(0)
+    inputs = [torch.randn(2, 77, heads, 64, device="cuda") for heads in (6, 2, 2)]
+    upstream = torch.randn(2, 77, 6, 64, device="cuda")
+    found = []
+    for dtype in (torch.float32, torch.bfloat16):  # SDPA, and flash attention
+        q, k, v = (each.to(dtype, copy=True).requires_grad_() for each in inputs)
+        attended, _ = attend(layer, *(each.transpose(1, 2) for each in (q, k, v)), None)
+        attended.backward(upstream.to(dtype))
+        found.append([attended, q.grad, k.grad, v.grad])
+    for expected, ours in zip(*found, strict=True):
+        assert torch.cosine_similarity(expected.flatten(), ours.float().flatten(), 0) > 0.9995
+
+
+def test_decoders_in_half_precision_leave_cudnn_out(tmp_path):
+    folder = save_qwen2_vl(tmp_path / "tiny")
+    embedder = load_embedder(folder, family="gme", device="cuda", compile=False)
+    with torch.profiler.profile() as profile:
+        embedder.encode([*TEXTS, *pages(3)])
+    names = {event.key for event in profile.key_averages()}
+    assert "aten::_scaled_dot_product_flash_attention" in names
+    decoder = embedder.backbone.model.language_model
+    assert decoder.config._attn_implementation == PLANLESS
 
 
 def test_patches_are_cut_to_the_same_bits():

@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from gpu_attention import attention, by_shape
 from gpu_baselines import PlainLoop, sentence_transformer
 from gpu_data import make_texts, save_pages
 from gpu_models import Size, save_gme, save_qwen3_vl
@@ -48,6 +49,7 @@ DEFAULT = "encode(pages), default threads"
 COMPILED = "encode(pages), blocks compiled"
 PLAIN = "plain transformers loop, batches of 8"
 ONE_QUERY = "one query, median"
+TEXTS = "encode(texts), default threads"
 THEIRS = "sentence-transformers, texts, batches of 32"
 RERANKER = "Qwen3-VL-Reranker-2B"  # also the name of its folder, which says how it is scored
 
@@ -126,7 +128,7 @@ def run(folder: Path, seconds: float = SECONDS, out: Path = OUT) -> None:
     table.head("The machine")
     table.line("matrix product", "TFLOP/s", 2, lambda: matrix_rate(bench) / 1e12)
     parts = (
-        *(encoding, preparing, model_alone, compiled, texts),
+        *(encoding, preparing, model_alone, compiled, texts, attending),
         *(indexing, qwen3_embedding, reranker, training),
     )
     for part in parts:
@@ -331,7 +333,7 @@ def texts(bench: Bench) -> None:
         for batch in (32, 128):
             encode = partial(theirs.encode, prompt=GME_DEFAULT, batch_size=batch)
             line(f"sentence-transformers, texts, batches of {batch}", encode)
-    line("encode(texts), default threads", embedder.encode)
+    line(TEXTS, embedder.encode)
     default, embedder.workers = embedder.workers, 16
     line("encode(texts), 16 threads", embedder.encode)
     embedder.workers = default
@@ -342,6 +344,21 @@ def texts(bench: Bench) -> None:
         some = bench.texts[:8]
         cosines = (embedder.encode(some) * theirs.encode(some, prompt=GME_DEFAULT)).sum(1)
         print(f"\nLeast cosine to sentence-transformers' vectors: {cosines.min():.4f}")
+
+
+def attending(bench: Bench) -> None:
+    """What a decoder's attention costs on shapes that are new, as those of texts mostly are."""
+    by_shape(bench.table, bench.device)
+    bench.table.head("Texts of 40 to 260 words, by the decoder's attention")
+    embedder: Any = bench.embedder
+    with attention(embedder.backbone.model, "sdpa"):
+        bench.table.line(
+            "encode(texts), attention as torch chooses",
+            "texts/s",
+            2 * bench.seconds,
+            lambda: rate(embedder.encode, bench.texts, bench.seconds, 8 * bench.least),
+            against=TEXTS,
+        )
 
 
 def query_ms(bench: Bench) -> float:
@@ -466,7 +483,8 @@ def training(bench: Bench) -> None:
 
     def step(rows: int, chunk: int) -> None:
         inputs = questions[:rows] + pages[:rows]
-        gradcache.step(encode, inputs, loss, chunk, frozen_towers(backbone.model))
+        costs = [one.n_tokens for one in inputs]
+        gradcache.step(encode, inputs, loss, chunk, frozen_towers(backbone.model), costs)
         backbone.model.zero_grad()
 
     step(2, 2)  # not counted

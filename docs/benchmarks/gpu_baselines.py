@@ -23,6 +23,7 @@ from transformers import (
 
 from mmrag.content import Content, load_image
 from mmrag.embedders.families.gme import gme_prompt
+from mmrag.modeling.attention import PLANLESS
 from mmrag.modeling.loading import Placement
 from mmrag.modeling.qwen_vl import IMAGE
 
@@ -70,7 +71,8 @@ class PlainLoop:
 
 
 def _options(placement: Placement) -> dict[str, Any]:
-    return {"dtype": placement.dtype, "attn_implementation": placement.attention}
+    attention = "sdpa" if placement.attention == PLANLESS else placement.attention
+    return {"dtype": placement.dtype, "attn_implementation": attention}
 
 
 class _WithoutVideos:

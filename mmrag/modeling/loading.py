@@ -17,6 +17,7 @@ from typing import Any, Literal, TypeAlias, get_args
 import torch
 
 from mmrag.errors import ConfigError, ModelError
+from mmrag.modeling.attention import PLANLESS, has_flash
 from mmrag.modeling.checkpoints import check_weight_files, read_json
 
 Quantization: TypeAlias = Literal["8bit", "4bit", "4bit-double"]
@@ -84,7 +85,8 @@ def place(
 
     # Flash attention has kernels for half precision on CUDA alone.
     flash = chosen.type == "cuda" and half and is_flash_attn_2_available()
-    attention = "flash_attention_2" if flash else "sdpa"
+    own = PLANLESS if has_flash(chosen) else "sdpa"
+    attention = "flash_attention_2" if flash else own
     compiling = _check_compile(compile, quantize, device_map)
     return Placement(chosen, precision, attention, quantize, device_map, compiling)
 

@@ -24,6 +24,7 @@ from transformers.vision_utils import (
     get_vision_window_index,
 )
 
+from mmrag.modeling.attention import PLANLESS
 from mmrag.modeling.batching import send
 from mmrag.modeling.image_rule import ImageRule
 from mmrag.modeling.qwen_images import cut_patches
@@ -44,7 +45,7 @@ def speed_up(visual: Any) -> None:
     """
     _replace_forward(visual.patch_embed, embed_patches)
     for block in visual.blocks:
-        if visual.config._attn_implementation == "sdpa":
+        if visual.config._attn_implementation in ("sdpa", PLANLESS):
             _replace_forward(block.attn, attend_grouped)
         if isinstance(getattr(block.mlp, "act", None), QuickGELUActivation):
             _replace_forward(block.mlp, quick_gelu_mlp)
