@@ -37,7 +37,7 @@ def test_every_line_is_measured_and_the_vectors_are_those_of_the_baselines(tmp_p
     values = {line["what"]: line["value"] for line in found["lines"]}
     missing = {line["what"]: line["note"] for line in found["lines"] if not line["value"]}
     assert not missing
-    assert len(values) == 34
+    assert len(values) == 36
     assert "Least cosine to the plain loop's vectors: 1.0000" in printed
     assert "Least cosine to sentence-transformers' vectors: 1.0000" in printed
     assert re.search(r"UniversalIndex.add \| skipped: \S+ is not installed", printed)

@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -359,6 +360,21 @@ def attending(bench: Bench) -> None:
             lambda: rate(embedder.encode, bench.texts, bench.seconds, 8 * bench.least),
             against=TEXTS,
         )
+    bench.table.head("One picture as a question, each of another size")
+    own = "one picture, median"
+    bench.table.line(own, "ms", 3, lambda: picture_ms(bench))
+    with patch("mmrag.modeling.vision.has_varlen", lambda query, scale: False):
+        name = "one picture, attention as torch chooses, median"
+        bench.table.line(name, "ms", 8, lambda: picture_ms(bench), against=own)
+
+
+def picture_ms(bench: Bench) -> float:
+    """Median milliseconds of a picture, after a first one."""
+    seconds = []
+    for n in range(8):
+        image = np.full((300, 400 + 28 * n, 3), 8 * n, dtype=np.uint8)
+        seconds.append(timed(lambda image=image: bench.embedder.encode([Content(image=image)])))
+    return float(np.median(seconds[1:]) * 1e3)
 
 
 def query_ms(bench: Bench) -> float:

@@ -243,18 +243,20 @@ def attend_by_length(
     Returns:
         (total length, heads, head_dim).
     """
-    groups = _by_key(lengths)
-    if len(groups) == 1:  # no gathering is needed
+    groups, any_length = _by_key(lengths), has_varlen(query, scale)
+    # No gathering is needed. PyTorch may build a plan for the shape, which pays for pages that come
+    # in batches of one size, and not for the picture of a question.
+    if len(groups) == 1 and not (any_length and len(lengths) == 1):
         return _attend(query, key, value, len(lengths), scale)
-    if has_varlen(query, scale):
+    if any_length:
         ends, longest = _ends(tuple(lengths), query.device), max(lengths)
         return torch.as_tensor(varlen_attn(query, key, value, ends, ends, longest, longest))
     parts = [torch.split(tensor, list(lengths)) for tensor in (query, key, value)]
     attended: list[Tensor] = [query] * len(lengths)
     for places in groups.values():
         q, k, v = (torch.cat([part[place] for place in places]) for part in parts)
-        together = _attend(q, k, v, len(places), scale)
-        for place, part in zip(places, together.chunk(len(places)), strict=True):
+        found = _attend(q, k, v, len(places), scale)
+        for place, part in zip(places, found.chunk(len(places)), strict=True):
             attended[place] = part
     return torch.cat(attended)
 

@@ -157,7 +157,8 @@ def test_segments_of_any_length_go_to_torch_in_one_call(monkeypatch):
     monkeypatch.setattr(vision, "has_varlen", lambda query, scale: True)
     torch.testing.assert_close(attend_by_length(q, k, v, [3, 5, 3, 1], 8**-0.5), expected)
     attend_by_length(q, k, v, [6, 6], 8**-0.5)  # of one length: no need for it
-    assert calls == [([0, 3, 8, 11, 12], 5)]
+    attend_by_length(q, k, v, [12], 8**-0.5)
+    assert calls == [([0, 3, 8, 11, 12], 5), ([0, 12], 12)]
 
 
 def test_features_are_added_at_the_visual_tokens():
