@@ -11,6 +11,7 @@ import json
 import logging
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,6 +23,7 @@ from mmrag.embedders.base import Calibration, as_items, check_dim, truncate_norm
 from mmrag.embedders.known import SENTENCE_TRANSFORMERS
 from mmrag.embedders.progress import progress_bar
 from mmrag.errors import ConfigError, ContentError, ModelError, naming
+from mmrag.modeling.attention import planless
 from mmrag.modeling.checkpoints import fingerprint
 from mmrag.modeling.loading import Placement, check_finite, check_weights, quiet
 
@@ -130,7 +132,9 @@ class SentenceTransformersEmbedder:
         inputs = [self._input(index, items[index]) for index in indices]
         instruction = items[indices[0]].instruction
         options: dict[str, Any] = {"batch_size": len(inputs), "show_progress_bar": False}
-        with self._lock:
+        # Texts hardly ever come in batches of a shape that was there before; images may.
+        texts = items[indices[0]].modality == "text"
+        with self._lock, planless(self.model.device) if texts else nullcontext():
             if instruction is None:
                 vectors = self.model.encode_document(inputs, **options)
             else:

@@ -9,6 +9,9 @@ a page, attention is a hundredth of its work. Towers of Qwen-VL have their own, 
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -20,6 +23,7 @@ from transformers.masking_utils import sdpa_mask
 PLANLESS = "mmrag_planless"
 """The implementation's name, for ``attn_implementation`` of transformers."""
 
+_cuda: Any = torch.backends.cuda  # whose functions have no types
 _HALF = (torch.bfloat16, torch.float16)
 _MOST_DIM = 256  # of a head, in flash attention
 
@@ -35,7 +39,7 @@ def attend(
     is_causal: bool | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """Attention as ``sdpa`` of transformers, by flash attention where it can be.
+    """Attention as ``sdpa`` of transformers: by flash attention, or with a mask by another kernel.
 
     Args:
         query: (batch, heads, length, head dim).
@@ -46,11 +50,13 @@ def attend(
     """
     if not _takes(query, key, attention_mask, others):
         others |= {"dropout": dropout, "scaling": scaling, "is_causal": is_causal}
-        attended, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **others)
+        with planless(query.device):
+            attended, _ = sdpa_attention_forward(
+                module, query, key, value, attention_mask, **others
+            )
         return attended, None
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    # What scaled_dot_product_attention calls once it has chosen flash attention. Its context
-    # manager for choosing acts on all threads, of which others may be at their own batches.
+    # What scaled_dot_product_attention calls once it has chosen flash attention.
     attended = torch.ops.aten._scaled_dot_product_flash_attention(
         query, key, value, dropout, bool(causal), scale=scaling
     )[0]
@@ -72,11 +78,59 @@ def _has_kernel(query: Tensor) -> bool:
     return query.is_cuda and query.dtype in _HALF and dim % 8 == 0 and dim <= _MOST_DIM
 
 
+class _Planless:
+    """How many threads want no plans, and whether cuDNN may be chosen when none does."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._wanted_by = 0
+        self._usual = True
+
+    def enter(self) -> None:
+        with self._lock:
+            if not self._wanted_by:
+                self._usual = _cuda.cudnn_sdp_enabled()
+                # Where it is the one kernel left, as in sdpa_kernel, it is what the user wants.
+                _cuda.enable_cudnn_sdp(self._usual and not _others_enabled())
+            self._wanted_by += 1
+
+    def leave(self) -> None:
+        with self._lock:
+            self._wanted_by -= 1
+            if not self._wanted_by:
+                _cuda.enable_cudnn_sdp(self._usual)
+
+
+def _others_enabled() -> bool:
+    others = (_cuda.flash_sdp_enabled, _cuda.mem_efficient_sdp_enabled, _cuda.math_sdp_enabled)
+    return any(enabled() for enabled in others)
+
+
+_planless = _Planless()
+
+
+@contextmanager
+def planless(device: torch.device) -> Iterator[None]:
+    """Keep cuDNN's attention out on CUDA. PyTorch knows one setting for all threads of a process.
+
+    So the attention of other threads may meanwhile be another kernel's, with the same results.
+    """
+    # The compiler writes the kernel down that it finds when it compiles.
+    if device.type != "cuda" or torch.compiler.is_compiling():
+        yield
+        return
+    _planless.enter()
+    try:
+        yield
+    finally:
+        _planless.leave()
+
+
 def has_flash(device: torch.device) -> bool:
     """Whether PyTorch has flash attention for a device: CUDA, from the Ampere generation on."""
     if device.type != "cuda" or torch.version.hip is not None:
         return False
-    available = torch.backends.cuda.is_flash_attention_available()
+    available: bool = _cuda.is_flash_attention_available()
     return available and torch.cuda.get_device_capability(device) >= (8, 0)
 
 

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from mmrag.embedders.sentence_transformers import open_exactly
 from mmrag.errors import ConfigError, ModelError
 from mmrag.instructions import resolve
+from mmrag.modeling.attention import planless
 from mmrag.modeling.batching import default_budget, iter_batches, run_halving
 from mmrag.modeling.checkpoints import read_json
 from mmrag.modeling.loading import Placement
@@ -117,7 +118,7 @@ class CrossEncoderScorer:
 
     def _forward(self, batch: Sequence[_Item]) -> NDArray[np.float32]:
         """Logits of items that have one instruction."""
-        with self._lock:
+        with self._lock, planless(self.model.device):
             logits: NDArray[np.float32] = self.model.predict(
                 [item.texts for item in batch],
                 prompt=batch[0].task,

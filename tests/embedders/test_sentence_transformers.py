@@ -4,6 +4,7 @@ import json
 import shutil
 import sys
 import zipfile
+from contextlib import nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from transformers import (
 )
 
 from mmrag.content import Content
-from mmrag.embedders import Embedder, load_backbone, load_embedder
+from mmrag.embedders import Embedder, load_backbone, load_embedder, sentence_transformers
 from mmrag.embedders.known import find_known
 from mmrag.errors import ConfigError, ContentError, ModelError
 from mmrag.testing import check_embedder
@@ -150,6 +151,22 @@ def test_images_equal_those_of_sentence_transformers(clip, clip_folder):
     expected = model.encode([image, "a red square"][:1], normalize_embeddings=True)
     vectors = clip.encode(["a red square", Content(image=noise)])
     np.testing.assert_allclose(vectors[1:], expected, atol=1e-6)
+
+
+def test_no_plans_are_built_for_texts(clip, monkeypatch):
+    """Pages may come in batches of one shape again and again; texts do not."""
+    entered = []
+
+    def spy(device):
+        entered.append(device.type)
+        return nullcontext()
+
+    monkeypatch.setattr(sentence_transformers, "planless", spy)
+    clip.encode([Content(image=Image.new("RGB", (40, 40)))])
+    assert entered == []
+    clip.encode(["red", "green"])
+    clip.encode(["red"], instruction="page_for_question")
+    assert entered == ["cpu", "cpu"]
 
 
 def test_an_instruction_goes_where_the_format_says(bert_folder):

@@ -7,12 +7,13 @@ from tiny_llava import save_llava, save_mm_embed, save_phi3v
 from tiny_nano import save_nano
 from tiny_qwen3 import QWEN_FAMILIES, save_qwen3_vl
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from mmrag.content import Content
 from mmrag.embedders import load_embedder
 from mmrag.modeling import attention, loading
-from mmrag.modeling.attention import PLANLESS, attend, has_flash
+from mmrag.modeling.attention import PLANLESS, attend, has_flash, planless
 from mmrag.rerankers import load_scorer
 
 CHANCE = np.random.default_rng(5)
@@ -119,3 +120,40 @@ def test_only_cards_have_it(monkeypatch):
         assert has_flash(torch.device("cuda")) == expected
     monkeypatch.setattr(loading, "has_flash", lambda device: True)
     assert loading.place("cpu").attention == PLANLESS
+
+
+def test_a_mask_keeps_cudnn_out(monkeypatch):
+    """No plan for the shapes of batches that are padded: PyTorch has one setting for a process."""
+    seen = []
+
+    def spy(*_, **__):
+        seen.append(torch.backends.cuda.cudnn_sdp_enabled())
+        return torch.zeros(1), None
+
+    monkeypatch.setattr(attention, "sdpa_attention_forward", spy)
+    with FakeTensorMode():
+        query = torch.empty(2, 6, 5, 8, dtype=torch.float16, device="cuda")
+        attend(torch.nn.Module(), query, query, query, torch.ones(2, 1, 5, 5, device="cuda"))
+    attend(torch.nn.Module(), *(torch.zeros(2, 6, 5, 8),) * 3, None)  # on the CPU
+    assert seen == [False, True]
+
+
+def test_cudnn_is_back_when_no_thread_wants_it_out():
+    card = torch.device("cuda")
+    enabled = torch.backends.cuda.cudnn_sdp_enabled
+    first, second = planless(card), planless(card)
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert not enabled()
+    second.__exit__(None, None, None)
+    assert enabled()
+    with pytest.raises(KeyError), planless(card):
+        raise KeyError
+    assert enabled()
+    with sdpa_kernel(SDPBackend.MATH):
+        with planless(card):
+            assert not enabled()
+        assert not enabled()  # the user does not want it
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION), planless(card):
+        assert enabled()  # nothing else is left

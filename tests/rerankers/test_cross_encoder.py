@@ -1,6 +1,7 @@
 """Cross-encoders of sentence-transformers, against its own predict and against transformers."""
 
 import logging
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from transformers import AutoTokenizer, Qwen3ForCausalLM
 from mmrag import MLLMReranker
 from mmrag.content import Content
 from mmrag.errors import ConfigError, ContentError, ModelError
-from mmrag.rerankers import load_scorer
+from mmrag.rerankers import cross_encoder, load_scorer
 
 st = pytest.importorskip("sentence_transformers")
 
@@ -63,6 +64,18 @@ def test_a_batch_moves_no_score(bert, token_budget):
     scorer = load_scorer(bert, device="cpu", token_budget=token_budget)
     alone = [scorer.judge([pair])[0] for pair in pairs(texts)]
     assert scorer.judge(pairs(texts)) == pytest.approx(alone, abs=1e-6)
+
+
+def test_no_plans_are_built_for_the_shapes_of_batches(bert, monkeypatch):
+    entered = []
+
+    def spy(device):
+        entered.append(device.type)
+        return nullcontext()
+
+    monkeypatch.setattr(cross_encoder, "planless", spy)
+    load_scorer(bert).judge(pairs())
+    assert entered == ["cpu"]
 
 
 def test_a_model_saved_by_sentence_transformers_with_another_activation(bert, tmp_path):
