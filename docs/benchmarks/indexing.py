@@ -4,7 +4,8 @@
     python docs/benchmarks/indexing.py pdfs/ --model path/to/model --family gme
 
 End to end is the rate of UniversalIndex.add. Memory is that of this process: its peak when half
-of the pages are stored and at the end show whether it grows with their number.
+of the pages are stored and at the end show whether it grows with their number. Queries go to the
+same embedder, twenty a second at most: first alone, then while the folder is indexed once more.
 """
 
 from __future__ import annotations
@@ -13,13 +14,17 @@ import argparse
 import json
 import resource
 import tempfile
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 from gpu_table import Table, machine, versions
 
 from mmrag import Progress, ReadOptions, UniversalIndex, load_embedder
 from mmrag.content import Content
+from mmrag.embedders.base import Embedder
 from mmrag.ingest.prefetch import run_ahead
 from mmrag.ingest.writer import node_views
 from mmrag.reading import find_files, read_file
@@ -81,12 +86,41 @@ def main() -> None:
         table.line(alone, "pages/s", 0, embed_all)
         rates = {line.what: line.value or 0.0 for line in table.lines}
         ratio = rates["UniversalIndex.add"] / rates[alone]
+        query = "one query, median"
+        table.line(query, "ms", 0, lambda: query_ms(embedder, 100))
+        with UniversalIndex(Path(folder, "second"), embedder, reading=reading) as index:
+            adding = threading.Thread(target=index.add, args=(options.folder,))
+            adding.start()
+            time.sleep(2)  # until pages are embedded
+            table.line(
+                f"{query}, while indexing",
+                "ms",
+                0,
+                lambda: query_ms(embedder, 200, adding.is_alive),
+                against=query,
+            )
+            adding.join()
         half = next(peak for stored, peak in peaks if stored >= pages / 2)
         print(f"\n{pages} pages, {len(contents)} items; add is {ratio:.2f} of embedding alone")
         print(f"peak memory: {half:.0f} MiB at half, {peaks[-1][1]:.0f} MiB at the end")
         options.out.mkdir(parents=True, exist_ok=True)
         found = {"machine": machine(), "rates": rates, "ratio": ratio, "peaks": peaks}
         (options.out / "indexing.json").write_text(json.dumps(found, indent=1))
+
+
+def query_ms(embedder: Embedder, most: int, goes_on: Callable[[], bool] = lambda: True) -> float:
+    """Median milliseconds to embed a question of nine words, another one each time."""
+    seconds = []
+    for n in range(most):
+        started = time.perf_counter()
+        embedder.encode(
+            [f"what does plan {n} pay for the {n + 1}th visit"], instruction="page_for_question"
+        )
+        if not goes_on():
+            break
+        seconds.append(time.perf_counter() - started)
+        time.sleep(0.05)
+    return float(np.median(seconds) * 1e3)
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TypeVar
 
 import torch
@@ -24,8 +24,8 @@ class Lanes:
     """Runs one large batch at a time, and beside it one short batch at a time.
 
     A query then does not wait for a batch of pages, which takes a second on a card. On CUDA, short
-    batches have a stream of high priority. One that finds no memory beside a large batch runs
-    after it.
+    batches have a stream of high priority; on the CPU, one beside a large batch takes half of the
+    threads. One that finds no memory beside a large batch runs after it.
 
     Args:
         device: that the model is on.
@@ -61,9 +61,24 @@ class Lanes:
             return forward()
 
     def _beside(self) -> AbstractContextManager[object]:
+        if self._device.type == "cpu" and self._large.locked():
+            return _half_of_the_threads()
         if self._device.type != "cuda":
             return nullcontext()
         if self._stream is None:
             # In one stream, the kernels of a query would stand behind those of the batch.
             self._stream = torch.cuda.Stream(self._device, priority=-1)  # type: ignore[no-untyped-call]
         return torch.cuda.stream(self._stream)
+
+
+@contextmanager
+def _half_of_the_threads() -> Iterator[None]:
+    # Threads of one operation wait for each other, and where there are more of them than cores, for
+    # one that has no core. The number is the caller's own, and that of threads which use torch for
+    # the first time meanwhile.
+    usual = torch.get_num_threads()
+    torch.set_num_threads(max(1, usual // 2))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(usual)

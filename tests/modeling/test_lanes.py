@@ -47,6 +47,41 @@ def test_a_short_batch_runs_beside_a_large_one(lanes, pool):
     assert running.result(WAIT) == "done"
 
 
+@pytest.fixture
+def torch_threads():
+    """Puts back what torch takes for threads of later tests."""
+    usual = torch.get_num_threads()
+    yield
+    torch.set_num_threads(usual)
+
+
+def test_a_short_batch_beside_a_large_one_leaves_it_half_of_the_cores(lanes, pool, torch_threads):
+    large, asker = Held(), ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(6,))
+    asked = []
+
+    def query(fails=False):
+        asked.append(torch.get_num_threads())
+        if fails:
+            raise KeyError("no such token")
+
+    def ask(fails=False):
+        try:
+            lanes.run(lambda: query(fails), SHORT)
+        finally:
+            asked.append(torch.get_num_threads())
+
+    asker.submit(ask).result(WAIT)
+    running = pool.submit(lanes.run, large, SHORT + 1)
+    assert large.runs.wait(WAIT)
+    with pytest.raises(KeyError):
+        asker.submit(ask, fails=True).result(WAIT)
+    asker.submit(torch.set_num_threads, 1).result(WAIT)
+    asker.submit(ask).result(WAIT)
+    large.go.set()
+    assert running.result(WAIT) == "done"
+    assert asked == [6, 6, 3, 6, 1, 1]
+
+
 @pytest.mark.parametrize("tokens", [SHORT, SHORT + 1])
 def test_batches_of_one_size_run_one_by_one(lanes, pool, tokens):
     first, second = Held(), Held()
