@@ -13,7 +13,7 @@ from typing import Any
 
 from mmrag.reading.boxes import area, as_box, clipped, distance, holds, moved, sides, union
 from mmrag.reading.characters import clean
-from mmrag.reading.layout import Word
+from mmrag.reading.columns import Word
 from mmrag.reading.options import Box
 
 # Lengths are in points of 1/72 inch; shares are of areas. Chosen on company reports and handbooks

@@ -1,9 +1,4 @@
-"""From words with boxes to text in reading order.
-
-Columns are found by cutting a page at white gaps, as the recursive XY cut of Nagy and Seth
-("Hierarchical representation of optically scanned documents", 1984) does, but a gap between
-columns counts only where both sides are running text: the cells of a table stay in rows.
-"""
+"""From words with boxes to text in reading order."""
 
 from __future__ import annotations
 
@@ -17,6 +12,7 @@ from typing import Literal, TypeAlias
 from mmrag.reading import bidi
 from mmrag.reading.boxes import holds, sides, union
 from mmrag.reading.characters import clean, is_right_to_left, is_unspaced
+from mmrag.reading.columns import Line, Word, regions
 from mmrag.reading.options import Box
 
 Turn: TypeAlias = Literal["none", "down", "up", "back", "mirrored"]
@@ -26,9 +22,6 @@ _SENTENCE_END = re.compile(r"[.!?\u3002\uff01\uff1f\u2026][\"'\u2019\u201d)\]]*$
 _HYPHENS = "-\u2010\u00ad"
 
 # Lengths are in points, or in heights of a line where they are said to be.
-_COLUMN_GAP = 8.0  # narrowest white gap between columns; spaces between words are 3 to 5
-_TOUCHING = 1.0  # how far lines may overlap and still be one below the other
-_BAND_SPACE = 3.0  # line heights between bands that columns may still run through
 _SAME_ROW = 0.4  # of the height that the middles of two lines on one row may differ by
 _PARAGRAPH_SPACE = 0.6  # line heights between lines of different paragraphs
 _WRAP_SPACE = 0.25  # line heights of the space before the word that did not fit any more
@@ -39,28 +32,12 @@ _STEP = (0.5, 1.6)  # heights of a character from one to the next in a vertical 
 
 
 @dataclass(frozen=True, slots=True)
-class Word:
-    """One word as the engine gives it; words of a line share ``block`` and ``line``."""
-
-    text: str
-    box: Box
-    block: int
-    line: int
-
-
-@dataclass(frozen=True, slots=True)
 class Token:
     """A word in reading order. gap: what stands before it: nothing, a space, or line ends."""
 
     text: str
     box: Box
     gap: str = " "
-
-
-@dataclass(frozen=True, slots=True)
-class _Line:
-    words: tuple[Word, ...]
-    box: Box
 
 
 def text_of(tokens: Sequence[Token]) -> str:
@@ -88,7 +65,7 @@ def _ordered(words: Sequence[Word]) -> list[Token]:
         words = [replace(word, box=_turned(word.box, turn)) for word in words]
     lines = _lines(words)
     tokens: list[Token] = []
-    for region in _regions(lines):
+    for region in regions(lines):
         tokens += _region_tokens(region, mirrored=turn == "mirrored")
     return [Token(t.text, _turned(t.box, _BACK[turn]), t.gap) for t in _mended(tokens)]
 
@@ -164,80 +141,20 @@ def _direction(words: Sequence[Word]) -> Turn:
     return max(votes, key=lambda turn: votes[turn])
 
 
-def _lines(words: Sequence[Word]) -> list[_Line]:
+def _lines(words: Sequence[Word]) -> list[Line]:
     grouped: dict[tuple[int, int], list[Word]] = defaultdict(list)
     for word in words:
         grouped[word.block, word.line].append(word)
-    return [_Line(tuple(group), union(w.box for w in group)) for group in grouped.values()]
+    return [Line(tuple(group), union(w.box for w in group)) for group in grouped.values()]
 
 
-def _regions(lines: list[_Line]) -> list[list[_Line]]:
-    """Split lines into regions to be read one after the other, each from top to bottom."""
-    regions: list[list[_Line]] = []
-    for band in _bands(lines):
-        gap = _column_gap(band)
-        if gap is None:
-            regions.append(band)
-        else:
-            regions += _regions([line for line in band if line.box[2] <= gap])
-            regions += _regions([line for line in band if line.box[2] > gap])
-    return regions
-
-
-def _bands(lines: list[_Line]) -> list[list[_Line]]:
-    """Lines cut into full-width bands; neighbours stay together while columns run through both."""
-    bands: list[list[_Line]] = []
-    bottom = float("-inf")
-    for line in sorted(lines, key=lambda line: line.box[1]):
-        if line.box[1] >= bottom - _TOUCHING:
-            bands.append([])
-        bands[-1].append(line)
-        bottom = max(bottom, line.box[3])
-    merged: list[list[_Line]] = []
-    columns = False
-    for band in bands:
-        near = False
-        if merged:
-            space = min(line.box[1] for line in band) - max(line.box[3] for line in merged[-1])
-            near = space < _BAND_SPACE * max(line.box[3] - line.box[1] for line in band)
-        together = near and _column_gap(merged[-1] + band) is not None
-        if merged and (together or (not columns and _column_gap(band) is None)):
-            merged[-1] += band
-            columns = together
-        else:
-            merged.append(list(band))
-            columns = _column_gap(band) is not None
-    return merged
-
-
-def _column_gap(lines: Sequence[_Line]) -> float | None:
-    """The x where a white gap begins that parts two columns of running text, if there is one."""
-    if len(lines) < 6:
-        return None
-    spans = sorted((line.box[0], line.box[2]) for line in lines)
-    right = spans[0][1]
-    for x0, x1 in spans:
-        if x0 - right >= _COLUMN_GAP:
-            sides = [[s for s in lines if s.box[2] <= right], [s for s in lines if s.box[0] >= x0]]
-            if all(_is_prose(side) for side in sides):
-                return right
-        right = max(right, x1)
-    return None
-
-
-def _is_prose(lines: Sequence[_Line]) -> bool:
-    """Running text: at least three lines, and four words on most of them."""
-    long = sum(len(line.words) >= 4 for line in lines)
-    return long >= 3 and long * 2 > len(lines)
-
-
-def _region_tokens(lines: Sequence[_Line], mirrored: bool) -> list[Token]:
+def _region_tokens(lines: Sequence[Line], mirrored: bool) -> list[Token]:
     edges: dict[int, float] = defaultdict(lambda: float("-inf"))
     for line in lines:
         block = line.words[0].block
         edges[block] = max(edges[block], line.box[2])
     tokens: list[Token] = []
-    above: list[_Line] = []
+    above: list[Line] = []
     for row in _rows(lines):
         gap = _gap_between(above, row, edges) if above else "\n\n"
         before: Word | None = None
@@ -250,7 +167,7 @@ def _region_tokens(lines: Sequence[_Line], mirrored: bool) -> list[Token]:
     return tokens
 
 
-def _row_words(row: Sequence[_Line], mirrored: bool) -> list[Word]:
+def _row_words(row: Sequence[Line], mirrored: bool) -> list[Word]:
     """The words of a row in the order they are read in."""
     words = [word for line in row for word in line.words]
     if not any(is_right_to_left(word.text) for word in words):
@@ -272,9 +189,9 @@ def _is_one_run(last: str, first: str) -> bool:
     return is_unspaced(last[-1]) and is_unspaced(first[0])
 
 
-def _rows(lines: Sequence[_Line]) -> list[list[_Line]]:
+def _rows(lines: Sequence[Line]) -> list[list[Line]]:
     """Lines grouped by height, each row from left to right."""
-    rows: list[list[_Line]] = []
+    rows: list[list[Line]] = []
     middle, height = 0.0, 0.0
     for line in sorted(lines, key=lambda line: line.box[1] + line.box[3]):
         centre = (line.box[1] + line.box[3]) / 2
@@ -287,7 +204,7 @@ def _rows(lines: Sequence[_Line]) -> list[list[_Line]]:
     return [sorted(row, key=lambda line: line.box[0]) for row in rows]
 
 
-def _gap_between(above: list[_Line], row: list[_Line], edges: dict[int, float]) -> str:
+def _gap_between(above: list[Line], row: list[Line], edges: dict[int, float]) -> str:
     """A space where the line above was wrapped, else the end of a line or of a paragraph."""
     last, first = above[-1], row[0]
     height = min(last.box[3] - last.box[1], first.box[3] - first.box[1])

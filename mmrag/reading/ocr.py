@@ -8,7 +8,7 @@ import logging
 from typing import Any
 
 from mmrag.errors import ConfigError
-from mmrag.reading.layout import Word
+from mmrag.reading.columns import Word
 
 INSTALL = "pip install 'mmrag[ocr]'"
 

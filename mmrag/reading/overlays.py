@@ -11,7 +11,7 @@ import pymupdf
 
 from mmrag.reading.boxes import holds, moved
 from mmrag.reading.characters import clean
-from mmrag.reading.layout import Word
+from mmrag.reading.columns import Word
 from mmrag.reading.options import Box
 
 TICKED, UNTICKED = "\u2611", "\u2610"

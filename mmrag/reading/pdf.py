@@ -16,7 +16,8 @@ import pymupdf
 
 from mmrag.errors import is_environment_error
 from mmrag.reading import figures, layout, ocr, overlays
-from mmrag.reading.layout import Token, Word
+from mmrag.reading.columns import Word
+from mmrag.reading.layout import Token
 from mmrag.reading.options import (
     Box,
     Figure,

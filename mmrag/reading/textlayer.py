@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeAlias
 import pymupdf
 
 from mmrag.reading.boxes import area, as_box, clipped, moved
-from mmrag.reading.layout import Word
+from mmrag.reading.columns import Word
 from mmrag.reading.legibility import garbled_lines, has_words, lost_share
 from mmrag.reading.rendering import is_blank
 from mmrag.reading.symbols import spelt_out, table_of

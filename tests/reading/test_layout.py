@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmrag.reading.characters import clean
-from mmrag.reading.layout import Token, Word, in_reading_order, text_of
+from mmrag.reading.columns import Word
+from mmrag.reading.layout import Token, in_reading_order, text_of
 from mmrag.reading.marking import find_quote
 from mmrag.reading.passages import cut, passages_of
 
@@ -51,6 +52,70 @@ def test_hyphens_inside_a_line_stay() -> None:
     text = text_of(in_reading_order(words))
     assert "well-known statement" in text
     assert "2020-" in text and "self-" in text  # numbers and names keep theirs
+
+
+LEFT = [
+    "the reservoir of the lake is filled",
+    "to 62 percent so that the water of",
+    "spring can be stored for months; all",
+    "gates stay closed",
+]
+RIGHT = [
+    "the reservoir of the lake is lowered",
+    "to 35 percent to make room for all",
+    "storms of the winter, and its gates",
+    "stay open at night",
+]
+
+
+def columns(first: int = 1, y: float = 120) -> list[Word]:
+    """Two columns of four lines each, whose lines stand side by side 14 points apart."""
+    left = [line(text, 50, y + 14 * i, i, first) for i, text in enumerate(LEFT)]
+    right = [line(text, 320, y + 14 * i, i, first + 1) for i, text in enumerate(RIGHT)]
+    return [word for lines in (left, right) for words in lines for word in words]
+
+
+def test_columns_below_a_heading_as_wide_as_both_are_read_one_after_the_other() -> None:
+    heading = line("The operation of the reservoir of the lake in the seasons", 50, 100, 0)
+    text = text_of(in_reading_order([*heading, *columns()]))
+    assert text.split("\n\n") == [
+        "The operation of the reservoir of the lake in the seasons",
+        " ".join(LEFT),
+        " ".join(RIGHT),
+    ]
+
+
+def test_headings_of_columns_are_read_with_their_column() -> None:
+    above = line("Everything about the lake is told in the two columns below", 50, 80, 0)
+    heads = [*line("In spring", 50, 106, 0, 8), *line("In autumn", 320, 106, 0, 9)]
+    text = text_of(in_reading_order([*above, *heads, *columns()]))
+    assert text.index("In spring") < text.index("gates stay closed") < text.index("In autumn")
+
+
+def test_columns_below_a_list_of_bullets_are_read_one_after_the_other() -> None:
+    bullets = []
+    for i in range(3):
+        bullets += line("*", 50, 78 + 14 * i, 2 * i, block=9)
+        text = "one item of a list that is as wide as both of the columns"
+        bullets += line(text, 80, 78 + 14 * i, 2 * i + 1, block=9)
+    text = text_of(in_reading_order([*bullets, *columns()]))
+    assert text.endswith(" ".join(LEFT) + "\n\n" + " ".join(RIGHT))
+
+
+def test_long_cells_of_a_table_stay_in_rows() -> None:
+    rows = [
+        ("Title of each class of shares", "Name of each exchange for them"),
+        ("Ordinary Shares at $0.01 each", "New York Stock Exchange Inc."),
+        ("1.125% Guaranteed Notes due 2027", "New York Stock Exchange Inc."),
+        ("5.450% Guaranteed Notes due 2029", "London Stock Exchange and Paris"),
+    ]
+    cells = [
+        word
+        for i, row in enumerate(rows)
+        for j, cell in enumerate(row)
+        for word in line(cell, 50 + 270 * j, 100 + 14 * i, j, block=i)
+    ]
+    assert text_of(in_reading_order(cells)).split("\n") == [" ".join(row) for row in rows]
 
 
 def test_words_apart_are_read_after_the_others() -> None:
