@@ -25,6 +25,9 @@ _CAPTION = re.compile(
 )
 _STARTS_TEXT = (_LIST_ITEM.match, _CAPTION.match)
 _CELL_START = re.compile(r"[-+(]?[€$£¥]?\d")
+_FIELD = re.compile(r":\s+[^\W\d]")  # of a form: a name with a colon, and what was filled in
+_FIELDS = re.compile(r"\S:\s+\S.*?\S:(?:\s|$)")  # two of them on a line
+_NO_ROW = (_SENTENCE_END.search, _LIST_ITEM.match, _FIELD.search)
 _RULE = re.compile(r"[\s|:-]+")  # below the head of a Markdown table
 _HEADING_WORDS = 10
 _HEADING_LENGTH = 60  # characters; a longer line without an end mark is a wrapped sentence
@@ -59,15 +62,18 @@ def running_lines(pages: Sequence[str]) -> frozenset[str]:
 
 
 def passages(text: str, running: frozenset[str] = frozenset()) -> list[Passage]:
-    """The sentences, list items and table rows of a page, in order.
+    """The sentences and list items of a page, the rows of its tables and the lines of its forms.
 
     running: lines to leave out; see ``running_lines``. A page that holds nothing but headings
     gives these.
     """
     lines = [line for line in text.splitlines() if _bare(line) not in running]
     rows, rest = _tables(lines)
-    prose = "\n".join("" if _is_heading(rest, i) else line for i, line in enumerate(rest))
-    found = [*_sentences(prose), *rows]
+    forms = [_passage(" ".join(line.split())) for line in rest if _is_form(line)]
+    prose = "\n".join(
+        "" if _is_form(line) or _is_heading(rest, i) else line for i, line in enumerate(rest)
+    )
+    found = [*_sentences(prose), *rows, *forms]
     return found or [
         _passage(piece) for piece in sentences(text) if not _QUESTION_END.search(piece)
     ]
@@ -85,6 +91,12 @@ def _bare(line: str) -> str:
 
 def _passage(piece: str) -> Passage:
     return Passage(piece, piece, tuple(terms(piece)))
+
+
+def _is_form(line: str) -> bool:
+    """Whether a line has several fields of a form, such as ``Make: Vans  Serial number: 80580``."""
+    words = line.split()
+    return len(words) <= _ROW_WORDS and not _LIST_ITEM.match(line) and bool(_FIELDS.search(line))
 
 
 def _is_heading(lines: Sequence[str], index: int) -> bool:
@@ -142,8 +154,13 @@ def _tables(lines: Sequence[str]) -> tuple[list[Passage], list[str]]:
         # The head of a Markdown table has bars, as its rows do.
         above = place if lines[filled[place]].lstrip().startswith("|") else place - 1
         heads = _heads(lines[filled[above]]) if above >= 0 else []
-        for i in filled[above + 1 : run]:
-            rows += [_row(heads, lines[i])] if heads and not _RULE.fullmatch(lines[i]) else []
+        below = filled[above + 1 : run]
+        # A row with more cells than heads: the rows' own heads have none, and which cell of a
+        # shorter row is blank cannot be told.
+        paired = all(len(_cells(lines[i])) <= len(heads) for i in below)
+        for i in below:
+            if heads and not _RULE.fullmatch(lines[i]):
+                rows.append(_row(heads, lines[i], paired))
             rest[i] = ""
         if heads:
             rest[filled[above]] = ""
@@ -156,7 +173,7 @@ def _heads(line: str) -> list[str]:
     if line.lstrip().startswith("|"):
         return _cells(line)
     # One word heads no columns, and a sentence above a table only introduces it.
-    if not 1 < len(line.split()) <= _ROW_WORDS or _SENTENCE_END.search(line):
+    if not 1 < len(line.split()) <= _ROW_WORDS or _SENTENCE_END.search(line) or _FIELD.search(line):
         return []
     return re.split(r"\s+(?=[A-Z])", line.strip())
 
@@ -169,7 +186,7 @@ def _cells(line: str) -> list[str]:
     if (barred := line.strip()).startswith("|"):
         return [cell.strip() for cell in barred.strip("|").split("|")]
     words = line.split()
-    if not 2 <= len(words) <= _ROW_WORDS or _SENTENCE_END.search(line) or _LIST_ITEM.match(line):
+    if not 2 <= len(words) <= _ROW_WORDS or any(mark(line) for mark in _NO_ROW):
         return []
     starts = [i for i, word in enumerate(words) if _CELL_START.match(word)]
     # A row begins with what it is about. Lines that begin with a number are numbered headings and
@@ -184,16 +201,16 @@ def _cells(line: str) -> list[str]:
     return [" ".join(words[start:end]) for start, end in bounds]
 
 
-def _row(heads: Sequence[str], line: str) -> Passage:
+def _row(heads: Sequence[str], line: str, paired: bool) -> Passage:
     """A row with the heads of its columns.
 
-    Where there is a head for each cell, they are put together:
+    Where there is a head for each cell, they are put together if ``paired``:
     ``Full plot: Full fee 150 euros, Reduced fee 75 euros``. Otherwise heads and row follow one
     another.
     """
     cells = _cells(line)
     head, quote = " ".join(" ".join(heads).split()), " ".join(line.split())
-    if len(heads) == len(cells):
+    if paired and len(heads) == len(cells):
         named = zip(heads[1:], cells[1:], strict=True)
         pairs = [f"{name} {cell}" for name, cell in named if cell]
         text = f"{cells[0]}: {', '.join(pairs)}"

@@ -84,6 +84,26 @@ def test_rows_without_heads_are_left_out():
     assert texts(page) == ["The prices rose again in spring."]
 
 
+def test_values_are_not_put_under_heads_that_may_not_be_theirs():
+    """The rows' own heads have no head here, so a row with one blank has as many cells as heads."""
+    page = "Gold Oil Bitcoin\n\nGold 1\n\nOil 0.6 1\n\nBitcoin 0.2 0.3 1\n\nSilver 0.4 0.5"
+    assert texts(page) == [
+        "Gold Oil Bitcoin: Gold 1",
+        "Gold Oil Bitcoin: Oil 0.6 1",
+        "Gold Oil Bitcoin: Bitcoin 0.2 0.3 1",
+        "Gold Oil Bitcoin: Silver 0.4 0.5",
+    ]
+
+
+def test_lines_of_a_form_are_quoted_one_by_one_and_head_no_columns():
+    page = (
+        "Make: Vans Registration: N103JT\nYear of make: Amateur Built: Yes\n"
+        "Certificate: Special Serial number: 80580\nGear: Tailwheel Seats: 2"
+    )
+    assert texts(page) == page.split("\n")
+    assert not any(each.heads for each in passages(page))
+
+
 def test_a_list_stays_with_what_announces_it():
     head, items = (
         "The plan does not pay for:",
