@@ -150,6 +150,26 @@ def test_files_are_added_and_removed(page, tmp_path, built):
     assert not any(uploads.iterdir())
 
 
+def test_a_question_in_hebrew_runs_from_the_right(page):
+    enter(page, "#question", "\u05de\u05d4 \u05d2\u05d5\u05d1\u05d4?")
+    page.wait_for_selector(".foot")
+    first, last, right = page.evaluate(
+        """() => {
+            const text = document.querySelector(".question p").firstChild;
+            const place = (from) => {
+                const range = document.createRange();
+                range.setStart(text, from);
+                range.setEnd(text, from + 1);
+                return range.getBoundingClientRect();
+            };
+            const line = text.parentElement.getBoundingClientRect();
+            return [place(0).right, place(text.length - 1).right, line.right];
+        }"""
+    )
+    assert last < first  # the question mark stands on the left
+    assert right - first < 2  # and the line begins at the right edge
+
+
 def test_an_image_goes_with_a_question(page, tmp_path):
     from fakes import make_image
 
