@@ -230,6 +230,12 @@ class _Reader:
                 f"characters mean; to recognise them, index with --ocr auto ({ocr.INSTALL})"
             )
             self.problems.append(Problem(number, message))
+        if layer.n_holed_lines and recognised is None:
+            message = (
+                f"letters are missing inside of words on {layer.n_holed_lines} of its lines, as a "
+                "font does not say what they are: these words are not found"
+            )
+            self.problems.append(Problem(number, message))
         passages = passages_of(
             tokens,
             self.options.passage_words,

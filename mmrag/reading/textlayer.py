@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -24,6 +25,8 @@ _SCAN_SHARE = 0.6  # of the page that one image covers; figures and photographs 
 # 1 %, a page of text has 10 to 30 %.
 _SPARSE_SHARE = 0.03
 _LOST_SHARE = 0.4  # of a line's characters without meaning; odd bullets and symbols are fewer
+_HOLE = re.compile(r"\w\ufffd+\w")  # a letter that the font does not name
+_HOLED_SHARE = 0.25  # of a line's words; a lost apostrophe or ligature is in fewer
 
 Doubt: TypeAlias = Literal["none", "empty", "sparse", "illegible"]
 
@@ -35,6 +38,7 @@ class PageText:
     words: those that can be trusted, in boxes of the page as shown.
     garbled: those on lines that look garbled; what means nothing at all is in neither.
     n_bad_lines: how many lines are garbled or mean nothing.
+    n_holed_lines: how many of the other lines lack letters inside of many words.
     doubt: why the page may hold text that is not among ``words``: there are none (``empty``),
         few of them on a page that is an image (``sparse``), or lines that make no sense
         (``illegible``); ``none`` where the layer can be trusted.
@@ -44,6 +48,7 @@ class PageText:
     doubt: Doubt = "none"
     garbled: list[Word] = field(default_factory=list)
     n_bad_lines: int = 0
+    n_holed_lines: int = 0
 
     def as_it_is(self) -> list[Word]:
         """The words where nothing is recognised: garbled lines stay if they are the fewer."""
@@ -57,7 +62,7 @@ def page_text(page: Any) -> PageText:
     raw = [Word(w.text, moved(w.box, shown), w.block, w.line) for w in _raw_words(page)]
     words, garbled, n_bad_lines = _legible(raw)
     if n_bad_lines:
-        return PageText(words, "illegible", garbled, n_bad_lines)
+        return PageText(words, "illegible", garbled, n_bad_lines, _n_holed(words))
     if not words:
         return PageText([], "none" if is_blank(page) else "empty")
     bounds = as_box(page.rect)
@@ -68,25 +73,36 @@ def page_text(page: Any) -> PageText:
         images = (clipped(moved(each["bbox"], shown), bounds) for each in page.get_image_info())
         if any(area(box) > _SCAN_SHARE * area(bounds) for box in images):
             return PageText(words if is_text else [], "sparse")
-    return PageText(words)
+    return PageText(words, n_holed_lines=_n_holed(words))
 
 
 def _n_characters(words: Sequence[Word]) -> int:
     return sum(len(word.text) for word in words)
 
 
-def _legible(words: Sequence[Word]) -> tuple[list[Word], list[Word], int]:
-    """The words on lines that make sense, those on garbled ones, and how many lines are bad."""
+def _lines(words: Sequence[Word]) -> list[list[Word]]:
     lines: dict[tuple[int, int], list[Word]] = defaultdict(list)
     for word in words:
         lines[word.block, word.line].append(word)
-    texts = [" ".join(word.text for word in line) for line in lines.values()]
+    return list(lines.values())
+
+
+def _n_holed(words: Sequence[Word]) -> int:
+    """How many lines lack letters inside of many words, so that these are not found."""
+    holed = [[_HOLE.search(word.text) is not None for word in line] for line in _lines(words)]
+    return sum(sum(line) > 1 and sum(line) >= _HOLED_SHARE * len(line) for line in holed)
+
+
+def _legible(words: Sequence[Word]) -> tuple[list[Word], list[Word], int]:
+    """The words on lines that make sense, those on garbled ones, and how many lines are bad."""
+    lines = _lines(words)
+    texts = [" ".join(word.text for word in line) for line in lines]
     # A line of one lost character is a bullet; more are text that nobody will find.
     lost = {i for i, text in enumerate(texts) if len(text) > 1 and lost_share(text) > _LOST_SHARE}
     odd = garbled_lines(texts) - lost
     legible: list[Word] = []
     garbled: list[Word] = []
-    for i, line in enumerate(lines.values()):
+    for i, line in enumerate(lines):
         if i not in lost:
             (garbled if i in odd else legible).extend(line)
     return legible, garbled, len(lost) + len(odd)

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image, ImageDraw, ImageFont
 
 from mmrag.errors import ReadError
-from mmrag.reading import file_sha256, locate_quote, save_marked_page
+from mmrag.reading import file_sha256, locate_quote, save_marked_page, textlayer
 from mmrag.reading.pagewords import load_words, words_path
 
 DEJAVU = next(
@@ -81,6 +81,40 @@ def test_garbled_lines_are_reported_with_their_page(make_pdf, read) -> None:
     assert error.page == 1 and "3 of its lines" in str(error) and "--ocr" in str(error)
     assert reading.pages[0].needs_ocr
     assert reading.text(1).startswith(GOOD[0])
+
+
+@pytest.mark.parametrize(
+    ("lines", "n_holed"),
+    [
+        (["the gar\ufffden of the h\ufffd\ufffdse is open", GOOD[0]], 1),
+        (["it isn\ufffdt open, and nobody that was asked knew that it wasn\ufffdt"], 0),
+        (["\ufffd the garden", "\ufffd the house\ufffd", "a fi\ufffdld"], 0),
+    ],
+)
+def test_lines_that_lack_letters_inside_of_words_are_counted(lines, n_holed, monkeypatch) -> None:
+    words = [
+        textlayer.Word(text, (60.0 + 40 * n, 60.0 + 20 * i, 95.0 + 40 * n, 72.0 + 20 * i), 0, i)
+        for i, line in enumerate(lines)
+        for n, text in enumerate(line.split())
+    ]
+    monkeypatch.setattr(textlayer, "_raw_words", lambda page: words)
+    with pymupdf.open() as document:
+        layer = textlayer.page_text(document.new_page())
+    assert (layer.n_holed_lines, layer.words, layer.doubt) == (n_holed, words, "none")
+
+
+@needs_font
+def test_letters_that_a_font_does_not_name_are_told(make_pdf, read) -> None:
+    def draw(document: pymupdf.Document) -> None:
+        page = document.new_page()
+        for i, line in enumerate([*TABLE, *GOOD]):
+            page.insert_text((60, 200 + 18 * i), line, fontname="dj", fontfile=str(DEJAVU))
+        with_map(document, lambda char: "\ufffd" if char == "o" else char)
+
+    reading = read(make_pdf(draw), ocr="off")
+    (error,) = reading.errors
+    assert error.page == 1 and "letters are missing inside of words on 1 of its lines" in str(error)
+    assert "rerder level 60" in reading.text(1) and not reading.pages[0].needs_ocr
 
 
 @needs_font
