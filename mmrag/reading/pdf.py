@@ -224,18 +224,8 @@ class _Reader:
             # Beside the image: a page without one cannot be marked either.
             save_words(image, PageWords(tokens, scale_of(page, self.options)))
         needs_ocr = recognised is None and layer.doubt != "none"
-        if needs_ocr and layer.doubt == "illegible":
-            message = (
-                f"{layer.n_bad_lines} of its lines look garbled, as if a font did not say what its "
-                f"characters mean; to recognise them, index with --ocr auto ({ocr.INSTALL})"
-            )
-            self.problems.append(Problem(number, message))
-        if layer.n_holed_lines and recognised is None:
-            message = (
-                f"letters are missing inside of words on {layer.n_holed_lines} of its lines, as a "
-                "font does not say what they are: these words are not found"
-            )
-            self.problems.append(Problem(number, message))
+        if recognised is None:
+            self.problems += [Problem(number, message) for message in _doubts(layer)]
         passages = passages_of(
             tokens,
             self.options.passage_words,
@@ -334,3 +324,17 @@ def _short(error: Exception) -> str:
 def _is_memory(error: Exception) -> bool:
     """Whether the limit on memory was hit, in Python or in the engine."""
     return isinstance(error, MemoryError) or "alloc" in str(error)
+
+
+def _doubts(layer: PageText) -> Iterator[str]:
+    """What is wrong with a text layer in whose place nothing was recognised."""
+    if layer.doubt == "illegible":
+        yield (
+            f"{layer.n_bad_lines} of its lines look garbled, as if a font did not say what its "
+            f"characters mean; to recognise them, index with --ocr auto ({ocr.INSTALL})"
+        )
+    if layer.n_holed_lines:
+        yield (
+            f"letters are missing inside of words on {layer.n_holed_lines} of its lines, as a "
+            "font does not say what they are: these words are not found"
+        )
