@@ -19,7 +19,7 @@ from mmrag.answering.context import Source
 from mmrag.answering.passages import Passage, passages, running_lines
 from mmrag.content import Content
 from mmrag.embedders.base import Embedder
-from mmrag.lexical import Idf, sentences, terms
+from mmrag.lexical import Idf, sentences, terms, words
 from mmrag.prompting import sanitize
 
 FOUND = 0.4
@@ -60,10 +60,11 @@ def extract(
     """The best passages, each with its ``[n]``; None below ``least_evidence``.
 
     A question without content words (an image alone, say) is answered by what the embedder
-    finds nearest, and never with certainty.
+    finds nearest, and never with certainty. One of marks alone (``?``) asks nothing.
     """
     wanted = terms(question.text or "")
-    if not wanted and embedder is None:
+    asks = bool(question.images or words(question.text or ""))
+    if not wanted and (embedder is None or not asks):
         return None
     found = evidence(wanted, sources) if wanted else 0.0
     # Before any embedding: most questions that the pages cannot answer stop here.
@@ -111,18 +112,18 @@ def _scores(
         (idf.coverage(wanted, c.passage.words) + idf.coverage(wanted, terms(c.passage.quote))) / 2
         for c in candidates
     ]
-    words = np.asarray(shared, dtype=np.float32)
+    covered = np.asarray(shared, dtype=np.float32)
     places = np.asarray([c.source.n - 1 for c in candidates], dtype=np.float32)
     if embedder is None:
-        return words - _PLACE_WORTH * places
-    likely = np.argsort(-(words - _PLACE_WORTH * places), kind="stable")[:_TO_EMBED]
+        return covered - _PLACE_WORTH * places
+    likely = np.argsort(-(covered - _PLACE_WORTH * places), kind="stable")[:_TO_EMBED]
     vectors = embedder.encode([candidates[i].passage.text for i in likely])
     task = "passage_for_question" if question.modality == "text" else "passage_for_image"
     asked = embedder.encode([question], instruction=task)[0]
-    alike = np.zeros_like(words)
+    alike = np.zeros_like(covered)
     # Opposed vectors are no worse than unrelated ones: both have nothing to do with the question.
     alike[likely] = np.clip(vectors @ asked, 0, 1)
-    both = (words + alike) / 2 if wanted else alike
+    both = (covered + alike) / 2 if wanted else alike
     return np.asarray(both - _PLACE_WORTH * places, dtype=np.float32)
 
 
@@ -136,10 +137,10 @@ def _choose(
     for i in order:
         if len(chosen) == limit or float(scores[i]) < _NEAR * best:
             break
-        words = set(candidates[i].passage.words)
+        own = set(candidates[i].passage.words)
         others = [set(each.passage.words) for each in chosen]
         # Pages of one report repeat their sentences, often with a word changed.
-        if all(len(words & other) < 0.8 * len(words | other) for other in others):
+        if all(len(own & other) < 0.8 * len(own | other) for other in others):
             chosen.append(candidates[i])
     return chosen
 

@@ -7,7 +7,7 @@ import threading
 import numpy as np
 import pytest
 from chat_server import ChatServer
-from fakes import make_image, make_node
+from fakes import FakeEmbedder, make_image, make_node
 from llama_index.core.base.base_retriever import BaseRetriever
 from llama_index.core.base.llms.types import ChatMessage, ChatResponse, ImageBlock, LLMMetadata
 from llama_index.core.callbacks import CallbackManager, CBEventType, LlamaDebugHandler
@@ -493,6 +493,13 @@ def test_without_a_model_passages_that_may_answer_are_called_so(hits):
 def test_an_answer_of_a_model_has_no_notice(engine):
     response = engine.query(QUESTION)
     assert (response.extractive, response.certain, response.notice) == (False, True, None)
+
+
+def test_without_a_model_marks_ask_nothing(hits):
+    """An embedder finds something near to anything."""
+    engine = CitedQueryEngine(Found(hits), embedder=FakeEmbedder())
+    assert not engine.query("?!").found
+    assert engine.query("What is this?").found
 
 
 def test_without_a_model_a_question_of_common_words_is_not_found(hits):
