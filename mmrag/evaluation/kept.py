@@ -30,7 +30,8 @@ class Kept:
         self._values: dict[str, Any] = {}
         if path is None or not path.exists():
             return
-        for line in path.read_text(encoding="utf-8").splitlines():
+        # Not splitlines, which also cuts at U+2028 inside of a value.
+        for line in path.read_text(encoding="utf-8").split("\n"):
             try:
                 row = json.loads(line)
                 self._values[row["key"]] = row["value"]

@@ -11,7 +11,6 @@ certain, or of passages that may answer.
 
 from __future__ import annotations
 
-import json
 import random
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -21,7 +20,7 @@ from mmrag.answering.engine import CitedQueryEngine
 from mmrag.errors import ContentError
 from mmrag.evaluation.answers import AnswerRecord
 from mmrag.evaluation.engines import answer_all
-from mmrag.evaluation.questions import Question, numbered
+from mmrag.evaluation.questions import Question, json_lines, numbered
 from mmrag.index import UniversalIndex
 from mmrag_recipes.config import EvaluateAnswersConfig
 from mmrag_recipes.evaluate_pages import read_questions
@@ -56,8 +55,7 @@ def _found(answers: Mapping[str, AnswerRecord]) -> dict[str, int]:
 def read_foreign(path: Path, count: int, seed: int) -> list[str]:
     """Draw questions of another corpus. Raises ContentError if a line has no question."""
     found = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        record = json.loads(line)
+    for number, record in json_lines(path):
         # A paragraph with several questions, as XQuAD has them, counts each.
         questions = record.get("questions") or [record]
         for item in questions:

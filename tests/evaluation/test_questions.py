@@ -5,6 +5,7 @@ import json
 import pytest
 
 from mmrag.errors import ContentError
+from mmrag.evaluation.kept import Kept
 from mmrag.evaluation.questions import Question, as_page, numbered, page_id, read_questions
 
 
@@ -21,6 +22,23 @@ def test_questions_are_read_and_bad_lines_named(tmp_path):
     path.write_text("\n")
     with pytest.raises(ContentError, match="no question"):
         read_questions(path)
+
+
+def test_a_line_ends_where_json_lines_end(tmp_path):
+    """A line separator of Unicode may stand in a JSON text, a byte order mark before it."""
+    path = tmp_path / "q.jsonl"
+    row = {"question": "how\u2028deep\x85is it?", "pages": [{"file": "a.pdf", "page": 3}]}
+    line = json.dumps(row, ensure_ascii=False) + "\r\n"
+    path.write_bytes((line + "\r\n" + line).encode("utf-8-sig"))
+    assert [read.text for read in read_questions(path)] == [row["question"]] * 2
+    path.write_bytes(line.encode("utf-8") + '{"question": "\u00e9"}'.encode("latin-1"))
+    with pytest.raises(ContentError, match=r"q.jsonl:2: this is not JSON .*utf-8"):
+        read_questions(path)
+
+
+def test_values_are_kept_whatever_their_characters(tmp_path):
+    Kept(tmp_path / "kept.jsonl")["a"] = "one\u2028two\x85three"
+    assert Kept(tmp_path / "kept.jsonl").get("a") == "one\u2028two\x85three"
 
 
 def test_everything_that_a_row_may_say(tmp_path):
