@@ -12,6 +12,7 @@ memory but the places of the candidates in a pool and the pages of videos.
 
 from __future__ import annotations
 
+import codecs
 import csv
 import hashlib
 import json
@@ -179,6 +180,9 @@ def from_swift(records: Iterable[Record], media: Media, task: str) -> Converted:
         return [item for side in sides for item in media.documents(_swift(*side), right)]
 
     def convert(number: int, record: Record) -> Row:
+        # Pairs of its other losses may be unlike each other, or alike to some degree.
+        if record.get("label") not in (None, 1):
+            raise ContentError(f"label is {record['label']}: only pairs with label 1 become rows")
         if "query" in record:
             rejected = record.get("rejected_response") or []
             rejected = [rejected] if isinstance(rejected, str) else rejected
@@ -214,13 +218,19 @@ def _said(messages: Sequence[Mapping[str, str]]) -> str:
 
 def _swift(text: str, images: Any = None, videos: Any = None) -> Files:
     """What makes an item; images and videos are paths, or tables that have one."""
-    names, shown = (
-        [str(f["path"] if isinstance(f, Mapping) else f) for f in each or []]
-        for each in (images, videos)
-    )
+    names, shown = _paths(images), _paths(videos)
     if (n_told := text.count("<video>")) != len(shown):
         raise ContentError(f"{n_told} <video> in a text with {len(shown)} videos")
+    # Fewer are right: ms-swift puts those that are not named at the start.
+    if (n_told := text.count("<image>")) > len(names):
+        raise ContentError(f"{n_told} <image> in a text with {len(names)} images")
     return Files(text, names, [Stretch(name) for name in shown])
+
+
+def _paths(files: Any) -> list[str]:
+    """Paths of files, each a path or a table that has one; a single one may stand alone."""
+    listed = [files] if isinstance(files, str | Mapping) else files or []
+    return [str(file["path"] if isinstance(file, Mapping) else file) for file in listed]
 
 
 def from_rows(records: Iterable[Record], media: Media, task: str) -> Converted:
@@ -231,8 +241,10 @@ def from_rows(records: Iterable[Record], media: Media, task: str) -> Converted:
     """
 
     def convert(number: int, record: Record) -> Row:
+        record = _without_null(record)
         sides = Sides.model_validate(record)
         row = {"id": f"{task}-{number}", "task": task, **record}
+        row["id"] = str(row["id"])
         row["query"] = media.item(sides.query.files)
         right: set[int] = set()
         for kind, named in (("positive", sides.positives), ("negative", sides.negatives)):
@@ -248,6 +260,13 @@ def from_rows(records: Iterable[Record], media: Media, task: str) -> Converted:
         return Row.model_validate(row)
 
     return _each(records, convert)
+
+
+def _without_null(value: Any) -> Any:
+    """A value of JSON without null, which tables write where a record has no such field."""
+    if isinstance(value, Mapping):
+        return {key: _without_null(one) for key, one in value.items() if one is not None}
+    return [_without_null(one) for one in value] if isinstance(value, list) else value
 
 
 def _files(text: str | None, image: str | None) -> Files:
@@ -305,9 +324,14 @@ def pages_of(
 
 
 def _each(records: Iterable[Record], convert: Callable[[int, Record], Row]) -> Converted:
+    seen: set[int] = set()
     for number, record in enumerate(records, 1):
         try:
-            yield convert(number, record)
+            row = convert(number, record)
+            if (name := _hash(row.id)) in seen:  # files of rows have each id once
+                raise ContentError(f"id {row.id!r} is that of an earlier record")
+            seen.add(name)
+            yield row
         except KeyError as error:
             yield f"record {number}: {error} is missing"
         except ValidationError as error:
@@ -329,15 +353,14 @@ def read_records(path: Path, subsets: Sequence[str] = ()) -> Iterator[dict[str, 
     elif path.suffix == ".parquet":
         yield from _parquet(path)
     else:
-        with path.open(encoding="utf-8") as file:
-            start = file.read(1)
-            while start.isspace():
-                start = file.read(1)
-        yield from _json_list(path) if start == "[" else _json_lines(path)
+        with path.open("rb") as file:
+            start = file.read(1000).removeprefix(codecs.BOM_UTF8).lstrip()
+        yield from _json_list(path) if start.startswith(b"[") else _json_lines(path)
 
 
 def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
-    with path.open(encoding="utf-8") as file:
+    # Bytes: json takes away a byte order mark, and an error of the encoding is one of the line.
+    with path.open("rb") as file:
         lines = (line for line in file if line.strip())
         for number, line in enumerate(lines, 1):
             try:
@@ -351,7 +374,7 @@ def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
 
 def _json_list(path: Path) -> Iterator[dict[str, Any]]:
     try:
-        records = json.loads(path.read_text(encoding="utf-8"))
+        records = json.loads(path.read_bytes())
     except ValueError as error:
         raise ContentError(f"{path}: neither JSON lines nor a JSON list ({error}).") from error
     for number, record in enumerate(records, 1):
@@ -392,21 +415,24 @@ def _parquet(path: Path) -> Iterator[dict[str, Any]]:
 
 def run(options: ConvertConfig) -> None:
     """Command: convert a file of records."""
-    n_problems = 0
+    n_rows, n_problems = 0, 0
 
     def rows() -> Iterator[Row]:
-        nonlocal n_problems
+        nonlocal n_rows, n_problems
         for made in _convert(options):
             if isinstance(made, Row):
+                n_rows += 1
                 yield made
                 continue
             n_problems += 1
             if n_problems <= _SHOWN_PROBLEMS:
                 print(f"left out: {made}")
+        if not n_rows:
+            raise ContentError(f"{options.records}: none of its {n_problems} records can be used.")
 
     # A generator: a large set is never in memory as a whole.
-    count = write_rows(options.out, rows())
-    print(f"{count} rows, {n_problems} left out: {options.out}")
+    write_rows(options.out, rows())
+    print(f"{n_rows} rows, {n_problems} left out: {options.out}")
 
 
 def _convert(options: ConvertConfig) -> Converted:

@@ -7,6 +7,7 @@ made again when the file changes.
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import io
 import json
@@ -284,6 +285,8 @@ def _lines_between(path: Path, start: int, stop: int) -> Iterator[tuple[int, byt
         file.seek(max(0, start - 1))
         if start:
             file.readline()  # its line began in the range before
+        elif file.read(len(codecs.BOM_UTF8)) != codecs.BOM_UTF8:
+            file.seek(0)
         while (offset := file.tell()) < stop and (line := file.readline()):
             yield offset, line
 

@@ -23,7 +23,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 from PIL import Image
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    FiniteFloat,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from mmrag.content import Clip, Content, load_image
 from mmrag.content import Modality as ContentModality
@@ -70,6 +78,14 @@ class Item(BaseModel):
         if isinstance(values, dict) and "video" in values:
             raise ValueError("rows hold images and clips: `convert rows` makes them of videos")
         return values
+
+    @field_validator("text")
+    @classmethod
+    def _is_unicode(cls, text: str | None) -> str | None:
+        # Half of a surrogate pair, as a cut in JavaScript leaves it, cannot be written.
+        if text is not None:
+            text.encode()
+        return text
 
     @model_validator(mode="after")
     def _something(self) -> Item:
@@ -121,8 +137,8 @@ class Row(BaseModel):
     query: Item
     positives: list[Item] = Field(min_length=1)
     negatives: list[Item] = Field(default_factory=list)
-    positive_scores: list[float] = Field(default_factory=list)
-    negative_scores: list[float] = Field(default_factory=list)
+    positive_scores: list[FiniteFloat] = Field(default_factory=list)
+    negative_scores: list[FiniteFloat] = Field(default_factory=list)
     source: str = ""
     license: str = ""
 
@@ -290,12 +306,15 @@ def write_rows(path: str | Path, rows: Iterable[Row]) -> int:
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(target.name + ".part")
     count = 0
-    with partial.open("w", encoding="utf-8") as file:
-        for row in rows:
-            # Without empty fields, which would double the size of most rows.
-            file.write(row.model_dump_json(exclude_defaults=True) + "\n")
-            count += 1
-    partial.replace(target)
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            for row in rows:
+                # Without empty fields, which would double the size of most rows.
+                file.write(row.model_dump_json(exclude_defaults=True) + "\n")
+                count += 1
+        partial.replace(target)
+    finally:
+        partial.unlink(missing_ok=True)
     return count
 
 

@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 
 from mmrag_recipes.__main__ import main
-from mmrag_recipes.convert import Pool, from_mbeir, from_mmeb, from_pdfs, from_swift
-from mmrag_recipes.rows import ImageStore, Item, Row, check_rows, store_of
+from mmrag_recipes.convert import Pool, from_mbeir, from_mmeb, from_pdfs, from_rows, from_swift
+from mmrag_recipes.rows import ImageStore, Item, Row, check_rows, read_rows, store_of
 from mmrag_recipes.sides import Media
 
 
@@ -129,10 +129,11 @@ def test_records_that_are_no_objects_are_named(tmp_path, kind):
         main(["convert", kind, str(records), "--out", str(tmp_path / "rows.jsonl")])
 
 
-def test_a_question_without_pages_costs_that_record_only(tmp_path, capsys):
+def test_a_question_without_pages_is_named(tmp_path, capsys):
     records = tmp_path / "questions.jsonl"
     records.write_text('{"question": "a"}\n')
-    main(["convert", "pdfs", str(records), "--out", str(tmp_path / "rows.jsonl")])
+    with pytest.raises(SystemExit, match="none of its 1 records"):
+        main(["convert", "pdfs", str(records), "--out", str(tmp_path / "rows.jsonl")])
     assert "left out: record 1: 'pages' is missing" in capsys.readouterr().out
 
 
@@ -220,3 +221,96 @@ def test_mmeb_as_published_by_subset(images, tmp_path, capsys):
     assert len({row.id for row in rows}) == 4
     with pytest.raises(SystemExit, match="no subset WebQa; there are: OK-VQA, WebQA"):
         main([*words, "--out", str(out), "--subsets", "WebQa"])
+
+
+def test_swift_pairs_that_are_not_alike_are_no_answers(images):
+    pair = {"query": "sky", "response": "blue"}
+    records = [
+        {**pair, "label": 1.0},
+        {**pair, "label": 0.0},
+        {**pair, "label": 0.8},
+        {**pair, "label": None},
+        {"messages": [], "positive_messages": [], "label": 0},
+    ]
+    found = parted(from_swift(records, images, "s"))
+    assert [row.id for row in found.rows] == ["s-1", "s-4"]
+    assert found.problems[0] == "record 2: label is 0.0: only pairs with label 1 become rows"
+    assert len(found.problems) == 3
+
+
+def test_swift_images_may_be_one_path_and_must_be_as_many_as_are_named(images):
+    said = [{"role": "user", "content": "<image>red?"}]
+    records = [
+        {
+            "messages": said,
+            "images": "a.png",
+            "positive_messages": [said, [{"role": "user", "content": "no"}]],
+            "positive_images": [{"path": "b.png"}, []],
+        },
+        {"query": "<image><image>both?", "images": ["a.png"], "response": "yes"},
+        {"query": "either?", "images": ["a.png"], "response": "yes"},
+    ]
+    found = parted(from_swift(records, images, "s"))
+    assert [len(row.query.images) for row in found.rows] == [1, 1]
+    assert [item.modality for item in found.rows[0].positives] == ["fused", "text"]
+    assert found.problems == ["record 2: 2 <image> in a text with 1 images"]
+
+
+def test_null_is_a_field_that_is_not_there(images):
+    side = {"image": None, "video": None, "start": None, "end": None}
+    record = {
+        "id": 7,
+        "instruction": None,
+        "query": {"text": "q", **side},
+        "positives": [{"text": "p", **side}],
+        "negatives": None,
+        "positive_scores": None,
+    }
+    assert list(from_rows([record], images, "t")) == [
+        Row(id="7", task="t", query=Item(text="q"), positives=[Item(text="p")])
+    ]
+
+
+def test_an_id_that_comes_again_is_left_out_where_it_is_told(images):
+    record = {"id": "x", "query": {"text": "q"}, "positives": [{"text": "p"}]}
+    found = parted(from_rows([record, {**record, "id": "y"}, record], images, "t"))
+    assert [row.id for row in found.rows] == ["x", "y"]
+    assert found.problems == ["record 3: id 'x' is that of an earlier record"]
+
+
+def test_half_a_surrogate_pair_costs_its_record_only(images, tmp_path):
+    path = tmp_path / "mine.jsonl"
+    good = '{"query": {"text": "a \\ud83d\\ude00"}, "positives": [{"text": "b"}]}'
+    path.write_text(good + "\n" + good.replace("\\ude00", "") + "\n")
+    out = tmp_path / "rows.jsonl"
+    main(["convert", "rows", str(path), "--out", str(out)])
+    (row,) = read_rows(out)
+    assert row.query.text == "a \N{GRINNING FACE}"
+
+
+@pytest.mark.parametrize("layout", ["lines", "list"])
+def test_a_byte_order_mark_is_no_part_of_the_records(tmp_path, layout):
+    record = '{"query": {"text": "qu\u00e9"}, "positives": [{"text": "p"}]}'
+    text = f"{record}\r\n\r\n" if layout == "lines" else f"[{record}]"
+    path, out = tmp_path / "mine.json", tmp_path / "rows.jsonl"
+    path.write_text(text, encoding="utf-8-sig")
+    main(["convert", "rows", str(path), "--out", str(out)])
+    assert [row.query.text for row in read_rows(out)] == ["qu\u00e9"]
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "utf-16"])
+def test_records_in_another_encoding_are_refused_in_words(tmp_path, encoding):
+    path = tmp_path / "mine.jsonl"
+    path.write_text('{"query": {"text": "qu\u00e9"}}\n', encoding=encoding)
+    with pytest.raises(SystemExit, match=r"mine\.jsonl: neither JSON lines nor a JSON list"):
+        main(["convert", "rows", str(path), "--out", str(tmp_path / "rows.jsonl")])
+
+
+def test_without_any_row_there_is_an_error_and_the_rows_before_stay(tmp_path):
+    path, out = tmp_path / "mine.jsonl", tmp_path / "rows.jsonl"
+    path.write_text('{"query": {"image": "gone.png"}, "positives": [{"text": "p"}]}\n')
+    out.write_text("before")
+    with pytest.raises(SystemExit, match="none of its 1 records can be used"):
+        main(["convert", "rows", str(path), "--out", str(out)])
+    assert out.read_text() == "before"
+    assert sorted(one.name for one in tmp_path.iterdir()) == ["mine.jsonl", "rows.jsonl"]

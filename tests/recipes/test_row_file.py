@@ -157,6 +157,14 @@ def test_the_index_is_kept_and_follows_the_file(tmp_path, monkeypatch):
     assert open_rows(path).digest != first.digest
 
 
+def test_a_byte_order_mark_is_no_part_of_the_first_row(tmp_path, monkeypatch):
+    monkeypatch.setattr(row_file, "_RANGE", 60)
+    path = tmp_path / "rows.jsonl"
+    write_rows(path, rows_of(3))
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert list(open_rows(path)) == read_rows(path) == rows_of(3)
+
+
 def test_every_bad_line_is_named_by_its_number(tmp_path, monkeypatch):
     monkeypatch.setattr(row_file, "_RANGE", 60)
     monkeypatch.setattr(row_file, "_FEW_TASKS", 1000)

@@ -40,6 +40,8 @@ def test_rows_survive_writing_and_reading(tmp_path):
         ({"negative_scores": [0.1]}, "1 negative_scores for 0 negatives"),
         ({"positives": [{"image": "nowhere"}]}, "there is no image with id 'nowhere'"),
         ({"positives": [{"image": "../../etc/passwd"}]}, "there is no image with id"),
+        ({"query": {"text": "a \ud800"}}, "query.text: 'utf-8' codec can't encode"),
+        ({"positive_scores": [float("nan")]}, "positive_scores.0: Input should be a finite"),
         ({"id": ""}, "id: String should have at least 1 character"),
     ],
 )
