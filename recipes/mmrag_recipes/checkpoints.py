@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import pickle
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from mmrag.errors import ConfigError
+from mmrag.errors import ConfigError, ModelError
 from mmrag_recipes import distributed
 from mmrag_recipes.compatible import old_fingerprint
 from mmrag_recipes.config import RunConfig, TrainConfig
@@ -37,13 +38,15 @@ MAY_CHANGE = frozenset(
 class Progress:
     """How far a run is. step: the next one. best: value of the best evaluation, NaN for none.
 
-    evaluations_since: evaluations since the best one. skipped: steps in a row without an update.
-    refreshed: step before which negatives were mined last, 0 for never. negatives: what was mined,
-    per data set the ``values`` and ``ends`` of a ``Ragged`` of keys.
+    judged: what the best evaluation measured, and the digest of its rows. evaluations_since:
+    evaluations since the best one. skipped: steps in a row without an update. refreshed: step
+    before which negatives were mined last, 0 for never. negatives: what was mined, per data set
+    the ``values`` and ``ends`` of a ``Ragged`` of keys.
     """
 
     step: int = 0
     best: float = float("nan")
+    judged: str = ""
     evaluations_since: int = 0
     skipped: int = 0
     refreshed: int = 0
@@ -154,7 +157,7 @@ class Checkpoints:
         path = self.folder / "best.pt"
         if not path.is_file():
             return None
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = _load(path)
         _fill(model, state["weights"])
         return int(state["step"])
 
@@ -163,13 +166,13 @@ class Checkpoints:
 
         Raises:
             ConfigError: If it is of a run with other options, rows, images or base weights.
+            ModelError: If it is damaged.
         """
         paths = self._steps()
         if not paths:
             return Progress()
-        # weights_only: a checkpoint from somewhere else must not run code.
         # mmap: with shards, the processes of a machine share one copy and read their parts.
-        state = torch.load(paths[-1], map_location="cpu", weights_only=True, mmap=self.config.shard)
+        state = _load(paths[-1], mmap=self.config.shard)
         # Before any weight is touched.
         check_identity(self.config, self.about, json.loads(state["identity"]))
         _fill(model, state["weights"])
@@ -193,6 +196,18 @@ class Checkpoints:
         # Whole or not at all: a kill while writing leaves the last one intact.
         torch.save(state, partial)
         partial.replace(path)
+
+
+def _load(path: Path, mmap: bool = False) -> dict[str, Any]:
+    try:
+        # weights_only: a checkpoint from somewhere else must not run code.
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise ModelError(
+            f"{path} is damaged and cannot be read. Delete it, and the same command goes on from "
+            "the checkpoint before it, or from the start where there is none."
+        ) from error
+    return state
 
 
 def trained_state(model: nn.Module) -> dict[str, Tensor]:

@@ -20,7 +20,7 @@ from mmrag.embedders.registry import find_folders
 from mmrag.errors import ConfigError, ContentError
 from mmrag.instructions import resolve
 from mmrag.modeling.batching import Sized
-from mmrag_recipes.config import DataConfig, RunConfig
+from mmrag_recipes.config import DataConfig, RunConfig, TrainConfig
 from mmrag_recipes.console import track
 from mmrag_recipes.row_file import (
     Documents,
@@ -142,7 +142,24 @@ def _load(data: DataConfig, config: RunConfig, planner: Planner) -> Dataset:
     costs = np.load(kept, mmap_mode="r")
     if not bool((costs != LEFT_OUT).any()):
         raise ContentError(f"{data.rows}: no row can be used: {problems[0].reason}")
-    return Dataset(data, rows, store, costs, problems, f"{rows.digest}/{found['images']}")
+    dataset = Dataset(data, rows, store, costs, problems, f"{rows.digest}/{found['images']}")
+    _check_contrast(dataset, config)
+    return dataset
+
+
+def _check_contrast(dataset: Dataset, config: RunConfig) -> None:
+    """Raise ConfigError if the loss would be zero for every row, and nothing be learned."""
+    data = dataset.config
+    alone = min(config.batch_size, int((dataset.costs != LEFT_OUT).sum())) < 2
+    mined = len(dataset.rows.keys.negatives.values) or (
+        isinstance(config, TrainConfig) and config.refresh
+    )
+    if (alone or not data.in_batch_negatives) and not (config.hard_negatives and mined):
+        raise ConfigError(
+            f"{data.rows}: nothing could be learned, since no row is compared with a negative. "
+            "Give several rows and a batch_size above 1, with in_batch_negatives; or "
+            "hard_negatives, and rows that were mined."
+        )
 
 
 def _stat(path: Path) -> tuple[int, int] | None:

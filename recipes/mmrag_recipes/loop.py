@@ -36,10 +36,10 @@ from mmrag_recipes.checkpoints import (
 from mmrag_recipes.config import RunConfig
 from mmrag_recipes.data import Dataset, load_datasets
 from mmrag_recipes.features import keep_features, unchanging
+from mmrag_recipes.judging import check_evaluation, judge_by, metric_of
 from mmrag_recipes.refresh import Refresh
 from mmrag_recipes.reports import plot_run
 from mmrag_recipes.row_file import Ragged
-from mmrag_recipes.rows import read_rows
 from mmrag_recipes.run_log import Report, RunLog
 from mmrag_recipes.sharding import ShardedTask
 from mmrag_recipes.tasks import Step, Task
@@ -78,7 +78,7 @@ def _fit(
             "torchrun --nproc_per_node 8 -m mmrag_recipes, or leave it out."
         )
     if config.evaluate:
-        read_rows(config.evaluate)  # a bad file is told now, not at the first evaluation
+        check_evaluation(config)
     # Adapters begin at random weights: the same in every process and every run.
     torch.manual_seed(config.seed)
     random.seed(config.seed)
@@ -102,6 +102,8 @@ def _fit(
         return out / "final"
     checkpoints = Checkpoints(config, about)
     progress = checkpoints.resume(task.model, optimizer)
+    if config.evaluate:
+        judge_by(progress, config)
     log = None
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
@@ -297,23 +299,15 @@ def train_step(
     return mean, norm
 
 
-def metric_of(results: dict[str, dict[str, float]], name: str) -> float:
-    """The value of a metric such as ``all/ndcg@10``. Raises ConfigError for an unknown one."""
-    pair, _, metric = name.rpartition("/")
-    try:
-        return results[pair][metric]
-    except KeyError as error:
-        names = ", ".join(f"{p}/{m}" for p, found in results.items() for m in found)
-        raise ConfigError(f"best_metric={name!r} is unknown; there are {names}.") from error
-
-
 def _finish(training: Training, out: Path, about: dict[str, Any]) -> None:
     """Write the final weights: those of the best evaluation, if there was one."""
     from safetensors.torch import save_file
 
     model = training.task.model
     distributed.wait()  # until the first process has written the best weights
-    best = training.checkpoints.load_best(model) if training.config.evaluate else None
+    # Without a value, best.pt is of evaluations that do not count.
+    judged = training.config.evaluate and not math.isnan(training.progress.best)
+    best = training.checkpoints.load_best(model) if judged else None
     if best is not None:
         logger.info("the final weights are those after step %d, the best evaluation", best)
     # safetensors refuses views.

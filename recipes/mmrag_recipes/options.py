@@ -66,7 +66,7 @@ def read_arguments(cls: type[O], arguments: Sequence[str], prog: str) -> O:
     for name, field in _flags(cls):
         _add(parser, name, field, positional=name in cls.positional)
     # TOML keys have underscores, and are understood here too.
-    words = [w.replace("_", "-") if w.startswith("--") and "=" not in w else w for w in arguments]
+    words = [_dashed(word) if word.startswith("--") else word for word in arguments]
     # Intermixed: options may stand between the positional words.
     given = vars(parser.parse_intermixed_args(words))
     file = given.pop("config", None)
@@ -78,6 +78,11 @@ def read_arguments(cls: type[O], arguments: Sequence[str], prog: str) -> O:
             inner = inner.setdefault(table, {})
         inner[last] = value
     return build(cls, values, file or "command line")
+
+
+def _dashed(word: str) -> str:
+    name, equals, value = word.partition("=")
+    return name.replace("_", "-") + equals + value
 
 
 def find_config(name: str) -> Path:

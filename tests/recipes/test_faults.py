@@ -64,7 +64,8 @@ def scripted(monkeypatch, values):
     def evaluate(backbone, config):
         state = loop_module.trained_state(backbone.model)
         seen.append({name: value.clone() for name, value in state.items()})
-        return {"all": {"ndcg@10": values[len(seen) - 1]}}
+        value = values[len(seen) - 1]
+        return {"all": {"ndcg@10": value, "mrr@10": value}}
 
     monkeypatch.setattr(train_module, "evaluate_now", evaluate)
     return seen
@@ -275,3 +276,79 @@ def test_other_rows_are_refused(tiny_model, tmp_path):
     make_rows(tmp_path / "data", 9, kind="text")
     with pytest.raises(ConfigError, match="other rows"):
         train(config)
+
+
+@pytest.mark.parametrize("cut", [0, 1000])
+def test_a_damaged_checkpoint_is_named(tiny_model, text_rows, tmp_path, cut):
+    config = config_of(tiny_model, tmp_path, text_rows, steps=4, save_every=1)
+    train(config)
+    whole = weights_of(tmp_path)
+    shutil.rmtree(tmp_path / "final")
+    last = tmp_path / "checkpoints" / "step-000004.pt"
+    last.write_bytes(last.read_bytes()[:cut])
+    with pytest.raises(ModelError, match=r"step-000004\.pt is damaged.*Delete it"):
+        train(config)
+    last.unlink()
+    train(config)
+    assert same(weights_of(tmp_path), whole)
+
+
+def test_a_run_that_could_learn_nothing_is_refused(tiny_model, tmp_path):
+    """Without a negative the loss is zero whatever the weights are."""
+    bare = make_rows(tmp_path / "bare", 4, negatives=0, kind="text")
+    alone = make_rows(tmp_path / "one", 1, kind="text")
+    mined = make_rows(tmp_path / "mined", 1, negatives=1, kind="text")
+    config = config_of(tiny_model, tmp_path / "out", bare, steps=1, hard_negatives=0)
+    separate = (config.data[0].replace(in_batch_negatives=False),)
+    for changes in (
+        {"batch_size": 1},
+        {"data": separate},
+        {"data": separate, "hard_negatives": 1},  # of which the rows have none
+        {"data": (config.data[0].replace(rows=str(alone)),)},
+    ):
+        with pytest.raises(ConfigError, match="nothing could be learned"):
+            train(config.replace(**changes))
+    own = config_of(tiny_model, tmp_path / "out", mined, steps=1, hard_negatives=1, batch_size=1)
+    train(own)
+    assert log_of(tmp_path / "out")[0]["loss"] > 0
+
+
+def test_what_an_evaluation_lacks_is_told_before_the_first_step(tiny_model, text_rows, tmp_path):
+    gone = tmp_path / "dev.jsonl"
+    write_rows(gone, [Row(id="a", query=Item(text="q"), positives=[Item(image="gone")])])
+    for options, error, words in (
+        ({"evaluate": str(gone)}, ContentError, "no image with id 'gone'"),
+        ({"evaluate": str(text_rows), "best_metric": "all/mrr"}, ConfigError, "all/mrr@10"),
+        ({"evaluate": str(text_rows), "best_metric": "text->image/mrr@10"}, ConfigError, "unknown"),
+    ):
+        with pytest.raises(error, match=words):
+            train(config_of(tiny_model, tmp_path / "out", text_rows, **options))
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_best_evaluation_of_a_resumed_run_is_of_one_kind(
+    tiny_model, text_rows, tmp_path, monkeypatch
+):
+    """0.9 by one metric is not better than 0.2 by another."""
+    seen = scripted(monkeypatch, [0.9, 0.8, 0.2, 0.1])
+    options = {"evaluate": str(text_rows), "evaluate_every": 1, "save_every": 1}
+    config = config_of(tiny_model, tmp_path, text_rows, steps=2, **options)
+    train(config)
+    assert same(weights_of(tmp_path), seen[0])
+    train(config.replace(steps=3, best_metric="all/mrr@10"))
+    assert same(weights_of(tmp_path), seen[2])
+    train(config.replace(steps=4, best_metric="all/mrr@10"))
+    assert same(weights_of(tmp_path), seen[2])
+
+
+def test_without_an_evaluation_that_counts_the_last_weights_are_the_final_ones(
+    tiny_model, text_rows, tmp_path, monkeypatch
+):
+    scripted(monkeypatch, [0.9])
+    options = {"evaluate": str(text_rows), "evaluate_every": 1, "save_every": 1}
+    config = config_of(tiny_model, tmp_path, text_rows, steps=1, **options)
+    train(config)
+    changed = config.replace(steps=2, best_metric="all/mrr@10", evaluate_every=5)
+    train(changed)
+    last = torch.load(tmp_path / "checkpoints" / "step-000002.pt", weights_only=True)
+    assert same(weights_of(tmp_path), last["weights"])

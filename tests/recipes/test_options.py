@@ -19,10 +19,12 @@ def file(tmp_path):
 def test_the_command_line_overrides_the_file(file):
     words = ["--config", str(file), "--lora.r", "16", "--lr", "5e-5", "--out", "other"]
     words += ["--freeze", "visual", "lm", "--gradient-checkpointing", "--batch_size", "8"]
+    words += ["--save_every=7", "--evaluate=dev_rows.jsonl"]
     config = read_arguments(TrainConfig, words, "train")
     assert (config.lora.r, config.lr, config.out) == (16, 5e-5, "other")
     assert (config.freeze, config.gradient_checkpointing) == (("visual", "lm"), True)
-    assert config.batch_size == 8
+    assert (config.batch_size, config.save_every) == (8, 7)
+    assert config.evaluate == "dev_rows.jsonl"
     assert config.data[0].rows == "r"
 
 

@@ -318,6 +318,7 @@ def test_another_video_is_another_run(folder, tiny_model, tmp_path):
     films = tmp_path / "films"
     films.mkdir()
     record = {"id": "a", "query": {"text": "?"}, "positives": [{"video": "a.mp4"}]}
+    record["negatives"] = [{"text": "no"}]
     config = config_of(tiny_model, tmp_path / "out", tmp_path / "rows.jsonl", batch_size=1, steps=1)
     for colour in ("red", "blue"):
         make_video(films / "a.mp4", [(colour, 10)])
