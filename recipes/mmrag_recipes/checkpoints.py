@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import pickle
+import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -193,9 +194,17 @@ class Checkpoints:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(path.name + ".part")
-        # Whole or not at all: a kill while writing leaves the last one intact.
-        torch.save(state, partial)
-        partial.replace(path)
+        try:
+            # Whole or not at all: a kill while writing leaves the last one intact.
+            torch.save(state, partial)
+            partial.replace(path)
+        except (RuntimeError, OSError) as error:  # on a full disk torch raises the first
+            partial.unlink(missing_ok=True)
+            free = shutil.disk_usage(self.folder).free
+            raise ModelError(
+                f"{path} cannot be written ({error}); {free:,} bytes are free. Checkpoints of "
+                "before are whole: with more room, the same command goes on from the last."
+            ) from error
 
 
 def _load(path: Path, mmap: bool = False) -> dict[str, Any]:

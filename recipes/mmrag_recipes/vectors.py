@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,6 +16,8 @@ from mmrag.instructions import resolve
 from mmrag_recipes.console import track
 from mmrag_recipes.rows import ImageStore, Item
 
+logger = logging.getLogger("mmrag_recipes")
+
 Vectors = NDArray[np.float32]
 
 _ITEMS_AT_ONCE = 2048  # embedded between two savings
@@ -23,6 +26,8 @@ _SCORES_AT_ONCE = 32_000_000  # 128 MB of float32
 
 class VectorCache:
     """Vectors of items by content and instruction, in a folder; None keeps nothing.
+
+    Where the folder cannot be written, a warning says so, and nothing is kept.
 
     Only vectors of an embedder with the same fingerprint are taken from it.
     """
@@ -74,12 +79,17 @@ class VectorCache:
     def _save(self, keys: Sequence[int], vectors: Vectors) -> None:
         if self.folder is None:
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
         target = self.folder / f"{len(list(self.folder.glob('*.npz'))):06d}.npz"
         partial = target.with_suffix(".part")
-        with partial.open("wb") as file:
-            np.savez(file, keys=np.array(keys, dtype=np.int64), vectors=vectors)
-        partial.replace(target)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with partial.open("wb") as file:
+                np.savez(file, keys=np.array(keys, dtype=np.int64), vectors=vectors)
+            partial.replace(target)
+        except OSError as error:
+            # Rows may lie on a disk that is read-only: vectors are kept to save time alone.
+            logger.warning("vectors are not kept: %s", error)
+            self.folder = None
 
 
 def nearest(

@@ -1,6 +1,7 @@
 """A run that goes wrong says so, and nothing good is lost."""
 
 import json
+import resource
 import shutil
 
 import numpy as np
@@ -276,6 +277,21 @@ def test_other_rows_are_refused(tiny_model, tmp_path):
     make_rows(tmp_path / "data", 9, kind="text")
     with pytest.raises(ConfigError, match="other rows"):
         train(config)
+
+
+def test_a_checkpoint_without_room_leaves_those_of_before(tiny_model, text_rows, tmp_path):
+    config = config_of(tiny_model, tmp_path, text_rows, steps=3, save_every=1)
+    train(config.replace(steps=1))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, hard))
+    try:
+        with pytest.raises(ModelError, match=r"step-000002\.pt cannot be written .* bytes"):
+            train(config)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [one.name for one in (tmp_path / "checkpoints").iterdir()] == ["step-000001.pt"]
+    train(config)
+    assert [record["step"] for record in log_of(tmp_path)] == [0, 1, 2]
 
 
 @pytest.mark.parametrize("cut", [0, 1000])

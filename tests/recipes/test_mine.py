@@ -209,6 +209,16 @@ def test_vectors_are_kept_between_runs_and_by_instruction(store, tmp_path, monke
     assert other.encoded == 5
 
 
+def test_where_vectors_cannot_be_kept_they_are_made_all_the_same(store, tmp_path, caplog):
+    items = [Item(text=f"t{n}") for n in range(vectors._ITEMS_AT_ONCE + 1)]
+    in_the_way = tmp_path / "rows.jsonl.index"
+    in_the_way.write_text("no folder")
+    embedder = FakeEmbedder()
+    found = VectorCache(in_the_way, embedder, store).encode(items)
+    assert (found == VectorCache(None, embedder, store).encode(items)).all()
+    assert [record.message[:22] for record in caplog.records] == ["vectors are not kept: "]
+
+
 def test_a_reranker_scores_as_the_teacher(store):
     class Lengths:
         name = "lengths"
