@@ -106,7 +106,11 @@ class Job:
 
 @dataclass
 class Report:
-    """Yield by pair and by reason of loss, and cost."""
+    """Yield by pair and by reason of loss, and cost.
+
+    unfiltered: rows that the embedder cannot judge. too_few: number of documents by modality, where
+    all of them are within ``top_k``, so that the filter keeps every row.
+    """
 
     note: str
     documents: int = 0
@@ -114,6 +118,7 @@ class Report:
     kept: Counter[str] = field(default_factory=Counter)
     lost: Counter[str] = field(default_factory=Counter)
     unfiltered: int = 0
+    too_few: dict[str, int] = field(default_factory=dict)
     usage: dict[str, float] = field(default_factory=dict)
     cost: float = 0.0
     problems: list[str] = field(default_factory=list)
@@ -129,6 +134,10 @@ class Report:
                 f"  {self.unfiltered} rows were kept without a round trip: the embedder cannot "
                 "embed one of their sides"
             )
+        lines += [
+            f"  all {n} documents as {modality} are within top_k: the filter drops no row"
+            for modality, n in self.too_few.items()
+        ]
         used = ", ".join(f"{name} {value:.0f}" for name, value in self.usage.items())
         lines.append(f"  used in all runs: {used}, cost {self.cost:.2f}")
         return "\n".join(lines + [f"  not read: {problem}" for problem in self.problems])
@@ -366,6 +375,7 @@ def synthesize(
     rows, lost, report.unfiltered = round_trip(made, documents, cache, config.top_k)
     if lost:
         report.lost[f"not among the first {config.top_k} for its own query"] = lost
+    report.too_few = _too_few(documents, made, config.top_k)
     report.kept.update(row.pair for row in rows)
     report.cost = (
         report.usage.get("prompt_tokens", 0.0) * config.prompt_price
@@ -377,6 +387,13 @@ def synthesize(
         write_rows(out / "dev.jsonl", dev)
     (out / "report.json").write_text(json.dumps(vars(report), indent=1))
     return report
+
+
+def _too_few(documents: Sequence[Document], rows: Sequence[Row], top_k: int) -> dict[str, int]:
+    """Number of documents by modality, of those that rows are about and of which top_k are all."""
+    sizes = Counter(modality for document in documents for modality in document.modalities)
+    asked = {row.positives[0].modality for row in rows}
+    return {modality: n for modality, n in sizes.items() if modality in asked and n <= top_k}
 
 
 def split(rows: Sequence[Row], config: SynthesizeConfig) -> tuple[list[Row], list[Row]]:

@@ -218,6 +218,17 @@ def test_an_embedder_without_eyes_filters_what_it_can_and_says_the_rest(papers, 
     assert "without a round trip" in str(report)
 
 
+def test_a_filter_that_can_drop_nothing_is_told(papers, tmp_path):
+    config = CONFIG.replace(pairs=("text->text",), rows=99)
+    report = made([papers], tmp_path / "all", config.replace(top_k=99), FakeEmbedder())
+    (n_texts,) = report.too_few.values()
+    assert f"all {n_texts} documents as text are within top_k" in str(report)
+    for top_k, told in ((n_texts, {"text": n_texts}), (n_texts - 1, {})):
+        report = made([papers], tmp_path / str(top_k), config.replace(top_k=top_k), FakeEmbedder())
+        assert report.too_few == told
+    assert "within top_k" not in str(report)
+
+
 def test_an_answer_that_is_no_json_is_asked_for_again(papers, tmp_path):
     class Chatty(Scripted):
         def ask(self, prompt, images):
