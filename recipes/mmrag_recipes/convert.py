@@ -390,8 +390,10 @@ def _checked(path: Path, number: int, record: Any) -> dict[str, Any]:
 def _subsets(folder: Path, wanted: Sequence[str]) -> Iterator[dict[str, Any]]:
     found = sorted({path.parent for path in folder.glob("*/*.parquet")})
     unknown = sorted(set(wanted) - {path.name for path in found})
-    if unknown or not found:
-        names = ", ".join(path.name for path in found) or "none"
+    if not found:
+        raise ContentError(f"{folder}: no subset, which is a folder with parquet files.")
+    if unknown:
+        names = ", ".join(path.name for path in found)
         raise ContentError(f"{folder}: no subset {', '.join(unknown)}; there are: {names}.")
     for subset in found:
         if not wanted or subset.name in wanted:

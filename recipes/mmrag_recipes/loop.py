@@ -39,7 +39,7 @@ from mmrag_recipes.features import keep_features, unchanging
 from mmrag_recipes.judging import check_evaluation, judge_by, metric_of
 from mmrag_recipes.refresh import Refresh
 from mmrag_recipes.reports import plot_run
-from mmrag_recipes.row_file import Ragged
+from mmrag_recipes.row_file import Ragged, write_whole
 from mmrag_recipes.run_log import Report, RunLog
 from mmrag_recipes.sharding import ShardedTask
 from mmrag_recipes.tasks import Step, Task
@@ -130,7 +130,11 @@ def is_finished(config: RunConfig, about: dict[str, Any]) -> bool:
     path = Path(config.out) / "final" / "run.json"
     if not path.is_file():
         return False
-    stored = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        stored = json.loads(path.read_bytes())
+    except ValueError:
+        logger.warning("%s is damaged: the end of the run is made again", path)
+        return False
     check_identity(config, about, stored["identity"])
     return bool(stored["steps"] >= config.steps)
 
@@ -320,5 +324,5 @@ def _finish(training: Training, out: Path, about: dict[str, Any]) -> None:
     training.config.save(final / "config.json")
     state = {"steps": training.config.steps, "identity": about, "best_step": best}
     # Written last: it says that the run is finished.
-    (final / "run.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
+    write_whole(final / "run.json", json.dumps(state, indent=1).encode())
     plot_run(out)

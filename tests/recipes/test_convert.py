@@ -221,6 +221,10 @@ def test_mmeb_as_published_by_subset(images, tmp_path, capsys):
     assert len({row.id for row in rows}) == 4
     with pytest.raises(SystemExit, match="no subset WebQa; there are: OK-VQA, WebQA"):
         main([*words, "--out", str(out), "--subsets", "WebQa"])
+    (tmp_path / "empty").mkdir()
+    words[2] = str(tmp_path / "empty")
+    with pytest.raises(SystemExit, match="empty: no subset, which is a folder with parquet files"):
+        main([*words, "--out", str(out)])
 
 
 def test_swift_pairs_that_are_not_alike_are_no_answers(images):

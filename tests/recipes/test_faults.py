@@ -269,6 +269,18 @@ def test_a_finished_run_is_not_trained_again(tiny_model, text_rows, tmp_path, mo
     assert [record["step"] for record in log_of(tmp_path)] == [0, 1, 2]
 
 
+def test_a_damaged_end_of_a_run_is_made_again(tiny_model, text_rows, tmp_path, caplog):
+    config = config_of(tiny_model, tmp_path, text_rows, steps=2)
+    train(config)
+    end = tmp_path / "final" / "run.json"
+    whole = end.read_text()
+    end.write_text(whole[:40])
+    train(config)
+    assert "run.json is damaged: the end of the run is made again" in caplog.text
+    assert end.read_text() == whole
+    assert [record["step"] for record in log_of(tmp_path)] == [0, 1]
+
+
 def test_other_rows_are_refused(tiny_model, tmp_path):
     """Mining again and training into the same folder must not give the old weights back."""
     rows = make_rows(tmp_path / "data", 8, kind="text")
