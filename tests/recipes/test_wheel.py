@@ -35,13 +35,15 @@ def test_a_recipe_runs_from_the_wheel(tmp_path):
     where = run(python, "-c", "import mmrag, mmrag_recipes as r; print(mmrag.__path__, r.__path__)")
     assert where.count(str(fresh)) == 2
 
-    (tmp_path / "notes.txt").write_text(
-        "The kingfisher nests in burrows that both parents dig into sandy banks of a river. "
-        "Young birds leave the burrow after about four weeks and learn to fish by themselves. " * 3
-    )
+    (tmp_path / "notes").mkdir()
+    for bird, nest in (("kingfisher", "sandy banks of a river"), ("stork", "the roof of a barn")):
+        (tmp_path / "notes" / f"{bird}.txt").write_text(
+            f"The {bird} nests on or in {nest}, which both parents prepare in early spring. "
+            f"A young {bird} leaves the nest after some weeks and learns to fish by itself. " * 3
+        )
     shown = run(python, "-m", "mmrag_recipes", "train", "--help")
     assert "adapt" in shown
-    shown = run(python, "-m", "mmrag_recipes", "synthesize", "notes.txt", "--out", "data")
+    shown = run(python, "-m", "mmrag_recipes", "synthesize", "notes", "--out", "data")
     assert "rows kept" in shown
     assert (tmp_path / "data" / "rows.jsonl").read_text()
     overrides = ["--data", "data/rows.jsonl", "--out", "run", "--steps", "2", "--batch-size", "2"]
