@@ -10,8 +10,7 @@ a page, attention is a hundredth of its work. Towers of Qwen-VL have their own, 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -78,26 +77,26 @@ def _has_kernel(query: Tensor) -> bool:
     return query.is_cuda and query.dtype in _HALF and dim % 8 == 0 and dim <= _MOST_DIM
 
 
-class _Planless:
-    """How many threads want no plans, and whether cuDNN may be chosen when none does."""
+class _WithoutCudnn:
+    """Keeps cuDNN out while any thread is inside: PyTorch has one setting for all of a process."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._wanted_by = 0
+        self._inside = 0
         self._usual = True
 
-    def enter(self) -> None:
+    def __enter__(self) -> None:
         with self._lock:
-            if not self._wanted_by:
+            if not self._inside:
                 self._usual = _cuda.cudnn_sdp_enabled()
                 # Where it is the one kernel left, as in sdpa_kernel, it is what the user wants.
                 _cuda.enable_cudnn_sdp(self._usual and not _others_enabled())
-            self._wanted_by += 1
+            self._inside += 1
 
-    def leave(self) -> None:
+    def __exit__(self, *error: object) -> None:
         with self._lock:
-            self._wanted_by -= 1
-            if not self._wanted_by:
+            self._inside -= 1
+            if not self._inside:
                 _cuda.enable_cudnn_sdp(self._usual)
 
 
@@ -106,32 +105,18 @@ def _others_enabled() -> bool:
     return any(enabled() for enabled in others)
 
 
-_planless = _Planless()
+_without_cudnn = _WithoutCudnn()
 
 
-@contextmanager
-def planless(device: torch.device) -> Iterator[None]:
-    """Keep cuDNN's attention out on CUDA. PyTorch knows one setting for all threads of a process.
+def planless(device: torch.device) -> AbstractContextManager[None]:
+    """Keep cuDNN's attention out on CUDA.
 
-    So the attention of other threads may meanwhile be another kernel's, with the same results.
+    The attention of other threads may meanwhile be another kernel's, with the same results.
     """
     # The compiler writes the kernel down that it finds when it compiles.
     if device.type != "cuda" or torch.compiler.is_compiling():
-        yield
-        return
-    _planless.enter()
-    try:
-        yield
-    finally:
-        _planless.leave()
-
-
-def has_flash(device: torch.device) -> bool:
-    """Whether PyTorch has flash attention for a device: CUDA, from the Ampere generation on."""
-    if device.type != "cuda" or torch.version.hip is not None:
-        return False
-    available: bool = _cuda.is_flash_attention_available()
-    return available and torch.cuda.get_device_capability(device) >= (8, 0)
+        return nullcontext()
+    return _without_cudnn
 
 
 AttentionInterface.register(PLANLESS, attend)

@@ -17,7 +17,6 @@ from typing import Any, Literal, TypeAlias, get_args
 import torch
 
 from mmrag.errors import ConfigError, ModelError
-from mmrag.modeling.attention import PLANLESS, has_flash
 from mmrag.modeling.checkpoints import check_weight_files, read_json
 
 Quantization: TypeAlias = Literal["8bit", "4bit", "4bit-double"]
@@ -85,10 +84,22 @@ def place(
 
     # Flash attention has kernels for half precision on CUDA alone.
     flash = chosen.type == "cuda" and half and is_flash_attn_2_available()
-    own = PLANLESS if has_flash(chosen) else "sdpa"
-    attention = "flash_attention_2" if flash else own
+    attention = "flash_attention_2" if flash else "sdpa"
+    if not flash and has_flash(chosen):
+        # Here, for it imports transformers' models, which takes seconds.
+        from mmrag.modeling.attention import PLANLESS
+
+        attention = PLANLESS
     compiling = _check_compile(compile, quantize, device_map)
     return Placement(chosen, precision, attention, quantize, device_map, compiling)
+
+
+def has_flash(device: torch.device) -> bool:
+    """Whether PyTorch has flash attention for a device: CUDA, from the Ampere generation on."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return False
+    available = torch.backends.cuda.is_flash_attention_available()
+    return available and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def device_name() -> str:

@@ -13,7 +13,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from mmrag.content import Content
 from mmrag.embedders import load_embedder
 from mmrag.modeling import attention, loading
-from mmrag.modeling.attention import PLANLESS, attend, has_flash, planless
+from mmrag.modeling.attention import PLANLESS, attend, planless
+from mmrag.modeling.loading import has_flash
 from mmrag.rerankers import load_scorer
 
 CHANCE = np.random.default_rng(5)
