@@ -79,19 +79,25 @@ def place(
         raise ConfigError("device_map chooses the devices itself: leave out device.")
     _check_quantize(quantize)
     precision = _dtype(dtype, chosen)
-    half = precision in (torch.float16, torch.bfloat16)
+    compiling = _check_compile(compile, quantize, device_map)
+    attention = _attention(chosen, precision)
+    return Placement(chosen, precision, attention, quantize, device_map, compiling)
+
+
+def _attention(device: torch.device, dtype: torch.dtype) -> str:
+    """The fastest implementation of attention there is, by a name that transformers knows."""
     from transformers.utils import is_flash_attn_2_available
 
-    # Flash attention has kernels for half precision on CUDA alone.
-    flash = chosen.type == "cuda" and half and is_flash_attn_2_available()
-    attention = "flash_attention_2" if flash else "sdpa"
-    if not flash and has_flash(chosen):
-        # Here, for it imports transformers' models, which takes seconds.
-        from mmrag.modeling.attention import PLANLESS
+    # The package has kernels for half precision on CUDA alone.
+    half = dtype in (torch.float16, torch.bfloat16)
+    if device.type == "cuda" and half and is_flash_attn_2_available():
+        return "flash_attention_2"
+    if not has_flash(device):
+        return "sdpa"
+    # Here, for it imports transformers' models, which takes seconds.
+    from mmrag.modeling.attention import PLANLESS
 
-        attention = PLANLESS
-    compiling = _check_compile(compile, quantize, device_map)
-    return Placement(chosen, precision, attention, quantize, device_map, compiling)
+    return PLANLESS
 
 
 def has_flash(device: torch.device) -> bool:
