@@ -1,6 +1,7 @@
 """Stand-ins for slow or remote parts, for tests."""
 
 import hashlib
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -164,3 +165,15 @@ class Scripted(CustomLLM):
     def stream_complete(self, prompt, formatted=False, **_):
         reply = self._next(prompt)
         yield CompletionResponse(text=reply, delta=reply)
+
+
+def spy_on_planless(monkeypatch, module) -> list[str]:
+    """The device of each batch for which a module keeps cuDNN's plans out, as they come."""
+    entered = []
+
+    def planless(device):
+        entered.append(device.type)
+        return nullcontext()
+
+    monkeypatch.setattr(module, "planless", planless)
+    return entered

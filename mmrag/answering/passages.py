@@ -69,11 +69,12 @@ def passages(text: str, running: frozenset[str] = frozenset()) -> list[Passage]:
     """
     lines = [line for line in text.splitlines() if _bare(line) not in running]
     rows, rest = _tables(lines)
-    forms = [_passage(" ".join(line.split())) for line in rest if _is_form(line)]
+    forms = {i for i, line in enumerate(rest) if _is_form(line)}
     prose = "\n".join(
-        "" if _is_form(line) or _is_heading(rest, i) else line for i, line in enumerate(rest)
+        "" if i in forms or _is_heading(rest, i) else line for i, line in enumerate(rest)
     )
-    found = [*_sentences(prose), *rows, *forms]
+    fields = [_passage(" ".join(rest[i].split())) for i in sorted(forms)]
+    found = [*_sentences(prose), *rows, *fields]
     return found or [
         _passage(piece) for piece in sentences(text) if not _QUESTION_END.search(piece)
     ]
@@ -154,13 +155,13 @@ def _tables(lines: Sequence[str]) -> tuple[list[Passage], list[str]]:
         # The head of a Markdown table has bars, as its rows do.
         above = place if lines[filled[place]].lstrip().startswith("|") else place - 1
         heads = _heads(lines[filled[above]]) if above >= 0 else []
-        below = filled[above + 1 : run]
+        below = {i: _cells(lines[i]) for i in filled[above + 1 : run]}
         # A row with more cells than heads: the rows' own heads have none, and which cell of a
         # shorter row is blank cannot be told.
-        paired = all(len(_cells(lines[i])) <= len(heads) for i in below)
-        for i in below:
+        paired = all(len(cells) <= len(heads) for cells in below.values())
+        for i, cells in below.items():
             if heads and not _RULE.fullmatch(lines[i]):
-                rows.append(_row(heads, lines[i], paired))
+                rows.append(_row(heads, lines[i], cells, paired))
             rest[i] = ""
         if heads:
             rest[filled[above]] = ""
@@ -201,14 +202,13 @@ def _cells(line: str) -> list[str]:
     return [" ".join(words[start:end]) for start, end in bounds]
 
 
-def _row(heads: Sequence[str], line: str, paired: bool) -> Passage:
+def _row(heads: Sequence[str], line: str, cells: Sequence[str], paired: bool) -> Passage:
     """A row with the heads of its columns.
 
     Where there is a head for each cell, they are put together if ``paired``:
     ``Full plot: Full fee 150 euros, Reduced fee 75 euros``. Otherwise heads and row follow one
     another.
     """
-    cells = _cells(line)
     head, quote = " ".join(" ".join(heads).split()), " ".join(line.split())
     if paired and len(heads) == len(cells):
         named = zip(heads[1:], cells[1:], strict=True)

@@ -60,9 +60,10 @@ def page_text(page: Any) -> PageText:
     """The words of a page's text layer, and whether they are to be doubted."""
     shown = tuple(page.rotation_matrix)
     raw = [Word(w.text, moved(w.box, shown), w.block, w.line) for w in _raw_words(page)]
-    words, garbled, n_bad_lines = _legible(raw)
-    if n_bad_lines:
-        return PageText(words, "illegible", garbled, n_bad_lines, _n_holed(words))
+    layer = _legible(raw)
+    words = layer.words
+    if layer.n_bad_lines:
+        return layer
     if not words:
         return PageText([], "none" if is_blank(page) else "empty")
     bounds = as_box(page.rect)
@@ -73,39 +74,37 @@ def page_text(page: Any) -> PageText:
         images = (clipped(moved(each["bbox"], shown), bounds) for each in page.get_image_info())
         if any(area(box) > _SCAN_SHARE * area(bounds) for box in images):
             return PageText(words if is_text else [], "sparse")
-    return PageText(words, n_holed_lines=_n_holed(words))
+    return layer
 
 
 def _n_characters(words: Sequence[Word]) -> int:
     return sum(len(word.text) for word in words)
 
 
-def _lines(words: Sequence[Word]) -> list[list[Word]]:
+def _legible(words: Sequence[Word]) -> PageText:
+    """The words on lines that make sense and those on garbled ones, and how many lines are bad."""
     lines: dict[tuple[int, int], list[Word]] = defaultdict(list)
     for word in words:
         lines[word.block, word.line].append(word)
-    return list(lines.values())
-
-
-def _n_holed(words: Sequence[Word]) -> int:
-    """How many lines lack letters inside of many words, so that these are not found."""
-    holed = [[_HOLE.search(word.text) is not None for word in line] for line in _lines(words)]
-    return sum(sum(line) > 1 and sum(line) >= _HOLED_SHARE * len(line) for line in holed)
-
-
-def _legible(words: Sequence[Word]) -> tuple[list[Word], list[Word], int]:
-    """The words on lines that make sense, those on garbled ones, and how many lines are bad."""
-    lines = _lines(words)
-    texts = [" ".join(word.text for word in line) for line in lines]
+    texts = [" ".join(word.text for word in line) for line in lines.values()]
     # A line of one lost character is a bullet; more are text that nobody will find.
     lost = {i for i, text in enumerate(texts) if len(text) > 1 and lost_share(text) > _LOST_SHARE}
     odd = garbled_lines(texts) - lost
     legible: list[Word] = []
     garbled: list[Word] = []
-    for i, line in enumerate(lines):
+    n_holed = 0
+    for i, line in enumerate(lines.values()):
         if i not in lost:
             (garbled if i in odd else legible).extend(line)
-    return legible, garbled, len(lost) + len(odd)
+            n_holed += i not in odd and _has_holes(line)
+    n_bad = len(lost) + len(odd)
+    return PageText(legible, "illegible" if n_bad else "none", garbled, n_bad, n_holed)
+
+
+def _has_holes(line: Sequence[Word]) -> bool:
+    """Whether letters are missing inside of many words, so that these are not found."""
+    holes = sum(_HOLE.search(word.text) is not None for word in line)
+    return holes > 1 and holes >= _HOLED_SHARE * len(line)
 
 
 def _raw_words(page: Any) -> list[Word]:

@@ -104,6 +104,12 @@ def test_lines_of_a_form_are_quoted_one_by_one_and_head_no_columns():
     assert not any(each.heads for each in passages(page))
 
 
+def test_a_long_line_of_a_form_is_no_part_of_the_sentence_below():
+    form = "Operator of the aircraft: Northern Gliding Association Registration: N103JT"
+    sentence = "the glider was towed to the field in the morning."
+    assert texts(f"{form}\n{sentence}") == [sentence, form]
+
+
 def test_a_list_stays_with_what_announces_it():
     head, items = (
         "The plan does not pay for:",

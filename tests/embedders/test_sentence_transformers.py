@@ -4,13 +4,13 @@ import json
 import shutil
 import sys
 import zipfile
-from contextlib import nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from fakes import spy_on_planless
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
@@ -155,13 +155,7 @@ def test_images_equal_those_of_sentence_transformers(clip, clip_folder):
 
 def test_no_plans_are_built_for_texts(clip, monkeypatch):
     """Pages may come in batches of one shape again and again; texts do not."""
-    entered = []
-
-    def spy(device):
-        entered.append(device.type)
-        return nullcontext()
-
-    monkeypatch.setattr(sentence_transformers, "planless", spy)
+    entered = spy_on_planless(monkeypatch, sentence_transformers)
     clip.encode([Content(image=Image.new("RGB", (40, 40)))])
     assert entered == []
     clip.encode(["red", "green"])

@@ -1,12 +1,11 @@
 """Cross-encoders of sentence-transformers, against its own predict and against transformers."""
 
 import logging
-from contextlib import nullcontext
 
 import numpy as np
 import pytest
 import torch
-from fakes import make_image, make_node
+from fakes import make_image, make_node, spy_on_planless
 from llama_index.core.schema import NodeWithScore
 from PIL import Image
 from tiny_cross import save_bert, save_qwen3
@@ -67,13 +66,7 @@ def test_a_batch_moves_no_score(bert, token_budget):
 
 
 def test_no_plans_are_built_for_the_shapes_of_batches(bert, monkeypatch):
-    entered = []
-
-    def spy(device):
-        entered.append(device.type)
-        return nullcontext()
-
-    monkeypatch.setattr(cross_encoder, "planless", spy)
+    entered = spy_on_planless(monkeypatch, cross_encoder)
     load_scorer(bert).judge(pairs())
     assert entered == ["cpu"]
 
