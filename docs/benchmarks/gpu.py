@@ -15,7 +15,6 @@ import gc
 import math
 import tempfile
 import threading
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -30,7 +29,7 @@ from gpu_attention import attention, by_shape
 from gpu_baselines import PlainLoop, sentence_transformer
 from gpu_data import make_texts, save_pages
 from gpu_models import Size, save_gme, save_qwen3_vl
-from gpu_table import Table, machine, rate, timed, versions
+from gpu_table import Table, machine, median_ms, rate, timed, versions
 from torch.utils.flop_counter import FlopCounterMode
 
 from mmrag.content import Content
@@ -370,24 +369,17 @@ def attending(bench: Bench) -> None:
 
 def picture_ms(bench: Bench) -> float:
     """Median milliseconds of a picture, after a first one."""
-    seconds = []
-    for n in range(8):
-        image = np.full((300, 400 + 28 * n, 3), 8 * n, dtype=np.uint8)
-        seconds.append(timed(lambda image=image: bench.embedder.encode([Content(image=image)])))
-    return float(np.median(seconds[1:]) * 1e3)
+    pictures = [np.full((300, 400 + 28 * n, 3), 8 * n, dtype=np.uint8) for n in range(8)]
+    ask = bench.embedder.encode
+    return median_ms(lambda image: ask([Content(image=image)]), pictures, uncounted=1)
 
 
 def query_ms(bench: Bench) -> float:
     """Median milliseconds of a question of twelve words, another one each time."""
     questions = [" ".join(text.split()[:12]) for text in bench.texts[:48]]
     ask = partial(bench.embedder.encode, instruction="page_for_question")
-    seconds = []
-    for question in questions:
-        # Vectors come back on the CPU; waiting for the whole card would wait for pages as well.
-        started = time.perf_counter()
-        ask([question])
-        seconds.append(time.perf_counter() - started)
-    return float(np.median(seconds[8:]) * 1e3)
+    # Vectors come back on the CPU; waiting for the whole card would wait for pages as well.
+    return median_ms(lambda question: ask([question]), questions, uncounted=8)
 
 
 def query_beside_ms(bench: Bench) -> float:

@@ -10,7 +10,6 @@ import torch
 from gpu_table import Table, timed
 
 from mmrag.modeling.attention import PLANLESS, attend
-from mmrag.modeling.loading import place
 
 N_SHAPES = 8
 HEADS, KEY_HEADS, HEAD_DIM, BATCH = 12, 2, 128, 8  # as of GME-2B's decoder
@@ -64,15 +63,10 @@ def mean_ms(run: Callable[..., torch.Tensor], device: torch.device, lengths: ran
 
 def step(run: Callable[..., torch.Tensor], device: torch.device, length: int) -> None:
     """Attention within ``BATCH`` sequences, with the gradients of all three inputs."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     inputs = [
         torch.randn(
-            BATCH,
-            length,
-            heads,
-            HEAD_DIM,
-            device=device,
-            dtype=place(device.type).dtype,
-            requires_grad=True,
+            BATCH, length, heads, HEAD_DIM, device=device, dtype=dtype, requires_grad=True
         ).transpose(1, 2)
         for heads in (HEADS, KEY_HEADS, KEY_HEADS)
     ]

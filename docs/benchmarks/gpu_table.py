@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
@@ -166,6 +167,16 @@ def timed(work: Callable[[], object]) -> float:
     work()
     synchronize()
     return time.perf_counter() - started
+
+
+def median_ms(work: Callable[[T], object], items: Iterable[T], uncounted: int = 0) -> float:
+    """Median milliseconds of ``work`` on an item, after some that are not counted."""
+    seconds = []
+    for item in items:
+        started = time.perf_counter()
+        work(item)
+        seconds.append(time.perf_counter() - started)
+    return float(np.median(seconds[uncounted:]) * 1e3)
 
 
 def rate(

@@ -16,11 +16,11 @@ import resource
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
-import numpy as np
-from gpu_table import Table, machine, versions
+from gpu_table import Table, machine, median_ms, versions
 
 from mmrag import Progress, ReadOptions, UniversalIndex, load_embedder
 from mmrag.content import Content
@@ -110,17 +110,16 @@ def main() -> None:
 
 def query_ms(embedder: Embedder, most: int, goes_on: Callable[[], bool] = lambda: True) -> float:
     """Median milliseconds to embed a question of nine words, another one each time."""
-    seconds = []
-    for n in range(most):
-        started = time.perf_counter()
-        embedder.encode(
-            [f"what does plan {n} pay for the {n + 1}th visit"], instruction="page_for_question"
-        )
-        if not goes_on():
-            break
-        seconds.append(time.perf_counter() - started)
-        time.sleep(0.05)
-    return float(np.median(seconds) * 1e3)
+
+    def questions() -> Iterator[str]:
+        for n in range(most):
+            if not goes_on():
+                return
+            yield f"what does plan {n} pay for the {n + 1}th visit"
+            time.sleep(0.05)
+
+    ask = partial(embedder.encode, instruction="page_for_question")
+    return median_ms(lambda question: ask([question]), questions())
 
 
 if __name__ == "__main__":
